@@ -1,0 +1,248 @@
+"""What every backend offers: capabilities, refusals, legalization, lowering, verification."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import ArtifactExistsError, InputError, LoweringError, StateError
+from graphopt.pass_base import Pass
+from graphopt.program import Program
+
+__all__ = ["Artifact", "Backend", "Capabilities", "Verification", "compare_outputs", "stored_size"]
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What a target can hold; refusals quote it and searches read their candidates from it.
+
+    Attributes:
+        index_bits: Widths of indices that the target stores as such.
+        padded_bits: Width → stored width of those it holds exactly in a wider form.
+        grouped: Whether a tensor may have several tables.
+        vector: Whether table entries may be longer than one.
+        lut_dtypes: Element types of tables.
+        channel_scale: Whether a scale may follow the lookup.
+    """
+
+    index_bits: tuple[int, ...]
+    padded_bits: tuple[tuple[int, int], ...] = ()
+    grouped: bool = True
+    vector: bool = True
+    lut_dtypes: tuple[str, ...] = ("float32", "float16")
+    channel_scale: bool = True
+
+    def stored_bits(self, n_bits: int) -> int | None:
+        """Width that an index of `n_bits` takes in the target, None where it cannot hold it."""
+        if n_bits in self.index_bits:
+            return n_bits
+        return dict(self.padded_bits).get(n_bits)
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Outcome of comparing an artifact with PyTorch.
+
+    Attributes:
+        max_error: Largest max|a − b| / max|b| over the outputs, b being PyTorch's.
+        outputs: That figure for each output.
+        how: What was executed.
+        complete: Whether every op of the artifact was evaluated.
+        notes: What could not be checked.
+        weights: Number of compressed weights that were read back.
+    """
+
+    max_error: float
+    outputs: tuple[float, ...]
+    how: str
+    complete: bool = True
+    notes: tuple[str, ...] = ()
+    weights: int = 0
+
+
+class Artifact(ABC):
+    """What a backend emitted, in memory or saved.
+
+    Attributes:
+        program: The program that was lowered.
+        path: Where it was saved, None before.
+    """
+
+    suffix: ClassVar[str]
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.path: Path | None = None
+
+    @abstractmethod
+    def _write(self, path: Path) -> None:
+        """Write to a path that does not exist yet."""
+
+    @abstractmethod
+    def _verify(self, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verification:
+        """Evaluate what lies at `path` on these inputs and compare."""
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the artifact; a failure leaves nothing behind, and what was there untouched.
+
+        Raises:
+            ArtifactExistsError: `path` exists and `overwrite` is False.
+            LoweringError: The suffix is not the target's.
+        """
+        target = Path(path)
+        if target.suffix != self.suffix:
+            raise LoweringError(f"{target.name} must end in {self.suffix}")
+        if target.exists() and not overwrite:
+            raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with _temporary_sibling(target) as temporary:
+            self._write(temporary)
+            _replace(temporary, target)
+        self.path = target
+        return target
+
+    def verify(self, *inputs: Any, **kwargs: Any) -> Verification:  # noqa: ANN401
+        """Evaluate the saved artifact and compare it with the program in PyTorch.
+
+        Args:
+            inputs: Inputs of one call, or one tuple of them; none takes the program's example.
+            kwargs: Keyword inputs.
+
+        Raises:
+            StateError: The artifact was not saved.
+            VerificationError: It cannot be evaluated.
+        """
+        if self.path is None:
+            raise StateError("save the artifact before verifying it")
+        if len(inputs) == 1 and isinstance(inputs[0], tuple | list):
+            inputs = tuple(inputs[0])
+        if not inputs and not kwargs:
+            inputs, kwargs = self.program.example_args, self.program.example_kwargs
+        return self._verify(self.path, tuple(inputs), dict(kwargs))
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk.
+
+        Raises:
+            StateError: The artifact was not saved.
+        """
+        if self.path is None:
+            raise StateError("save the artifact before asking for its size")
+        return stored_size(self.path)
+
+
+class Backend(ABC):
+    """A target toolchain.
+
+    Attributes:
+        name: Its name in messages.
+        capabilities: What it can hold.
+    """
+
+    name: ClassVar[str]
+    capabilities: ClassVar[Capabilities]
+
+    @abstractmethod
+    def unsupported(self, program: Program) -> list[str]:
+        """Why the target cannot hold the program: tensor, feature and the nearest thing that works."""
+
+    @abstractmethod
+    def legalize(self) -> tuple[Pass, ...]:
+        """Passes that turn our vocabulary into the target's."""
+
+    @abstractmethod
+    def lower(self, program: Program, **options: Any) -> Artifact:  # noqa: ANN401
+        """Translate a program in our vocabulary.
+
+        Raises:
+            LoweringError: The target cannot hold it; raised before any file is written.
+        """
+
+    def refuse_unsupported(self, program: Program) -> None:
+        """Raise once with everything that the target cannot hold.
+
+        Raises:
+            LoweringError: There is something.
+        """
+        reasons = self.unsupported(program)
+        if reasons:
+            raise LoweringError(f"{self.name} cannot hold this program:\n" + "\n".join(reasons))
+
+
+def compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, ...]:
+    """max|a − b| / max|b| of each pair; equal shapes are required.
+
+    Raises:
+        InputError: The number of outputs or a shape differs.
+    """
+    if len(found) != len(expected):
+        raise InputError(f"{len(found)} outputs, PyTorch has {len(expected)}")
+    errors = []
+    for a, b in zip(found, expected, strict=True):
+        if a.numel() != b.numel():
+            raise InputError(f"an output has shape {tuple(a.shape)}, PyTorch's {tuple(b.shape)}")
+        want = b.detach().to(torch.float64)
+        got = a.detach().to(torch.float64).reshape(want.shape)
+        scale = float(want.abs().max()) if want.numel() else 0.0
+        worst = float((got - want).abs().max()) if want.numel() else 0.0
+        errors.append(worst / scale if scale > 0 else worst)
+    return tuple(errors)
+
+
+def expected_outputs(
+    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> list[Tensor]:
+    """What the program gives in PyTorch, flattened."""
+    with torch.no_grad():
+        result = program.graph_module(*args, **kwargs)
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def stored_size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+@contextmanager
+def _temporary_sibling(target: Path) -> Iterator[Path]:
+    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
+    try:
+        yield temporary
+    finally:
+        _delete(temporary)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    if target.is_dir():
+        # a folder cannot be renamed over another one: set the old one aside first
+        aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
+        os.replace(target, aside)
+        try:
+            os.replace(temporary, target)
+        except OSError:
+            os.replace(aside, target)
+            raise
+        _delete(aside)
+    else:
+        os.replace(temporary, target)
+
+
+def _delete(path: Path) -> None:
+    if path.is_dir():
+        shutil.rmtree(path)
+    elif path.exists():
+        path.unlink()

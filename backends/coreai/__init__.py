@@ -1,0 +1,1 @@
+"""Core AI: programs as .aimodel files, which run on Linux too."""

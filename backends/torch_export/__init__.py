@@ -1,0 +1,1 @@
+"""Torch: .pt2 files that hold our neutral ops."""

@@ -1,0 +1,101 @@
+"""The Torch backend: programs in our own ops, saved by `torch.export.save`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from graphopt.backends.base import (
+    Artifact,
+    Backend,
+    Capabilities,
+    Verification,
+    compare_outputs,
+    expected_outputs,
+)
+from graphopt.errors import LoweringError, VerificationError
+from graphopt.lookups import find_lookups
+from graphopt.pass_base import Pass
+from graphopt.pass_manager import run_passes
+from graphopt.passes import RemoveUnused
+from graphopt.program import Program, export_graph
+
+__all__ = ["TorchArtifact", "TorchBackend"]
+
+
+class TorchArtifact(Artifact):
+    """A .pt2 file; it loads with `torch.export.load` once graphopt is imported.
+
+    Attributes:
+        exported: The exported program.
+    """
+
+    suffix: ClassVar[str] = ".pt2"
+
+    def __init__(self, program: Program, exported: ExportedProgram) -> None:
+        super().__init__(program)
+        self.exported = exported
+
+    @override
+    def _write(self, path: Path) -> None:
+        torch.export.save(self.exported, path)
+
+    @override
+    def _verify(self, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verification:
+        try:
+            loaded = torch.export.load(path).module()
+            with torch.no_grad():
+                result = loaded(*args, **kwargs)
+        except Exception as error:
+            raise VerificationError(f"{path.name} does not load and run: {error}") from error
+        found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        errors = compare_outputs(found, expected_outputs(self.program, args, kwargs))
+        weights = len(find_lookups(self.program.graph_module))
+        how = "loaded the saved program and ran it in PyTorch"
+        return Verification(max(errors, default=0.0), errors, how, weights=weights)
+
+
+class TorchBackend(Backend):
+    """Keep our ops; holds everything."""
+
+    name: ClassVar[str] = "Torch"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        index_bits=(1, 2, 3, 4, 6, 8),
+        lut_dtypes=("float32", "float16", "bfloat16", "float64", "int8", "uint8", "fp8_e4m3",
+                    "fp8_e5m2"),
+    )  # fmt: skip
+
+    @override
+    def unsupported(self, program: Program) -> list[str]:
+        return []
+
+    @override
+    def legalize(self) -> tuple[Pass, ...]:
+        return ()
+
+    @override
+    def lower(self, program: Program, *, dynamic: bool = True, **options: Any) -> TorchArtifact:
+        """Export a program.
+
+        Args:
+            program: In our vocabulary.
+            dynamic: Leave the dimensions open that the graph leaves open.
+            options: None are known.
+
+        Raises:
+            LoweringError: An option is unknown.
+        """
+        if options:
+            raise LoweringError(f"Torch has no option {sorted(options)}; there is 'dynamic'")
+        neutral = program.copy()
+        run_passes(neutral.graph_module, [RemoveUnused()])
+        exported = export_graph(
+            neutral.graph_module, program.example_args, program.example_kwargs, dynamic=dynamic
+        )
+        return TorchArtifact(program, exported)

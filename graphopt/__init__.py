@@ -1,0 +1,26 @@
+"""graphopt: graph-rewriting compression of PyTorch models for edge targets."""
+
+import graphopt.ops  # registers the op vocabulary
+from graphopt import casting, errors
+from graphopt.api import lower
+from graphopt.capture import capture
+from graphopt.captured_module import CapturedModule
+from graphopt.program import CompressedProgram, Program
+from graphopt.specs import ExportBackend
+from graphopt.table import CompressionTable, TensorRecord
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CapturedModule",
+    "CompressedProgram",
+    "CompressionTable",
+    "ExportBackend",
+    "Program",
+    "TensorRecord",
+    "__version__",
+    "capture",
+    "casting",
+    "errors",
+    "lower",
+]

@@ -1,0 +1,331 @@
+"""Capture: a model, an exported program or a .pt2 file becomes a `Program`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+import re
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as symbolic_config
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from graphopt.captured_module import CapturedModule, InputGuards, holder_of
+from graphopt.errors import CaptureError, InputError
+from graphopt.program import Program, Provenance, share_graph
+
+__all__ = ["capture"]
+
+_log = logging.getLogger(__name__)
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any]
+
+
+def capture(
+    model: nn.Module | ExportedProgram | str | Path,
+    example_inputs: _Args | Tensor | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = "auto",  # noqa: ANN401 - torch.export's own type
+) -> Program:
+    """Capture a model as the `Program` that passes, searches and backends work on.
+
+    Args:
+        model: A module, an exported program, or the path of a .pt2 file.
+        example_inputs: Positional inputs of one call; only needed for a module, or for a program
+            that was exported without inputs.
+        example_kwargs: Keyword inputs of that call.
+        dynamic_shapes: "auto" leaves every dimension open that the model allows, also where the
+            example has batch 1; None fixes all of them; anything else goes to `torch.export`.
+
+    Returns:
+        A program that shares the model's tensors; the model itself is not changed. It is captured
+        in evaluation mode.
+
+    Raises:
+        CaptureError: The model cannot be exported; the message names op, module and source line.
+        InputError: Example inputs are missing, or the model fails on them.
+    """
+    if isinstance(model, str | Path):
+        return _from_file(Path(model), example_inputs, example_kwargs)
+    if isinstance(model, ExportedProgram):
+        return _from_exported(model, "ExportedProgram", example_inputs, example_kwargs)
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"cannot capture a {type(model).__name__}; give a module, an ExportedProgram or a .pt2"
+        )
+    if example_inputs is None and not example_kwargs:
+        raise InputError(f"example_inputs are needed to capture {type(model).__name__}")
+    args = _as_args(example_inputs)
+    kwargs = dict(example_kwargs or {})
+    if isinstance(model, CapturedModule):
+        # it is a captured graph already; its metadata would only suffer from another export
+        return Program(share_graph(model), args, kwargs, Provenance(type(model).__name__))
+    with _evaluation_mode(model), torch.no_grad():
+        exported = _export(model, args, kwargs, dynamic_shapes)
+    return _to_program(exported, type(model).__name__, args, kwargs)
+
+
+def _as_args(example_inputs: _Args | Tensor | None) -> _Args:
+    if example_inputs is None:
+        return ()
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    if not isinstance(example_inputs, tuple | list):
+        raise InputError(
+            f"example_inputs must be a tuple of inputs, got {type(example_inputs).__name__}"
+        )
+    return tuple(example_inputs)
+
+
+def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Program:  # noqa: ANN401
+    if not path.exists():
+        raise InputError(f"no such file: {path}")
+    import graphopt.ops  # noqa: F401 - saved programs may use our ops
+
+    try:
+        exported = torch.export.load(path)
+    except Exception as error:
+        raise CaptureError(f"{path} is not a program that torch.export can load: {error}") from error
+    return _from_exported(exported, str(path), args, kwargs)
+
+
+def _from_exported(
+    exported: ExportedProgram,
+    source: str,
+    example_inputs: Any,  # noqa: ANN401
+    example_kwargs: Mapping[str, Any] | None,
+) -> Program:
+    saved_args, saved_kwargs = exported.example_inputs or ((), {})
+    given = example_inputs is not None or bool(example_kwargs)
+    args = _as_args(example_inputs) if given else tuple(saved_args)
+    kwargs = dict(example_kwargs or {}) if given else dict(saved_kwargs)
+    with symbolic_config.patch(backed_size_oblivious=True), torch.no_grad():
+        if exported.dialect == "TRAINING":
+            exported = exported.run_decompositions({})
+    return _to_program(exported, source, args, kwargs)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _export(
+    model: nn.Module,
+    args: _Args,
+    kwargs: _Kwargs,
+    dynamic_shapes: Any,  # noqa: ANN401
+) -> ExportedProgram:
+    """Export with the most open shapes that give the model's own outputs on the example."""
+    if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
+        return _attempt(model, args, kwargs, dynamic_shapes, oblivious=True)
+    try:
+        expected = model(*args, **kwargs)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
+        ) from error
+    attempts: list[Callable[[], ExportedProgram]] = []
+    doubled = _double_batch(args, kwargs)
+    if doubled is not None:
+        # torch.export specialises on sizes of 1, so a batch of 1 is captured as a batch of 2
+        attempts.append(lambda: _attempt(model, *doubled, "auto", oblivious=True))
+    attempts.append(lambda: _attempt(model, args, kwargs, "auto", oblivious=True))
+    attempts.append(lambda: _attempt(model, args, kwargs, None, oblivious=False))
+    for attempt in attempts[:-1]:
+        try:
+            exported = attempt()
+            found = exported.module(check_guards=False)(*args, **kwargs)
+        except Exception as error:  # noqa: BLE001 - the next, narrower attempt decides
+            _log.debug("open shapes refused: %s: %s", type(error).__name__, error)
+            continue
+        if _same(expected, found):
+            return exported
+        _log.debug("open shapes changed the outputs on the example; trying narrower ones")
+    return attempts[-1]()
+
+
+def _attempt(
+    model: nn.Module,
+    args: _Args,
+    kwargs: _Kwargs,
+    dynamic_shapes: Any,  # noqa: ANN401
+    *,
+    oblivious: bool,
+) -> ExportedProgram:
+    shapes = dynamic_shapes
+    if isinstance(dynamic_shapes, str):
+        shapes = ShapesCollection()
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.ndim:
+                shapes[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
+    try:
+        with symbolic_config.patch(backed_size_oblivious=oblivious):
+            exported = torch.export.export(
+                model, args, kwargs, dynamic_shapes=shapes, strict=False
+            )
+            # flattens regions such as wrap_with_set_grad_enabled that passes could not see into
+            return exported.run_decompositions({})
+    except Exception as error:
+        raise CaptureError(_explain(model, error)) from error
+
+
+def _double_batch(args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
+    """The example with its batch of 1 repeated, or None where there is no such batch."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    if not tensors or any(tensor.shape[0] != 1 for tensor in tensors):
+        return None
+    doubled = [
+        torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim else leaf
+        for leaf in leaves
+    ]
+    return pytree.tree_unflatten(doubled, spec)  # type: ignore[no-any-return]
+
+
+def _same(expected: Any, found: Any) -> bool:  # noqa: ANN401
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=False)
+    for want, got in pairs:
+        if not isinstance(want, Tensor):
+            continue
+        if want.shape != got.shape or want.dtype != got.dtype:
+            return False
+        scale = float(want.abs().max()) if want.numel() and want.is_floating_point() else 0.0
+        if not torch.allclose(want, got, rtol=1e-3, atol=1e-4 * scale, equal_nan=True):
+            return False
+    return True
+
+
+def _to_program(exported: ExportedProgram, source: str, args: _Args, kwargs: _Kwargs) -> Program:
+    unlifted = exported.module(check_guards=False)
+    names = _input_names(exported)
+    # torch.export's own tracer cannot be constructed again when a saved module is loaded
+    unlifted.graph._tracer_cls = None
+    module = CapturedModule(_shared_state(unlifted), unlifted.graph)
+    for path in exported.graph_signature.non_persistent_buffers:
+        try:
+            holder, name = holder_of(module, path)
+        except AttributeError:
+            continue
+        holder._non_persistent_buffers_set.add(name)
+    module.graph.lint()
+    module.recompile()
+    module.eval()
+    guards = InputGuards(_signature_names(module), getattr(exported, "_guards_code", ()))
+    # a guard that the example itself breaks comes from capturing with a larger batch
+    guards = guards.without(guards.violated(args, kwargs))
+    if guards.conditions:
+        module.register_forward_pre_hook(guards, with_kwargs=True)
+    provenance = Provenance(source, static_dims=tuple(_static_dims(exported, names)))
+    if provenance.static_dims:
+        _log.info("%s: fixed input dimensions: %s", source, ", ".join(provenance.static_dims))
+    return Program(module, args, kwargs, provenance)
+
+
+def _shared_state(module: nn.Module) -> nn.Module:
+    """A module tree of new parameters over the same storage, so that `.to()` cannot reach back."""
+    root = nn.Module()
+    fresh: dict[int, Tensor] = {}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    for path, tensor in {**parameters, **buffers}.items():
+        if id(tensor) not in fresh:
+            alias = tensor.detach()
+            fresh[id(tensor)] = (
+                nn.Parameter(alias, tensor.requires_grad) if path in parameters else alias
+            )
+        holder, name = holder_of(root, path, create=True)
+        if path in parameters:
+            holder.register_parameter(name, fresh[id(tensor)])  # type: ignore[arg-type]
+        else:
+            holder.register_buffer(name, fresh[id(tensor)])
+    for path, child in module.named_modules():
+        if isinstance(child, torch.fx.GraphModule) and path:
+            holder, name = holder_of(root, path, create=True)
+            holder.add_module(name, child)
+    return root
+
+
+def _input_names(exported: ExportedProgram) -> list[str]:
+    return [str(name) for name in exported.graph_signature.user_inputs]
+
+
+def _signature_names(module: CapturedModule) -> list[str]:
+    return [name for name in inspect.signature(module.forward).parameters if name != "self"]
+
+
+def _static_dims(exported: ExportedProgram, names: list[str]) -> Iterator[str]:
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and node.name in names and isinstance(value, Tensor):
+            for axis, size in enumerate(value.shape):
+                if isinstance(size, int):
+                    yield f"{node.name}[{axis}] = {size}"
+
+
+_HINTS = (
+    (
+        "data-dependent|DataDependent|Could not guard|item\\(\\)|nonzero",
+        "Python control flow depends on a tensor's values. Rewrite it with torch.where or"
+        " torch.cond, or move it out of forward().",
+    ),
+    (
+        "Constraints violated|specializ|dynamic_shapes",
+        "A dimension cannot be left open. Pass dynamic_shapes=None to fix all of them.",
+    ),
+    (
+        "numpy|unsupported|Unsupported|not supported|\\.data\\b",
+        "forward() uses something that torch.export cannot trace, such as numpy or a foreign"
+        " library. Use torch functions, or register a custom op (torch.library.custom_op).",
+    ),
+)
+
+
+def _explain(model: nn.Module, error: BaseException) -> str:
+    """Say where the export failed: op, module, source line, and what usually helps."""
+    chain = [error]
+    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+        chain.append(cause)
+    names = {id(module): name for name, module in model.named_modules()}
+    module_name, place = "", ""
+    for link in chain:
+        for frame, line in traceback.walk_tb(link.__traceback__):
+            owner = frame.f_locals.get("self")
+            if id(owner) in names and isinstance(owner, nn.Module):
+                inside = "/torch/" in frame.f_code.co_filename.replace("\\", "/")
+                module_name = f"{names[id(owner)] or '(root)'} ({type(owner).__name__})"
+                if not inside or not place:
+                    summary = traceback.extract_tb(link.__traceback__)
+                    text = next(
+                        (s.line for s in summary if s.lineno == line and s.name == frame.f_code.co_name),
+                        "",
+                    )
+                    place = f"{frame.f_code.co_filename}:{line}: {text}"
+    message = str(error)
+    op = re.search(r"\b(aten|torch\.ops|prims)[\w.:]*\.\w+", message)
+    hint = next(
+        (text for pattern, text in _HINTS if any(re.search(pattern, str(link)) for link in chain)),
+        "Check that torch.export.export(model, example_inputs, strict=False) works on its own.",
+    )
+    first = message.strip().splitlines()[0] if message.strip() else ""
+    return (
+        f"cannot export {type(model).__name__}: {type(error).__name__}: {first}\n"
+        f"  op: {op.group(0) if op else 'not named by torch.export'}\n"
+        f"  module: {module_name or 'unknown'}\n"
+        f"  source: {place or 'unknown'}\n"
+        f"  what usually helps: {hint}"
+    )

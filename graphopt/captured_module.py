@@ -1,0 +1,209 @@
+"""CapturedModule: an exported graph as a callable module that copies, saves and moves like any other."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
+
+from graphopt.errors import InputError
+
+__all__ = ["CapturedModule", "InputGuards", "holder_of"]
+
+_ALLOWED = (
+    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare),
+    *(ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.BinOp, ast.Add, ast.Sub, ast.Mult),
+    *(ast.FloorDiv, ast.Mod, ast.Constant, ast.Name, ast.Load, ast.Subscript, ast.Attribute),
+    ast.Call,
+)
+
+
+def _is_shape_condition(code: str) -> bool:
+    """Whether `code` is arithmetic over sizes of `L[...]` and nothing else."""
+    try:
+        tree = ast.parse(code, mode="eval")
+    except SyntaxError:
+        return False
+    for node in ast.walk(tree):
+        if not isinstance(node, _ALLOWED):
+            return False
+        if isinstance(node, ast.Name) and node.id != "L":
+            return False
+        if isinstance(node, ast.Attribute) and node.attr not in ("size", "ndim", "dim"):
+            return False
+        if isinstance(node, ast.Call) and (node.args or node.keywords):
+            return False
+    return True
+
+
+class InputGuards:
+    """A forward pre-hook that refuses inputs whose sizes the captured graph cannot serve."""
+
+    def __init__(self, names: Sequence[str], conditions: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self.conditions = tuple(code for code in conditions if _is_shape_condition(code))
+
+    def violated(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+        """Conditions that these inputs do not meet."""
+        given = {**dict(zip(self.names, args, strict=False)), **kwargs}
+        failed = []
+        for code in self.conditions:
+            try:
+                met = eval(code, {"__builtins__": {}}, {"L": given})  # noqa: S307 - whitelisted
+            except (KeyError, IndexError, AttributeError, TypeError):
+                continue
+            if not met:
+                failed.append(code)
+        return failed
+
+    def without(self, conditions: Sequence[str]) -> InputGuards:
+        """The same guards less some conditions."""
+        return InputGuards(self.names, [c for c in self.conditions if c not in conditions])
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Check the inputs of a call; torch's tracers are let through."""
+        if torch.compiler.is_compiling():
+            return
+        failed = self.violated(args, kwargs)
+        if failed:
+            shapes = {
+                name: tuple(value.shape)
+                for name, value in zip(self.names, args, strict=False)
+                if isinstance(value, Tensor)
+            }
+            raise InputError(
+                f"inputs {shapes} do not fit the captured graph, which needs {failed[0]}; capture"
+                " with an example of these sizes, or give `dynamic_shapes`"
+            )
+
+
+class CapturedModule(fx.GraphModule):
+    """A graph with its weights under the model's own names.
+
+    It has the signature of the captured model. Copies share nothing; `torch.save` keeps node
+    metadata (module stack, source line, annotations), which a plain GraphModule loses.
+    """
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        tree = nn.Module()
+        tree.__dict__.update({key: self.__dict__[key] for key in _TREE})
+        meta = {key: value for key, value in self.meta.items() if key.startswith("graphopt.")}
+        nodes = [_pack_node(node) for node in self.graph.nodes]
+        return _restore, (tree, nodes, self.graph._codegen, meta)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        copied = super().__deepcopy__(memo)
+        copied.meta = dict(self.meta)
+        return copied  # type: ignore[no-any-return]
+
+
+_TREE = (
+    *("training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"),
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+)
+_PORTABLE_META = ("nn_module_stack", "stack_trace", "torch_fn", "graphopt")
+
+
+@dataclass(frozen=True)
+class _NodeRef:
+    name: str
+
+
+@dataclass(frozen=True)
+class _TorchRef:
+    """An op or constant of torch by its dotted name, for those that cannot be pickled."""
+
+    name: str
+
+    def resolve(self) -> Any:  # noqa: ANN401
+        found: Any = torch
+        for part in self.name.split("."):
+            found = getattr(found, part)
+        return found
+
+
+def _packed(value: Any) -> Any:  # noqa: ANN401
+    if isinstance(value, fx.Node):
+        return _NodeRef(value.name)
+    if isinstance(value, torch.memory_format | torch.layout):
+        return _TorchRef(str(value).removeprefix("torch."))
+    if isinstance(value, tuple):
+        return tuple(_packed(item) for item in value)
+    if isinstance(value, list):
+        return [_packed(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _packed(item) for key, item in value.items()}
+    if isinstance(value, slice):
+        return slice(_packed(value.start), _packed(value.stop), _packed(value.step))
+    return value
+
+
+def _pack_node(node: fx.Node) -> tuple[Any, ...]:
+    target = node.target
+    if isinstance(target, OpOverload):
+        target = _TorchRef(f"ops.{target}")
+    args, kwargs = _packed(node.args), _packed(node.kwargs)
+    meta = {key: node.meta[key] for key in _PORTABLE_META if key in node.meta}
+    return node.op, node.name, target, args, kwargs, meta
+
+
+def _restore(
+    tree: nn.Module,
+    nodes: list[tuple[Any, ...]],
+    codegen: Any,  # noqa: ANN401
+    meta: dict[str, Any],
+) -> CapturedModule:
+    graph = fx.Graph()
+    graph.set_codegen(codegen)
+    made: dict[str, fx.Node] = {}
+
+    def linked(value: Any) -> Any:  # noqa: ANN401
+        if isinstance(value, _NodeRef):
+            return made[value.name]
+        if isinstance(value, _TorchRef):
+            return value.resolve()
+        if isinstance(value, tuple | list):
+            return type(value)(linked(item) for item in value)
+        if isinstance(value, dict):
+            return {key: linked(item) for key, item in value.items()}
+        if isinstance(value, slice):
+            return slice(linked(value.start), linked(value.stop), linked(value.step))
+        return value
+
+    for op, name, target, args, kwargs, node_meta in nodes:
+        resolved = target.resolve() if isinstance(target, _TorchRef) else target
+        node = graph.create_node(op, resolved, linked(tuple(args)), linked(dict(kwargs)), name)
+        node.meta.update(node_meta)
+        made[name] = node
+    module = CapturedModule(tree, graph)
+    module.__dict__.update({key: tree.__dict__[key] for key in _TREE})
+    module.meta.update(meta)
+    return module
+
+
+def holder_of(module: nn.Module, path: str, *, create: bool = False) -> tuple[nn.Module, str]:
+    """The submodule that holds attribute `path`, and the attribute's own name.
+
+    Args:
+        module: Root.
+        path: Dotted path of a tensor.
+        create: Make missing submodules on the way.
+
+    Raises:
+        AttributeError: A submodule is missing and `create` is False.
+    """
+    *parents, name = path.split(".")
+    for part in parents:
+        child = getattr(module, part, None)
+        if not isinstance(child, nn.Module):
+            if not create:
+                raise AttributeError(f"no submodule {part!r} on the way to {path!r}")
+            child = nn.Module()
+            module.add_module(part, child)
+        module = child
+    return module, name

@@ -1,0 +1,158 @@
+"""Configs of k-means palettization."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, ClassVar
+
+from pydantic import Field
+
+from graphopt.config.base import (
+    CompressionConfig,
+    ModuleCompressionConfig,
+    OpCompressionConfig,
+)
+from graphopt.specs import (
+    PalettizationSpec,
+    PerGroupedChannelGranularity,
+    PerTensorGranularity,
+    default_weight_palettization_spec,
+)
+from graphopt.specs.model import SpecModel
+from graphopt.specs.palettization import Bits
+
+__all__ = [
+    "KMeansPalettizerConfig",
+    "ModuleKMeansPalettizerConfig",
+    "OpKMeansPalettizerConfig",
+    "PATSchedule",
+]
+
+_STATES = ("weight", "in_proj_weight")
+
+
+def _default_slots() -> dict[str, dict[Any, Any]]:
+    return {"op_state_spec": {name: default_weight_palettization_spec() for name in _STATES}}
+
+
+class PATSchedule(SpecModel):
+    """When palettization-aware training starts to palettize, in steps."""
+
+    enable_fake_palettize: Annotated[int, Field(ge=0)] = 0
+
+
+class OpKMeansPalettizerConfig(OpCompressionConfig[PalettizationSpec]):
+    """Palettization of one op's state; 4 bits per tensor for its weight by default."""
+
+    weight_only: ClassVar[bool] = True
+
+    @classmethod
+    def default_slots(cls) -> dict[str, dict[Any, Any]]:
+        """4 bits per tensor for "weight" and "in_proj_weight"."""
+        return _default_slots()
+
+
+class ModuleKMeansPalettizerConfig(
+    ModuleCompressionConfig[PalettizationSpec, OpKMeansPalettizerConfig]
+):
+    """Palettization of everything inside a module; 4 bits per tensor by default.
+
+    Attributes:
+        enable_fast_kmeans_mode: Without effect here: tables are optimal on the weights as they are.
+        rounding_precision: Without effect here: no weight is rounded before clustering.
+        pat_schedule: When training-time palettization starts.
+    """
+
+    weight_only: ClassVar[bool] = True
+    no_effect: ClassVar[dict[str, str]] = {
+        "enable_fast_kmeans_mode": "tables are optimal without rounding the weights first",
+        "rounding_precision": "no weight is rounded before clustering",
+    }
+    presets: ClassVar[type[_ModulePresets]]
+
+    enable_fast_kmeans_mode: bool = True
+    rounding_precision: Annotated[int, Field(gt=0)] = 4
+    pat_schedule: PATSchedule | None = None
+
+    @classmethod
+    def default_slots(cls) -> dict[str, dict[Any, Any]]:
+        """4 bits per tensor for "weight" and "in_proj_weight"."""
+        return _default_slots()
+
+
+class KMeansPalettizerConfig(CompressionConfig[ModuleKMeansPalettizerConfig]):
+    """What `KMeansPalettizer` does to a model; 4 bits per tensor everywhere by default.
+
+    Attributes:
+        weight_threshold: Tensors of at most this many elements are left alone. 0 compresses all;
+            coremltools uses 2048.
+    """
+
+    root_key: ClassVar[str] = "kmeans_palettization_config"
+    spec_key: ClassVar[str] = "palettization_spec"
+    presets: ClassVar[type[_Presets]]
+
+    weight_threshold: Annotated[int, Field(ge=0)] = 0
+
+    @classmethod
+    def default_global_config(cls) -> ModuleKMeansPalettizerConfig:
+        """4 bits per tensor."""
+        return ModuleKMeansPalettizerConfig()
+
+
+def _module_config(n_bits: Bits, axis: int | None, group_size: int | None) -> Any:  # noqa: ANN401
+    granularity = (
+        PerTensorGranularity()
+        if group_size is None
+        else PerGroupedChannelGranularity(axis=axis, group_size=group_size)
+    )
+    spec = PalettizationSpec(n_bits=n_bits, granularity=granularity)
+    return ModuleKMeansPalettizerConfig(op_state_spec=dict.fromkeys(_STATES, spec))
+
+
+class _ModulePresets:
+    """Ready-made module configs."""
+
+    @staticmethod
+    def w4(*, axis: int | None = 0, group_size: int = 16) -> ModuleKMeansPalettizerConfig:
+        """4-bit weights, one table per group of channels."""
+        config: ModuleKMeansPalettizerConfig = _module_config(4, axis, group_size)
+        return config
+
+    @staticmethod
+    def w6(*, axis: int | None = 0, group_size: int = 16) -> ModuleKMeansPalettizerConfig:
+        """6-bit weights, one table per group of channels."""
+        config: ModuleKMeansPalettizerConfig = _module_config(6, axis, group_size)
+        return config
+
+    @staticmethod
+    def w8() -> ModuleKMeansPalettizerConfig:
+        """8-bit weights, one table per tensor."""
+        config: ModuleKMeansPalettizerConfig = _module_config(8, None, None)
+        return config
+
+
+class _Presets:
+    """Ready-made configs for a whole model."""
+
+    @staticmethod
+    def w4(*, axis: int | None = 0, group_size: int = 16) -> KMeansPalettizerConfig:
+        """4-bit weights, one table per group of channels."""
+        return KMeansPalettizerConfig(
+            global_config=_ModulePresets.w4(axis=axis, group_size=group_size)
+        )
+
+    @staticmethod
+    def w6(*, axis: int | None = 0, group_size: int = 16) -> KMeansPalettizerConfig:
+        """6-bit weights, one table per group of channels."""
+        return KMeansPalettizerConfig(
+            global_config=_ModulePresets.w6(axis=axis, group_size=group_size)
+        )
+
+    @staticmethod
+    def w8() -> KMeansPalettizerConfig:
+        """8-bit weights, one table per tensor."""
+        return KMeansPalettizerConfig(global_config=_ModulePresets.w8())
+
+
+ModuleKMeansPalettizerConfig.presets = _ModulePresets
+KMeansPalettizerConfig.presets = _Presets

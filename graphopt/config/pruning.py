@@ -1,0 +1,63 @@
+"""Configs of magnitude pruning, with coreai-opt's fields."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from graphopt.config.base import (
+    CompressionConfig,
+    ModuleCompressionConfig,
+    OpCompressionConfig,
+)
+from graphopt.specs import PruningSpec
+from graphopt.specs.pruning import SparsitySchedule
+
+__all__ = [
+    "MagnitudePrunerConfig",
+    "ModuleMagnitudePrunerConfig",
+    "OpMagnitudePrunerConfig",
+]
+
+
+def _default_slots() -> dict[str, dict[Any, Any]]:
+    return {"op_state_spec": {"weight": PruningSpec(), "in_proj_weight": PruningSpec()}}
+
+
+class OpMagnitudePrunerConfig(OpCompressionConfig[PruningSpec]):
+    """Pruning of one op's state."""
+
+    weight_only: ClassVar[bool] = True
+
+    @classmethod
+    def default_slots(cls) -> dict[str, dict[Any, Any]]:
+        """Half of each weight becomes zero."""
+        return _default_slots()
+
+
+class ModuleMagnitudePrunerConfig(ModuleCompressionConfig[PruningSpec, OpMagnitudePrunerConfig]):
+    """Pruning of everything inside a module.
+
+    Attributes:
+        sparsity_schedule: How sparsity grows in training.
+    """
+
+    weight_only: ClassVar[bool] = True
+
+    sparsity_schedule: SparsitySchedule | None = None
+
+    @classmethod
+    def default_slots(cls) -> dict[str, dict[Any, Any]]:
+        """Half of each weight becomes zero."""
+        return _default_slots()
+
+
+class MagnitudePrunerConfig(CompressionConfig[ModuleMagnitudePrunerConfig]):
+    """What a magnitude pruner does to a model."""
+
+    root_key: ClassVar[str] = "magnitude_pruning_config"
+    spec_key: ClassVar[str] = "pruning_spec"
+
+    @classmethod
+    def default_global_config(cls) -> ModuleMagnitudePrunerConfig:
+        """Half of each weight becomes zero."""
+        return ModuleMagnitudePrunerConfig()

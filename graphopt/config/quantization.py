@@ -1,0 +1,156 @@
+"""Configs of linear quantization, with coreai-opt's fields."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Any, ClassVar
+
+import torch
+from pydantic import Field
+
+from graphopt.config.base import (
+    ANY,
+    CompressionConfig,
+    ModuleCompressionConfig,
+    OpCompressionConfig,
+)
+from graphopt.specs import PerBlockGranularity, PerChannelGranularity, QuantizationSpec
+from graphopt.specs.model import SpecModel
+
+__all__ = [
+    "ExecutionMode",
+    "KVCacheQuantConfig",
+    "ModuleQuantizerConfig",
+    "OpQuantizerConfig",
+    "QATSchedule",
+    "QuantizerConfig",
+    "default_activation_quantization_spec",
+    "default_weight_quantization_spec",
+]
+
+
+class ExecutionMode(str, Enum):
+    """coreai-opt's two engines; graphopt always works on the graph."""
+
+    EAGER = "eager"
+    GRAPH = "graph"
+
+
+def default_weight_quantization_spec() -> QuantizationSpec:
+    """Symmetric int8, one scale per output channel, from the weights' own range."""
+    return QuantizationSpec(granularity=PerChannelGranularity(axis=0), qparam_calculator_cls="static")
+
+
+def default_activation_quantization_spec() -> QuantizationSpec:
+    """Symmetric int8, one scale per tensor, from a moving average of ranges."""
+    return QuantizationSpec(qparam_calculator_cls="moving_average")
+
+
+def _default_slots() -> dict[str, dict[Any, Any]]:
+    activation = default_activation_quantization_spec()
+    return {
+        "op_input_spec": {ANY: activation},
+        "op_output_spec": {ANY: activation},
+        "op_state_spec": {"weight": default_weight_quantization_spec()},
+    }
+
+
+class QATSchedule(SpecModel):
+    """Training steps at which observers and fake quantization switch on and off."""
+
+    enable_observer: Annotated[int, Field(ge=0)] = 0
+    enable_fake_quant: Annotated[int, Field(ge=0)] = 0
+    disable_observer: Annotated[int, Field(ge=0)] | None = None
+
+
+class OpQuantizerConfig(OpCompressionConfig[QuantizationSpec]):
+    """Quantization of one op's inputs, outputs and state."""
+
+    @classmethod
+    def default_slots(cls) -> dict[str, dict[Any, Any]]:
+        """int8 activations and per-channel int8 weights."""
+        return _default_slots()
+
+
+class KVCacheQuantConfig(SpecModel):
+    """Quantization of the op that updates a key-value cache."""
+
+    op_quantizer_config: OpQuantizerConfig
+
+
+class ModuleQuantizerConfig(ModuleCompressionConfig[QuantizationSpec, OpQuantizerConfig]):
+    """Quantization of everything inside a module.
+
+    Attributes:
+        qat_schedule: When observers and fake quantization switch in training.
+    """
+
+    qat_schedule: QATSchedule | None = None
+
+    @classmethod
+    def default_slots(cls) -> dict[str, dict[Any, Any]]:
+        """int8 activations and per-channel int8 weights."""
+        return _default_slots()
+
+
+class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):
+    """What a quantizer does to a model.
+
+    Attributes:
+        preserved_attributes: Without effect here: captured programs keep what they use.
+        execution_mode: Without effect here: the engine is graph-based.
+        kv_cache_quant_configs: Cache-update op → its quantization.
+    """
+
+    root_key: ClassVar[str] = "quantization_config"
+    spec_key: ClassVar[str] = "quantization_spec"
+    no_effect: ClassVar[dict[str, str]] = {
+        "preserved_attributes": "a captured program keeps everything it uses",
+        "execution_mode": "the engine always works on the graph",
+    }
+    presets: ClassVar[type[_Presets]]
+
+    preserved_attributes: list[str] | None = None
+    execution_mode: ExecutionMode = ExecutionMode.GRAPH
+    kv_cache_quant_configs: dict[str, KVCacheQuantConfig] | None = None
+
+    @classmethod
+    def default_global_config(cls) -> ModuleQuantizerConfig:
+        """int8 activations and per-channel int8 weights."""
+        return ModuleQuantizerConfig()
+
+
+def _weight_only(spec: QuantizationSpec) -> QuantizerConfig:
+    module = ModuleQuantizerConfig(
+        op_input_spec=None, op_output_spec=None, op_state_spec={"weight": spec}
+    )
+    return QuantizerConfig(global_config=module)
+
+
+class _Presets:
+    """Ready-made configs for a whole model."""
+
+    @staticmethod
+    def w8(*, axis: int | None = None) -> QuantizerConfig:
+        """int8 weights, one scale per channel."""
+        return _weight_only(QuantizationSpec(granularity=PerChannelGranularity(axis=axis)))
+
+    @staticmethod
+    def w4(*, axis: int | None = None) -> QuantizerConfig:
+        """int4 weights, one scale per channel."""
+        granularity = PerChannelGranularity(axis=axis)
+        return _weight_only(QuantizationSpec(dtype=torch.int4, granularity=granularity))
+
+    @staticmethod
+    def w4_per_block(*, block_size: int = 32) -> QuantizerConfig:
+        """int4 weights, one scale per block of input channels."""
+        granularity = PerBlockGranularity(block_size=block_size)
+        return _weight_only(QuantizationSpec(dtype=torch.int4, granularity=granularity))
+
+    @staticmethod
+    def w8a8() -> QuantizerConfig:
+        """int8 weights and activations, the default."""
+        return QuantizerConfig()
+
+
+QuantizerConfig.presets = _Presets

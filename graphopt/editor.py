@@ -1,0 +1,136 @@
+"""Editor: the only way to change a graph; it records whether anything changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, fx, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+from graphopt.captured_module import holder_of
+
+__all__ = ["Editor"]
+
+_INHERITED = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
+
+
+class Editor:
+    """Edits of one graph module.
+
+    Attributes:
+        gm: The module being edited.
+        changed: Whether an edit happened.
+    """
+
+    def __init__(self, gm: fx.GraphModule) -> None:
+        self.gm = gm
+        self.changed = False
+        self._fake_mode = _fake_mode_of(gm.graph)
+
+    def constants(self) -> Iterator[fx.Node]:
+        """The `get_attr` nodes, as a list that edits do not disturb."""
+        yield from list(self.gm.graph.find_nodes(op="get_attr"))
+
+    def calls(self, *targets: Callable[..., Any]) -> Iterator[fx.Node]:
+        """The nodes that call one of `targets`, in order."""
+        for node in list(self.gm.graph.nodes):
+            if node.op == "call_function" and node.target in targets:
+                yield node
+
+    def value(self, node: fx.Node) -> Tensor:
+        """The tensor behind a `get_attr` node."""
+        holder, name = holder_of(self.gm, str(node.target))
+        found = getattr(holder, name)
+        if not isinstance(found, Tensor):
+            raise TypeError(f"{node.target} is no tensor")
+        return found
+
+    def constant(self, name: str, value: Tensor, *, like: fx.Node) -> fx.Node:
+        """Add a persistent buffer under dotted `name` (made unique) and its node before `like`.
+
+        Args:
+            name: Wanted name.
+            value: Its value.
+            like: Node whose place and origin the new one takes.
+        """
+        path, number = name, 0
+        while self._exists(path):
+            number += 1
+            path = f"{name}_{number}"
+        holder, attribute = holder_of(self.gm, path, create=True)
+        holder.register_buffer(attribute, value)
+        with self.gm.graph.inserting_before(like):
+            node = self.gm.graph.get_attr(path)
+        self._inherit(node, like)
+        node.meta["val"] = self.fake(value)
+        self.changed = True
+        return node
+
+    def call(self, target: Callable[..., Any], *args: Any, like: fx.Node) -> fx.Node:  # noqa: ANN401
+        """Insert a call before `like`, with its origin and a computed `meta["val"]`."""
+        with self.gm.graph.inserting_before(like):
+            node = self.gm.graph.call_function(target, args)
+        self._inherit(node, like)
+        values = fx.map_arg(args, lambda used: used.meta.get("val"))
+        if self._fake_mode is not None:
+            with self._fake_mode:
+                node.meta["val"] = target(*values)
+        self.changed = True
+        return node
+
+    def replace(self, old: fx.Node, new: fx.Node) -> None:
+        """Let every user of `old` use `new`, and drop `old`."""
+        old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
+        self.gm.graph.erase_node(old)
+        self.changed = True
+
+    def erase(self, node: fx.Node) -> None:
+        """Drop a node without users."""
+        self.gm.graph.erase_node(node)
+        self.changed = True
+
+    def set_value(self, node: fx.Node, value: Tensor) -> None:
+        """Replace the tensor behind a `get_attr` node, keeping its name and kind."""
+        holder, name = holder_of(self.gm, str(node.target))
+        old = getattr(holder, name)
+        if isinstance(old, nn.Parameter):
+            holder.register_parameter(name, nn.Parameter(value, old.requires_grad))
+        else:
+            holder._buffers[name] = value
+        self.changed = True
+
+    def delete_constant(self, path: str) -> None:
+        """Drop a tensor that no node refers to any more."""
+        holder, name = holder_of(self.gm, path)
+        delattr(holder, name)
+        self.changed = True
+
+    def _exists(self, path: str) -> bool:
+        try:
+            holder, name = holder_of(self.gm, path)
+        except AttributeError:
+            return False
+        return hasattr(holder, name)
+
+    def _inherit(self, node: fx.Node, like: fx.Node) -> None:
+        origin = like
+        if "nn_module_stack" not in origin.meta:
+            origin = next((user for user in like.users if "nn_module_stack" in user.meta), like)
+        for key in _INHERITED:
+            if key in origin.meta:
+                node.meta[key] = origin.meta[key]
+
+    def fake(self, value: Tensor) -> Any:  # noqa: ANN401
+        """The value as `meta["val"]` holds it."""
+        if self._fake_mode is None:
+            return value.detach()
+        return self._fake_mode.from_tensor(value.detach(), static_shapes=True)
+
+
+def _fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    for node in graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, FakeTensor):
+            return value.fake_mode
+    return None

@@ -1,0 +1,76 @@
+"""Exceptions and warnings of graphopt; each also derives from the fitting builtin."""
+
+from __future__ import annotations
+
+__all__ = [
+    "ArtifactExistsError",
+    "CaptureError",
+    "CompressionError",
+    "ConfigError",
+    "ConfigWarning",
+    "GraphOptError",
+    "InputError",
+    "LoweringError",
+    "MissingDependencyError",
+    "PassError",
+    "StateError",
+    "VerificationError",
+]
+
+
+class GraphOptError(Exception):
+    """Base of every error that graphopt raises on purpose."""
+
+
+class ConfigError(GraphOptError, ValueError):
+    """A spec or config holds a wrong value, an unknown key, or a key that matches nothing.
+
+    Attributes:
+        problems: (path of the key, what is wrong with it), where that is known.
+    """
+
+    def __init__(
+        self, message: str, problems: tuple[tuple[tuple[str | int, ...], str], ...] = ()
+    ) -> None:
+        super().__init__(message)
+        self.problems = problems
+
+
+class CaptureError(GraphOptError, RuntimeError):
+    """A model cannot be exported; the message names the op, module and source line."""
+
+
+class InputError(GraphOptError, ValueError):
+    """Inputs do not fit a captured program: structure, dtype or a dimension that is fixed."""
+
+
+class CompressionError(GraphOptError, ValueError):
+    """A tensor cannot be compressed as asked (NaN, Inf, a dtype without a rule)."""
+
+
+class StateError(GraphOptError, RuntimeError):
+    """A call came at the wrong time, such as `finalize` before `prepare`."""
+
+
+class PassError(GraphOptError, RuntimeError):
+    """A pass ran without the passes that must precede it, or broke the graph."""
+
+
+class LoweringError(GraphOptError, RuntimeError):
+    """A target cannot hold the program; raised before any file is written."""
+
+
+class VerificationError(GraphOptError, RuntimeError):
+    """A saved artifact could not be evaluated for comparison."""
+
+
+class ArtifactExistsError(GraphOptError, FileExistsError):
+    """The output path exists and `overwrite=True` was not given."""
+
+
+class MissingDependencyError(GraphOptError, ImportError):
+    """An optional package is absent; the message names the extra that brings it."""
+
+
+class ConfigWarning(UserWarning):
+    """A config was followed, but part of it had no effect or a fallback was taken."""

@@ -1,0 +1,1 @@
+"""Pure functions of tensors: clustering, bit packing."""

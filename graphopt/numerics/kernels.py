@@ -1,0 +1,487 @@
+"""Compiled inner loops of one-dimensional clustering; all release the GIL and are deterministic.
+
+Points are given as prefix sums at sorted positions: `w[i]` and `wx[i]` are the total weight and the
+weighted sum of everything left of position `i`. The distortion of a partition differs from
+`−Σ (ΔWX)²/ΔW` by a constant, so the programs below maximise that sum. With `grid > 0` centroids are
+confined to `grid · {q_min … q_max}` and each part pays `ΔW · (μ − grid(μ))²` more; the objective
+stays Monge, so the optimal cut of a longer prefix never lies further left and the search is
+monotone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+__all__ = [
+    "assign_groups",
+    "cut_groups",
+    "fill_prefix",
+    "finite_range",
+    "fit_groups",
+    "histogram_moments",
+    "optimal_cuts",
+    "pack_bits",
+    "refine_cuts",
+    "table_cuts",
+    "unpack_bits",
+]
+
+_jit = njit(cache=True, nogil=True, error_model="numpy")
+
+
+@_jit
+def finite_range(x):
+    """(min, max, all finite) of a flat float array."""
+    low = x[0]
+    high = x[0]
+    total = 0.0
+    for i in range(x.size):
+        v = x[i]
+        low = min(low, v)
+        high = max(high, v)
+        total += v * 0.0
+    return low, high, total == 0.0
+
+
+@_jit
+def histogram_moments(x, sample_weight, low, inverse_step, count, total):
+    """Add weight and weighted sum of each uniform bin into `count` and `total` (float64)."""
+    last = count.size - 1
+    if sample_weight.size:
+        for i in range(x.size):
+            b = min(int((x[i] - low) * inverse_step), last)
+            count[b] += sample_weight[i]
+            total[b] += sample_weight[i] * x[i]
+    else:
+        for i in range(x.size):
+            b = min(int((x[i] - low) * inverse_step), last)
+            count[b] += 1.0
+            total[b] += x[i]
+
+
+@_jit
+def fill_prefix(value, weight, shift, w, wx):
+    """Prefix sums of `weight` and `weight · (value − shift)`, both starting with 0."""
+    w[0] = 0.0
+    wx[0] = 0.0
+    for i in range(value.size):
+        w[i + 1] = w[i] + weight[i]
+        wx[i + 1] = wx[i] + weight[i] * (value[i] - shift)
+
+
+@_jit
+def _gain(w, wx, i, j, grid, q_min, q_max):
+    mass = w[j] - w[i]
+    if mass <= 0.0:
+        return 0.0
+    moment = wx[j] - wx[i]
+    if grid <= 0.0:
+        return moment * moment / mass
+    mean = moment / mass
+    level = grid * min(max(np.rint(mean / grid), q_min), q_max)
+    return mass * (2.0 * mean - level) * level
+
+
+@_jit
+def optimal_cuts(w, wx, k_max, grid, q_min, q_max):
+    """Best cuts of the points into 1 … k_max parts, all in one run.
+
+    Returns:
+        `cut[k, j]`, the start of the last part when the first `j` points form `k + 1` parts, and
+        `gain[k]`, the objective of `k + 1` parts over all points. O(k_max · m · log m).
+    """
+    m = w.size - 1
+    cut = np.zeros((k_max, m + 1), dtype=np.int32)
+    gain = np.zeros(k_max)
+    best = np.empty(m + 1)
+    for j in range(m + 1):
+        best[j] = _gain(w, wx, 0, j, grid, q_min, q_max)
+    gain[0] = best[m]
+    following = np.empty(m + 1)
+    stack = np.empty((64, 4), dtype=np.int64)
+    for k in range(1, k_max):
+        for j in range(min(k + 1, m + 1)):
+            following[j] = best[j]
+            cut[k, j] = min(j, k)
+        top = 0
+        if m > k:
+            stack[0, 0] = k + 1
+            stack[0, 1] = m
+            stack[0, 2] = k
+            stack[0, 3] = m - 1
+            top = 1
+        while top:
+            top -= 1
+            left = stack[top, 0]
+            right = stack[top, 1]
+            first = stack[top, 2]
+            last = stack[top, 3]
+            middle = (left + right) // 2
+            at = first
+            value = -np.inf
+            for i in range(first, min(last, middle - 1) + 1):
+                candidate = best[i] + _gain(w, wx, i, middle, grid, q_min, q_max)
+                if candidate > value:
+                    value = candidate
+                    at = i
+            following[middle] = value
+            cut[k, middle] = at
+            if left < middle:
+                stack[top, 0] = left
+                stack[top, 1] = middle - 1
+                stack[top, 2] = first
+                stack[top, 3] = at
+                top += 1
+            if middle < right:
+                stack[top, 0] = middle + 1
+                stack[top, 1] = right
+                stack[top, 2] = at
+                stack[top, 3] = last
+                top += 1
+        best, following = following, best
+        gain[k] = best[m]
+    return cut, gain
+
+
+@_jit
+def table_cuts(cut, k, edges):
+    """Follow `cut` back from the end: positions (in `edges` units) that bound `k` parts."""
+    bounds = np.empty(k + 1, dtype=np.int64)
+    j = edges.size - 1
+    bounds[k] = edges[j]
+    for part in range(k - 1, 0, -1):
+        j = cut[part, j]
+        bounds[part] = edges[j]
+    bounds[0] = edges[0]
+    return bounds
+
+
+@_jit
+def refine_cuts(w, wx, bounds, grid, q_min, q_max):
+    """Move every cut of `bounds`, in place, to the jointly best single points near it.
+
+    An exact program in which each cut may lie anywhere between its two neighbours; the windows
+    overlap twofold, so it costs O(m · log m) for any number of parts. It is repeated around the new
+    cuts as long as one of them lies at the rim of its window, sixteen times at most.
+    """
+    parts = bounds.size - 1
+    low = np.empty(parts, dtype=np.int64)
+    high = np.empty(parts, dtype=np.int64)
+    offset = np.empty(parts + 1, dtype=np.int64)
+    stack = np.empty((64, 4), dtype=np.int64)
+    for _ in range(16):
+        offset[1] = 0
+        widest = 0
+        for k in range(1, parts):
+            low[k] = bounds[k - 1]
+            high[k] = bounds[k + 1]
+            offset[k + 1] = offset[k] + high[k] - low[k] + 1
+            widest = max(widest, high[k] - low[k] + 1)
+        back = np.empty(offset[parts], dtype=np.int32)
+        best = np.empty(widest)
+        following = np.empty(widest)
+        for j in range(low[1], high[1] + 1):
+            best[j - low[1]] = _gain(w, wx, bounds[0], j, grid, q_min, q_max)
+        for k in range(2, parts):
+            base = low[k - 1]
+            stack[0, 0] = low[k]
+            stack[0, 1] = high[k]
+            stack[0, 2] = base
+            stack[0, 3] = high[k - 1]
+            top = 1
+            while top:
+                top -= 1
+                left = stack[top, 0]
+                right = stack[top, 1]
+                first = stack[top, 2]
+                last = stack[top, 3]
+                middle = (left + right) // 2
+                at = first
+                value = -np.inf
+                for i in range(first, min(last, middle) + 1):
+                    candidate = best[i - base] + _gain(w, wx, i, middle, grid, q_min, q_max)
+                    if candidate > value:
+                        value = candidate
+                        at = i
+                following[middle - low[k]] = value
+                back[offset[k] + middle - low[k]] = at
+                if left < middle:
+                    stack[top, 0] = left
+                    stack[top, 1] = middle - 1
+                    stack[top, 2] = first
+                    stack[top, 3] = at
+                    top += 1
+                if middle < right:
+                    stack[top, 0] = middle + 1
+                    stack[top, 1] = right
+                    stack[top, 2] = at
+                    stack[top, 3] = last
+                    top += 1
+            best, following = following, best
+        base = low[parts - 1]
+        end = bounds[parts]
+        value = -np.inf
+        at = base
+        for i in range(base, high[parts - 1] + 1):
+            candidate = best[i - base] + _gain(w, wx, i, end, grid, q_min, q_max)
+            if candidate > value:
+                value = candidate
+                at = i
+        rim = False
+        for k in range(parts - 1, 0, -1):
+            rim |= at != bounds[k] and (at == low[k] or at == high[k])
+            bounds[k] = at
+            if k > 1:
+                at = back[offset[k] + at - low[k]]
+        if not rim:
+            break
+
+
+@_jit
+def _centroids(w, wx, bounds, shift, grid, q_min, q_max, first, table):
+    """Mean of each part into `table`; an empty part repeats the entry before it."""
+    last = first
+    for part in range(bounds.size - 1):
+        mass = w[bounds[part + 1]] - w[bounds[part]]
+        if mass > 0.0:
+            last = (wx[bounds[part + 1]] - wx[bounds[part]]) / mass
+            if grid > 0.0:
+                last = grid * min(max(np.rint(last / grid), q_min), q_max)
+            last += shift
+        table[part] = last
+
+
+@_jit
+def _nearest(x, middle, index):
+    """Index of the interval of `middle` (increasing, last is inf) that holds each value."""
+    k = middle.size
+    if k <= 16:
+        for i in range(x.size):
+            v = x[i]
+            at = 0
+            for j in range(k - 1):
+                at += v > middle[j]
+            index[i] = at
+        return
+    cells = 4096 if x.size >= 16384 else 256
+    low = middle[0]
+    high = middle[k - 2]
+    if not high > low:
+        for i in range(x.size):
+            index[i] = 0 if x[i] <= low else k - 1
+        return
+    scale = np.float32(cells / (np.float64(high) - np.float64(low)))
+    first = np.zeros(cells + 1, dtype=np.uint8)
+    at = 0
+    for cell in range(1, cells + 1):
+        # one cell to the left, so that rounding of the cell number cannot overshoot
+        edge = low + np.float32(cell - 1) / scale
+        while at < k - 1 and middle[at] < edge:
+            at += 1
+        first[cell] = at
+    for i in range(x.size):
+        v = x[i]
+        cell = int(min(max((v - low) * scale, np.float32(0.0)), np.float32(cells)))
+        at = first[cell]
+        while v > middle[at]:
+            at += 1
+        index[i] = at
+
+
+@_jit
+def assign_groups(x, tables, sample_weight, index, dense, error):
+    """Nearest entry of each group's increasing table for each of the group's values.
+
+    Args:
+        x: Values, [groups, n] float32.
+        tables: [groups, k] float32, each row increasing.
+        sample_weight: Weights of the squared errors, [groups, n] float32, or [0, 0].
+        index: Output, [groups, n] uint8.
+        dense: Output of the same shape as `x`, or [0, 0] when it is not wanted.
+        error: Output, [groups] float64: the (weighted) sum of squared errors.
+    """
+    k = tables.shape[1]
+    middle = np.empty(k, dtype=np.float32)
+    weighted = sample_weight.size > 0
+    for g in range(x.shape[0]):
+        table = tables[g]
+        for j in range(k - 1):
+            middle[j] = np.float32(0.5 * (np.float64(table[j]) + np.float64(table[j + 1])))
+        middle[k - 1] = np.inf
+        values = x[g]
+        chosen = index[g]
+        _nearest(values, middle, chosen)
+        total = 0.0
+        if weighted:
+            for i in range(values.size):
+                difference = np.float64(values[i]) - np.float64(table[chosen[i]])
+                total += np.float64(sample_weight[g, i]) * difference * difference
+        else:
+            for i in range(values.size):
+                difference = np.float64(values[i]) - np.float64(table[chosen[i]])
+                total += difference * difference
+        error[g] = total
+        if dense.size:
+            for i in range(values.size):
+                dense[g, i] = table[chosen[i]]
+
+
+@_jit
+def fit_groups(value, weight, ks, cells, grid, q_min, q_max, tables):
+    """Fit tables of every size in `ks` to each row of sorted points.
+
+    Args:
+        value: Sorted points, [groups, m] float64.
+        weight: Their weights, same shape, or [0, 0] for ones; not negative.
+        ks: Increasing table sizes, int64.
+        cells: Places between which the exact program chooses cuts; at `m` or above it is exact,
+            below it the cuts are refined afterwards to single points.
+        grid: Step of the centroid grid of each group, float64 [groups]; 0 is no grid.
+        q_min: Lowest grid level.
+        q_max: Highest grid level.
+        tables: Output, [groups, sum(ks)] float64; the tables of one group side by side.
+    """
+    groups, m = value.shape
+    k_max = ks[ks.size - 1]
+    w = np.empty(m + 1)
+    wx = np.empty(m + 1)
+    ones = np.ones(m) if weight.size == 0 else np.empty(0)
+    edges = np.empty(min(cells, m) + 1, dtype=np.int64)
+    for g in range(groups):
+        points = value[g]
+        mass = weight[g] if weight.size else ones
+        shift = 0.0
+        if grid[g] <= 0.0:
+            total = 0.0
+            moment = 0.0
+            for i in range(m):
+                total += mass[i]
+                moment += mass[i] * points[i]
+            if total > 0.0:
+                shift = moment / total
+        fill_prefix(points, mass, shift, w, wx)
+        n_edges = _companding_edges(points, w, cells, edges)
+        used = edges[:n_edges]
+        cut, _ = optimal_cuts(w[used], wx[used], k_max, grid[g], q_min, q_max)
+        at = 0
+        for k in ks:
+            bounds = table_cuts(cut, k, used)
+            if k > 1 and n_edges - 1 < m:
+                refine_cuts(w, wx, bounds, grid[g], q_min, q_max)
+            table = tables[g, at : at + k]
+            _centroids(w, wx, bounds, shift, grid[g], q_min, q_max, points[0], table)
+            at += k
+
+
+@_jit
+def cut_groups(w, wx, ks, grid, q_min, q_max):
+    """Centroids (less the shift) of the best cuts of each row of prefix sums.
+
+    Args:
+        w: Prefix sums of weights at the candidate cuts, [groups, cells + 1] float64.
+        wx: Prefix sums of weighted values there.
+        ks: Increasing table sizes.
+        grid: Step of the centroid grid of each group; 0 is no grid.
+        q_min: Lowest grid level.
+        q_max: Highest grid level.
+
+    Returns:
+        [groups, sum(ks)] float64, the tables of one group side by side.
+    """
+    groups = w.shape[0]
+    identity = np.arange(w.shape[1])
+    tables = np.zeros((groups, ks.sum()))
+    for g in range(groups):
+        cut, _ = optimal_cuts(w[g], wx[g], ks[ks.size - 1], grid[g], q_min, q_max)
+        at = 0
+        for k in ks:
+            bounds = table_cuts(cut, k, identity)
+            table = tables[g, at : at + k]
+            _centroids(w[g], wx[g], bounds, 0.0, grid[g], q_min, q_max, 0.0, table)
+            at += k
+    return tables
+
+
+@_jit
+def _companding_edges(points, w, cells, edges):
+    """Positions that cut the points into cells of about equal share of ∫ p^(1/3) dx.
+
+    That density of cells is the asymptotically best one for squared error (Panter and Dite 1951).
+    """
+    m = points.size
+    if m <= cells:
+        for i in range(m + 1):
+            edges[i] = i
+        return m + 1
+    stride = max(m // max(4 * cells, 512), 1)
+    blocks = -(-(m - 1) // stride)
+    share = np.empty(blocks)
+    for b in range(blocks):
+        i = b * stride
+        end = min(i + stride, m - 1)
+        gap = points[end] - points[i]
+        share[b] = np.cbrt((w[end] - w[i]) * gap * gap)
+    # blocks that hold several cells' share, as in a long tail, are walked point by point
+    heavy = share > 0.5 * share.sum() / cells
+    for b in range(blocks):
+        if heavy[b]:
+            share[b] = 0.0
+            for place in range(b * stride + 1, min((b + 1) * stride, m - 1) + 1):
+                gap = points[place] - points[place - 1]
+                share[b] += np.cbrt((w[place] - w[place - 1]) * gap * gap)
+    total = share.sum()
+    edges[0] = 0
+    count = 1
+    done = 0.0
+    target = total / cells
+    for b in range(blocks):
+        end = min((b + 1) * stride, m - 1)
+        for place in range(b * stride + 1 if heavy[b] else end, end + 1):
+            if heavy[b]:
+                gap = points[place] - points[place - 1]
+                done += np.cbrt((w[place] - w[place - 1]) * gap * gap)
+            else:
+                done += share[b]
+            if count < cells and done >= target:
+                edges[count] = place
+                count += 1
+                # what a long gap took too much is spread over the cells that remain
+                target = done + (total - done) / max(cells - count + 1, 1)
+    edges[count] = m
+    return count + 1
+
+
+@_jit
+def pack_bits(index, n_bits, packed):
+    """Pack `n_bits`-wide values least significant bit first; `packed` must be zeroed."""
+    buffer = np.uint32(0)
+    filled = 0
+    at = 0
+    for i in range(index.size):
+        buffer |= np.uint32(index[i]) << np.uint32(filled)
+        filled += n_bits
+        while filled >= 8:
+            packed[at] = np.uint8(buffer & np.uint32(255))
+            at += 1
+            buffer >>= np.uint32(8)
+            filled -= 8
+    if filled:
+        packed[at] = np.uint8(buffer & np.uint32(255))
+
+
+@_jit
+def unpack_bits(packed, n_bits, index):
+    """Inverse of `pack_bits`."""
+    buffer = np.uint32(0)
+    filled = 0
+    at = 0
+    mask = np.uint32((1 << n_bits) - 1)
+    for i in range(index.size):
+        while filled < n_bits:
+            buffer |= np.uint32(packed[at]) << np.uint32(filled)
+            at += 1
+            filled += 8
+        index[i] = np.uint8(buffer & mask)
+        buffer >>= np.uint32(n_bits)
+        filled -= n_bits

@@ -1,0 +1,15 @@
+"""Configs of palettization under coreai-opt's module path."""
+
+from graphopt.config.palettization import (
+    KMeansPalettizerConfig,
+    ModuleKMeansPalettizerConfig,
+    OpKMeansPalettizerConfig,
+    PATSchedule,
+)
+
+__all__ = [
+    "KMeansPalettizerConfig",
+    "ModuleKMeansPalettizerConfig",
+    "OpKMeansPalettizerConfig",
+    "PATSchedule",
+]

@@ -1,0 +1,1 @@
+"""Compression schemes: spec and tensor in, constants and vocabulary ops out."""

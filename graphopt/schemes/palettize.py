@@ -1,0 +1,336 @@
+"""Palettization: a weight becomes packed indices and tables, by k-means on its values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import CompressionError
+from graphopt.numerics.kmeans1d import Clustering, IntGrid, assign_1d, cluster_1d
+from graphopt.numerics.kmeans_nd import cluster_vectors
+from graphopt.numerics.packing import pack
+from graphopt.ops import STORAGE_BITS, lut_to_dense, shift_scale
+from graphopt.specs import (
+    PalettizationSpec,
+    PerGroupedChannelGranularity,
+    QuantizationScheme,
+    QuantizationSpec,
+)
+
+__all__ = ["Layout", "PalettizedWeight", "palettize", "plan_layout", "resolve_group_size"]
+
+_FP8_STORAGE = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the elements of one weight are divided among tables.
+
+    Attributes:
+        shape: Shape of the weight.
+        group_axis: Axis that is cut into groups.
+        group_size: Channels per table.
+        vector_axis: Axis along which table entries lie, the output-channel axis.
+        cluster_dim: Length of a table entry.
+        note: What was changed against the spec, or "".
+    """
+
+    shape: tuple[int, ...]
+    group_axis: int
+    group_size: int
+    vector_axis: int
+    cluster_dim: int
+    note: str = ""
+
+    @property
+    def n_groups(self) -> int:
+        """Number of tables."""
+        return self.shape[self.group_axis] // self.group_size
+
+    def split(self, weight: Tensor) -> Tensor:
+        """Arrange a tensor of `shape` as [groups, vectors per group, cluster_dim]."""
+        axis, length = self.vector_axis, self.cluster_dim
+        folded = weight.reshape(
+            [*self.shape[:axis], self.shape[axis] // length, length, *self.shape[axis + 1 :]]
+        ).movedim(axis + 1, -1)
+        return folded.movedim(self.group_axis, 0).reshape(self.n_groups, -1, length)
+
+    def index_shape(self) -> tuple[int, ...]:
+        """Shape of the indices: one per vector."""
+        return tuple(
+            size // self.cluster_dim if axis == self.vector_axis else size
+            for axis, size in enumerate(self.shape)
+        )
+
+    def join_indices(self, grouped: Tensor) -> Tensor:
+        """Inverse of `split` for one code per vector, [groups, vectors] → `index_shape`."""
+        shape = list(self.index_shape())
+        moved = [shape.pop(self.group_axis), *shape]
+        return grouped.reshape(moved).movedim(0, self.group_axis)
+
+    def lut_shape(self, n_entries: int) -> list[int]:
+        """[n_lut_0 … n_lut_{K-1}, entries, cluster_dim]."""
+        axes = range(len(self.shape))
+        groups = [self.n_groups if axis == self.group_axis else 1 for axis in axes]
+        return [*groups, n_entries, self.cluster_dim]
+
+
+@dataclass(frozen=True)
+class PalettizedWeight:
+    """The stored form of one palettized weight.
+
+    `dense = channel_scale · lut_to_dense(indices, lut_scale · (lut − lut_offset))`
+
+    Attributes:
+        indices: Packed codes, uint8 1-D.
+        lut: Tables, [n_lut_0 … n_lut_{K-1}, 2**n_bits, cluster_dim], in the weight's dtype, or
+            packed bytes when `lut_storage` names a narrow type.
+        lut_scale: One scale per table, rank K + 2; None for a table in the weight's dtype.
+        lut_offset: Zero points of the shape of `lut_scale`, or None.
+        lut_storage: Element type of quantized tables (`graphopt.ops.shift_scale`), or None.
+        channel_scale: Per-output-channel scale, rank K, or None.
+        layout: How elements belong to tables.
+        n_bits: Bits per code.
+        dtype: Type of the dense weight.
+        sse: Sum of squared errors against the weight, float64.
+        energy: Sum of squares of the weight.
+    """
+
+    indices: Tensor
+    lut: Tensor
+    lut_scale: Tensor | None
+    lut_offset: Tensor | None
+    lut_storage: str | None
+    channel_scale: Tensor | None
+    layout: Layout
+    n_bits: int
+    dtype: torch.dtype
+    sse: float
+    energy: float
+
+    @property
+    def op_vector_axis(self) -> int | None:
+        """`vector_axis` as the lookup op wants it: None for scalar entries."""
+        return self.layout.vector_axis if self.layout.cluster_dim > 1 else None
+
+    def lut_shape(self) -> list[int]:
+        """Logical shape of the tables."""
+        return self.layout.lut_shape(2**self.n_bits)
+
+    def dense(self) -> Tensor:
+        """The weight that this stands for, of `layout.shape` and `dtype`."""
+        lut = self.lut
+        if self.lut_storage is not None and self.lut_scale is not None:
+            lut = shift_scale(
+                lut, self.lut_scale, self.lut_offset, self.lut_storage, self.lut_shape(), self.dtype
+            )
+        shape = self.layout.shape
+        weight = lut_to_dense(self.indices, lut, self.n_bits, shape, self.op_vector_axis)
+        if self.channel_scale is not None:
+            weight = shift_scale(weight, self.channel_scale, None, "float", shape, self.dtype)
+        return weight
+
+    def stored_bits(self) -> int:
+        """Bits of everything that must be stored: codes, tables and scales."""
+        total = 8 * self.indices.numel()
+        for tensor in (self.lut, self.lut_scale, self.lut_offset, self.channel_scale):
+            total += 0 if tensor is None else 8 * tensor.numel() * tensor.element_size()
+        return total
+
+
+def resolve_group_size(
+    channels: int, group_size: int, elements_per_channel: int, spec: PalettizationSpec
+) -> int:
+    """The group size to use where the asked one does not divide the channel count.
+
+    It is the divisor of `channels` with the nearest ratio to `group_size` (the smaller one at a
+    tie). If its tables would take more bits than the indices they serve, one table serves the
+    whole tensor.
+    """
+    if channels % group_size == 0:
+        return group_size
+    divisors = [size for size in range(1, channels + 1) if channels % size == 0]
+    best = min(divisors, key=lambda size: (abs(math.log(size / group_size)), size))
+    table_bits = spec.n_entries * spec.cluster_dim * 16
+    index_bits = best * elements_per_channel * spec.n_bits // spec.cluster_dim
+    return best if table_bits <= index_bits else channels
+
+
+def plan_layout(shape: Sequence[int], output_axis: int, spec: PalettizationSpec) -> Layout:
+    """Divide a weight among tables as the spec asks, with the documented fallback.
+
+    Args:
+        shape: Shape of the stored weight.
+        output_axis: Its output-channel axis, used where the spec gives no axis.
+        spec: What is asked for.
+
+    Raises:
+        CompressionError: The axis does not exist, or `cluster_dim` divides neither the channels nor
+            the group.
+    """
+    dims = tuple(int(size) for size in shape)
+    granularity = spec.granularity
+    axis, size, note = output_axis, dims[output_axis], ""
+    if isinstance(granularity, PerGroupedChannelGranularity):
+        axis = output_axis if granularity.axis is None else granularity.axis
+        if axis >= len(dims):
+            raise CompressionError(f"granularity.axis={axis}, but the weight has shape {dims}")
+        channels = dims[axis]
+        per_channel = math.prod(dims) // channels
+        size = resolve_group_size(channels, granularity.group_size, per_channel, spec)
+        if size != granularity.group_size:
+            note = (
+                f"group_size {granularity.group_size} does not divide {channels} channels of axis"
+                f" {axis}; {'one table per tensor' if size == channels else f'groups of {size}'}"
+            )
+    length = spec.cluster_dim
+    unit = size if axis == output_axis else dims[output_axis]
+    if unit % length:
+        raise CompressionError(
+            f"cluster_dim={length} does not divide the {unit} channels that share a table on axis"
+            f" {output_axis}"
+        )
+    return Layout(dims, axis, size, output_axis, length, note)
+
+
+def palettize(
+    weight: Tensor,
+    spec: PalettizationSpec,
+    *,
+    output_axis: int = 0,
+    importance: Tensor | None = None,
+    seed: int = 0,
+) -> PalettizedWeight:
+    """Cluster one weight.
+
+    Args:
+        weight: Floating point, any rank from 1, any device.
+        spec: What it becomes.
+        output_axis: Output-channel axis of the stored tensor.
+        importance: Weight of each element's squared error, same shape; None weighs all alike.
+        seed: Seed of the initial centroids of vector tables.
+
+    Returns:
+        Indices, tables and scales, on the device of `weight`.
+
+    Raises:
+        CompressionError: NaN or Inf in the weight, or a layout that cannot be built.
+    """
+    layout = plan_layout(weight.shape, output_axis, spec)
+    source = weight.detach()
+    scaled, mass, channel_scale = source, importance, None
+    if spec.enable_per_channel_scale:
+        others = [axis for axis in range(source.ndim) if axis != output_axis]
+        largest = source.abs().amax(dim=others, keepdim=True) if others else source.abs()
+        channel_scale = torch.where(largest > 0, largest, torch.ones_like(largest))
+        scaled = source / channel_scale
+        # errors count in the weight's own units
+        mass = channel_scale.float().square().expand_as(source)
+        mass = mass if importance is None else mass * importance
+    vectors = layout.split(scaled)
+    weights = None if mass is None else layout.split(mass).mean(-1)
+    if layout.cluster_dim > 1:
+        tables, codes, _ = cluster_vectors(vectors, spec.n_entries, weights=weights, seed=seed)
+        scalar = None
+    else:
+        scalar = cluster_1d(vectors[..., 0], [spec.n_entries], weights=weights)[spec.n_entries]
+        tables, codes = scalar.tables[..., None], scalar.indices
+    lut_scale = lut_offset = None
+    storage = None
+    lut = tables
+    if spec.lut_qspec is not None:
+        quantized = _quantize_tables(vectors, weights, tables, spec, spec.lut_qspec)
+        lut, lut_scale, lut_offset, storage, codes = quantized
+    shape = layout.lut_shape(spec.n_entries)
+    if storage is None:
+        lut = lut.reshape(shape).contiguous()
+    scale_shape = [*shape[:-2], 1, 1]
+    result = PalettizedWeight(
+        indices=pack(layout.join_indices(codes).contiguous(), spec.n_bits),
+        lut=lut,
+        lut_scale=None if lut_scale is None else lut_scale.reshape(scale_shape),
+        lut_offset=None if lut_offset is None else lut_offset.reshape(scale_shape),
+        lut_storage=storage,
+        channel_scale=channel_scale,
+        layout=layout,
+        n_bits=spec.n_bits,
+        dtype=weight.dtype,
+        sse=0.0,
+        energy=float(torch.linalg.vector_norm(source, dtype=torch.float64)) ** 2,
+    )
+    plain = scalar is not None and storage is None and channel_scale is None and importance is None
+    sse = scalar.sse.sum() if plain and scalar is not None else _squared_error(source, result)
+    return replace(result, sse=float(sse))
+
+
+def _squared_error(weight: Tensor, palettized: PalettizedWeight) -> Tensor:
+    error = weight.float() - palettized.dense().float()
+    return torch.linalg.vector_norm(error, dtype=torch.float64).square()
+
+
+def _quantize_tables(
+    vectors: Tensor,
+    weights: Tensor | None,
+    tables: Tensor,
+    spec: PalettizationSpec,
+    qspec: QuantizationSpec,
+) -> tuple[Tensor, Tensor, Tensor | None, str, Tensor]:
+    """Quantize tables with one scale each and choose the codes anew.
+
+    Scalar integer tables are solved on the integer grid, so that rounding is part of the optimum.
+
+    Returns:
+        Packed table bytes, scales [groups], zero points [groups] or None, storage name, codes.
+    """
+    flat = tables.float().reshape(tables.shape[0], -1)
+    storage = _FP8_STORAGE.get(qspec.dtype, str(qspec.dtype).removeprefix("torch."))
+    if storage.startswith("fp8"):
+        scale = flat.abs().amax(1).clamp_min(1e-30) / torch.finfo(qspec.dtype).max
+        narrow = (flat / scale[:, None]).to(qspec.dtype)
+        decoded = (narrow.float() * scale[:, None]).to(tables.dtype).reshape(tables.shape)
+        codes = _assign(vectors, decoded, weights)
+        return narrow.reshape(-1).view(torch.uint8), scale.to(tables.dtype), None, storage, codes
+    low, high = (0, 255) if storage == "uint8" else (-128, 127)
+    if qspec.qscheme is QuantizationScheme.ASYMMETRIC:
+        smallest, largest = flat.amin(1).clamp_max(0), flat.amax(1).clamp_min(0)
+        scale = ((largest - smallest) / 255).clamp_min(1e-30)
+        zero = (low - smallest / scale).round().clamp(low, high)
+        zero_point = zero if zero.any() else None
+    else:
+        scale = flat.abs().amax(1).clamp_min(1e-30) / 127
+        zero_point = torch.full_like(scale, 128.0) if storage == "uint8" else None
+        if qspec.qscheme is QuantizationScheme.SYMMETRIC_WITH_CLIPPING:
+            low, high = (1, 255) if storage == "uint8" else (-127, 127)
+    scale = scale.to(tables.dtype).float()
+    shared = zero_point is None or bool((zero_point == zero_point[0]).all())
+    offset = torch.zeros_like(scale) if zero_point is None else zero_point
+    if vectors.shape[-1] == 1 and shared:
+        start = int(offset[0])
+        grid = IntGrid(scale.double(), low - start, high - start)
+        values = vectors[..., 0].float()
+        best = cluster_1d(values, [spec.n_entries], weights=weights, grid=grid)
+        flat = best[spec.n_entries].tables
+    levels = (flat / scale[:, None] + offset[:, None]).round().clamp(low, high)
+    decoded = ((levels - offset[:, None]) * scale[:, None]).to(tables.dtype).reshape(tables.shape)
+    codes = _assign(vectors, decoded, weights)
+    container = torch.uint8 if storage == "uint8" else torch.int8
+    data = levels.to(container).reshape(-1).view(torch.uint8)
+    stored_offset = None if zero_point is None else zero_point.to(container)
+    assert STORAGE_BITS[storage] == 8
+    return data, scale.to(tables.dtype), stored_offset, storage, codes
+
+
+def _assign(vectors: Tensor, tables: Tensor, weights: Tensor | None) -> Tensor:
+    """Codes of the nearest entries; scalar tables must be increasing."""
+    if vectors.shape[-1] == 1:
+        found: Clustering = assign_1d(vectors[..., 0], tables[..., 0], weights)
+        return found.indices
+    codes = [
+        torch.cdist(group.float(), table.float()).argmin(1)
+        for group, table in zip(vectors, tables, strict=True)
+    ]
+    return torch.stack(codes).to(torch.uint8)

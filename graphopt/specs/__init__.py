@@ -1,0 +1,41 @@
+"""What one tensor becomes: frozen values without torch modules in them."""
+
+from graphopt.specs.granularity import (
+    PalettizationGranularity,
+    PerBlockGranularity,
+    PerChannelGranularity,
+    PerGroupedChannelGranularity,
+    PerTensorGranularity,
+    QuantizationGranularity,
+)
+from graphopt.specs.palettization import (
+    DefaultTrainingSpec,
+    PalettizationSpec,
+    TrainingStrategySpec,
+    default_weight_palettization_spec,
+)
+from graphopt.specs.pruning import PruningSpec
+from graphopt.specs.quantization import (
+    QuantizationFormulation,
+    QuantizationScheme,
+    QuantizationSpec,
+)
+from graphopt.specs.targets import ExportBackend
+
+__all__ = [
+    "DefaultTrainingSpec",
+    "ExportBackend",
+    "PalettizationGranularity",
+    "PalettizationSpec",
+    "PerBlockGranularity",
+    "PerChannelGranularity",
+    "PerGroupedChannelGranularity",
+    "PerTensorGranularity",
+    "PruningSpec",
+    "QuantizationFormulation",
+    "QuantizationGranularity",
+    "QuantizationScheme",
+    "QuantizationSpec",
+    "TrainingStrategySpec",
+    "default_weight_palettization_spec",
+]

@@ -1,0 +1,75 @@
+"""How many elements share one table or one scale: a sum type per kind of compression."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from graphopt.specs.model import SpecModel
+
+__all__ = [
+    "PalettizationGranularity",
+    "PerBlockGranularity",
+    "PerChannelGranularity",
+    "PerGroupedChannelGranularity",
+    "PerTensorGranularity",
+    "QuantizationGranularity",
+]
+
+
+class PerTensorGranularity(SpecModel):
+    """One table (or one scale) for the whole tensor."""
+
+    type: Literal["per_tensor"] = Field(default="per_tensor", repr=False)
+    axis: None = None
+
+
+class PerGroupedChannelGranularity(SpecModel):
+    """One table per `group_size` consecutive channels.
+
+    Attributes:
+        axis: Axis of the stored tensor; None is the op's output-channel axis (0 for convolutions
+            and linear, 1 for transposed convolutions, the last for a right-hand matmul operand).
+        group_size: Channels per table, at least 1. A size that does not divide the channel count
+            is replaced by the nearest divisor (`graphopt.schemes.palettize.resolve_group_size`)
+            with a warning that names the layer.
+    """
+
+    type: Literal["per_grouped_channel"] = Field(default="per_grouped_channel", repr=False)
+    axis: Annotated[int, Field(ge=0, le=1)] | None = None
+    group_size: Annotated[int, Field(gt=0)]
+
+
+class PerChannelGranularity(SpecModel):
+    """One scale per channel of `axis` (None: the op's output-channel axis)."""
+
+    type: Literal["per_channel"] = Field(default="per_channel", repr=False)
+    axis: int | None = None
+
+
+class PerBlockGranularity(SpecModel):
+    """One scale per block.
+
+    Attributes:
+        axis: Axis along which a scalar `block_size` runs; None is the op's input-channel axis.
+        block_size: Elements per block along `axis`, or one size per tensor axis (-1: whole axis).
+    """
+
+    type: Literal["per_block"] = Field(default="per_block", repr=False)
+    axis: int | None = None
+    block_size: (
+        Annotated[int, Field(gt=0)] | tuple[Annotated[int, Field(gt=0)] | Literal[-1], ...]
+    )
+
+
+PalettizationGranularity = Annotated[
+    PerTensorGranularity | PerGroupedChannelGranularity, Field(discriminator="type")
+]
+QuantizationGranularity = Annotated[
+    PerTensorGranularity
+    | PerChannelGranularity
+    | PerBlockGranularity
+    | PerGroupedChannelGranularity,
+    Field(discriminator="type"),
+]

@@ -1,0 +1,86 @@
+"""PalettizationSpec: how one weight becomes indices into a table of centroids."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, model_validator
+
+from graphopt.specs.dtypes import dtype_name
+from graphopt.specs.granularity import PalettizationGranularity, PerTensorGranularity
+from graphopt.specs.model import SpecModel
+from graphopt.specs.quantization import QuantizationFormulation, QuantizationSpec
+
+__all__ = [
+    "Bits",
+    "DefaultTrainingSpec",
+    "PalettizationSpec",
+    "TrainingStrategySpec",
+    "default_weight_palettization_spec",
+]
+
+Bits = Literal[1, 2, 3, 4, 6, 8]
+
+_LUT_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+class TrainingStrategySpec(SpecModel):
+    """How a palettized weight behaves in training."""
+
+
+class DefaultTrainingSpec(TrainingStrategySpec):
+    """Weights are clustered again at the step that the schedule names."""
+
+    type: Literal["default"] = Field(default="default", repr=False)
+
+
+class PalettizationSpec(SpecModel):
+    """Store a weight as indices of `n_bits` into tables of `2**n_bits` entries.
+
+    Attributes:
+        n_bits: Bits per index: 1, 2, 3, 4, 6 or 8.
+        lut_qspec: How table entries themselves are quantized (int8, uint8, fp8; one scale per
+            table, ZP formulation); None keeps them in the weight's type.
+        granularity: One table per tensor, or per group of channels.
+        cluster_dim: Length of a table entry; above 1, that many consecutive weights along the
+            output-channel axis share one index.
+        enable_per_channel_scale: Divide each output channel by its largest magnitude first and
+            store the scales beside the indices.
+        training_strategy_spec: Behaviour in training.
+    """
+
+    n_bits: Bits = 4
+    lut_qspec: QuantizationSpec | None = None
+    granularity: PalettizationGranularity = Field(default_factory=PerTensorGranularity)
+    cluster_dim: Annotated[int, Field(ge=1)] = 1
+    enable_per_channel_scale: bool = False
+    training_strategy_spec: DefaultTrainingSpec = Field(default_factory=DefaultTrainingSpec)
+
+    @model_validator(mode="after")
+    def _lut_qspec_fits_a_table(self) -> PalettizationSpec:
+        qspec = self.lut_qspec
+        if qspec is None:
+            return self
+        if qspec.dtype not in _LUT_DTYPES:
+            allowed = [dtype_name(dtype) for dtype in _LUT_DTYPES]
+            raise ValueError(
+                f"lut_qspec.dtype must be one of {allowed}, got {dtype_name(qspec.dtype)}"
+            )
+        if not isinstance(qspec.granularity, PerTensorGranularity):
+            raise ValueError("lut_qspec.granularity must be PerTensorGranularity()")
+        if qspec.qformulation is QuantizationFormulation.MINVAL:
+            raise ValueError("lut_qspec.qformulation must be 'zp'")
+        return self
+
+    @property
+    def n_entries(self) -> int:
+        """Entries of one table."""
+        return int(2**self.n_bits)
+
+
+def default_weight_palettization_spec() -> PalettizationSpec:
+    """4 bits, one table per tensor."""
+    return PalettizationSpec()
+
+

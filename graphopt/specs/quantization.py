@@ -1,0 +1,88 @@
+"""QuantizationSpec: how one tensor is mapped to a narrow element type."""
+
+from __future__ import annotations
+
+from enum import Enum
+from typing import Annotated, Literal
+
+import torch
+from pydantic import Field, field_serializer, field_validator, model_validator
+
+from graphopt.specs.dtypes import TorchDType, dtype_name
+from graphopt.specs.granularity import PerTensorGranularity, QuantizationGranularity
+from graphopt.specs.model import SpecModel
+
+__all__ = ["QuantizationFormulation", "QuantizationScheme", "QuantizationSpec"]
+
+
+class QuantizationScheme(str, Enum):
+    """Where the representable range sits around zero."""
+
+    SYMMETRIC = "symmetric"
+    SYMMETRIC_WITH_CLIPPING = "symmetric_with_clipping"
+    ASYMMETRIC = "asymmetric"
+
+
+class QuantizationFormulation(str, Enum):
+    """`scale · (q − zero_point)` (ZP) or `scale · (q − q_min) + minimum` (MINVAL)."""
+
+    ZP = "zp"
+    MINVAL = "minval"
+
+
+QParamCalculator = Literal["default", "static", "moving_average", "global_minmax", "dynamic"]
+
+_QUANTIZED = {
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 4, 6, 8)),
+    *("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn_x2"),
+}
+
+
+class QuantizationSpec(SpecModel):
+    """How one tensor is quantized; field names as in coreai-opt.
+
+    Attributes:
+        dtype: Element type of the stored values: (u)int2/4/6/8, fp8 (e4m3fn, e5m2), fp4 (e2m1).
+        qscheme: Symmetric, symmetric with clipping, or asymmetric.
+        qformulation: Integer zero point (ZP) or float minimum (MINVAL).
+        granularity: How many elements share one scale.
+        fake_quantize_cls: Accepted for compatibility; "default" or a class.
+        qparam_calculator_cls: Range statistics: "default", "static", "moving_average",
+            "global_minmax", "dynamic", or a class.
+        range_calculator_cls: "minmax" or a class.
+        float_range: Fixed lower and upper bound of the float range; None leaves a side open.
+        scale_dtype: Type in which scales are stored; None is the tensor's own type.
+    """
+
+    dtype: TorchDType = torch.int8
+    qscheme: QuantizationScheme = QuantizationScheme.SYMMETRIC
+    qformulation: QuantizationFormulation = QuantizationFormulation.ZP
+    granularity: QuantizationGranularity = Field(default_factory=PerTensorGranularity)
+    fake_quantize_cls: Literal["default"] | type = "default"
+    qparam_calculator_cls: QParamCalculator | type = "default"
+    range_calculator_cls: Literal["minmax"] | type = "minmax"
+    float_range: Annotated[tuple[float | None, float | None], Field()] = (None, None)
+    scale_dtype: TorchDType | None = None
+
+    @field_validator("dtype")
+    @classmethod
+    def _known_dtype(cls, dtype: torch.dtype) -> torch.dtype:
+        if dtype_name(dtype) not in _QUANTIZED:
+            raise ValueError(f"cannot quantize to {dtype}; use one of {sorted(_QUANTIZED)}")
+        return dtype
+
+    @field_serializer("fake_quantize_cls", "qparam_calculator_cls", "range_calculator_cls")
+    def _class_name(self, value: str | type) -> str:
+        return value if isinstance(value, str) else f"{value.__module__}.{value.__qualname__}"
+
+    @model_validator(mode="after")
+    def _float_types_are_symmetric(self) -> QuantizationSpec:
+        if self.dtype.is_floating_point or "float" in dtype_name(self.dtype):
+            if self.qscheme is QuantizationScheme.ASYMMETRIC:
+                raise ValueError(f"{self.dtype} has no zero point; use a symmetric qscheme")
+            if self.qformulation is QuantizationFormulation.MINVAL:
+                raise ValueError(f"{self.dtype} has no minimum; use qformulation 'zp'")
+        low, high = self.float_range
+        if low is not None and high is not None and low >= high:
+            raise ValueError(f"float_range must be increasing, got {self.float_range}")
+        return self

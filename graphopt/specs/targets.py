@@ -1,0 +1,16 @@
+"""ExportBackend: the names of the targets that a program can be lowered to."""
+
+from __future__ import annotations
+
+from enum import Enum
+
+__all__ = ["ExportBackend"]
+
+
+class ExportBackend(str, Enum):
+    """A target toolchain."""
+
+    CoreAI = "coreai"
+    CoreML = "coreml"
+    ExecuTorch = "executorch"
+    Torch = "torch"

@@ -1,0 +1,249 @@
+"""Finding weights by dataflow: constants that reach a compressible op through views and casts."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.config.selection import ModuleFrame, StateUse
+
+__all__ = ["WeightTensor", "find_weights", "module_frames"]
+
+_aten = torch.ops.aten
+_Slot = tuple[int, str, int]  # (argument, role, output-channel axis of the operand)
+
+# op → (names in configs, slots); an axis of -1 is the operand's last
+_OPS: dict[object, tuple[tuple[str, ...], tuple[_Slot, ...]]] = {}
+
+
+def _register(names: tuple[str, ...], overloads: list[str], slots: tuple[_Slot, ...]) -> None:
+    for overload in overloads:
+        packet, _, kind = overload.partition(".")
+        found = getattr(getattr(_aten, packet, None), kind or "default", None)
+        if found is not None:
+            _OPS[found] = ((*names, packet), slots)
+
+
+_WEIGHT_BIAS: tuple[_Slot, ...] = ((1, "weight", 0), (2, "bias", 0))
+for _rank in (1, 2, 3):
+    _conv, _transposed = f"conv{_rank}d", f"conv_transpose{_rank}d"
+    _register((_conv,), [f"{_conv}.default", f"{_conv}.padding"], _WEIGHT_BIAS)
+    _overload = "default" if _rank == 1 else "input"
+    _register((_transposed,), [f"{_transposed}.{_overload}"], ((1, "weight", 1), (2, "bias", 0)))
+_register(("conv_transpose1d",), ["conv_transpose1d.default"], ((1, "weight", 1), (2, "bias", 0)))
+_register(("linear",), ["linear.default"], _WEIGHT_BIAS)
+_register(("embedding",), ["embedding.default"], ((0, "weight", 0),))
+_register(("matmul",), ["matmul.default", "mm.default", "bmm.default"], ((0, "weight", -2), (1, "weight", -1)))
+_register(("addmm",), ["addmm.default"], ((1, "weight", -2), (2, "weight", -1), (0, "bias", -1)))
+_register(("baddbmm",), ["baddbmm.default"], ((1, "weight", -2), (2, "weight", -1)))
+
+_RECURRENT = {
+    getattr(getattr(_aten, name), "input"): name
+    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
+}
+_CONVOLUTION = _aten.convolution.default
+
+_PERMUTING = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default}
+_PRESERVING = {
+    *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.unsqueeze.default),
+    *(_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.expand.default),
+    *(_aten.contiguous.default, _aten.clone.default, _aten.alias.default, _aten.detach.default),
+    *(_aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device),
+    *(_aten.slice.Tensor, _aten.select.int, _aten.split.Tensor, _aten.split_with_sizes.default),
+    *(_aten.chunk.default, _aten.flatten.using_ints, _aten.unflatten.int, _aten.lift_fresh_copy.default),
+}
+_LOOKUPS = ("graphopt.lut_to_dense", "coreai.lut_to_dense", "graphopt.shift_scale",
+            "coreai.constexpr_blockwise_shift_scale", "graphopt.sparse_to_dense",
+            "coreai.sparse_to_dense")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class _Source:
+    node: fx.Node
+    axis: int  # output-channel axis on the stored tensor
+    compressed: bool = False
+
+
+@dataclass(frozen=True)
+class WeightTensor:
+    """A constant of the program and the ops that use it as state.
+
+    Attributes:
+        name: Its dotted name, the first of all that share the tensor.
+        aliases: Other names of the same tensor.
+        nodes: The `get_attr` nodes of all names.
+        tensor: Its value.
+        is_parameter: Whether the model trains it.
+        uses: Compressible uses in the order of the graph.
+        output_axis: Output-channel axis of the stored tensor at the first use.
+        other_users: Types of ops that use it otherwise.
+        compressed: Whether a lookup or dequantize op produces it already.
+    """
+
+    name: str
+    aliases: tuple[str, ...]
+    nodes: tuple[fx.Node, ...]
+    tensor: Tensor
+    is_parameter: bool
+    uses: tuple[StateUse, ...]
+    output_axis: int
+    other_users: tuple[str, ...]
+    compressed: bool = False
+
+    @property
+    def module_type(self) -> str:
+        """Class name of the module around the first use."""
+        frames = self.uses[0].frames if self.uses else ()
+        return frames[-1].type.rpartition(".")[2] if frames else ""
+
+
+def module_frames(node: fx.Node) -> tuple[ModuleFrame, ...]:
+    """Modules around a node, outermost first; repeated calls of one module count as one."""
+    stack = node.meta.get("nn_module_stack") or {}
+    frames = []
+    for name, kind in stack.values():
+        text = kind if isinstance(kind, str) else f"{kind.__module__}.{kind.__qualname__}"
+        frames.append(ModuleFrame(re.sub(r"@\d+", "", str(name)), text))
+    return tuple(frame for frame in frames if not frame.name.startswith("_empty_nn_module"))
+
+
+def find_weights(gm: fx.GraphModule) -> list[WeightTensor]:
+    """All state tensors of compressible ops, and parameters of rank 2 or more that have none.
+
+    Tied names (one tensor under several, or one used by several ops) are one entry.
+    """
+    constants: dict[int, list[fx.Node]] = {}
+    values: dict[int, Tensor] = {}
+    parameters = {id(parameter) for parameter in gm.parameters()}
+    for node in gm.graph.find_nodes(op="get_attr"):
+        value = _attribute(gm, str(node.target))
+        if isinstance(value, Tensor):
+            constants.setdefault(id(value), []).append(node)
+            values[id(value)] = value
+    owners = {node: key for key, nodes in constants.items() for node in nodes}
+    uses: dict[int, list[StateUse]] = {}
+    axes: dict[int, int] = {}
+    compressed: set[int] = set()
+    for node in gm.graph.nodes:
+        for operand, role, axis in _state_operands(node):
+            source = _trace(operand, axis)
+            key = None if source is None else owners.get(source.node)
+            if source is None or key is None:
+                continue
+            # an operand of a plain matmul is a weight only if the model trains it
+            if not source.compressed and key not in parameters and _is_matmul(node):
+                continue
+            if source.compressed:
+                compressed.add(key)
+            frames = _with_owner(module_frames(node), str(source.node.target))
+            names = _op_names(node)
+            use = StateUse(str(source.node.target), node.name, names, role, frames)
+            uses.setdefault(key, []).append(use)
+            axes.setdefault(key, source.axis)
+    found = []
+    for key, nodes in constants.items():
+        value = values[key]
+        orphan = key in parameters and value.ndim >= 2
+        if key not in uses and not orphan:
+            continue
+        targets = list(dict.fromkeys(str(node.target) for node in nodes))
+        others = sorted({_short(user) for node in nodes for user in node.users})
+        entry = WeightTensor(
+            targets[0], tuple(targets[1:]), tuple(nodes), value, key in parameters,
+            tuple(uses.get(key, ())), axes.get(key, 0), tuple(others), key in compressed,
+        )  # fmt: skip
+        found.append(entry)
+    return found
+
+
+def _attribute(gm: fx.GraphModule, path: str) -> object:
+    value: object = gm
+    for part in path.split("."):
+        value = getattr(value, part, None)
+    return value
+
+
+def _state_operands(node: fx.Node) -> Iterator[tuple[fx.Node, str, int]]:
+    if node.op != "call_function":
+        return
+    if node.target in _RECURRENT:
+        for operand in node.args[2] if isinstance(node.args[2], list | tuple) else ():
+            if isinstance(operand, fx.Node):
+                value = operand.meta.get("val")
+                role = "weight" if isinstance(value, Tensor) and value.ndim == 2 else "bias"
+                yield operand, role, 0
+        return
+    slots: tuple[_Slot, ...] = ()
+    if node.target is _CONVOLUTION:
+        slots = ((1, "weight", 1 if node.args[6] else 0), (2, "bias", 0))
+    elif node.target in _OPS:
+        slots = _OPS[node.target][1]
+    for position, role, axis in slots:
+        if position < len(node.args) and isinstance(operand := node.args[position], fx.Node):
+            yield operand, role, axis
+
+
+def _is_matmul(node: fx.Node) -> bool:
+    return node.target in _OPS and _OPS[node.target][1][0][2] == -2
+
+
+def _op_names(node: fx.Node) -> tuple[str, ...]:
+    full = str(node.target)
+    if node.target in _RECURRENT:
+        return (_RECURRENT[node.target], full)
+    if node.target is _CONVOLUTION:
+        value = node.args[1].meta.get("val") if isinstance(node.args[1], fx.Node) else None
+        rank = value.ndim - 2 if isinstance(value, Tensor) else 2
+        kind = "conv_transpose" if node.args[6] else "conv"
+        return (f"{kind}{rank}d", "convolution", full)
+    return tuple(dict.fromkeys((*_OPS[node.target][0], full)))
+
+
+def _short(node: fx.Node) -> str:
+    return str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
+
+
+def _with_owner(frames: tuple[ModuleFrame, ...], tensor: str) -> tuple[ModuleFrame, ...]:
+    """Frames plus the module that holds the tensor, when the op ran outside of it."""
+    owner = tensor.rpartition(".")[0]
+    if any(frame.name == owner for frame in frames):
+        return frames
+    return (*frames, ModuleFrame(owner, ""))
+
+
+def _trace(node: fx.Node, axis: int) -> _Source | None:
+    """Follow a value back to the constant it comes from."""
+    compressed = False
+    value = node.meta.get("val")
+    if axis < 0 and isinstance(value, Tensor):
+        axis += value.ndim
+    while node.op != "get_attr":
+        if node.op != "call_function" or not node.args:
+            return None
+        name = str(node.target).rpartition(".")[0]
+        if name in _LOOKUPS:
+            compressed = True
+        elif node.target in _PERMUTING:
+            axis = _before_permutation(node, axis)
+        elif node.target not in _PRESERVING and str(node.target) != "<built-in function getitem>":
+            return None
+        if not isinstance(node.args[0], fx.Node):
+            return None
+        node = node.args[0]
+    return _Source(node, max(axis, 0), compressed)
+
+
+def _before_permutation(node: fx.Node, axis: int) -> int:
+    value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
+    rank = value.ndim if isinstance(value, Tensor) else 2
+    if node.target is _aten.permute.default:
+        order = node.args[1]
+        return int(order[axis]) % rank  # type: ignore[index,arg-type]
+    if node.target is _aten.transpose.int:
+        first, second = int(node.args[1]) % rank, int(node.args[2]) % rank  # type: ignore[arg-type]
+        return {first: second, second: first}.get(axis, axis)
+    return rank - 1 - axis

@@ -1,0 +1,50 @@
+"""Give annotated weights the values that their palettes stand for, under their own names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from typing_extensions import override
+
+from graphopt.annotations import weight_annotation
+from graphopt.editor import Editor
+from graphopt.pass_base import Pass
+from graphopt.schemes.palettize import PalettizedWeight
+from graphopt.table import CompressionTable, merged
+from graphopt.weights import find_weights
+
+from graphopt.passes.palettize_weights import record_of
+
+__all__ = ["FakePalettize"]
+
+
+@dataclass(frozen=True)
+class FakePalettize(Pass):
+    """Replace the values of annotated weights by their palettized ones; the graph stays as it is.
+
+    The module then computes what the compressed program will, at the speed of the original, and
+    with the original's state-dict names.
+
+    Attributes:
+        palettes: Name of the tensor → its clustering (`cluster_annotated`).
+    """
+
+    name: ClassVar[str] = "fake-palettize"
+    palettes: Mapping[str, PalettizedWeight]
+
+    @override
+    def run(self, edit: Editor) -> None:
+        rows = []
+        for weight in find_weights(edit.gm):
+            annotation = weight_annotation(weight.nodes[0])
+            palettized = self.palettes.get(weight.name)
+            if annotation is None or palettized is None:
+                continue
+            rows.append(record_of(weight, annotation.spec, palettized))
+            dense = palettized.dense()
+            for node in weight.nodes:
+                edit.set_value(node, dense)
+        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
+        edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))

@@ -1,0 +1,195 @@
+"""Replace annotated weights by table lookups."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+from typing_extensions import override
+
+from graphopt.annotations import WeightAnnotation, weight_annotation
+from graphopt.editor import Editor
+from graphopt.errors import CompressionError
+from graphopt.numerics.parallel import map_tasks
+from graphopt.pass_base import Pass
+from graphopt.progress import track
+from graphopt.schemes.palettize import PalettizedWeight, palettize
+from graphopt.specs import PalettizationSpec, PerGroupedChannelGranularity
+from graphopt.table import CompressionTable, TensorRecord, merged
+from graphopt.weights import WeightTensor, find_weights
+
+__all__ = ["PalettizeWeights", "cluster_annotated"]
+
+_ops = torch.ops.graphopt
+
+
+def cluster_annotated(
+    gm: fx.GraphModule, *, progress: bool | None = None, seed: int = 0
+) -> dict[str, PalettizedWeight]:
+    """Cluster every annotated weight of a graph, layers side by side.
+
+    Args:
+        gm: A graph that `AnnotatePalettization` has seen.
+        progress: Show a bar; None shows it on a terminal.
+        seed: Seed of vector tables.
+
+    Returns:
+        Name of the tensor → its palettized form, in the order of the graph.
+
+    Raises:
+        CompressionError: A weight contains NaN or Inf; the message names it.
+    """
+    found = _annotated(gm)
+    order = sorted(found, key=lambda name: -found[name][0].numel())
+
+    def cluster(name: str) -> tuple[str, PalettizedWeight]:
+        tensor, annotation = found[name]
+        try:
+            return name, palettize(
+                tensor, annotation.spec, output_axis=annotation.output_axis, seed=seed
+            )
+        except CompressionError as error:
+            raise CompressionError(
+                f"{name}: {error}; exclude it in the config or repair the model"
+            ) from None
+
+    done = dict(track(map_tasks(cluster, order), "palettizing", len(order), enabled=progress))
+    return {name: done[name] for name in found}
+
+
+def _annotated(gm: fx.GraphModule) -> dict[str, tuple[Tensor, WeightAnnotation]]:
+    edit = Editor(gm)
+    found: dict[str, tuple[Tensor, WeightAnnotation]] = {}
+    seen: set[int] = set()
+    for node in edit.constants():
+        annotation = weight_annotation(node)
+        if annotation is None:
+            continue
+        tensor = edit.value(node)
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[str(node.target)] = (tensor, annotation)
+    return found
+
+
+@dataclass(frozen=True)
+class PalettizeWeights(Pass):
+    """Replace each annotated weight by a lookup of its indices.
+
+    Before:
+        %w = get_attr[fc.weight]
+        %y = linear(%x, %w)
+
+    After:
+        %indices = get_attr[fc.weight_indices]
+        %lut = get_attr[fc.weight_lut]
+        %w = graphopt.lut_to_dense(%indices, %lut, n_bits, shape)
+        %y = linear(%x, %w)
+
+    A quantized table goes through `graphopt.shift_scale` first, and a per-channel scale through
+    another one behind the lookup. A tied weight gets one lookup, which all its users share.
+
+    Attributes:
+        palettes: Clusterings made before (`cluster_annotated`); weights without one are clustered
+            here.
+        seed: Seed of vector tables.
+    """
+
+    name: ClassVar[str] = "palettize-weights"
+    palettes: Mapping[str, PalettizedWeight] = field(default_factory=dict)
+    seed: int = 0
+
+    @override
+    def run(self, edit: Editor) -> None:
+        weights = [
+            weight for weight in find_weights(edit.gm) if weight_annotation(weight.nodes[0])
+        ]
+        names = [weight.name for weight in weights]
+        palettes = dict(self.palettes)
+        if any(name not in palettes for name in names):
+            palettes |= cluster_annotated(edit.gm, progress=False, seed=self.seed)
+        rows = []
+        for weight in weights:
+            annotation = weight_annotation(weight.nodes[0])
+            assert annotation is not None
+            palettized = palettes[weight.name]
+            rows.append(record_of(weight, annotation.spec, palettized))
+            self._rewrite(edit, weight, palettized)
+        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
+        edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))
+
+    def _rewrite(self, edit: Editor, weight: WeightTensor, palettized: PalettizedWeight) -> None:
+        first = weight.nodes[0]
+        dense = _emit(edit, weight.name, palettized, first)
+        for node in weight.nodes:
+            edit.replace(node, dense)
+        for path in (weight.name, *weight.aliases):
+            edit.delete_constant(path)
+
+
+def _emit(edit: Editor, name: str, palettized: PalettizedWeight, like: fx.Node) -> fx.Node:
+    shape = list(palettized.layout.shape)
+    indices = edit.constant(f"{name}_indices", palettized.indices, like=like)
+    lut = edit.constant(f"{name}_lut", palettized.lut, like=like)
+    if palettized.lut_scale is not None:
+        scale = edit.constant(f"{name}_lut_scale", palettized.lut_scale, like=like)
+        offset = palettized.lut_offset
+        if offset is not None:
+            offset = edit.constant(f"{name}_lut_offset", offset, like=like)
+        lut = edit.call(
+            _ops.shift_scale.default, lut, scale, offset, palettized.lut_storage,
+            palettized.lut_shape(), palettized.dtype, like=like,
+        )  # fmt: skip
+    vector_axis = palettized.op_vector_axis
+    extra = () if vector_axis is None else (vector_axis,)
+    dense = edit.call(
+        _ops.lut_to_dense.default, indices, lut, palettized.n_bits, shape, *extra, like=like
+    )
+    if palettized.channel_scale is not None:
+        scale = edit.constant(f"{name}_channel_scale", palettized.channel_scale, like=like)
+        dense = edit.call(
+            _ops.shift_scale.default, dense, scale, None, "float", shape, palettized.dtype,
+            like=like,
+        )  # fmt: skip
+    return dense
+
+
+def record_of(
+    weight: WeightTensor, spec: PalettizationSpec, palettized: PalettizedWeight
+) -> TensorRecord:
+    """The table's row of a palettized weight."""
+    layout = palettized.layout
+    grouped = isinstance(spec.granularity, PerGroupedChannelGranularity) and layout.n_groups > 1
+    parts = [
+        f"{spec.n_bits}-bit",
+        f"{layout.n_groups} tables on axis {layout.group_axis}" if grouped else "one table",
+    ]
+    if spec.cluster_dim > 1:
+        parts.append(f"entries of {spec.cluster_dim}")
+    if palettized.lut_storage is not None:
+        parts.append(f"{palettized.lut_storage} table")
+    if palettized.channel_scale is not None:
+        parts.append("per-channel scale")
+    snr = None
+    if palettized.energy > 0:
+        snr = math.inf if palettized.sse <= 0 else 10 * math.log10(palettized.energy / palettized.sse)
+    return TensorRecord(
+        name=weight.name,
+        aliases=weight.aliases,
+        module_type=weight.module_type,
+        ops=tuple(dict.fromkeys(use.op_types[0] for use in weight.uses)),
+        nodes=tuple(use.node for use in weight.uses),
+        shape=tuple(weight.tensor.shape),
+        dtype=str(weight.tensor.dtype).removeprefix("torch."),
+        status="palettized",
+        detail=", ".join(parts),
+        note=layout.note,
+        n_bits=spec.n_bits,
+        n_luts=layout.n_groups,
+        stored_bits=palettized.stored_bits(),
+        snr_db=snr,
+    )

@@ -1,0 +1,164 @@
+"""Raise the lookup and dequantize ops of a target back to our vocabulary."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+from typing_extensions import override
+
+from graphopt.editor import Editor
+from graphopt.errors import LoweringError
+from graphopt.numerics.packing import pack
+from graphopt.pass_base import Pass
+
+__all__ = ["RaiseToVocabulary"]
+
+_ops = torch.ops.graphopt
+_WIDTHS = (1, 2, 3, 4, 6, 8)
+_STORAGE = {
+    torch.int8: "int8",
+    torch.uint8: "uint8",
+    torch.float8_e4m3fn: "fp8_e4m3",
+    torch.float8_e5m2: "fp8_e5m2",
+}
+
+
+@dataclass(frozen=True)
+class RaiseToVocabulary(Pass):
+    """Turn Core AI's compression ops into ours, so that every backend can take the program.
+
+    Before:
+        %w = coreai.lut_to_dense(%indices, %lut, axis)
+
+    After:
+        %w = graphopt.lut_to_dense(%packed, %lut, n_bits, shape)
+
+    A table that was padded for Core AI gets its own width back. A dequantize op behind the lookup
+    of a narrow table becomes one in front of it where its scales allow, and a unit dequantize plus
+    a scale on the dense weight where not.
+    """
+
+    name: ClassVar[str] = "raise-to-vocabulary"
+
+    @override
+    def run(self, edit: Editor) -> None:
+        for node in list(edit.gm.graph.nodes):
+            if str(node.target) == "coreai.lut_to_dense.default":
+                _raise_lookup(edit, node)
+        for node in list(edit.gm.graph.nodes):
+            if str(node.target) == "coreai.constexpr_blockwise_shift_scale.default":
+                raise LoweringError(
+                    f"{node.name}: a dequantized weight of Core AI form that no lookup feeds cannot"
+                    " be raised; lower the module to Core AI, or start from the original model"
+                )
+
+
+def _raise_lookup(edit: Editor, node: fx.Node) -> None:
+    indices_node, lut_node, axis = node.args
+    assert isinstance(indices_node, fx.Node)
+    assert isinstance(lut_node, fx.Node)
+    assert isinstance(axis, int)
+    codes, lut = edit.value(indices_node), edit.value(lut_node)
+    n_bits, lut = _unpadded(codes, lut)
+    length = int(lut.shape[-1])
+    shape = [size * length if i == axis else size for i, size in enumerate(codes.shape)]
+    base = str(indices_node.target).removesuffix("_indices")
+    packed = edit.constant(f"{base}_indices", pack(codes, n_bits), like=node)
+    extra = (axis,) if length > 1 else ()
+    scaling = _dequantize_behind(node) if lut.dtype in _STORAGE else None
+    if scaling is None:
+        table = edit.constant(f"{base}_lut", lut, like=node)
+        dense = edit.call(_ops.lut_to_dense.default, packed, table, n_bits, shape, *extra, like=node)
+        edit.replace(node, dense)
+    else:
+        dense = _raise_quantized(edit, scaling, base, packed, lut, n_bits, shape, extra)
+        edit.replace(scaling, dense)
+        edit.erase(node)
+    for old in (indices_node, lut_node):
+        _drop(edit, old)
+
+
+def _raise_quantized(
+    edit: Editor,
+    scaling: fx.Node,
+    base: str,
+    packed: fx.Node,
+    lut: Tensor,
+    n_bits: int,
+    shape: list[int],
+    extra: tuple[int, ...],
+) -> fx.Node:
+    scale_node, zero_node = scaling.args[1], scaling.args[2] if len(scaling.args) > 2 else None
+    assert isinstance(scale_node, fx.Node)
+    scale = edit.value(scale_node)
+    zero = edit.value(zero_node) if isinstance(zero_node, fx.Node) else None
+    tables = list(lut.shape[:-2])
+    on_table = list(scale.shape) == tables
+    if zero is not None and not on_table and not bool((zero == zero.flatten()[0]).all()):
+        raise LoweringError(f"{base}: zero points that differ inside one table cannot be raised")
+    table_shape = [*tables, 1, 1]
+    if on_table:
+        table_scale = scale.reshape(table_shape)
+        offset = None if zero is None else zero.reshape(table_shape)
+    else:
+        table_scale = torch.ones(table_shape, dtype=scale.dtype)
+        offset = None if zero is None else zero.flatten()[0].expand(table_shape).contiguous()
+    if offset is not None and not offset.any():
+        offset = None
+    data = edit.constant(f"{base}_lut", lut.contiguous().reshape(-1).view(torch.uint8), like=scaling)
+    factors = edit.constant(f"{base}_lut_scale", table_scale.contiguous(), like=scaling)
+    zeros = None
+    if offset is not None:
+        zeros = edit.constant(f"{base}_lut_offset", offset.contiguous(), like=scaling)
+    table = edit.call(
+        _ops.shift_scale.default, data, factors, zeros, _STORAGE[lut.dtype], list(lut.shape),
+        scale.dtype, like=scaling,
+    )  # fmt: skip
+    dense = edit.call(
+        _ops.lut_to_dense.default, packed, table, n_bits, shape, *extra, like=scaling
+    )
+    if not on_table:
+        channel = edit.constant(f"{base}_channel_scale", scale.detach().clone(), like=scaling)
+        dense = edit.call(
+            _ops.shift_scale.default, dense, channel, None, "float", shape, scale.dtype,
+            like=scaling,
+        )  # fmt: skip
+    for old in (scale_node, zero_node):
+        if isinstance(old, fx.Node) and set(old.users) == {scaling}:
+            scaling.replace_input_with(old, dense)
+            _drop(edit, old)
+    return dense
+
+
+def _dequantize_behind(node: fx.Node) -> fx.Node | None:
+    users = list(node.users)
+    if len(users) == 1 and str(users[0].target).startswith("coreai.constexpr_blockwise"):
+        return users[0]
+    return None
+
+
+def _unpadded(codes: Tensor, lut: Tensor) -> tuple[int, Tensor]:
+    """The least width that holds the codes, where the entries above it only repeat the last."""
+    stored = int(math.log2(lut.shape[-2]))
+    largest = int(codes.max()) if codes.numel() else 0
+    for n_bits in _WIDTHS:
+        if n_bits >= stored:
+            break
+        entries = 2**n_bits
+        tail = lut[..., entries:, :].float()
+        if largest < entries and bool((tail == lut[..., entries - 1 : entries, :].float()).all()):
+            return n_bits, lut[..., :entries, :].contiguous()
+    return stored, lut
+
+
+def _drop(edit: Editor, node: fx.Node) -> None:
+    if node.users:
+        return
+    path = str(node.target)
+    edit.erase(node)
+    if all(str(other.target) != path for other in edit.constants()):
+        edit.delete_constant(path)

@@ -1,0 +1,46 @@
+"""Remove what no output depends on: pure nodes and constants without users."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+from typing_extensions import override
+
+from graphopt.editor import Editor
+from graphopt.pass_base import Pass
+
+__all__ = ["RemoveUnused"]
+
+
+@dataclass(frozen=True)
+class RemoveUnused(Pass):
+    """Drop nodes without users (inputs and nodes with side effects stay) and their constants.
+
+    Before:
+        %w = get_attr[fc.weight]
+        %t = t(%w)
+        return %x
+
+    After:
+        return %x
+    """
+
+    name: ClassVar[str] = "remove-unused"
+
+    @override
+    def run(self, edit: Editor) -> None:
+        for node in reversed(list(edit.gm.graph.nodes)):
+            if not node.users and _is_pure(node):
+                edit.erase(node)
+        used = {str(node.target) for node in edit.constants()}
+        stored = dict(edit.gm.named_parameters(remove_duplicate=False))
+        stored |= dict(edit.gm.named_buffers(remove_duplicate=False))
+        for path in stored:
+            if path not in used:
+                edit.delete_constant(path)
+
+
+def _is_pure(node: fx.Node) -> bool:
+    return node.op in ("get_attr", "call_function") and not node.is_impure()
