@@ -1,0 +1,218 @@
+"""The Core ML backend: coremltools' converter and an evaluator of what was saved."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import platform
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from graphopt.backends.base import (
+    Artifact,
+    Backend,
+    Capabilities,
+    Verification,
+    compare_outputs,
+    expected_outputs,
+)
+from graphopt.backends.coreml.decompose import decompose_for_coreml
+from graphopt.backends.coreml.lowerings import register_lowerings
+from graphopt.errors import LoweringError, VerificationError
+from graphopt.extras import require
+from graphopt.lookups import Lookup, find_lookups
+from graphopt.pass_base import Pass
+from graphopt.pass_manager import run_passes
+from graphopt.passes import RemoveUnused
+from graphopt.program import Program, export_graph
+
+__all__ = ["CoreMLArtifact", "CoreMLBackend"]
+
+_TARGETS = ("iOS16", "iOS17", "iOS18", "iOS26")
+Target = Literal["iOS16", "iOS17", "iOS18", "iOS26"]
+
+
+class CoreMLArtifact(Artifact):
+    """A Core ML program; saves as .mlpackage and is evaluated from what was saved.
+
+    Attributes:
+        exported: What was converted.
+        model: coremltools' model.
+    """
+
+    suffix: ClassVar[str] = ".mlpackage"
+
+    def __init__(self, program: Program, exported: ExportedProgram, model: Any) -> None:  # noqa: ANN401
+        super().__init__(program)
+        self.exported = exported
+        self.model = model
+
+    @override
+    def _write(self, path: Path) -> None:
+        with _quiet():
+            self.model.save(str(path))
+
+    @override
+    def _verify(self, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verification:
+        from graphopt.backends.coreml.evaluate import evaluate, load_program
+
+        with _quiet():
+            program = load_program(path)
+        leaves = pytree.tree_leaves((args, kwargs))
+        arrays = [leaf.detach().cpu().numpy() for leaf in leaves if isinstance(leaf, Tensor)]
+        names = [name for name in self.exported.graph_signature.user_inputs if isinstance(name, str)]
+        known = program.functions["main"].inputs
+        feeds = {name: a for name, a in zip(names, arrays, strict=True) if name in known}
+        with _quiet():
+            result = evaluate(program, feeds)
+        how = "read the package back, decompressed its weights and evaluated its MIL program"
+        if result.unevaluated:
+            notes = tuple(f"no rule for MIL op {op}" for op in result.unevaluated)
+            return Verification(
+                float("nan"), (), how, complete=False, notes=notes, weights=result.constexprs
+            )
+        expected = expected_outputs(self.program, args, kwargs)
+        found = [torch.from_numpy(np.ascontiguousarray(value)) for value in result.outputs.values()]
+        errors = compare_outputs(found, expected)
+        notes = ()
+        if platform.system() == "Darwin":
+            predicted = self._predict(path, feeds)
+            worst = max(compare_outputs(predicted, expected), default=0.0)
+            notes = (f"Core ML's own prediction differs by {worst:.3g}",)
+            how += ", and predicted with Core ML"
+        return Verification(
+            max(errors, default=0.0), errors, how, notes=notes, weights=result.constexprs
+        )
+
+    def _predict(self, path: Path, feeds: dict[str, Any]) -> list[Tensor]:
+        import coremltools
+
+        model = coremltools.models.MLModel(str(path))
+        try:
+            outputs = model.predict(feeds)
+        except Exception as error:
+            raise VerificationError(f"Core ML cannot predict with {path.name}: {error}") from error
+        names = [output.name for output in model.get_spec().description.output]
+        return [torch.from_numpy(np.asarray(outputs[name])) for name in names]
+
+
+class CoreMLBackend(Backend):
+    """Lower through coremltools."""
+
+    name: ClassVar[str] = "Core ML"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        index_bits=(1, 2, 3, 4, 6, 8), lut_dtypes=("float32", "float16", "int8", "uint8")
+    )
+    packed_capabilities: ClassVar[Capabilities] = Capabilities(
+        index_bits=(1, 2, 4, 6, 8), padded_bits=(), grouped=False, vector=False,
+        lut_dtypes=("float32", "float16"), channel_scale=False,
+    )  # fmt: skip
+
+    @override
+    def unsupported(self, program: Program) -> list[str]:
+        return self._refusals(program, self.capabilities, "")
+
+    @override
+    def legalize(self) -> tuple[Pass, ...]:
+        register_lowerings()
+        return ()
+
+    def _refusals(self, program: Program, allowed: Capabilities, where: str) -> list[str]:
+        lookups = find_lookups(program.graph_module)
+        return [reason for each in lookups for reason in _reasons(each, allowed, where)]
+
+    @override
+    def lower(
+        self,
+        program: Program,
+        *,
+        minimum_deployment_target: Target = "iOS18",
+        precision: Literal["float16", "float32"] = "float16",
+        **options: Any,
+    ) -> CoreMLArtifact:
+        """Convert a program with the shapes of its example.
+
+        Args:
+            program: In our vocabulary.
+            minimum_deployment_target: "iOS16" and "iOS17" take one scalar table per tensor in the
+                older packed form; "iOS18" and later everything.
+            precision: Type in which Core ML computes; tables are stored in it.
+            options: None are known.
+
+        Raises:
+            LoweringError: An option is unknown, the deployment target cannot hold a table, or
+                coremltools cannot convert the program.
+        """
+        known = "'minimum_deployment_target', 'precision'"
+        if options:
+            raise LoweringError(f"Core ML has no option {sorted(options)}; there are {known}")
+        if minimum_deployment_target not in _TARGETS:
+            raise LoweringError(f"minimum_deployment_target must be one of {_TARGETS}")
+        if minimum_deployment_target in ("iOS16", "iOS17"):
+            reasons = self._refusals(program, self.packed_capabilities, minimum_deployment_target)
+            if reasons:
+                raise LoweringError(f"{self.name} cannot hold this program:\n" + "\n".join(reasons))
+        with _quiet():
+            ct = require("coremltools", "coreml")
+        register_lowerings()
+        legal = program.copy()
+        run_passes(legal.graph_module, [RemoveUnused()])
+        with torch.no_grad():
+            exported = decompose_for_coreml(
+                export_graph(legal.graph_module, program.example_args, program.example_kwargs)
+            )
+        pipeline = ct.PassPipeline.DEFAULT
+        # it reorders quantized tables into forms that later passes cannot shape
+        pipeline.remove_passes({"common::canonicalize_quantized_lut_pattern"})
+        try:
+            with _quiet():
+                model = ct.convert(
+                    exported,
+                    minimum_deployment_target=getattr(ct.target, minimum_deployment_target),
+                    compute_precision=getattr(ct.precision, precision.upper()),
+                    pass_pipeline=pipeline,
+                    skip_model_load=True,
+                )
+        except Exception as error:
+            raise LoweringError(f"coremltools cannot convert the program: {error}") from error
+        return CoreMLArtifact(program, exported, model)
+
+
+def _reasons(lookup: Lookup, allowed: Capabilities, where: str) -> Iterator[str]:
+    suffix = f" for {where}; raise minimum_deployment_target to iOS18, or" if where else ";"
+    if allowed.stored_bits(lookup.n_bits) is None:
+        near = min(allowed.index_bits, key=lambda bits: (abs(bits - lookup.n_bits), bits))
+        yield f"{lookup.name}: {lookup.n_bits}-bit indices{suffix} use {near} bits"
+    if lookup.grouped and not allowed.grouped:
+        yield f"{lookup.name}: several tables{suffix} use PerTensorGranularity()"
+    if lookup.entries > 1 and not allowed.vector:
+        yield f"{lookup.name}: cluster_dim={lookup.entries}{suffix} use cluster_dim=1"
+    if lookup.lut_dtype not in allowed.lut_dtypes:
+        yield (
+            f"{lookup.name}: tables of {lookup.lut_dtype}{suffix} use one of {allowed.lut_dtypes}"
+        )
+    if lookup.channel_scale and not allowed.channel_scale:
+        yield f"{lookup.name}: a per-channel scale{suffix} use enable_per_channel_scale=False"
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep coremltools' progress bars and version warnings from the terminal; errors still raise."""
+    logger = logging.getLogger("coremltools")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    sink = io.StringIO()
+    with contextlib.redirect_stderr(sink), contextlib.redirect_stdout(sink):
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

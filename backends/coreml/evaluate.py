@@ -1,0 +1,171 @@
+"""Evaluate a saved Core ML program on any host: coremltools' value inference, torch for the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from graphopt.backends.coreml.mil_ops import OPS
+from graphopt.errors import VerificationError
+from graphopt.extras import require
+
+__all__ = ["Evaluation", "dense_value", "evaluate", "load_program"]
+
+_CONSTEXPR_INPUTS = {
+    "constexpr_blockwise_shift_scale": ("data", "scale", "offset"),
+    "constexpr_affine_dequantize": ("quantized_data", "zero_point", "scale", "axis"),
+    "constexpr_sparse_to_dense": ("nonzero_data", "mask"),
+    "constexpr_lut_to_dense": ("indices", "lut", "vector_axis"),
+    "constexpr_lut_to_sparse": ("indices_mask", "indices_nonzero_data", "lut", "vector_axis"),
+    "constexpr_sparse_blockwise_shift_scale": ("data_mask", "nonzero_data", "scale", "offset"),
+}
+# the packed forms of iOS 16 and 17 carry the shape of the result
+_PACKED_INPUTS = {
+    "constexpr_lut_to_dense": ("lut", "indices", "shape"),
+    "constexpr_sparse_to_dense": ("nonzero_data", "mask", "shape"),
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What a program computed.
+
+    Attributes:
+        outputs: Output name → value, in the program's order; empty when something is missing.
+        constexprs: Number of compressed weights that were decompressed.
+        unevaluated: Types of ops for which there is no rule.
+    """
+
+    outputs: dict[str, NDArray[Any]]
+    constexprs: int
+    unevaluated: tuple[str, ...] = ()
+
+
+def load_program(path: Path) -> Any:  # noqa: ANN401
+    """The MIL program of a saved package, with its weights.
+
+    Raises:
+        VerificationError: The package cannot be read.
+    """
+    ct = require("coremltools", "coreml")
+    from coremltools.converters.mil.frontend.milproto.load import load
+
+    try:
+        model = ct.models.MLModel(str(path), skip_model_load=True)
+        spec = model.get_spec()
+        return load(spec, spec.specificationVersion, model.weights_dir)
+    except Exception as error:
+        raise VerificationError(f"{path.name} cannot be read back: {error}") from error
+
+
+def dense_value(var: Any) -> Any:  # noqa: ANN401
+    """Value of a constant, or of any nest of constexpr ops."""
+    if var is None:
+        return None
+    op = var.op
+    if op is None or var.val is not None:
+        return var.val
+    given = {
+        name: dense_value(value)
+        for name, value in op.inputs.items()
+        if value is not None and not isinstance(value, list | tuple)
+    }
+    if op.op_type == "constexpr_cast":
+        return np.float32(given["source_val"])
+    table = _PACKED_INPUTS if "shape" in given else _CONSTEXPR_INPUTS
+    order = table[op.op_type]
+    result = type(op).decompress(*(given.get(name) for name in order))
+    return result[list(op.outputs).index(var)] if len(op.outputs) > 1 else result
+
+
+def evaluate(program: Any, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:  # noqa: ANN401
+    """Run function "main" of a loaded program.
+
+    Args:
+        program: From `load_program`.
+        inputs: Input name → value.
+
+    Raises:
+        VerificationError: A rule fails, or an input does not fit.
+    """
+    from coremltools.converters.mil.mil.operation import Operation
+
+    main = program.functions["main"]
+    missing = sorted(
+        {
+            op.op_type
+            for op in main.operations
+            if op.op_type not in OPS
+            and op.op_type != "const"
+            and not op.op_type.startswith("constexpr_")
+            and type(op).value_inference is Operation.value_inference
+        }
+    )
+    constexprs = 0
+    for name, var in main.inputs.items():
+        _set(var, inputs[name])
+    for op in main.operations:
+        if op.op_type == "const":
+            var = op.outputs[0]
+            if isinstance(var.val, np.bool_):
+                # numpy 2.4 refuses np.bool_ where coremltools passes it on as keepdims
+                var._sym_val.val = bool(var.val)
+        elif op.op_type.startswith("constexpr_"):
+            for var in op.outputs:
+                _set(var, dense_value(var))
+            constexprs += any(
+                not user.op_type.startswith("constexpr_")
+                for var in op.outputs
+                for user in var.child_ops
+            )
+        elif not missing:
+            _run(op)
+    if missing:
+        return Evaluation({}, constexprs, tuple(missing))
+    outputs = {var.name: np.asarray(var.val) for var in main.outputs}
+    return Evaluation(outputs, constexprs)
+
+
+def _run(op: Any) -> None:  # noqa: ANN401
+    try:
+        if op.op_type in OPS:
+            given = {name: _plain(value) for name, value in op.inputs.items() if value is not None}
+            result = OPS[op.op_type](given)
+            results = result if isinstance(result, tuple) else (result,)
+            for var, value in zip(op.outputs, results, strict=True):
+                _set(var, value)
+        else:
+            op.type_value_inference(overwrite_output=True)
+    except Exception as error:
+        raise VerificationError(f"MIL op {op.op_type} ({op.name}): {error}") from error
+    if any(var.val is None for var in op.outputs):
+        raise VerificationError(f"MIL op {op.op_type} ({op.name}) gave no value")
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401
+    return [_plain(item) for item in value] if isinstance(value, list | tuple) else value.val
+
+
+def _set(var: Any, value: Any) -> None:  # noqa: ANN401
+    from coremltools.converters.mil.mil import types
+
+    kind = var._sym_type
+    holder = kind()
+    array = np.asarray(value)
+    if types.is_tensor(kind):
+        declared = [d for d in var.shape if isinstance(d, int | np.integer)]
+        if array.ndim != var.rank or (
+            len(declared) == var.rank and tuple(declared) != array.shape
+        ):
+            raise VerificationError(
+                f"{var.name}: value of shape {array.shape}, declared {tuple(var.shape)}"
+            )
+        holder.val = array.astype(types.nptype_from_builtin(var.dtype))
+    else:
+        holder.val = array.item()
+    var._sym_val = holder

@@ -1,0 +1,119 @@
+"""Our ops in coremltools' torch frontend: each becomes a constexpr op, built directly."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+
+from graphopt.extras import require
+from graphopt.numerics.packing import unpack
+from graphopt.ops import STORAGE_BITS
+
+__all__ = ["register_lowerings"]
+
+
+def register_lowerings() -> None:
+    """Teach coremltools our ops; calling it again does nothing.
+
+    Raises:
+        MissingDependencyError: coremltools is not installed.
+    """
+    require("coremltools", "coreml")
+    from coremltools.converters.mil.frontend.torch.torch_op_registry import (
+        _TORCH_OPS_REGISTRY,
+        register_torch_op,
+    )
+
+    if "graphopt::lut_to_dense" in _TORCH_OPS_REGISTRY.name_to_func_mapping:
+        return
+    for function in (graphopt_lut_to_dense, graphopt_shift_scale):
+        name = function.__name__.removeprefix("graphopt_")
+        aliases = [f"graphopt::{name}", f"graphopt.{name}"]
+        register_torch_op(function, torch_alias=aliases)
+
+
+def _inputs(context: Any, node: Any) -> list[Any]:  # noqa: ANN401
+    from coremltools.converters.mil.frontend.torch.ops import _get_inputs
+
+    return list(_get_inputs(context, node))
+
+
+def _numpy_type(name: str) -> Any:  # noqa: ANN401
+    from coremltools.converters.mil.mil import types
+
+    return types.nptype_from_builtin(types.string_to_builtin(name))
+
+
+def _operand(value: Any) -> Any:  # noqa: ANN401
+    """A constexpr result as it is, anything else as its constant value."""
+    is_constexpr = value.op is not None and value.op.op_type.startswith("constexpr_")
+    return value if is_constexpr else value.val
+
+
+def _ints(value: Any) -> list[int]:  # noqa: ANN401
+    raw = value.val if hasattr(value, "val") else value
+    return [int(getattr(item, "val", item)) for item in np.atleast_1d(raw)]
+
+
+def _unpacked(data: Any, bits: int, shape: list[int]) -> np.ndarray[Any, Any]:  # noqa: ANN401
+    packed = torch.from_numpy(np.ascontiguousarray(data.val, dtype=np.uint8))
+    return unpack(packed, bits, math.prod(shape)).numpy().reshape(shape)
+
+
+def graphopt_lut_to_dense(context: Any, node: Any) -> None:  # noqa: ANN401
+    """`constexpr_lut_to_dense`, in the form of the deployment target."""
+    from coremltools.converters.mil.frontend import _utils
+    from coremltools.converters.mil.mil import Builder
+
+    values = _inputs(context, node)
+    indices, lut = values[0], _operand(values[1])
+    n_bits, shape = int(values[2].val), _ints(values[3])
+    vector_axis = None
+    if len(values) > 4 and values[4] is not None:
+        vector_axis = int(values[4].val)
+    length = int(values[1].shape[-1])
+    index_shape = [
+        size // length if axis == vector_axis and length > 1 else size
+        for axis, size in enumerate(shape)
+    ]
+    codes = _unpacked(indices, n_bits, index_shape).astype(_numpy_type(f"uint{n_bits}"))
+    if _is_ios18():
+        options = {} if vector_axis is None else {"vector_axis": np.int32(vector_axis)}
+        result = Builder.constexpr_lut_to_dense(
+            indices=codes, lut=lut, name=node.name, **options
+        )
+    else:
+        # the packed form of iOS 16 and 17, which coremltools builds from the same arrays
+        result = _utils._construct_constexpr_lut_op(codes, lut, vector_axis, name=node.name)
+    context.add(result, node.name)
+
+
+def graphopt_shift_scale(context: Any, node: Any) -> None:  # noqa: ANN401
+    """`constexpr_blockwise_shift_scale`."""
+    from coremltools.converters.mil.mil import Builder
+
+    data, scale, offset, storage, shape = _inputs(context, node)[:5]
+    kind = str(storage.val)
+    options = {}
+    if kind == "float":
+        stored = _operand(data)
+    else:
+        dtype = _numpy_type(kind)
+        stored = _unpacked(data, STORAGE_BITS[kind], _ints(shape))
+        stored = stored.view(np.int8).astype(dtype) if kind == "int8" else stored.astype(dtype)
+        if offset is not None and np.any(offset.val):
+            options["offset"] = np.asarray(offset.val).astype(dtype)
+    result = Builder.constexpr_blockwise_shift_scale(
+        data=stored, scale=np.asarray(scale.val), name=node.name, **options
+    )
+    context.add(result, node.name)
+
+
+def _is_ios18() -> bool:
+    from coremltools import target
+    from coremltools.converters.mil.mil.block import is_current_opset_version_compatible_with
+
+    return bool(is_current_opset_version_compatible_with(target.iOS18))
