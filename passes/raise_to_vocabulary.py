@@ -50,7 +50,11 @@ class RaiseToVocabulary(Pass):
             if str(node.target) == "coreai.lut_to_dense.default":
                 _raise_lookup(edit, node)
         for node in list(edit.gm.graph.nodes):
-            if str(node.target) == "coreai.constexpr_blockwise_shift_scale.default":
+            if str(node.target) != "coreai.constexpr_blockwise_shift_scale.default":
+                continue
+            if isinstance(node.args[0], fx.Node) and node.args[0].target is _ops.lut_to_dense.default:
+                _raise_channel_scale(edit, node)
+            else:
                 raise LoweringError(
                     f"{node.name}: a dequantized weight of Core AI form that no lookup feeds cannot"
                     " be raised; lower the module to Core AI, or start from the original model"
@@ -132,6 +136,17 @@ def _raise_quantized(
             scaling.replace_input_with(old, dense)
             _drop(edit, old)
     return dense
+
+
+def _raise_channel_scale(edit: Editor, node: fx.Node) -> None:
+    dense, scale = node.args[0], node.args[1]
+    assert isinstance(dense, fx.Node)
+    value = node.meta["val"]
+    scaled = edit.call(
+        _ops.shift_scale.default, dense, scale, None, "float", list(dense.meta["val"].shape),
+        value.dtype, like=node,
+    )  # fmt: skip
+    edit.replace(node, scaled)
 
 
 def _dequantize_behind(node: fx.Node) -> fx.Node | None:

@@ -96,7 +96,7 @@ def graphopt_shift_scale(context: Any, node: Any) -> None:  # noqa: ANN401
     from coremltools.converters.mil.mil import Builder
 
     data, scale, offset, storage, shape = _inputs(context, node)[:5]
-    kind = str(storage.val)
+    kind = str(getattr(storage, "val", storage))
     options = {}
     if kind == "float":
         stored = _operand(data)
