@@ -20,7 +20,16 @@ from graphopt.errors import ArtifactExistsError, InputError, LoweringError, Stat
 from graphopt.pass_base import Pass
 from graphopt.program import Program
 
-__all__ = ["Artifact", "Backend", "Capabilities", "Verification", "compare_outputs", "stored_size"]
+__all__ = [
+    "Artifact",
+    "Backend",
+    "Capabilities",
+    "Verification",
+    "compare_outputs",
+    "expected_outputs",
+    "named_inputs",
+    "stored_size",
+]
 
 
 @dataclass(frozen=True)
@@ -75,23 +84,21 @@ class Artifact(ABC):
     """What a backend emitted, in memory or saved.
 
     Attributes:
+        backend: The backend that made it.
         program: The program that was lowered.
         path: Where it was saved, None before.
     """
 
     suffix: ClassVar[str]
 
-    def __init__(self, program: Program) -> None:
+    def __init__(self, backend: Backend, program: Program) -> None:
+        self.backend = backend
         self.program = program
         self.path: Path | None = None
 
     @abstractmethod
     def _write(self, path: Path) -> None:
         """Write to a path that does not exist yet."""
-
-    @abstractmethod
-    def _verify(self, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verification:
-        """Evaluate what lies at `path` on these inputs and compare."""
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write the artifact; a failure leaves nothing behind, and what was there untouched.
@@ -129,7 +136,7 @@ class Artifact(ABC):
             inputs = tuple(inputs[0])
         if not inputs and not kwargs:
             inputs, kwargs = self.program.example_args, self.program.example_kwargs
-        return self._verify(self.path, tuple(inputs), dict(kwargs))
+        return self.backend.check(self.path, self.program, tuple(inputs), dict(kwargs))
 
     @property
     def size(self) -> int:
@@ -170,6 +177,16 @@ class Backend(ABC):
             LoweringError: The target cannot hold it; raised before any file is written.
         """
 
+    @abstractmethod
+    def check(
+        self, path: Path, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Verification:
+        """Evaluate the artifact at `path` on these inputs and compare with `program` in PyTorch.
+
+        Raises:
+            VerificationError: It cannot be evaluated.
+        """
+
     def refuse_unsupported(self, program: Program) -> None:
         """Raise once with everything that the target cannot hold.
 
@@ -199,6 +216,22 @@ def compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tupl
         worst = float((got - want).abs().max()) if want.numel() else 0.0
         errors.append(worst / scale if scale > 0 else worst)
     return tuple(errors)
+
+
+def named_inputs(
+    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Tensor inputs by the names of the graph's inputs.
+
+    Raises:
+        InputError: Their number differs.
+    """
+    names = [node.name for node in program.graph_module.graph.find_nodes(op="placeholder")]
+    leaves = pytree.tree_leaves((args, kwargs))
+    if len(names) != len(leaves):
+        raise InputError(f"the program has inputs {names}, {len(leaves)} values were given")
+    pairs = zip(names, leaves, strict=True)
+    return {name: leaf for name, leaf in pairs if isinstance(leaf, Tensor)}
 
 
 def expected_outputs(

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-import threading
 from collections.abc import Coroutine
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from graphopt.backends.base import (
@@ -23,6 +21,7 @@ from graphopt.backends.base import (
     Verification,
     compare_outputs,
     expected_outputs,
+    named_inputs,
 )
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.casting import cast_to_16_bit_precision
@@ -34,9 +33,7 @@ from graphopt.pass_manager import run_passes
 from graphopt.passes import RemoveUnused
 from graphopt.program import Program, export_graph
 
-__all__ = ["CoreAIArtifact", "CoreAIBackend"]
-
-_log = logging.getLogger(__name__)
+__all__ = ["CoreAIArtifact", "CoreAIBackend", "run_asset"]
 
 
 class CoreAIArtifact(Artifact):
@@ -49,8 +46,14 @@ class CoreAIArtifact(Artifact):
 
     suffix: ClassVar[str] = ".aimodel"
 
-    def __init__(self, program: Program, exported: ExportedProgram, ai_program: Any) -> None:  # noqa: ANN401
-        super().__init__(program)
+    def __init__(
+        self,
+        backend: CoreAIBackend,
+        program: Program,
+        exported: ExportedProgram,
+        ai_program: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(backend, program)
         self.exported = exported
         self.ai_program = ai_program
 
@@ -58,75 +61,49 @@ class CoreAIArtifact(Artifact):
     def _write(self, path: Path) -> None:
         self.ai_program.save_asset(path)
 
-    @override
-    def _verify(self, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verification:
-        found = self.run(path, args, kwargs)
-        errors = compare_outputs(found, expected_outputs(self.program, args, kwargs))
-        lookups = sum("lut_to_dense" in str(n.target) for n in self.exported.graph.nodes)
-        return Verification(
-            max(errors, default=0.0), errors, "ran the saved asset on the Core AI runtime",
-            weights=lookups,
-        )  # fmt: skip
 
-    def run(
-        self, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> list[Tensor]:
-        """Execute the asset at `path`; outputs in the program's order.
+def run_asset(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Execute the saved asset at `path` on the Core AI runtime.
 
-        Raises:
-            VerificationError: The runtime refuses the asset or the inputs.
-        """
-        require("coreai.runtime", "coreai")
-        from coreai.authoring import AIModelAsset
-        from coreai.runtime import NDArray
+    Args:
+        path: An .aimodel.
+        inputs: By the names of the graph's inputs; they are converted to the types that the asset
+            takes (64-bit integers to 32).
 
-        leaves = pytree.tree_leaves((args, kwargs or {}))
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-        names = [name for name in self.exported.graph_signature.user_inputs if isinstance(name, str)]
-        wanted = {node.name: node.meta.get("val") for node in self.exported.graph.nodes}
-        feeds = {
-            name: NDArray(_as_stored(tensor, wanted[name]))
-            for name, tensor in zip(names, tensors, strict=True)
-        }
+    Returns:
+        Outputs in the program's order.
 
-        async def execute() -> list[Tensor]:
-            async with AIModelAsset.load(path).executable() as model:
-                function = model.load_function("main")
-                known = set(function.desc.input_names)
-                result = await function({k: v for k, v in feeds.items() if k in known})
-                # the mapping is not in the order of the outputs
-                arrays = [np.array(result[name].numpy()) for name in function.desc.output_names]
-                return [torch.from_numpy(array) for array in arrays]
+    Raises:
+        VerificationError: The runtime refuses the asset or the inputs.
+    """
+    require("coreai.runtime", "coreai")
+    from coreai.authoring import AIModelAsset
+    from coreai.runtime import NDArray
 
-        try:
-            return _run_async(execute())
-        except Exception as error:
-            raise VerificationError(f"{path.name} does not run on the Core AI runtime: {error}") from error
+    async def execute() -> list[Tensor]:
+        async with AIModelAsset.load(path).executable() as model:
+            function = model.load_function("main")
+            feeds = {}
+            for name in function.desc.input_names:
+                dtype = np.dtype(function.desc.input_descriptor(name).dtype)
+                feeds[name] = NDArray(np.ascontiguousarray(inputs[name].numpy().astype(dtype)))
+            result = await function(feeds)
+            # the mapping is not in the order of the outputs
+            arrays = [np.array(result[name].numpy()) for name in function.desc.output_names]
+            return [torch.from_numpy(array) for array in arrays]
 
-
-def _as_stored(tensor: Tensor, value: object) -> np.ndarray[Any, Any]:
-    """An input in the type that the asset takes: 64-bit integers are narrowed to 32."""
-    dtype = value.dtype if isinstance(value, Tensor) else tensor.dtype
-    dtype = {torch.int64: torch.int32, torch.float64: torch.float32}.get(dtype, dtype)
-    return np.ascontiguousarray(tensor.detach().cpu().to(dtype).numpy())
+    try:
+        return _run_async(execute())
+    except Exception as error:
+        raise VerificationError(
+            f"{path.name} does not run on the Core AI runtime: {type(error).__name__}: {error}"
+        ) from error
 
 
 def _run_async(work: Coroutine[Any, Any, list[Tensor]]) -> list[Tensor]:
     """Run a coroutine also where an event loop runs already, as in a notebook."""
-    outcome: list[Any] = []
-
-    def target() -> None:
-        try:
-            outcome.append(asyncio.run(work))
-        except BaseException as error:  # noqa: BLE001 - handed to the caller's thread
-            outcome.append(error)
-
-    thread = threading.Thread(target=target, name="graphopt-coreai")
-    thread.start()
-    thread.join()
-    if isinstance(outcome[0], BaseException):
-        raise outcome[0]
-    return outcome[0]  # type: ignore[no-any-return]
+    with ThreadPoolExecutor(1, thread_name_prefix="graphopt-coreai") as pool:
+        return pool.submit(asyncio.run, work).result()
 
 
 class CoreAIBackend(Backend):
@@ -194,4 +171,14 @@ class CoreAIBackend(Backend):
                 ai_program = converter.to_coreai()
             except Exception as error:
                 raise LoweringError(f"coreai-torch cannot convert the program: {error}") from error
-        return CoreAIArtifact(program, exported, ai_program)
+        return CoreAIArtifact(self, program, exported, ai_program)
+
+    @override
+    def check(
+        self, path: Path, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Verification:
+        found = run_asset(path, named_inputs(program, args, kwargs))
+        errors = compare_outputs(found, expected_outputs(program, args, kwargs))
+        how = "ran the saved asset on the Core AI runtime"
+        weights = len(find_lookups(program.graph_module))
+        return Verification(max(errors, default=0.0), errors, how, weights=weights)

@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from graphopt.backends.base import (
@@ -24,6 +23,7 @@ from graphopt.backends.base import (
     Verification,
     compare_outputs,
     expected_outputs,
+    named_inputs,
 )
 from graphopt.backends.coreml.decompose import decompose_for_coreml
 from graphopt.backends.coreml.lowerings import register_lowerings
@@ -51,8 +51,14 @@ class CoreMLArtifact(Artifact):
 
     suffix: ClassVar[str] = ".mlpackage"
 
-    def __init__(self, program: Program, exported: ExportedProgram, model: Any) -> None:  # noqa: ANN401
-        super().__init__(program)
+    def __init__(
+        self,
+        backend: CoreMLBackend,
+        program: Program,
+        exported: ExportedProgram,
+        model: Any,  # noqa: ANN401
+    ) -> None:
+        super().__init__(backend, program)
         self.exported = exported
         self.model = model
 
@@ -61,48 +67,18 @@ class CoreMLArtifact(Artifact):
         with _quiet():
             self.model.save(str(path))
 
-    @override
-    def _verify(self, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verification:
-        from graphopt.backends.coreml.evaluate import evaluate, load_program
 
-        with _quiet():
-            program = load_program(path)
-        leaves = pytree.tree_leaves((args, kwargs))
-        arrays = [leaf.detach().cpu().numpy() for leaf in leaves if isinstance(leaf, Tensor)]
-        names = [name for name in self.exported.graph_signature.user_inputs if isinstance(name, str)]
-        known = program.functions["main"].inputs
-        feeds = {name: a for name, a in zip(names, arrays, strict=True) if name in known}
-        with _quiet():
-            result = evaluate(program, feeds)
-        how = "read the package back, decompressed its weights and evaluated its MIL program"
-        if result.unevaluated:
-            notes = tuple(f"no rule for MIL op {op}" for op in result.unevaluated)
-            return Verification(
-                float("nan"), (), how, complete=False, notes=notes, weights=result.constexprs
-            )
-        expected = expected_outputs(self.program, args, kwargs)
-        found = [torch.from_numpy(np.ascontiguousarray(value)) for value in result.outputs.values()]
-        errors = compare_outputs(found, expected)
-        notes = ()
-        if platform.system() == "Darwin":
-            predicted = self._predict(path, feeds)
-            worst = max(compare_outputs(predicted, expected), default=0.0)
-            notes = (f"Core ML's own prediction differs by {worst:.3g}",)
-            how += ", and predicted with Core ML"
-        return Verification(
-            max(errors, default=0.0), errors, how, notes=notes, weights=result.constexprs
-        )
+def _predict(path: Path, feeds: dict[str, Any]) -> list[Tensor]:
+    """Outputs of Core ML itself, on macOS."""
+    import coremltools
 
-    def _predict(self, path: Path, feeds: dict[str, Any]) -> list[Tensor]:
-        import coremltools
-
-        model = coremltools.models.MLModel(str(path))
-        try:
-            outputs = model.predict(feeds)
-        except Exception as error:
-            raise VerificationError(f"Core ML cannot predict with {path.name}: {error}") from error
-        names = [output.name for output in model.get_spec().description.output]
-        return [torch.from_numpy(np.asarray(outputs[name])) for name in names]
+    model = coremltools.models.MLModel(str(path))
+    try:
+        outputs = model.predict(feeds)
+    except Exception as error:
+        raise VerificationError(f"Core ML cannot predict with {path.name}: {error}") from error
+    names = [output.name for output in model.get_spec().description.output]
+    return [torch.from_numpy(np.asarray(outputs[name])) for name in names]
 
 
 class CoreMLBackend(Backend):
@@ -184,7 +160,35 @@ class CoreMLBackend(Backend):
                 )
         except Exception as error:
             raise LoweringError(f"coremltools cannot convert the program: {error}") from error
-        return CoreMLArtifact(program, exported, model)
+        return CoreMLArtifact(self, program, exported, model)
+
+    @override
+    def check(
+        self, path: Path, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Verification:
+        from graphopt.backends.coreml.evaluate import evaluate, load_program
+
+        with _quiet():
+            loaded = load_program(path)
+            known = loaded.functions["main"].inputs
+            given = named_inputs(program, args, kwargs)
+            feeds = {name: given[name].detach().cpu().numpy() for name in known}
+            result = evaluate(loaded, feeds)
+        how = "read the package back, decompressed its weights and evaluated its MIL program"
+        if result.unevaluated:
+            notes = tuple(f"no rule for MIL op {op}" for op in result.unevaluated)
+            partial = "read the package back and decompressed its weights only"
+            return Verification(float("nan"), (), partial, False, notes, result.constexprs)
+        expected = expected_outputs(program, args, kwargs)
+        found = [torch.from_numpy(np.ascontiguousarray(value)) for value in result.outputs.values()]
+        errors = compare_outputs(found, expected)
+        notes = ()
+        if platform.system() == "Darwin":
+            worst = max(compare_outputs(_predict(path, feeds), expected), default=0.0)
+            notes = (f"Core ML's own prediction differs by {worst:.3g}",)
+            how += ", and predicted with Core ML"
+        worst = max(errors, default=0.0)
+        return Verification(worst, errors, how, True, notes, result.constexprs)
 
 
 def _reasons(lookup: Lookup, allowed: Capabilities, where: str) -> Iterator[str]:

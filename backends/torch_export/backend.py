@@ -38,27 +38,13 @@ class TorchArtifact(Artifact):
 
     suffix: ClassVar[str] = ".pt2"
 
-    def __init__(self, program: Program, exported: ExportedProgram) -> None:
-        super().__init__(program)
+    def __init__(self, backend: TorchBackend, program: Program, exported: ExportedProgram) -> None:
+        super().__init__(backend, program)
         self.exported = exported
 
     @override
     def _write(self, path: Path) -> None:
         torch.export.save(self.exported, path)
-
-    @override
-    def _verify(self, path: Path, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Verification:
-        try:
-            loaded = torch.export.load(path).module()
-            with torch.no_grad():
-                result = loaded(*args, **kwargs)
-        except Exception as error:
-            raise VerificationError(f"{path.name} does not load and run: {error}") from error
-        found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        errors = compare_outputs(found, expected_outputs(self.program, args, kwargs))
-        weights = len(find_lookups(self.program.graph_module))
-        how = "loaded the saved program and ran it in PyTorch"
-        return Verification(max(errors, default=0.0), errors, how, weights=weights)
 
 
 class TorchBackend(Backend):
@@ -98,4 +84,20 @@ class TorchBackend(Backend):
         exported = export_graph(
             neutral.graph_module, program.example_args, program.example_kwargs, dynamic=dynamic
         )
-        return TorchArtifact(program, exported)
+        return TorchArtifact(self, program, exported)
+
+    @override
+    def check(
+        self, path: Path, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Verification:
+        try:
+            loaded = torch.export.load(path).module()
+            with torch.no_grad():
+                result = loaded(*args, **kwargs)
+        except Exception as error:
+            raise VerificationError(f"{path.name} does not load and run: {error}") from error
+        found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        errors = compare_outputs(found, expected_outputs(program, args, kwargs))
+        weights = len(find_lookups(program.graph_module))
+        how = "loaded the saved program and ran it in PyTorch"
+        return Verification(max(errors, default=0.0), errors, how, weights=weights)
