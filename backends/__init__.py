@@ -34,7 +34,9 @@ def load_backend(backend: ExportBackend | str) -> Backend:
         raise LoweringError(f"no backend {backend!r}; there are {names}") from None
     if target not in BACKENDS:
         available = [each.value for each in BACKENDS]
-        raise LoweringError(f"this version does not lower to {target.value}; use one of {available}")
+        raise LoweringError(
+            f"this version does not lower to {target.value}; use one of {available}"
+        )
     module, _, name = BACKENDS[target].partition(":")
     found = getattr(importlib.import_module(module), name)()
     assert isinstance(found, Backend)

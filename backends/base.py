@@ -27,6 +27,7 @@ __all__ = [
     "Verification",
     "compare_outputs",
     "expected_outputs",
+    "match_inputs",
     "named_inputs",
     "stored_size",
 ]
@@ -119,7 +120,7 @@ class Artifact(ABC):
         self.path = target
         return target
 
-    def verify(self, *inputs: Any, **kwargs: Any) -> Verification:  # noqa: ANN401
+    def verify(self, *inputs: Any, **kwargs: Any) -> Verification:
         """Evaluate the saved artifact and compare it with the program in PyTorch.
 
         Args:
@@ -170,7 +171,7 @@ class Backend(ABC):
         """Passes that turn our vocabulary into the target's."""
 
     @abstractmethod
-    def lower(self, program: Program, **options: Any) -> Artifact:  # noqa: ANN401
+    def lower(self, program: Program, **options: Any) -> Artifact:
         """Translate a program in our vocabulary.
 
         Raises:
@@ -226,12 +227,27 @@ def named_inputs(
     Raises:
         InputError: Their number differs.
     """
-    names = [node.name for node in program.graph_module.graph.find_nodes(op="placeholder")]
+    inputs = program.graph_module.graph.find_nodes(op="placeholder")
+    # fx appends a number to names such as "input" that are builtins; the target has the plain one
+    names = [str(node.target) for node in inputs]
     leaves = pytree.tree_leaves((args, kwargs))
     if len(names) != len(leaves):
         raise InputError(f"the program has inputs {names}, {len(leaves)} values were given")
     pairs = zip(names, leaves, strict=True)
     return {name: leaf for name, leaf in pairs if isinstance(leaf, Tensor)}
+
+
+def match_inputs(wanted: Sequence[str], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs by an artifact's own names: by name where they agree, by position where not.
+
+    Raises:
+        InputError: Neither works.
+    """
+    if all(name in given for name in wanted):
+        return {name: given[name] for name in wanted}
+    if len(wanted) == len(given):
+        return dict(zip(wanted, given.values(), strict=True))
+    raise InputError(f"the artifact has inputs {list(wanted)}, the program {list(given)}")
 
 
 def expected_outputs(

@@ -70,7 +70,7 @@ def lower(
     backend: ExportBackend | str,
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    **options: Any,  # noqa: ANN401 - each backend documents its own
+    **options: Any,
 ) -> Artifact:
     """Lower to a target in one call: `graphopt.lower(finalized, "coreai", x).save("m.aimodel")`.
 

@@ -32,7 +32,7 @@ def capture(
     model: nn.Module | ExportedProgram | str | Path,
     example_inputs: _Args | Tensor | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    dynamic_shapes: Any = "auto",  # noqa: ANN401 - torch.export's own type
+    dynamic_shapes: Any = "auto",
 ) -> Program:
     """Capture a model as the `Program` that passes, searches and backends work on.
 
@@ -84,7 +84,7 @@ def _as_args(example_inputs: _Args | Tensor | None) -> _Args:
     return tuple(example_inputs)
 
 
-def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Program:  # noqa: ANN401
+def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Program:
     if not path.exists():
         raise InputError(f"no such file: {path}")
     import graphopt.ops  # noqa: F401 - saved programs may use our ops
@@ -92,14 +92,16 @@ def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Progr
     try:
         exported = torch.export.load(path)
     except Exception as error:
-        raise CaptureError(f"{path} is not a program that torch.export can load: {error}") from error
+        raise CaptureError(
+            f"{path} is not a program that torch.export can load: {error}"
+        ) from error
     return _from_exported(exported, str(path), args, kwargs)
 
 
 def _from_exported(
     exported: ExportedProgram,
     source: str,
-    example_inputs: Any,  # noqa: ANN401
+    example_inputs: Any,
     example_kwargs: Mapping[str, Any] | None,
 ) -> Program:
     saved_args, saved_kwargs = exported.example_inputs or ((), {})
@@ -128,7 +130,7 @@ def _export(
     model: nn.Module,
     args: _Args,
     kwargs: _Kwargs,
-    dynamic_shapes: Any,  # noqa: ANN401
+    dynamic_shapes: Any,
 ) -> ExportedProgram:
     """Export with the most open shapes that give the model's own outputs on the example."""
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
@@ -150,7 +152,7 @@ def _export(
         try:
             exported = attempt()
             found = exported.module(check_guards=False)(*args, **kwargs)
-        except Exception as error:  # noqa: BLE001 - the next, narrower attempt decides
+        except Exception as error:
             _log.debug("open shapes refused: %s: %s", type(error).__name__, error)
             continue
         if _same(expected, found):
@@ -163,7 +165,7 @@ def _attempt(
     model: nn.Module,
     args: _Args,
     kwargs: _Kwargs,
-    dynamic_shapes: Any,  # noqa: ANN401
+    dynamic_shapes: Any,
     *,
     oblivious: bool,
 ) -> ExportedProgram:
@@ -175,9 +177,7 @@ def _attempt(
                 shapes[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
     try:
         with symbolic_config.patch(backed_size_oblivious=oblivious):
-            exported = torch.export.export(
-                model, args, kwargs, dynamic_shapes=shapes, strict=False
-            )
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             # flattens regions such as wrap_with_set_grad_enabled that passes could not see into
             return exported.run_decompositions({})
     except Exception as error:
@@ -197,7 +197,7 @@ def _double_batch(args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
     return pytree.tree_unflatten(doubled, spec)  # type: ignore[no-any-return]
 
 
-def _same(expected: Any, found: Any) -> bool:  # noqa: ANN401
+def _same(expected: Any, found: Any) -> bool:
     pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=False)
     for want, got in pairs:
         if not isinstance(want, Tensor):
@@ -298,7 +298,9 @@ _HINTS = (
 def _explain(model: nn.Module, error: BaseException) -> str:
     """Say where the export failed: op, module, source line, and what usually helps."""
     chain = [error]
-    while (cause := chain[-1].__cause__ or chain[-1].__context__) is not None and cause not in chain:
+    while (
+        cause := chain[-1].__cause__ or chain[-1].__context__
+    ) is not None and cause not in chain:
         chain.append(cause)
     names = {id(module): name for name, module in model.named_modules()}
     module_name, place = "", ""
@@ -311,7 +313,11 @@ def _explain(model: nn.Module, error: BaseException) -> str:
                 if not inside or not place:
                     summary = traceback.extract_tb(link.__traceback__)
                     text = next(
-                        (s.line for s in summary if s.lineno == line and s.name == frame.f_code.co_name),
+                        (
+                            s.line
+                            for s in summary
+                            if s.lineno == line and s.name == frame.f_code.co_name
+                        ),
                         "",
                     )
                     place = f"{frame.f_code.co_filename}:{line}: {text}"

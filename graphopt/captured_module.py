@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -54,7 +55,7 @@ class InputGuards:
         failed = []
         for code in self.conditions:
             try:
-                met = eval(code, {"__builtins__": {}}, {"L": given})  # noqa: S307 - whitelisted
+                met = eval(code, {"__builtins__": {}}, {"L": given})
             except (KeyError, IndexError, AttributeError, TypeError):
                 continue
             if not met:
@@ -97,7 +98,10 @@ class CapturedModule(fx.GraphModule):
         return _restore, (tree, nodes, self.graph._codegen, meta)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
-        copied = super().__deepcopy__(memo)
+        with warnings.catch_warnings():
+            # torch's own tree specs warn about themselves when they are copied
+            warnings.simplefilter("ignore", FutureWarning)
+            copied = super().__deepcopy__(memo)
         copied.meta = dict(self.meta)
         return copied  # type: ignore[no-any-return]
 
@@ -120,14 +124,14 @@ class _TorchRef:
 
     name: str
 
-    def resolve(self) -> Any:  # noqa: ANN401
+    def resolve(self) -> Any:
         found: Any = torch
         for part in self.name.split("."):
             found = getattr(found, part)
         return found
 
 
-def _packed(value: Any) -> Any:  # noqa: ANN401
+def _packed(value: Any) -> Any:
     if isinstance(value, fx.Node):
         return _NodeRef(value.name)
     if isinstance(value, torch.memory_format | torch.layout):
@@ -155,14 +159,14 @@ def _pack_node(node: fx.Node) -> tuple[Any, ...]:
 def _restore(
     tree: nn.Module,
     nodes: list[tuple[Any, ...]],
-    codegen: Any,  # noqa: ANN401
+    codegen: Any,
     meta: dict[str, Any],
 ) -> CapturedModule:
     graph = fx.Graph()
     graph.set_codegen(codegen)
     made: dict[str, fx.Node] = {}
 
-    def linked(value: Any) -> Any:  # noqa: ANN401
+    def linked(value: Any) -> Any:
         if isinstance(value, _NodeRef):
             return made[value.name]
         if isinstance(value, _TorchRef):

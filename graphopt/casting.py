@@ -127,8 +127,8 @@ def _predicate(ignored: _Ignored) -> Callable[[fx.Node], bool]:
     if callable(ignored):
         return ignored
     chosen = set(ignored)
-    return lambda node: node.target in chosen or (
-        getattr(node.target, "overloadpacket", None) in chosen
+    return lambda node: (
+        node.target in chosen or (getattr(node.target, "overloadpacket", None) in chosen)
     )
 
 
@@ -194,7 +194,7 @@ def _propagate(graph: fx.Graph, keep: Callable[[fx.Node], bool], narrow: torch.d
 
 
 def _narrow_arguments(node: fx.Node, narrow: torch.dtype) -> None:
-    def fitted(value: Any) -> Any:  # noqa: ANN401
+    def fitted(value: Any) -> Any:
         if value is torch.float32:
             return narrow
         if isinstance(value, float) and abs(value) > _FP16_MAX and abs(value) != float("inf"):
@@ -230,13 +230,17 @@ def _narrow_result(graph: fx.Graph, node: fx.Node, narrow: torch.dtype) -> None:
     node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast)
 
 
-def _evaluate(node: fx.Node) -> Any:  # noqa: ANN401
-    def value(used: fx.Node) -> Any:  # noqa: ANN401
+def _evaluate(node: fx.Node) -> Any:
+    def value(used: fx.Node) -> Any:
         return used.meta["val"]
 
     args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
     mode = next(
-        (n.meta["val"].fake_mode for n in node.graph.nodes if hasattr(n.meta.get("val"), "fake_mode")),
+        (
+            n.meta["val"].fake_mode
+            for n in node.graph.nodes
+            if hasattr(n.meta.get("val"), "fake_mode")
+        ),
         None,
     )
     assert callable(node.target)
@@ -250,7 +254,7 @@ def _refresh_example(program: ExportedProgram, wide: torch.dtype, narrow: torch.
     if program.example_inputs is None:
         return
 
-    def cast(value: Any) -> Any:  # noqa: ANN401
+    def cast(value: Any) -> Any:
         return value.to(narrow) if isinstance(value, Tensor) and value.dtype is wide else value
 
     program.example_inputs = torch.utils._pytree.tree_map(cast, program.example_inputs)

@@ -67,7 +67,7 @@ class Editor:
         self.changed = True
         return node
 
-    def call(self, target: Callable[..., Any], *args: Any, like: fx.Node) -> fx.Node:  # noqa: ANN401
+    def call(self, target: Callable[..., Any], *args: Any, like: fx.Node) -> fx.Node:
         """Insert a call before `like`, with its origin and a computed `meta["val"]`."""
         with self.gm.graph.inserting_before(like):
             node = self.gm.graph.call_function(target, args)
@@ -121,7 +121,7 @@ class Editor:
             if key in origin.meta:
                 node.meta[key] = origin.meta[key]
 
-    def fake(self, value: Tensor) -> Any:  # noqa: ANN401
+    def fake(self, value: Tensor) -> Any:
         """The value as `meta["val"]` holds it."""
         if self._fake_mode is None:
             return value.detach()

@@ -24,7 +24,9 @@ _FP4_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 STORAGE_BITS: dict[str, int] = {
     **{f"{sign}int{bits}": bits for sign in ("", "u") for bits in range(2, 9)},
-    **{"fp8_e4m3": 8, "fp8_e5m2": 8, "fp4_e2m1": 4},
+    "fp8_e4m3": 8,
+    "fp8_e5m2": 8,
+    "fp4_e2m1": 4,
 }
 
 _library = torch.library.Library("graphopt", "DEF")
@@ -74,7 +76,9 @@ def lut_to_dense(
                 size = index_shape[axis]
                 group = torch.arange(size, dtype=torch.int32, device=lut.device)
                 group = torch.div(group, size // groups[axis], rounding_mode="floor") * stride
-                offset = offset + group.reshape([-1 if a == axis else 1 for a in range(len(groups))])
+                offset = offset + group.reshape(
+                    [-1 if a == axis else 1 for a in range(len(groups))]
+                )
             stride *= groups[axis]
         codes = (codes.reshape(index_shape) + offset).reshape(-1)
     if length == 1:
@@ -132,9 +136,7 @@ def _elements(data: Tensor, storage: str, shape: list[int]) -> Tensor:
     bits = STORAGE_BITS[storage]
     codes = unpack(data, bits, math.prod(shape)).reshape(shape)
     if storage == "fp4_e2m1":
-        table = torch.tensor(
-            [*_FP4_VALUES, *(-value for value in _FP4_VALUES)], device=data.device
-        )
+        table = torch.tensor([*_FP4_VALUES, *(-value for value in _FP4_VALUES)], device=data.device)
         return table[codes.long()]
     value = codes.to(torch.int16)
     if storage.startswith("int"):

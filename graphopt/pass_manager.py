@@ -35,7 +35,5 @@ def run_passes(
         if dump_to is not None:
             dump_to.mkdir(parents=True, exist_ok=True)
             name = getattr(each, "name", type(each).__name__)
-            (dump_to / f"{number:02d}-{name}.txt").write_text(
-                gm.print_readable(print_output=False)
-            )
+            (dump_to / f"{number:02d}-{name}.txt").write_text(gm.print_readable(print_output=False))
     return changed

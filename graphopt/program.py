@@ -108,9 +108,7 @@ class Program:
             self.graph_module, self.example_args, self.example_kwargs, dynamic=dynamic
         )
 
-    def with_example(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
-    ) -> Program:
+    def with_example(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Program:
         """The same graph with other example inputs."""
         return replace(self, example_args=tuple(args), example_kwargs=dict(kwargs or {}))
 

@@ -115,7 +115,15 @@ class CompressionTable:
 
     def __rich__(self) -> Table:
         table = Table(title=f"{len(self.palettized)} of {len(self.rows)} tensors palettized")
-        for heading in ("tensor", "op", "shape", "bits/weight", "KiB", "SNR dB", "what, or why not"):
+        for heading in (
+            "tensor",
+            "op",
+            "shape",
+            "bits/weight",
+            "KiB",
+            "SNR dB",
+            "what, or why not",
+        ):
             right = heading in ("bits/weight", "KiB", "SNR dB")
             table.add_column(heading, justify="right" if right else "left", overflow="fold")
         for row in self.rows:

@@ -37,24 +37,35 @@ for _rank in (1, 2, 3):
 _register(("conv_transpose1d",), ["conv_transpose1d.default"], ((1, "weight", 1), (2, "bias", 0)))
 _register(("linear",), ["linear.default"], _WEIGHT_BIAS)
 _register(("embedding",), ["embedding.default"], ((0, "weight", 0),))
-_register(("matmul",), ["matmul.default", "mm.default", "bmm.default"], ((0, "weight", -2), (1, "weight", -1)))
+_register(
+    ("matmul",),
+    ["matmul.default", "mm.default", "bmm.default"],
+    ((0, "weight", -2), (1, "weight", -1)),
+)
 _register(("addmm",), ["addmm.default"], ((1, "weight", -2), (2, "weight", -1), (0, "bias", -1)))
 _register(("baddbmm",), ["baddbmm.default"], ((1, "weight", -2), (2, "weight", -1)))
 
-_RECURRENT = {
-    getattr(getattr(_aten, name), "input"): name
-    for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
-}
+_RECURRENT = {getattr(_aten, name).input: name for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
 _CONVOLUTION = _aten.convolution.default
 
 _PERMUTING = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default}
 _PRESERVING = {
-    *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default, _aten.unsqueeze.default),
+    *(
+        _aten.view.default,
+        _aten.reshape.default,
+        _aten._unsafe_view.default,
+        _aten.unsqueeze.default,
+    ),
     *(_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.expand.default),
     *(_aten.contiguous.default, _aten.clone.default, _aten.alias.default, _aten.detach.default),
     *(_aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device),
     *(_aten.slice.Tensor, _aten.select.int, _aten.split.Tensor, _aten.split_with_sizes.default),
-    *(_aten.chunk.default, _aten.flatten.using_ints, _aten.unflatten.int, _aten.lift_fresh_copy.default),
+    *(
+        _aten.chunk.default,
+        _aten.flatten.using_ints,
+        _aten.unflatten.int,
+        _aten.lift_fresh_copy.default,
+    ),
 }
 _LOOKUPS = ("graphopt.lut_to_dense", "coreai.lut_to_dense", "graphopt.shift_scale",
             "coreai.constexpr_blockwise_shift_scale", "graphopt.sparse_to_dense",

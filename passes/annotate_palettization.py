@@ -61,7 +61,7 @@ class AnnotatePalettization(Pass):
                 for node in weight.nodes:
                     annotate_weight(node, annotation)
                 edit.changed = True
-            elif weight.tensor.ndim >= 2 or "None" in decision or decision.startswith("!"):
+            elif weight.tensor.ndim >= 2 or decision.startswith("!"):
                 rows.append(_skipped(weight, decision.removeprefix("!"), conflict))
         remarks = self._report_unmatched(selector, edit, weights)
         table = CompressionTable(tuple(rows), tuple(remarks))
@@ -131,7 +131,10 @@ class AnnotatePalettization(Pass):
             near = closest(key, names[kind])
             text = f"{section}[{key!r}] matches nothing in the model"
             text += f"; closest: {', '.join(near)}" if near else f"; there are: {names[kind][:8]}"
-            lenient = self.on_unmatched == "warn" or kind in ("module_type_configs", "op_type_config")
+            lenient = self.on_unmatched == "warn" or kind in (
+                "module_type_configs",
+                "op_type_config",
+            )
             (remarks if lenient else errors).append(text)
         if errors:
             raise ConfigError("\n".join(errors))

@@ -11,11 +11,10 @@ from typing_extensions import override
 from graphopt.annotations import weight_annotation
 from graphopt.editor import Editor
 from graphopt.pass_base import Pass
+from graphopt.passes.palettize_weights import record_of
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.table import CompressionTable, merged
 from graphopt.weights import find_weights
-
-from graphopt.passes.palettize_weights import record_of
 
 __all__ = ["FakePalettize"]
 

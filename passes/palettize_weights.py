@@ -105,9 +105,7 @@ class PalettizeWeights(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        weights = [
-            weight for weight in find_weights(edit.gm) if weight_annotation(weight.nodes[0])
-        ]
+        weights = [weight for weight in find_weights(edit.gm) if weight_annotation(weight.nodes[0])]
         names = [weight.name for weight in weights]
         palettes = dict(self.palettes)
         if any(name not in palettes for name in names):
@@ -176,7 +174,9 @@ def record_of(
         parts.append("per-channel scale")
     snr = None
     if palettized.energy > 0:
-        snr = math.inf if palettized.sse <= 0 else 10 * math.log10(palettized.energy / palettized.sse)
+        snr = (
+            math.inf if palettized.sse <= 0 else 10 * math.log10(palettized.energy / palettized.sse)
+        )
     return TensorRecord(
         name=weight.name,
         aliases=weight.aliases,

@@ -52,7 +52,10 @@ class RaiseToVocabulary(Pass):
         for node in list(edit.gm.graph.nodes):
             if str(node.target) != "coreai.constexpr_blockwise_shift_scale.default":
                 continue
-            if isinstance(node.args[0], fx.Node) and node.args[0].target is _ops.lut_to_dense.default:
+            if (
+                isinstance(node.args[0], fx.Node)
+                and node.args[0].target is _ops.lut_to_dense.default
+            ):
                 _raise_channel_scale(edit, node)
             else:
                 raise LoweringError(
@@ -76,7 +79,9 @@ def _raise_lookup(edit: Editor, node: fx.Node) -> None:
     scaling = _dequantize_behind(node) if lut.dtype in _STORAGE else None
     if scaling is None:
         table = edit.constant(f"{base}_lut", lut, like=node)
-        dense = edit.call(_ops.lut_to_dense.default, packed, table, n_bits, shape, *extra, like=node)
+        dense = edit.call(
+            _ops.lut_to_dense.default, packed, table, n_bits, shape, *extra, like=node
+        )
         edit.replace(node, dense)
     else:
         dense = _raise_quantized(edit, scaling, base, packed, lut, n_bits, shape, extra)
@@ -113,7 +118,9 @@ def _raise_quantized(
         offset = None if zero is None else zero.flatten()[0].expand(table_shape).contiguous()
     if offset is not None and not offset.any():
         offset = None
-    data = edit.constant(f"{base}_lut", lut.contiguous().reshape(-1).view(torch.uint8), like=scaling)
+    data = edit.constant(
+        f"{base}_lut", lut.contiguous().reshape(-1).view(torch.uint8), like=scaling
+    )
     factors = edit.constant(f"{base}_lut_scale", table_scale.contiguous(), like=scaling)
     zeros = None
     if offset is not None:
@@ -122,9 +129,7 @@ def _raise_quantized(
         _ops.shift_scale.default, data, factors, zeros, _STORAGE[lut.dtype], list(lut.shape),
         scale.dtype, like=scaling,
     )  # fmt: skip
-    dense = edit.call(
-        _ops.lut_to_dense.default, packed, table, n_bits, shape, *extra, like=scaling
-    )
+    dense = edit.call(_ops.lut_to_dense.default, packed, table, n_bits, shape, *extra, like=scaling)
     if not on_table:
         channel = edit.constant(f"{base}_channel_scale", scale.detach().clone(), like=scaling)
         dense = edit.call(

@@ -21,9 +21,11 @@ from graphopt.backends.base import (
     Verification,
     compare_outputs,
     expected_outputs,
+    match_inputs,
     named_inputs,
 )
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
+from graphopt.backends.quiet import quiet
 from graphopt.casting import cast_to_16_bit_precision
 from graphopt.errors import LoweringError, VerificationError
 from graphopt.extras import require
@@ -51,7 +53,7 @@ class CoreAIArtifact(Artifact):
         backend: CoreAIBackend,
         program: Program,
         exported: ExportedProgram,
-        ai_program: Any,  # noqa: ANN401
+        ai_program: Any,
     ) -> None:
         super().__init__(backend, program)
         self.exported = exported
@@ -84,9 +86,10 @@ def run_asset(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
         async with AIModelAsset.load(path).executable() as model:
             function = model.load_function("main")
             feeds = {}
-            for name in function.desc.input_names:
+            for name, tensor in match_inputs(function.desc.input_names, inputs).items():
                 dtype = np.dtype(function.desc.input_descriptor(name).dtype)
-                feeds[name] = NDArray(np.ascontiguousarray(inputs[name].numpy().astype(dtype)))
+                array = tensor.detach().cpu().numpy().astype(dtype)
+                feeds[name] = NDArray(np.ascontiguousarray(array))
             result = await function(feeds)
             # the mapping is not in the order of the outputs
             arrays = [np.array(result[name].numpy()) for name in function.desc.output_names]
@@ -157,7 +160,8 @@ class CoreAIBackend(Backend):
         """
         if options:
             raise LoweringError(f"Core AI has no option {sorted(options)}; there is 'precision'")
-        coreai_torch = require("coreai_torch", "coreai")
+        with quiet("coreai_torch"):
+            coreai_torch = require("coreai_torch", "coreai")
         legal = program.copy()
         run_passes(legal.graph_module, [RemoveUnused(), *self.legalize()])
         with torch.no_grad():
@@ -167,8 +171,9 @@ class CoreAIBackend(Backend):
             if precision == "float16":
                 exported = cast_to_16_bit_precision(exported)
             try:
-                converter = coreai_torch.TorchConverter().add_exported_program(exported)
-                ai_program = converter.to_coreai()
+                with quiet("coreai_torch"):
+                    converter = coreai_torch.TorchConverter().add_exported_program(exported)
+                    ai_program = converter.to_coreai()
             except Exception as error:
                 raise LoweringError(f"coreai-torch cannot convert the program: {error}") from error
         return CoreAIArtifact(self, program, exported, ai_program)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.backends.quiet import quiet
 from graphopt.editor import Editor
 from graphopt.extras import require
 from graphopt.numerics.packing import unpack
@@ -47,7 +48,8 @@ class LegalizeForCoreAI(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        require("coreai_torch", "coreai")
+        with quiet("coreai_torch"):
+            require("coreai_torch", "coreai")
         for lookup in edit.calls(_ops.lut_to_dense.default):
             _legalize(edit, lookup)
 
@@ -79,9 +81,7 @@ def _legalize(edit: Editor, lookup: fx.Node) -> None:
     coreai: Any = torch.ops.coreai
     dense = edit.call(coreai.lut_to_dense.default, indices, table_node, axis, like=lookup)
     last = lookup
-    channel = next(
-        (user for user in lookup.users if user.target is _ops.shift_scale.default), None
-    )
+    channel = next((user for user in lookup.users if user.target is _ops.shift_scale.default), None)
     scale, zero = _behind_lookup(edit, scaling, channel)
     if scale is not None:
         owner = str(table_node.target).removesuffix("_lut")

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import io
-import logging
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,10 +20,12 @@ from graphopt.backends.base import (
     Verification,
     compare_outputs,
     expected_outputs,
+    match_inputs,
     named_inputs,
 )
 from graphopt.backends.coreml.decompose import decompose_for_coreml
 from graphopt.backends.coreml.lowerings import register_lowerings
+from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError, VerificationError
 from graphopt.extras import require
 from graphopt.lookups import Lookup, find_lookups
@@ -56,7 +55,7 @@ class CoreMLArtifact(Artifact):
         backend: CoreMLBackend,
         program: Program,
         exported: ExportedProgram,
-        model: Any,  # noqa: ANN401
+        model: Any,
     ) -> None:
         super().__init__(backend, program)
         self.exported = exported
@@ -64,7 +63,7 @@ class CoreMLArtifact(Artifact):
 
     @override
     def _write(self, path: Path) -> None:
-        with _quiet():
+        with quiet("coremltools"):
             self.model.save(str(path))
 
 
@@ -137,7 +136,7 @@ class CoreMLBackend(Backend):
             reasons = self._refusals(program, self.packed_capabilities, minimum_deployment_target)
             if reasons:
                 raise LoweringError(f"{self.name} cannot hold this program:\n" + "\n".join(reasons))
-        with _quiet():
+        with quiet("coremltools"):
             ct = require("coremltools", "coreml")
         register_lowerings()
         legal = program.copy()
@@ -150,7 +149,7 @@ class CoreMLBackend(Backend):
         # it reorders quantized tables into forms that later passes cannot shape
         pipeline.remove_passes({"common::canonicalize_quantized_lut_pattern"})
         try:
-            with _quiet():
+            with quiet("coremltools"):
                 model = ct.convert(
                     exported,
                     minimum_deployment_target=getattr(ct.target, minimum_deployment_target),
@@ -168,11 +167,11 @@ class CoreMLBackend(Backend):
     ) -> Verification:
         from graphopt.backends.coreml.evaluate import evaluate, load_program
 
-        with _quiet():
+        with quiet("coremltools"):
             loaded = load_program(path)
             known = loaded.functions["main"].inputs
-            given = named_inputs(program, args, kwargs)
-            feeds = {name: given[name].detach().cpu().numpy() for name in known}
+            given = match_inputs(list(known), named_inputs(program, args, kwargs))
+            feeds = {name: tensor.detach().cpu().numpy() for name, tensor in given.items()}
             result = evaluate(loaded, feeds)
         how = "read the package back, decompressed its weights and evaluated its MIL program"
         if result.unevaluated:
@@ -206,17 +205,3 @@ def _reasons(lookup: Lookup, allowed: Capabilities, where: str) -> Iterator[str]
         )
     if lookup.channel_scale and not allowed.channel_scale:
         yield f"{lookup.name}: a per-channel scale{suffix} use enable_per_channel_scale=False"
-
-
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep coremltools' progress bars and version warnings from the terminal; errors still raise."""
-    logger = logging.getLogger("coremltools")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    sink = io.StringIO()
-    with contextlib.redirect_stderr(sink), contextlib.redirect_stdout(sink):
-        try:
-            yield
-        finally:
-            logger.setLevel(level)

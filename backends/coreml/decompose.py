@@ -44,7 +44,7 @@ def _tanh_gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
     return 0.5 * x * (1.0 + torch.tanh(inner))
 
 
-def _known(target: Any) -> bool:  # noqa: ANN401
+def _known(target: Any) -> bool:
     from coremltools.converters.mil.frontend.torch.torch_op_registry import _TORCH_OPS_REGISTRY
     from coremltools.converters.mil.frontend.torch.utils import sanitize_op_kind
 
@@ -53,7 +53,7 @@ def _known(target: Any) -> bool:  # noqa: ANN401
     return kind != "rms_norm" and kind in _TORCH_OPS_REGISTRY.name_to_func_mapping
 
 
-def _rule(op: Any, default: Any) -> Callable[..., Any] | None:  # noqa: ANN401
+def _rule(op: Any, default: Any) -> Callable[..., Any] | None:
     from torch._decomp import decomposition_table
 
     if op in default:

@@ -46,7 +46,7 @@ class Evaluation:
     unevaluated: tuple[str, ...] = ()
 
 
-def load_program(path: Path) -> Any:  # noqa: ANN401
+def load_program(path: Path) -> Any:
     """The MIL program of a saved package, with its weights.
 
     Raises:
@@ -63,7 +63,7 @@ def load_program(path: Path) -> Any:  # noqa: ANN401
         raise VerificationError(f"{path.name} cannot be read back: {error}") from error
 
 
-def dense_value(var: Any) -> Any:  # noqa: ANN401
+def dense_value(var: Any) -> Any:
     """Value of a constant, or of any nest of constexpr ops."""
     if var is None:
         return None
@@ -83,7 +83,7 @@ def dense_value(var: Any) -> Any:  # noqa: ANN401
     return result[list(op.outputs).index(var)] if len(op.outputs) > 1 else result
 
 
-def evaluate(program: Any, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:  # noqa: ANN401
+def evaluate(program: Any, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:
     """Run function "main" of a loaded program.
 
     Args:
@@ -131,7 +131,7 @@ def evaluate(program: Any, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:  #
     return Evaluation(outputs, constexprs)
 
 
-def _run(op: Any) -> None:  # noqa: ANN401
+def _run(op: Any) -> None:
     try:
         if op.op_type in OPS:
             given = {name: _plain(value) for name, value in op.inputs.items() if value is not None}
@@ -147,11 +147,11 @@ def _run(op: Any) -> None:  # noqa: ANN401
         raise VerificationError(f"MIL op {op.op_type} ({op.name}) gave no value")
 
 
-def _plain(value: Any) -> Any:  # noqa: ANN401
+def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value.val
 
 
-def _set(var: Any, value: Any) -> None:  # noqa: ANN401
+def _set(var: Any, value: Any) -> None:
     from coremltools.converters.mil.mil import types
 
     kind = var._sym_type
@@ -159,9 +159,7 @@ def _set(var: Any, value: Any) -> None:  # noqa: ANN401
     array = np.asarray(value)
     if types.is_tensor(kind):
         declared = [d for d in var.shape if isinstance(d, int | np.integer)]
-        if array.ndim != var.rank or (
-            len(declared) == var.rank and tuple(declared) != array.shape
-        ):
+        if array.ndim != var.rank or (len(declared) == var.rank and tuple(declared) != array.shape):
             raise VerificationError(
                 f"{var.name}: value of shape {array.shape}, declared {tuple(var.shape)}"
             )

@@ -35,35 +35,35 @@ def register_lowerings() -> None:
         register_torch_op(function, torch_alias=aliases)
 
 
-def _inputs(context: Any, node: Any) -> list[Any]:  # noqa: ANN401
+def _inputs(context: Any, node: Any) -> list[Any]:
     from coremltools.converters.mil.frontend.torch.ops import _get_inputs
 
     return list(_get_inputs(context, node))
 
 
-def _numpy_type(name: str) -> Any:  # noqa: ANN401
+def _numpy_type(name: str) -> Any:
     from coremltools.converters.mil.mil import types
 
     return types.nptype_from_builtin(types.string_to_builtin(name))
 
 
-def _operand(value: Any) -> Any:  # noqa: ANN401
+def _operand(value: Any) -> Any:
     """A constexpr result as it is, anything else as its constant value."""
     is_constexpr = value.op is not None and value.op.op_type.startswith("constexpr_")
     return value if is_constexpr else value.val
 
 
-def _ints(value: Any) -> list[int]:  # noqa: ANN401
+def _ints(value: Any) -> list[int]:
     raw = value.val if hasattr(value, "val") else value
     return [int(getattr(item, "val", item)) for item in np.atleast_1d(raw)]
 
 
-def _unpacked(data: Any, bits: int, shape: list[int]) -> np.ndarray[Any, Any]:  # noqa: ANN401
+def _unpacked(data: Any, bits: int, shape: list[int]) -> np.ndarray[Any, Any]:
     packed = torch.from_numpy(np.ascontiguousarray(data.val, dtype=np.uint8))
     return unpack(packed, bits, math.prod(shape)).numpy().reshape(shape)
 
 
-def graphopt_lut_to_dense(context: Any, node: Any) -> None:  # noqa: ANN401
+def graphopt_lut_to_dense(context: Any, node: Any) -> None:
     """`constexpr_lut_to_dense`, in the form of the deployment target."""
     from coremltools.converters.mil.frontend import _utils
     from coremltools.converters.mil.mil import Builder
@@ -82,16 +82,14 @@ def graphopt_lut_to_dense(context: Any, node: Any) -> None:  # noqa: ANN401
     codes = _unpacked(indices, n_bits, index_shape).astype(_numpy_type(f"uint{n_bits}"))
     if _is_ios18():
         options = {} if vector_axis is None else {"vector_axis": np.int32(vector_axis)}
-        result = Builder.constexpr_lut_to_dense(
-            indices=codes, lut=lut, name=node.name, **options
-        )
+        result = Builder.constexpr_lut_to_dense(indices=codes, lut=lut, name=node.name, **options)
     else:
         # the packed form of iOS 16 and 17, which coremltools builds from the same arrays
         result = _utils._construct_constexpr_lut_op(codes, lut, vector_axis, name=node.name)
     context.add(result, node.name)
 
 
-def graphopt_shift_scale(context: Any, node: Any) -> None:  # noqa: ANN401
+def graphopt_shift_scale(context: Any, node: Any) -> None:
     """`constexpr_blockwise_shift_scale`."""
     from coremltools.converters.mil.mil import Builder
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
-from torch import Tensor
 
 __all__ = ["OPS"]
 
@@ -22,7 +21,7 @@ Array = NDArray[Any]
 
 
 def _t(a: Any) -> torch.Tensor:
-    """numpy -> torch; fp16 is computed in fp32 and rounded to the output type by the caller."""
+    """Numpy -> torch; fp16 is computed in fp32 and rounded to the output type by the caller."""
     a = np.asarray(a)
     return torch.from_numpy(np.array(a, np.float32 if a.dtype == np.float16 else a.dtype))
 
@@ -31,7 +30,9 @@ def _ints(v: Values, key: str, default: int, n: int) -> list[int]:
     return [int(i) for i in np.atleast_1d(v[key])] if v.get(key) is not None else [default] * n
 
 
-def _padding(v: Values, size: list[int], kernel: list[int], stride: list[int], dilation: list[int]) -> list[int]:
+def _padding(
+    v: Values, size: list[int], kernel: list[int], stride: list[int], dilation: list[int]
+) -> list[int]:
     """[before0, after0, before1, ...] for MIL's valid / custom / same / same_lower."""
     kind = str(v.get("pad_type", "valid"))
     if kind == "valid":
@@ -64,7 +65,11 @@ def conv(v: Values) -> Array:
 def conv_transpose(v: Values) -> Array:
     x, w = _t(v["x"]), _t(v["weight"])
     n = x.dim() - 2
-    stride, dil, groups = _ints(v, "strides", 1, n), _ints(v, "dilations", 1, n), int(v.get("groups", 1))
+    stride, dil, groups = (
+        _ints(v, "strides", 1, n),
+        _ints(v, "dilations", 1, n),
+        int(v.get("groups", 1)),
+    )
     fn = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
     full = fn(x, w, None, stride, 0, 0, groups, dil)
     if str(v.get("pad_type", "valid")) == "same":
@@ -88,7 +93,9 @@ def _pool(v: Values, kind: str) -> Array:
     n = x.dim() - 2
     kernel, stride = _ints(v, "kernel_sizes", 1, n), _ints(v, "strides", 1, n)
     pad = _padding(v, list(x.shape[2:]), kernel, stride, [1] * n)
-    if v.get("ceil_mode"):  # extra room at the end, as far as the last window still starts inside x or its left pad
+    if v.get(
+        "ceil_mode"
+    ):  # extra room at the end, as far as the last window still starts inside x or its left pad
         for i, size in enumerate(x.shape[2:]):
             span = size + pad[2 * i] + pad[2 * i + 1]
             out = -(-(span - kernel[i]) // stride[i]) + 1
@@ -106,17 +113,26 @@ def _pool(v: Values, kind: str) -> Array:
 
 
 def batch_norm(v: Values) -> Array:
-    args = [_t(v[k]) if v.get(k) is not None else None for k in ("x", "mean", "variance", "gamma", "beta")]
+    args = [
+        _t(v[k]) if v.get(k) is not None else None
+        for k in ("x", "mean", "variance", "gamma", "beta")
+    ]
     return F.batch_norm(*args, training=False, eps=float(v.get("epsilon", 1e-5))).numpy()
 
 
 def instance_norm(v: Values) -> Array:
     gamma, beta = (_t(v[k]) if v.get(k) is not None else None for k in ("gamma", "beta"))
-    return F.instance_norm(_t(v["x"]), weight=gamma, bias=beta, eps=float(v.get("epsilon", 1e-5))).numpy()
+    return F.instance_norm(
+        _t(v["x"]), weight=gamma, bias=beta, eps=float(v.get("epsilon", 1e-5))
+    ).numpy()
 
 
 def gather_nd(v: Values) -> Array:
-    x, idx, b = np.asarray(v["x"]), np.asarray(v["indices"]).astype(np.int64), int(v.get("batch_dims", 0))
+    x, idx, b = (
+        np.asarray(v["x"]),
+        np.asarray(v["indices"]).astype(np.int64),
+        int(v.get("batch_dims", 0)),
+    )
     grid = np.ogrid[tuple(slice(n) for n in idx.shape[:-1])]  # the batch axes index themselves
     own = tuple(g for g in grid[:b])
     return x[own + tuple(np.moveaxis(idx, -1, 0))]
@@ -146,7 +162,11 @@ def dequantize(v: Values) -> Array:
 
     def along(p: Any) -> Array:  # scalar, or a vector along `axis`
         p = np.asarray(p, np.float32)
-        return p.reshape([-1 if i == int(v["axis"]) % q.ndim else 1 for i in range(q.ndim)]) if p.ndim else p
+        return (
+            p.reshape([-1 if i == int(v["axis"]) % q.ndim else 1 for i in range(q.ndim)])
+            if p.ndim
+            else p
+        )
 
     zero = along(v["zero_point"]) if v.get("zero_point") is not None else np.float32(0)
     return (q.astype(np.float32) - zero) * along(v["scale"])
@@ -159,7 +179,9 @@ def _resize(v: Values, size: list[int], mode: str, align: bool) -> Array:
 
 def upsample_nearest_neighbor(v: Values) -> Array:
     h, w = v["x"].shape[-2:]
-    return _resize(v, [int(h * v["scale_factor_height"]), int(w * v["scale_factor_width"])], "nearest", False)
+    return _resize(
+        v, [int(h * v["scale_factor_height"]), int(w * v["scale_factor_width"])], "nearest", False
+    )
 
 
 def upsample_bilinear(v: Values) -> Array:
@@ -177,17 +199,29 @@ def resize_bilinear(v: Values) -> Array:
 
 
 def _activation(name: str) -> Callable[[torch.Tensor], torch.Tensor]:
-    return {"sigmoid": torch.sigmoid, "tanh": torch.tanh, "relu": torch.relu, "linear": lambda x: x}[name]
+    return {
+        "sigmoid": torch.sigmoid,
+        "tanh": torch.tanh,
+        "relu": torch.relu,
+        "linear": lambda x: x,
+    }[name]
 
 
-def _scan(v: Values, cell: Callable[..., tuple[torch.Tensor, ...]], states: tuple[str, ...], banks: list[str]) -> tuple[Array, ...]:
+def _scan(
+    v: Values,
+    cell: Callable[..., tuple[torch.Tensor, ...]],
+    states: tuple[str, ...],
+    banks: list[str],
+) -> tuple[Array, ...]:
     """Run ``cell(x_t, *state, w_ih, w_hh, bias)`` over time, for one or two directions."""
     x, direction = _t(v["x"]), str(v.get("direction", "forward"))
     init = [_t(v[s]).chunk(len(banks), dim=-1) for s in states]
     seqs, finals = [], []
     for i, bank in enumerate(banks):
         w_ih, w_hh = _t(v["weight_ih" + bank]), _t(v["weight_hh" + bank])
-        bias = _t(v["bias" + bank]) if v.get("bias" + bank) is not None else torch.zeros(w_ih.shape[0])
+        bias = (
+            _t(v["bias" + bank]) if v.get("bias" + bank) is not None else torch.zeros(w_ih.shape[0])
+        )
         state = tuple(s[i] for s in init)
         back = direction == "reverse" or bank == "_back"
         out: list[torch.Tensor] = []
@@ -206,9 +240,19 @@ def lstm(v: Values) -> tuple[Array, ...]:
     if v.get("peephole") is not None or v.get("clip") is not None:
         raise NotImplementedError("lstm: peephole or clip")
     gate = _activation(str(v.get("recurrent_activation", "sigmoid")))
-    cell_act, act = _activation(str(v.get("cell_activation", "tanh"))), _activation(str(v.get("activation", "tanh")))
+    cell_act, act = (
+        _activation(str(v.get("cell_activation", "tanh"))),
+        _activation(str(v.get("activation", "tanh"))),
+    )
 
-    def cell(x: torch.Tensor, h: torch.Tensor, c: torch.Tensor, wi: torch.Tensor, wh: torch.Tensor, b: torch.Tensor):
+    def cell(
+        x: torch.Tensor,
+        h: torch.Tensor,
+        c: torch.Tensor,
+        wi: torch.Tensor,
+        wh: torch.Tensor,
+        b: torch.Tensor,
+    ):
         i, f, o, z = (x @ wi.T + h @ wh.T + b).chunk(4, -1)
         c = gate(f) * c + gate(i) * cell_act(z)
         return gate(o) * act(c), c
@@ -219,7 +263,10 @@ def lstm(v: Values) -> tuple[Array, ...]:
 
 def gru(v: Values) -> tuple[Array, ...]:
     """Gate order [reset, output, update]; ``input_bias`` (iOS17) is the part of the bias outside r * (...)."""
-    gate, act = _activation(str(v.get("recurrent_activation", "sigmoid"))), _activation(str(v.get("activation", "tanh")))
+    gate, act = (
+        _activation(str(v.get("recurrent_activation", "sigmoid"))),
+        _activation(str(v.get("activation", "tanh"))),
+    )
     extra = _t(v["input_bias"]) if v.get("input_bias") is not None else None
 
     def cell(x: torch.Tensor, h: torch.Tensor, wi: torch.Tensor, wh: torch.Tensor, b: torch.Tensor):

@@ -90,7 +90,7 @@ class OpCompressionConfig(_Mutable, Generic[SpecT]):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_slots(cls, data: Any) -> Any:  # noqa: ANN401
+    def _fill_slots(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
         filled = dict(data)
@@ -155,20 +155,20 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
     module_name_configs: dict[str, ModuleT | None] = Field(default_factory=dict)
 
     @classmethod
-    def default_global_config(cls) -> Any:  # noqa: ANN401
+    def default_global_config(cls) -> Any:
         """The config of modules when none is given; subclasses fill this in."""
         return None
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_global(cls, data: Any) -> Any:  # noqa: ANN401
+    def _fill_global(cls, data: Any) -> Any:
         if isinstance(data, dict) and "global_config" not in data:
             return {**data, "global_config": cls.default_global_config()}
         return data
 
     @field_validator("module_type_configs", mode="before")
     @classmethod
-    def _canonical_types(cls, value: Any) -> Any:  # noqa: ANN401
+    def _canonical_types(cls, value: Any) -> Any:
         if isinstance(value, dict):
             return {type_name(key): config for key, config in value.items()}
         return value
@@ -189,7 +189,7 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
         self.module_name_configs = {**kept, module_name: config}
         return self
 
-    def only_for(self, *targets: Any) -> Self:  # noqa: ANN401
+    def only_for(self, *targets: Any) -> Self:
         """Move the global config to the given module types and names; returns self.
 
         Raises:
@@ -206,7 +206,7 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
             self._override(target, copy.deepcopy(config))
         return self
 
-    def without(self, *targets: Any) -> Self:  # noqa: ANN401
+    def without(self, *targets: Any) -> Self:
         """Switch off for the given module types and names; returns self."""
         for target in _targets(targets):
             self._override(target, None)
@@ -251,9 +251,7 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
         if cls.root_key in body:
             others = sorted(set(body) - {cls.root_key})
             if others:
-                raise ConfigError(
-                    f"{cls.__name__}: unknown keys {others} beside {cls.root_key!r}"
-                )
+                raise ConfigError(f"{cls.__name__}: unknown keys {others} beside {cls.root_key!r}")
             body = body[cls.root_key] or {}
         try:
             return cls(**body)

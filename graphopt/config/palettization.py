@@ -99,7 +99,7 @@ class KMeansPalettizerConfig(CompressionConfig[ModuleKMeansPalettizerConfig]):
         return ModuleKMeansPalettizerConfig()
 
 
-def _module_config(n_bits: Bits, axis: int | None, group_size: int | None) -> Any:  # noqa: ANN401
+def _module_config(n_bits: Bits, axis: int | None, group_size: int | None) -> Any:
     granularity = (
         PerTensorGranularity()
         if group_size is None

@@ -38,7 +38,9 @@ class ExecutionMode(str, Enum):
 
 def default_weight_quantization_spec() -> QuantizationSpec:
     """Symmetric int8, one scale per output channel, from the weights' own range."""
-    return QuantizationSpec(granularity=PerChannelGranularity(axis=0), qparam_calculator_cls="static")
+    return QuantizationSpec(
+        granularity=PerChannelGranularity(axis=0), qparam_calculator_cls="static"
+    )
 
 
 def default_activation_quantization_spec() -> QuantizationSpec:

@@ -154,11 +154,13 @@ class Selector:
             try:
                 self._patterns[pattern] = re.compile(pattern)
             except re.error as error:
-                raise ConfigError(f"{pattern!r} is not a valid regular expression: {error}") from None
+                raise ConfigError(
+                    f"{pattern!r} is not a valid regular expression: {error}"
+                ) from None
         return self._patterns[pattern].fullmatch(name) is not None
 
 
-def _from_op(op_config: Any, use: StateUse, path: str) -> Selection:  # noqa: ANN401
+def _from_op(op_config: Any, use: StateUse, path: str) -> Selection:
     if op_config is None:
         return Selection(None, f"{path} is None")
     for name in use.state_names:

@@ -101,9 +101,7 @@ def cluster_1d(
     if values.ndim != 2 or values.numel() == 0:
         raise ValueError(f"values must be [groups, n] and not empty, got {tuple(values.shape)}")
     if weights is not None and weights.shape != values.shape:
-        raise ValueError(
-            f"weights have shape {tuple(weights.shape)}, values {tuple(values.shape)}"
-        )
+        raise ValueError(f"weights have shape {tuple(weights.shape)}, values {tuple(values.shape)}")
     if method not in ("fast", "exact"):
         raise ValueError(f"method must be 'fast' or 'exact', got {method!r}")
     if values.device.type != "cpu" and method == "fast":
@@ -204,7 +202,9 @@ def _fit_rows(
     cells = max(_CELLS_PER_PART * sizes[-1], _MIN_CELLS)
     if x.shape[1] >= _LONG_GROUP and method == "fast":
         rows = range(x.shape[0])
-        sorted_rows = [row for row in rows if not _fit_long(row, x, w, ks, cells, steps, levels, tables)]
+        sorted_rows = [
+            row for row in rows if not _fit_long(row, x, w, ks, cells, steps, levels, tables)
+        ]
         if not sorted_rows:
             return
         rest = np.array(sorted_rows)
@@ -232,7 +232,9 @@ def _fit_sorted(
         mass = np.take_along_axis(w, order, 1).astype(np.float64)
     else:
         points, mass = np.sort(x, axis=1), np.empty((0, 0))
-    kernels.fit_groups(points.astype(np.float64), mass, ks, cells, steps, levels[0], levels[1], tables)
+    kernels.fit_groups(
+        points.astype(np.float64), mass, ks, cells, steps, levels[0], levels[1], tables
+    )
 
 
 def _fit_long(
@@ -260,7 +262,13 @@ def _fit_long(
     used = count > 0
     points = (total[used] / count[used])[None]
     kernels.fit_groups(
-        points, count[used][None], ks, cells, steps[row : row + 1], levels[0], levels[1],
+        points,
+        count[used][None],
+        ks,
+        cells,
+        steps[row : row + 1],
+        levels[0],
+        levels[1],
         tables[row : row + 1],
     )
     largest = np.sort(tables[row, -int(ks[-1]) :])

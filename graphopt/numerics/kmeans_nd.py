@@ -60,9 +60,7 @@ def cluster_vectors(
     return torch.stack(tables), torch.stack(indices), torch.stack(errors)
 
 
-def _seed_centroids(
-    x: Tensor, k: int, mass: Tensor | None, generator: torch.Generator
-) -> Tensor:
+def _seed_centroids(x: Tensor, k: int, mass: Tensor | None, generator: torch.Generator) -> Tensor:
     n = x.shape[0]
     if n > _SEEDING_SAMPLE:
         chosen = torch.randperm(n, generator=generator)[:_SEEDING_SAMPLE].to(x.device)

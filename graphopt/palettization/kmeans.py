@@ -64,7 +64,7 @@ class KMeansPalettizer:
         example_inputs: tuple[Any, ...] | Tensor | None = None,
         example_kwargs: Mapping[str, Any] | None = None,
         *,
-        dynamic_shapes: Any = "auto",  # noqa: ANN401 - torch.export's own type
+        dynamic_shapes: Any = "auto",
         on_unmatched: Literal["error", "warn"] = "error",
         num_workers: int = 1,
         progress: bool | None = None,

@@ -22,8 +22,14 @@ _ALIASES: dict[str, str] = {
 }
 _BITS: dict[str, int] = {
     **{f"{sign}int{bits}": bits for sign in ("", "u") for bits in range(1, 9)},
-    **{"float8_e4m3fn": 8, "float8_e5m2": 8, "float8_e8m0fnu": 8, "float4_e2m1fn_x2": 4},
-    **{"float16": 16, "bfloat16": 16, "float32": 32, "float64": 64},
+    "float8_e4m3fn": 8,
+    "float8_e5m2": 8,
+    "float8_e8m0fnu": 8,
+    "float4_e2m1fn_x2": 4,
+    "float16": 16,
+    "bfloat16": 16,
+    "float32": 32,
+    "float64": 64,
 }
 
 

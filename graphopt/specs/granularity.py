@@ -58,9 +58,7 @@ class PerBlockGranularity(SpecModel):
 
     type: Literal["per_block"] = Field(default="per_block", repr=False)
     axis: int | None = None
-    block_size: (
-        Annotated[int, Field(gt=0)] | tuple[Annotated[int, Field(gt=0)] | Literal[-1], ...]
-    )
+    block_size: Annotated[int, Field(gt=0)] | tuple[Annotated[int, Field(gt=0)] | Literal[-1], ...]
 
 
 PalettizationGranularity = Annotated[

@@ -82,5 +82,3 @@ class PalettizationSpec(SpecModel):
 def default_weight_palettization_spec() -> PalettizationSpec:
     """4 bits, one table per tensor."""
     return PalettizationSpec()
-
-

@@ -1,0 +1,41 @@
+# Two commands set everything up: `make demo` and `make test`.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: demo test test-slow lint bench bench-peer clean
+
+demo: $(STAMP)
+	$(BIN)/python examples/digits/run.py --out out/digits
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+test-slow: $(STAMP)
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The peer lives in an environment of its own; without it the benchmarks skip it and say so.
+bench-peer:
+	$(PYTHON) -m venv .venv-peer
+	.venv-peer/bin/pip install --quiet "torch>=2.11,<2.14"
+	.venv-peer/bin/pip install --quiet "coreai-opt[coreai]==0.3.0"
+
+bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/palettization.py
+
+$(STAMP): pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	# torch first: its bounds then hold for everything that depends on it
+	$(BIN)/pip install --quiet "torch>=2.11,<2.14"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .venv-peer build dist out *.egg-info
