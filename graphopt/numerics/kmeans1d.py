@@ -110,7 +110,10 @@ def cluster_1d(
         return {k: Clustering(*parts) for k, parts in found.items()}
 
     x = np.ascontiguousarray(values.detach().to("cpu", torch.float32).numpy())
-    w = _NO_WEIGHTS if weights is None else _checked_weights(weights)
+    raw = _NO_WEIGHTS
+    if weights is not None:
+        raw = np.ascontiguousarray(weights.detach().to("cpu", torch.float32).numpy())
+    w = _normalised(raw)
     if not kernels.finite_range(x.reshape(-1))[2]:
         raise CompressionError("values contain NaN or Inf")
     n_groups = x.shape[0]
@@ -129,7 +132,7 @@ def cluster_1d(
     for k in sizes:
         # the stored type is what counts: round first, assign afterwards
         table = torch.from_numpy(np.ascontiguousarray(tables[:, at : at + k])).to(values.dtype)
-        result[k] = _assigned(x, w, table, values.device)
+        result[k] = _assigned(x, raw, table, values.device)
         at += k
     return result
 
@@ -177,15 +180,16 @@ def _row_tasks(n_groups: int) -> list[slice]:
     return [slice(start, start + chunk) for start in range(0, n_groups, chunk)]
 
 
-def _checked_weights(weights: Tensor) -> npt.NDArray[np.float32]:
-    w = np.array(weights.detach().to("cpu", torch.float32).numpy(), order="C")
-    if not np.isfinite(w).all() or (w < 0).any():
+def _normalised(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    """Weights with a largest one of 1 in each group, so that tiny ones do not underflow."""
+    if weights.size == 0:
+        return weights
+    if not np.isfinite(weights).all() or (weights < 0).any():
         raise CompressionError("sensitivities must be finite and not negative")
-    # scale to a largest weight of 1, so that tiny sensitivities do not underflow in the sums
-    peak = w.max(axis=1, keepdims=True)
-    w /= np.where(peak > 0, peak, 1)
-    w[peak[:, 0] == 0] = 1
-    return w
+    peak = weights.max(axis=1, keepdims=True)
+    scaled = weights / np.where(peak > 0, peak, 1)
+    scaled[peak[:, 0] == 0] = 1
+    return scaled
 
 
 def _fit_rows(
