@@ -204,7 +204,8 @@ def _same(expected: Any, found: Any) -> bool:
             continue
         if want.shape != got.shape or want.dtype != got.dtype:
             return False
-        scale = float(want.abs().max()) if want.numel() and want.is_floating_point() else 0.0
+        finite = want[torch.isfinite(want)] if want.is_floating_point() else want[:0]
+        scale = float(finite.abs().max()) if finite.numel() else 0.0
         if not torch.allclose(want, got, rtol=1e-3, atol=1e-4 * scale, equal_nan=True):
             return False
     return True
@@ -273,8 +274,20 @@ def _static_dims(exported: ExportedProgram, names: list[str]) -> Iterator[str]:
         value = node.meta.get("val")
         if node.op == "placeholder" and node.name in names and isinstance(value, Tensor):
             for axis, size in enumerate(value.shape):
-                if isinstance(size, int):
-                    yield f"{node.name}[{axis}] = {size}"
+                fixed = size if isinstance(size, int) else _only_value(exported, size)
+                if fixed is not None:
+                    yield f"{node.name}[{axis}] = {fixed}"
+
+
+def _only_value(exported: ExportedProgram, size: torch.SymInt) -> int | None:
+    """The one value that a symbolic size may take, if there is only one."""
+    constant = size.node.maybe_as_int()
+    if constant is not None:
+        return int(constant)
+    known = exported.range_constraints.get(size.node.expr)
+    if known is not None and known.lower == known.upper:
+        return int(known.lower)
+    return None
 
 
 _HINTS = (
@@ -322,7 +335,11 @@ def _explain(model: nn.Module, error: BaseException) -> str:
                     )
                     place = f"{frame.f_code.co_filename}:{line}: {text}"
     message = str(error)
-    op = re.search(r"\b(aten|torch\.ops|prims)[\w.:]*\.\w+", message)
+    everything = "\n".join(map(str, chain))
+    named = re.search(r"\b(?:torch\.ops\.)?(?:aten|prims)[.:]+\w+(?:\.\w+)?", everything)
+    op = named.group(0) if named else "not named by torch.export"
+    if named is None and "DataDependent" in type(error).__name__:
+        op = "aten.item, which turns a tensor into a Python value"
     hint = next(
         (text for pattern, text in _HINTS if any(re.search(pattern, str(link)) for link in chain)),
         "Check that torch.export.export(model, example_inputs, strict=False) works on its own.",
@@ -330,7 +347,7 @@ def _explain(model: nn.Module, error: BaseException) -> str:
     first = message.strip().splitlines()[0] if message.strip() else ""
     return (
         f"cannot export {type(model).__name__}: {type(error).__name__}: {first}\n"
-        f"  op: {op.group(0) if op else 'not named by torch.export'}\n"
+        f"  op: {op}\n"
         f"  module: {module_name or 'unknown'}\n"
         f"  source: {place or 'unknown'}\n"
         f"  what usually helps: {hint}"

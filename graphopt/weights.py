@@ -150,9 +150,9 @@ def find_weights(gm: fx.GraphModule) -> list[WeightTensor]:
                 continue
             if source.compressed:
                 compressed.add(key)
-            frames = _with_owner(module_frames(node), str(source.node.target))
-            names = _op_names(node)
-            use = StateUse(str(source.node.target), node.name, names, role, frames)
+            aliases = [str(constant.target) for constant in constants[key]]
+            tensor, frames = _placed(module_frames(node), aliases)
+            use = StateUse(tensor, node.name, _op_names(node), role, frames)
             uses.setdefault(key, []).append(use)
             axes.setdefault(key, source.axis)
     found = []
@@ -218,12 +218,20 @@ def _short(node: fx.Node) -> str:
     return str(node.target).split(".")[1] if "." in str(node.target) else str(node.target)
 
 
-def _with_owner(frames: tuple[ModuleFrame, ...], tensor: str) -> tuple[ModuleFrame, ...]:
-    """Frames plus the module that holds the tensor, when the op ran outside of it."""
-    owner = tensor.rpartition(".")[0]
-    if any(frame.name == owner for frame in frames):
-        return frames
-    return (*frames, ModuleFrame(owner, ""))
+def _placed(
+    frames: tuple[ModuleFrame, ...], aliases: list[str]
+) -> tuple[str, tuple[ModuleFrame, ...]]:
+    """The tensor's name and the modules around a use.
+
+    Of several names the one whose module runs the op counts. Where none does, as for a weight that
+    another module reads, the owner of the first name is added as the innermost frame.
+    """
+    names = {frame.name for frame in frames}
+    for alias in aliases:
+        if alias.rpartition(".")[0] in names - {""}:
+            return alias, frames
+    owner = aliases[0].rpartition(".")[0]
+    return aliases[0], frames if owner in names else (*frames, ModuleFrame(owner, ""))
 
 
 def _trace(node: fx.Node, axis: int) -> _Source | None:
