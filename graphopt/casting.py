@@ -116,7 +116,9 @@ def cast_int32_to_int16(exported_program: ExportedProgram) -> ExportedProgram:
 
 def _casts_only(node: fx.Node) -> bool:
     """Whether an op reads its operand only to convert it to another type."""
-    return node.target is _to_copy and node.kwargs.get("dtype") is not None
+    if node.target is _to_copy:
+        return node.kwargs.get("dtype") is not None
+    return node.target in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
 
 
 def _predicate(ignored: _Ignored) -> Callable[[fx.Node], bool]:

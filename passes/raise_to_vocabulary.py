@@ -18,7 +18,7 @@ from graphopt.pass_base import Pass
 __all__ = ["RaiseToVocabulary"]
 
 _ops = torch.ops.graphopt
-_WIDTHS = (1, 2, 3, 4, 6, 8)
+_NARROW, _PADDED = 3, 4
 _STORAGE = {
     torch.int8: "int8",
     torch.uint8: "uint8",
@@ -162,16 +162,12 @@ def _dequantize_behind(node: fx.Node) -> fx.Node | None:
 
 
 def _unpadded(codes: Tensor, lut: Tensor) -> tuple[int, Tensor]:
-    """The least width that holds the codes, where the entries above it only repeat the last."""
+    """Width and tables as they were before 3-bit tables were padded to 4 bits."""
     stored = int(math.log2(lut.shape[-2]))
-    largest = int(codes.max()) if codes.numel() else 0
-    for n_bits in _WIDTHS:
-        if n_bits >= stored:
-            break
-        entries = 2**n_bits
-        tail = lut[..., entries:, :].float()
-        if largest < entries and bool((tail == lut[..., entries - 1 : entries, :].float()).all()):
-            return n_bits, lut[..., :entries, :].contiguous()
+    if stored == _PADDED and codes.numel() and int(codes.max()) < 2**_NARROW:
+        last = lut[..., 2**_NARROW - 1 : 2**_NARROW, :].float()
+        if bool((lut[..., 2**_NARROW :, :].float() == last).all()):
+            return _NARROW, lut[..., : 2**_NARROW, :].contiguous()
     return stored, lut
 
 

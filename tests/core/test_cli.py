@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+CONFIG = """
+kmeans_palettization_config:
+  global_config:
+    op_state_spec:
+      weight: {n_bits: 4}
+  module_name_configs:
+    "2": null
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 4)).eval()
+    torch.export.save(torch.export.export(model, (torch.randn(2, 16),)), tmp_path / "m.pt2")
+    (tmp_path / "c.yaml").write_text(CONFIG)
+    return tmp_path
+
+
+def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "graphopt.cli.main", *words],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_compress_writes_verifies_and_reports(folder: Path) -> None:
+    words = ("compress", "m.pt2", "--config", "c.yaml", "-o", "o.pt2", "--json")
+    done = command(folder, *words, "--max-error", "1e-6")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert (folder / "o.pt2").stat().st_size == report["bytes"]
+    assert {t["name"]: t["status"] for t in report["tensors"]} == {
+        "0.weight": "palettized",
+        "2.weight": "skipped",
+    }
+    assert report["verification"]["max_error"] == 0.0
+    table = command(folder, "inspect", "o.pt2", "--json")
+    modules = {m["name"]: m for m in json.loads(table.stdout)["modules"]}
+    assert modules["0"]["bits_per_weight"] == pytest.approx(4 + 16 * 32 / 512)
+    assert modules["2"]["bits_per_weight"] is None
+    checked = command(folder, "verify", "o.pt2", "--reference", "o.pt2", "--json")
+    assert json.loads(checked.stdout)["complete"] is True
+    lossy = command(folder, "verify", "o.pt2", "--reference", "m.pt2", "--max-error", "1e-6")
+    assert lossy.returncode == 8
+
+
+def test_tables_are_for_people(folder: Path) -> None:
+    done = command(folder, "compress", "m.pt2", "--config", "c.yaml", "-o", "o.pt2")
+    assert done.returncode == 0
+    assert "1 of 2 tensors palettized" in done.stdout
+    assert "bits per palettized weight" in done.stdout
+    tree = command(folder, "inspect", "m.pt2").stdout
+    assert "torch.nn.modules.linear.Linear" in tree
+    assert "linear_1" in tree
+
+
+@pytest.mark.parametrize(
+    ("config", "output", "code", "message"),
+    [
+        (CONFIG.replace("n_bits", "nbits"), "o.pt2", 4, "op_state_spec.weight.nbits: unknown key"),
+        (CONFIG.replace('"2"', '"head"'), "o.pt2", 4, "matches nothing"),
+        (CONFIG, "o.onnx", 6, "cannot tell the target"),
+        (CONFIG, "c.yaml.pt2", 7, "exists"),
+    ],
+)
+def test_mistakes_have_exit_codes_and_write_nothing(
+    folder: Path, config: str, output: str, code: int, message: str
+) -> None:
+    (folder / "c.yaml").write_text(config)
+    (folder / "c.yaml.pt2").write_text("mine")
+    before = sorted(path.name for path in folder.iterdir())
+    done = command(folder, "compress", "m.pt2", "--config", "c.yaml", "-o", output)
+    assert done.returncode == code, done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert sorted(path.name for path in folder.iterdir()) == before
+    assert (folder / "c.yaml.pt2").read_text() == "mine"
+
+
+def test_file_that_is_no_program_has_its_exit_code(folder: Path) -> None:
+    (folder / "broken.pt2").write_bytes(b"nothing")
+    done = command(folder, "inspect", "broken.pt2")
+    assert done.returncode == 3
+    assert "CaptureError" in done.stderr
