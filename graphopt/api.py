@@ -15,7 +15,7 @@ from graphopt.capture import capture
 from graphopt.captured_module import CapturedModule
 from graphopt.errors import LoweringError
 from graphopt.pass_manager import run_passes
-from graphopt.passes import RaiseToVocabulary
+from graphopt.passes import RaiseToVocabulary, RemoveUnused
 from graphopt.program import Program
 from graphopt.specs import ExportBackend
 
@@ -61,7 +61,7 @@ def convert_for(program: Program, backend: ExportBackend | str) -> CapturedModul
     target = load_backend(backend)
     target.refuse_unsupported(program)
     converted = program.copy()
-    run_passes(converted.graph_module, target.legalize())
+    run_passes(converted.graph_module, [RemoveUnused(), *target.legalize()])
     return copy.deepcopy(converted.graph_module)
 
 

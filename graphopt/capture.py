@@ -56,6 +56,7 @@ def capture(
         return _from_file(Path(model), example_inputs, example_kwargs)
     if isinstance(model, ExportedProgram):
         return _from_exported(model, "ExportedProgram", example_inputs, example_kwargs)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if not isinstance(model, nn.Module):
         raise InputError(
             f"cannot capture a {type(model).__name__}; give a module, an ExportedProgram or a .pt2"
@@ -67,7 +68,7 @@ def capture(
     if isinstance(model, CapturedModule):
         # it is a captured graph already; its metadata would only suffer from another export
         return Program(share_graph(model), args, kwargs, Provenance(type(model).__name__))
-    with _evaluation_mode(model), torch.no_grad():
+    with _evaluation_mode(model), _buffers_restored(model), torch.no_grad():
         exported = _export(model, args, kwargs, dynamic_shapes)
     return _to_program(exported, type(model).__name__, args, kwargs)
 
@@ -109,8 +110,7 @@ def _from_exported(
     args = _as_args(example_inputs) if given else tuple(saved_args)
     kwargs = dict(example_kwargs or {}) if given else dict(saved_kwargs)
     with symbolic_config.patch(backed_size_oblivious=True), torch.no_grad():
-        if exported.dialect == "TRAINING":
-            exported = exported.run_decompositions({})
+        exported = exported.run_decompositions(_decompositions())
     return _to_program(exported, source, args, kwargs)
 
 
@@ -126,6 +126,35 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
+@contextmanager
+def _buffers_restored(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass writes into buffers, such as caches and counters."""
+    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    places = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer in places:
+            module._buffers[name] = buffer
+        for buffer, value in saved:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def _run(model: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:  # noqa: ANN401
+    """Outputs on copies of the inputs, with the same random numbers every time."""
+    copies = pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model(*copies[0], **copies[1])
+
+
 def _export(
     model: nn.Module,
     args: _Args,
@@ -136,7 +165,8 @@ def _export(
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
         return _attempt(model, args, kwargs, dynamic_shapes, oblivious=True)
     try:
-        expected = model(*args, **kwargs)
+        with _buffers_restored(model):
+            expected = _run(model, args, kwargs)
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
@@ -151,7 +181,8 @@ def _export(
     for attempt in attempts[:-1]:
         try:
             exported = attempt()
-            found = exported.module(check_guards=False)(*args, **kwargs)
+            with _buffers_restored(model):
+                found = _run(exported.module(check_guards=False), args, kwargs)
         except Exception as error:
             _log.debug("open shapes refused: %s: %s", type(error).__name__, error)
             continue
@@ -178,10 +209,18 @@ def _attempt(
     try:
         with symbolic_config.patch(backed_size_oblivious=oblivious):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-            # flattens regions such as wrap_with_set_grad_enabled that passes could not see into
-            return exported.run_decompositions({})
+            return exported.run_decompositions(_decompositions())
     except Exception as error:
         raise CaptureError(_explain(model, error)) from error
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """What capture breaks up: only ops whose weights would otherwise be out of sight.
+
+    Running even an empty table flattens regions such as `wrap_with_set_grad_enabled`.
+    """
+    aten = torch.ops.aten
+    return {op: op.decompose for op in (aten.einsum.default, aten.tensordot.default)}
 
 
 def _double_batch(args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
@@ -216,8 +255,9 @@ def _to_program(exported: ExportedProgram, source: str, args: _Args, kwargs: _Kw
     names = _input_names(exported)
     # torch.export's own tracer cannot be constructed again when a saved module is loaded
     unlifted.graph._tracer_cls = None
-    module = CapturedModule(_shared_state(unlifted), unlifted.graph)
-    for path in exported.graph_signature.non_persistent_buffers:
+    root, constants = _shared_state(unlifted)
+    module = CapturedModule(root, unlifted.graph)
+    for path in (*exported.graph_signature.non_persistent_buffers, *constants):
         try:
             holder, name = holder_of(module, path)
         except AttributeError:
@@ -226,7 +266,8 @@ def _to_program(exported: ExportedProgram, source: str, args: _Args, kwargs: _Kw
     module.graph.lint()
     module.recompile()
     module.eval()
-    guards = InputGuards(_signature_names(module), getattr(exported, "_guards_code", ()))
+    conditions = [*getattr(exported, "_guards_code", ()), *_size_conditions(exported, names)]
+    guards = InputGuards(_signature_names(module), conditions)
     # a guard that the example itself breaks comes from capturing with a larger batch
     guards = guards.without(guards.violated(args, kwargs))
     if guards.conditions:
@@ -237,13 +278,20 @@ def _to_program(exported: ExportedProgram, source: str, args: _Args, kwargs: _Kw
     return Program(module, args, kwargs, provenance)
 
 
-def _shared_state(module: nn.Module) -> nn.Module:
-    """A module tree of new parameters over the same storage, so that `.to()` cannot reach back."""
+def _shared_state(module: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A module tree of new parameters over the same storage, so that `.to()` cannot reach back.
+
+    Returns:
+        The tree, and the names of constants that were no parameters or buffers of the model.
+    """
     root = nn.Module()
     fresh: dict[int, Tensor] = {}
     parameters = dict(module.named_parameters(remove_duplicate=False))
     buffers = dict(module.named_buffers(remove_duplicate=False))
+    unused = _unused_constants(module)
     for path, tensor in {**parameters, **buffers}.items():
+        if path in unused and path in parameters:
+            tensor = _twin(tensor, path, parameters, unused)
         if id(tensor) not in fresh:
             alias = tensor.detach()
             fresh[id(tensor)] = (
@@ -254,11 +302,60 @@ def _shared_state(module: nn.Module) -> nn.Module:
             holder.register_parameter(name, fresh[id(tensor)])  # type: ignore[arg-type]
         else:
             holder.register_buffer(name, fresh[id(tensor)])
-    for path, child in module.named_modules():
-        if isinstance(child, torch.fx.GraphModule) and path:
-            holder, name = holder_of(root, path, create=True)
-            holder.add_module(name, child)
-    return root
+    constants = []
+    for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+        path = str(node.target)
+        if node.op not in ("get_attr", "call_module") or path in parameters or path in buffers:
+            continue
+        holder, name = holder_of(module, path)
+        value = getattr(holder, name)
+        holder, name = holder_of(root, path, create=True)
+        if isinstance(value, Tensor):
+            constants.append(path)
+            holder.register_buffer(name, value.detach())
+        else:
+            setattr(holder, name, value)
+    return root, constants
+
+
+def _unused_constants(module: nn.Module) -> set[str]:
+    if not isinstance(module, torch.fx.GraphModule):
+        return set()
+    nodes = list(module.graph.find_nodes(op="get_attr"))
+    return {str(node.target) for node in nodes if not node.users}
+
+
+def _twin(
+    tensor: Tensor, path: str, parameters: Mapping[str, Tensor], unused: set[str]
+) -> Tensor:
+    """The used parameter that an unused one repeats: a tie that saving a program has cut."""
+    for other, candidate in parameters.items():
+        same_kind = candidate.shape == tensor.shape and candidate.dtype == tensor.dtype
+        if other != path and other not in unused and same_kind and torch.equal(candidate, tensor):
+            return candidate
+    return tensor
+
+
+def _size_conditions(exported: ExportedProgram, names: list[str]) -> Iterator[str]:
+    """Sizes and ranges that the program fixes for its tensor inputs, as guard conditions."""
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or node.name not in names or not isinstance(value, Tensor):
+            continue
+        for axis, size in enumerate(value.shape):
+            place = f"L[{str(node.target)!r}].size()[{axis}]"
+            fixed = size if isinstance(size, int) else _only_value(exported, size)
+            if fixed is not None:
+                yield f"{place} == {fixed}"
+                continue
+            known = exported.range_constraints.get(size.node.expr)
+            if known is None:
+                continue
+            # torch.export's own lower bound of 2 only says that it did not specialise on 0 and 1
+            if known.lower.is_Integer and known.lower > 2:
+                yield f"{place} >= {int(known.lower)}"
+            if known.upper.is_Integer:
+                yield f"{place} <= {int(known.upper)}"
 
 
 def _input_names(exported: ExportedProgram) -> list[str]:
@@ -336,7 +433,9 @@ def _explain(model: nn.Module, error: BaseException) -> str:
                     place = f"{frame.f_code.co_filename}:{line}: {text}"
     message = str(error)
     everything = "\n".join(map(str, chain))
-    named = re.search(r"\b(?:torch\.ops\.)?(?:aten|prims)[.:]+\w+(?:\.\w+)?", everything)
+    named = re.search(
+        r"\b(?:torch\.ops\.)?(?:aten|prims)[.:]+\w+(?:\.\w+)?|\b[a-z]\w*::\w+(?:\.\w+)?", everything
+    )
     op = named.group(0) if named else "not named by torch.export"
     if named is None and "DataDependent" in type(error).__name__:
         op = "aten.item, which turns a tensor into a Python value"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import OpOverload
+from torch._ops import HigherOrderOperator, OpOverload
 
 from graphopt.errors import InputError
 
@@ -67,14 +68,15 @@ class InputGuards:
         return InputGuards(self.names, [c for c in self.conditions if c not in conditions])
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Check the inputs of a call; torch's tracers are let through."""
-        if torch.compiler.is_compiling():
+        """Check the inputs of a call; under torch.export the conditions become the program's own."""
+        if torch.compiler.is_dynamo_compiling():
             return
         failed = self.violated(args, kwargs)
         if failed:
+            given = {**dict(zip(self.names, args, strict=False)), **kwargs}
             shapes = {
                 name: tuple(value.shape)
-                for name, value in zip(self.names, args, strict=False)
+                for name, value in given.items()
                 if isinstance(value, Tensor)
             }
             raise InputError(
@@ -98,17 +100,24 @@ class CapturedModule(fx.GraphModule):
         return _restore, (tree, nodes, self.graph._codegen, meta)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
+        tree = nn.Module()
+        memo[id(self)] = tree
         with warnings.catch_warnings():
             # torch's own tree specs warn about themselves when they are copied
             warnings.simplefilter("ignore", FutureWarning)
-            copied = super().__deepcopy__(memo)
+            tree.__dict__.update({k: copy.deepcopy(self.__dict__[k], memo) for k in _TREE})
+            graph = copy.deepcopy(self.graph, memo)
+        copied = CapturedModule(tree, graph)
+        copied.__dict__.update({key: tree.__dict__[key] for key in _TREE})
         copied.meta = dict(self.meta)
-        return copied  # type: ignore[no-any-return]
+        memo[id(self)] = copied
+        return copied
 
 
 _TREE = (
     *("training", "_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"),
     *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs"),
+    *("_forward_hooks", "_forward_hooks_with_kwargs", "_forward_hooks_always_called"),
 )
 _PORTABLE_META = ("nn_module_stack", "stack_trace", "torch_fn", "graphopt")
 
@@ -151,6 +160,8 @@ def _pack_node(node: fx.Node) -> tuple[Any, ...]:
     target = node.target
     if isinstance(target, OpOverload):
         target = _TorchRef(f"ops.{target}")
+    elif isinstance(target, HigherOrderOperator):
+        target = _TorchRef(f"ops.higher_order.{target.name()}")
     args, kwargs = _packed(node.args), _packed(node.kwargs)
     meta = {key: node.meta[key] for key in _PORTABLE_META if key in node.meta}
     return node.op, node.name, target, args, kwargs, meta

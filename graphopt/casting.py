@@ -59,6 +59,7 @@ def cast_fp32_to_fp16(
     program = exported_program
     kept: set[str] = set()
     graph = program.graph_module.graph
+    _drop_type_assertions(graph)
     stored = _stored_names(program)
     for node in graph.nodes:
         if node.op != "placeholder":
@@ -96,6 +97,7 @@ def cast_int32_to_int16(exported_program: ExportedProgram) -> ExportedProgram:
     """
     program = exported_program
     graph = program.graph_module.graph
+    _drop_type_assertions(graph)
     stored = _stored_names(program)
     limits = torch.iinfo(torch.int16)
     for node in graph.nodes:
@@ -114,11 +116,18 @@ def cast_int32_to_int16(exported_program: ExportedProgram) -> ExportedProgram:
     return program
 
 
+def _drop_type_assertions(graph: fx.Graph) -> None:
+    """Remove the checks that tracing left behind; the types they check are about to change."""
+    for node in list(graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph.erase_node(node)
+
+
 def _casts_only(node: fx.Node) -> bool:
     """Whether an op reads its operand only to convert it to another type."""
     if node.target is _to_copy:
         return node.kwargs.get("dtype") is not None
-    return node.target in (torch.ops.aten.to.dtype, torch.ops.aten._to_copy.default)
+    return node.target is torch.ops.aten.to.dtype
 
 
 def _predicate(ignored: _Ignored) -> Callable[[fx.Node], bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -90,14 +90,24 @@ class Editor:
         self.gm.graph.erase_node(node)
         self.changed = True
 
-    def set_value(self, node: fx.Node, value: Tensor) -> None:
-        """Replace the tensor behind a `get_attr` node, keeping its name and kind."""
-        holder, name = holder_of(self.gm, str(node.target))
-        old = getattr(holder, name)
-        if isinstance(old, nn.Parameter):
-            holder.register_parameter(name, nn.Parameter(value, old.requires_grad))
-        else:
-            holder._buffers[name] = value
+    def set_value(self, node: fx.Node, value: Tensor, *, tied: Sequence[fx.Node] = ()) -> None:
+        """Replace the tensor behind a `get_attr` node, keeping its name and kind.
+
+        Args:
+            node: The constant.
+            value: Its new value.
+            tied: Other names of the same tensor, which stay tied to it.
+        """
+        shared: Tensor = value
+        for each in (node, *tied):
+            holder, name = holder_of(self.gm, str(each.target))
+            old = getattr(holder, name)
+            if isinstance(old, nn.Parameter):
+                if not isinstance(shared, nn.Parameter):
+                    shared = nn.Parameter(value, old.requires_grad)
+                holder.register_parameter(name, shared)
+            else:
+                holder._buffers[name] = shared
         self.changed = True
 
     def delete_constant(self, path: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -67,6 +68,11 @@ _PRESERVING = {
         _aten.lift_fresh_copy.default,
     ),
 }
+_RESHAPING = {
+    *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default),
+    *(_aten.flatten.using_ints, _aten.unflatten.int, _aten.squeeze.default),
+    *(_aten.squeeze.dim, _aten.squeeze.dims),
+}
 _LOOKUPS = ("graphopt.lut_to_dense", "coreai.lut_to_dense", "graphopt.shift_scale",
             "coreai.constexpr_blockwise_shift_scale", "graphopt.sparse_to_dense",
             "coreai.sparse_to_dense")  # fmt: skip
@@ -93,6 +99,8 @@ class WeightTensor:
         output_axis: Output-channel axis of the stored tensor at the first use.
         other_users: Types of ops that use it otherwise.
         compressed: Whether a lookup or dequantize op produces it already.
+        data_like: Whether it is an operand of a matmul that the model does not train, such as a
+            mask or a table of angles; such a tensor is compressed only when named.
     """
 
     name: str
@@ -104,12 +112,13 @@ class WeightTensor:
     output_axis: int
     other_users: tuple[str, ...]
     compressed: bool = False
+    data_like: bool = False
 
     @property
     def module_type(self) -> str:
         """Class name of the module around the first use."""
-        frames = self.uses[0].frames if self.uses else ()
-        return frames[-1].type.rpartition(".")[2] if frames else ""
+        types = [frame.type for frame in self.uses[0].frames if frame.type] if self.uses else []
+        return types[-1].rpartition(".")[2] if types else ""
 
 
 def module_frames(node: fx.Node) -> tuple[ModuleFrame, ...]:
@@ -139,17 +148,17 @@ def find_weights(gm: fx.GraphModule) -> list[WeightTensor]:
     uses: dict[int, list[StateUse]] = {}
     axes: dict[int, int] = {}
     compressed: set[int] = set()
+    data_like: set[int] = set()
     for node in gm.graph.nodes:
         for operand, role, axis in _state_operands(node):
             source = _trace(operand, axis)
             key = None if source is None else owners.get(source.node)
             if source is None or key is None:
                 continue
-            # an operand of a plain matmul is a weight only if the model trains it
-            if not source.compressed and key not in parameters and _is_matmul(node):
-                continue
             if source.compressed:
                 compressed.add(key)
+            elif key not in parameters and _is_matmul(node):
+                data_like.add(key)
             aliases = [str(constant.target) for constant in constants[key]]
             tensor, frames = _placed(module_frames(node), aliases)
             use = StateUse(tensor, node.name, _op_names(node), role, frames)
@@ -166,6 +175,7 @@ def find_weights(gm: fx.GraphModule) -> list[WeightTensor]:
         entry = WeightTensor(
             targets[0], tuple(targets[1:]), tuple(nodes), value, key in parameters,
             tuple(uses.get(key, ())), axes.get(key, 0), tuple(others), key in compressed,
+            key in data_like,
         )  # fmt: skip
         found.append(entry)
     return found
@@ -211,7 +221,17 @@ def _op_names(node: fx.Node) -> tuple[str, ...]:
         rank = value.ndim - 2 if isinstance(value, Tensor) else 2
         kind = "conv_transpose" if node.args[6] else "conv"
         return (f"{kind}{rank}d", "convolution", full)
-    return tuple(dict.fromkeys((*_OPS[node.target][0], full)))
+    names = _OPS[node.target][0]
+    if node.target in (_aten.mm.default, _aten.addmm.default) and _turned(node.args[-1]):
+        # what decompositions make of a linear layer
+        names = ("linear", *names)
+    return tuple(dict.fromkeys((*names, full)))
+
+
+def _turned(operand: object) -> bool:
+    return isinstance(operand, fx.Node) and operand.target in (
+        *(_aten.t.default, _aten.transpose.int, _aten.permute.default),
+    )
 
 
 def _short(node: fx.Node) -> str:
@@ -237,32 +257,74 @@ def _placed(
 def _trace(node: fx.Node, axis: int) -> _Source | None:
     """Follow a value back to the constant it comes from."""
     compressed = False
-    value = node.meta.get("val")
-    if axis < 0 and isinstance(value, Tensor):
-        axis += value.ndim
+    place: int | None = axis + _rank(node) if axis < 0 else axis
     while node.op != "get_attr":
-        if node.op != "call_function" or not node.args:
+        if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             return None
         name = str(node.target).rpartition(".")[0]
         if name in _LOOKUPS:
             compressed = True
-        elif node.target in _PERMUTING:
-            axis = _before_permutation(node, axis)
-        elif node.target not in _PRESERVING and str(node.target) != "<built-in function getitem>":
-            return None
-        if not isinstance(node.args[0], fx.Node):
+        elif node.target in _PRESERVING or node.target in _PERMUTING:
+            place = None if place is None else _axis_before(node, place)
+        elif str(node.target) != "<built-in function getitem>":
             return None
         node = node.args[0]
-    return _Source(node, max(axis, 0), compressed)
+    rank = _rank(node)
+    # where an axis cannot be followed, the first one counts as the output
+    known = place is not None and 0 <= place < max(rank, 1)
+    return _Source(node, place if known and place is not None else 0, compressed)
 
 
-def _before_permutation(node: fx.Node, axis: int) -> int:
-    value = node.args[0].meta.get("val") if isinstance(node.args[0], fx.Node) else None
-    rank = value.ndim if isinstance(value, Tensor) else 2
-    if node.target is _aten.permute.default:
+def _shape(node: object) -> tuple[int, ...]:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    if isinstance(value, list | tuple):
+        value = value[0] if value else None
+    if not isinstance(value, Tensor):
+        return ()
+    return tuple(size if isinstance(size, int) else -1 for size in value.shape)
+
+
+def _rank(node: object) -> int:
+    return len(_shape(node))
+
+
+def _axis_before(node: fx.Node, axis: int) -> int | None:
+    """The axis of a view's input that becomes `axis` of its output, None where none does."""
+    source, result = _shape(node.args[0]), _shape(node)
+    rank, target = len(source), node.target
+
+    def argument(position: int) -> int:
+        value = node.args[position]
+        return int(value) if isinstance(value, int) else 0
+
+    if not source or axis >= len(result):
+        return None
+    if target is _aten.permute.default:
         order = node.args[1]
         return int(order[axis]) % rank  # type: ignore[index,arg-type]
-    if node.target is _aten.transpose.int:
-        first, second = int(node.args[1]) % rank, int(node.args[2]) % rank  # type: ignore[arg-type]
+    if target is _aten.transpose.int:
+        first, second = argument(1) % rank, argument(2) % rank
         return {first: second, second: first}.get(axis, axis)
-    return rank - 1 - axis
+    if target in (_aten.t.default, _aten.numpy_T.default):
+        return rank - 1 - axis
+    if target is _aten.unsqueeze.default:
+        new = argument(1) % (rank + 1)
+        return None if axis == new else axis - (axis > new)
+    if target is _aten.select.int:
+        gone = argument(1) % rank
+        return axis + (axis >= gone)
+    if target is _aten.expand.default:
+        shifted = axis - (len(result) - rank)
+        return shifted if shifted >= 0 else None
+    if source == result or (rank == len(result) and target not in _RESHAPING):
+        return axis
+    return _same_extent(source, result, axis)
+
+
+def _same_extent(source: tuple[int, ...], result: tuple[int, ...], axis: int) -> int | None:
+    """The input axis of equal size and equal stride in row-major order."""
+    behind = math.prod(result[axis + 1 :])
+    for place, size in enumerate(source):
+        if size == result[axis] and math.prod(source[place + 1 :]) == behind:
+            return place
+    return None

@@ -61,7 +61,7 @@ class AnnotatePalettization(Pass):
                 for node in weight.nodes:
                     annotate_weight(node, annotation)
                 edit.changed = True
-            elif weight.tensor.ndim >= 2 or decision.startswith("!"):
+            elif weight.tensor.ndim >= 2 or weight.compressed or decision.startswith("!"):
                 rows.append(_skipped(weight, decision.removeprefix("!"), conflict))
         remarks = self._report_unmatched(selector, edit, weights)
         table = CompressionTable(tuple(rows), tuple(remarks))
@@ -73,16 +73,25 @@ class AnnotatePalettization(Pass):
     ) -> tuple[PalettizationSpec | str, str, str]:
         """The spec, or why there is none; the config path; a remark on conflicting uses."""
         chosen: PalettizationSpec | None = None
-        path, reason, conflict = "", "", ""
+        path, reason, conflict, off = "", "", "", ""
         for use in weight.uses:
             selection = selector.select(use)
             if not isinstance(selection.spec, PalettizationSpec):
                 reason = reason or selection.path
+                off = off or (selection.path if selection.switched_off else "")
+            elif weight.data_like and not selection.own_name:
+                reason = (
+                    f"a matmul operand that the model does not train; name {use.own_name!r} in"
+                    " op_state_spec or module_state_spec to palettize it"
+                )
             elif chosen is None:
                 chosen, path = selection.spec, selection.path
             elif chosen != selection.spec:
                 conflict = f"{use.node} asks for another spec ({selection.path}); {path} holds"
-                warnings.warn(f"{weight.name}: {conflict}", ConfigWarning, stacklevel=2)
+        if chosen is not None and off:
+            conflict = f"it is tied, and {off}, but {path} holds"
+        if conflict:
+            warnings.warn(f"{weight.name}: {conflict}", ConfigWarning, stacklevel=2)
         if weight.compressed:
             return "already compressed", "", ""
         if not weight.uses:
@@ -124,6 +133,7 @@ class AnnotatePalettization(Pass):
             "op_type_config": sorted({name for use in uses for name in use.op_types}),
             "op_name_config": [use.node for use in uses],
             "module_state_spec": sorted({use.tensor for use in uses}),
+            "op_state_spec": sorted({name for use in uses for name in use.state_names}),
         }
         errors, remarks = [], []
         for section, key in missing:

@@ -42,8 +42,6 @@ class FakePalettize(Pass):
             if annotation is None or palettized is None:
                 continue
             rows.append(record_of(weight, annotation.spec, palettized))
-            dense = palettized.dense()
-            for node in weight.nodes:
-                edit.set_value(node, dense)
+            edit.set_value(weight.nodes[0], palettized.dense(), tied=weight.nodes[1:])
         before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
         edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))

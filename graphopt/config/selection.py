@@ -42,18 +42,35 @@ class StateUse:
     frames: tuple[ModuleFrame, ...]
 
     @property
+    def own_name(self) -> str:
+        """The tensor's name in the module that holds it."""
+        return self.tensor.rpartition(".")[2]
+
+    @property
     def state_names(self) -> tuple[str, ...]:
         """Names that `op_state_spec` may use, most specific first."""
-        own = self.tensor.rpartition(".")[2]
+        own = self.own_name
         return (own, self.role, ANY) if own != self.role else (own, ANY)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Outcome for one use: the spec, and the config path that decided."""
+    """Outcome for one use.
+
+    Attributes:
+        spec: The spec, or None.
+        path: The config path that decided.
+        own_name: Whether the config calls the tensor by its own name, not only by its role.
+    """
 
     spec: SpecModel | None
     path: str
+    own_name: bool = False
+
+    @property
+    def switched_off(self) -> bool:
+        """Whether the config says None, rather than nothing, about the tensor."""
+        return self.spec is None and self.path.endswith(" is None")
 
 
 _AnyConfig = CompressionConfig[Any]
@@ -96,6 +113,9 @@ class Selector:
             sections.append((f"{path}.op_type_config", module_config.op_type_config))
             sections.append((f"{path}.op_name_config", module_config.op_name_config))
             sections.append((f"{path}.module_state_spec", module_config.module_state_spec))
+            for where, op_config in _op_configs(path, module_config):
+                explicit = [key for key in op_config.op_state_spec if key not in _USUAL_STATES]
+                sections.append((f"{where}.op_state_spec", explicit))
         for section, keys in sections:
             missing += [(section, key) for key in keys if (section, key) not in self._matched]
         return missing
@@ -141,13 +161,23 @@ class Selector:
             if self._full_match(pattern, use.node):
                 self._matched.add((f"{path}.op_name_config", pattern))
                 where = f"{path}.op_name_config[{pattern!r}]"
-                return _from_op(module_config.op_name_config[pattern], use, where)
+                return self._from_op(module_config.op_name_config[pattern], use, where)
         for op_type in use.op_types:
             if op_type in module_config.op_type_config:
                 self._matched.add((f"{path}.op_type_config", op_type))
                 where = f"{path}.op_type_config[{op_type!r}]"
-                return _from_op(module_config.op_type_config[op_type], use, where)
-        return _from_op(module_config, use, path)
+                return self._from_op(module_config.op_type_config[op_type], use, where)
+        return self._from_op(module_config, use, path)
+
+    def _from_op(self, op_config: Any, use: StateUse, path: str) -> Selection:
+        if op_config is None:
+            return Selection(None, f"{path} is None")
+        for name in use.state_names:
+            if name in op_config.op_state_spec:
+                self._matched.add((f"{path}.op_state_spec", name))
+                where = f"{path}.op_state_spec[{name!r}]"
+                return _outcome(op_config.op_state_spec[name], where, own_name=name == use.own_name)
+        return Selection(None, f"{path}.op_state_spec has no entry for {use.own_name!r}")
 
     def _full_match(self, pattern: str, name: str) -> bool:
         if pattern not in self._patterns:
@@ -160,17 +190,20 @@ class Selector:
         return self._patterns[pattern].fullmatch(name) is not None
 
 
-def _from_op(op_config: Any, use: StateUse, path: str) -> Selection:
-    if op_config is None:
-        return Selection(None, f"{path} is None")
-    for name in use.state_names:
-        if name in op_config.op_state_spec:
-            return _outcome(op_config.op_state_spec[name], f"{path}.op_state_spec[{name!r}]")
-    return Selection(None, f"{path}.op_state_spec has no entry for {use.state_names[0]!r}")
+# states that configs name by default, whether or not a model has them
+_USUAL_STATES = (ANY, "weight", "bias", "in_proj_weight")
 
 
-def _outcome(spec: SpecModel | None, path: str) -> Selection:
-    return Selection(spec, path if spec is not None else f"{path} is None")
+def _op_configs(path: str, module_config: _AnyModule) -> Iterator[tuple[str, Any]]:
+    yield path, module_config
+    for section in ("op_type_config", "op_name_config"):
+        for key, op_config in getattr(module_config, section).items():
+            if op_config is not None:
+                yield f"{path}.{section}[{key!r}]", op_config
+
+
+def _outcome(spec: SpecModel | None, path: str, *, own_name: bool = True) -> Selection:
+    return Selection(spec, path if spec is not None else f"{path} is None", own_name)
 
 
 def closest(key: str, names: Iterable[str], *, limit: int = 3) -> list[str]:

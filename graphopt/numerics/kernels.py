@@ -50,12 +50,12 @@ def histogram_moments(x, sample_weight, low, inverse_step, count, total):
     last = count.size - 1
     if sample_weight.size:
         for i in range(x.size):
-            b = min(int((x[i] - low) * inverse_step), last)
+            b = max(min(int((x[i] - low) * inverse_step), last), 0)
             count[b] += sample_weight[i]
             total[b] += sample_weight[i] * x[i]
     else:
         for i in range(x.size):
-            b = min(int((x[i] - low) * inverse_step), last)
+            b = max(min(int((x[i] - low) * inverse_step), last), 0)
             count[b] += 1.0
             total[b] += x[i]
 
@@ -271,18 +271,26 @@ def _nearest(x, middle, index):
         for i in range(x.size):
             index[i] = 0 if x[i] <= low else k - 1
         return
-    scale = np.float32(cells / (np.float64(high) - np.float64(low)))
+    scale = cells / (np.float64(high) - np.float64(low))
+    if not np.isfinite(scale):
+        # the table lies within a few subnormal numbers
+        for i in range(x.size):
+            at = 0
+            while x[i] > middle[at]:
+                at += 1
+            index[i] = at
+        return
     first = np.zeros(cells + 1, dtype=np.uint8)
     at = 0
     for cell in range(1, cells + 1):
         # one cell to the left, so that rounding of the cell number cannot overshoot
-        edge = low + np.float32(cell - 1) / scale
+        edge = low + (cell - 1) / scale
         while at < k - 1 and middle[at] < edge:
             at += 1
         first[cell] = at
     for i in range(x.size):
         v = x[i]
-        cell = int(min(max((v - low) * scale, np.float32(0.0)), np.float32(cells)))
+        cell = int(min(max((np.float64(v) - low) * scale, 0.0), cells))
         at = first[cell]
         while v > middle[at]:
             at += 1
@@ -371,6 +379,11 @@ def fit_groups(value, weight, ks, cells, grid, q_min, q_max, tables):
                 refine_cuts(w, wx, bounds, grid[g], q_min, q_max)
             table = tables[g, at : at + k]
             _centroids(w, wx, bounds, shift, grid[g], q_min, q_max, points[0], table)
+            for part in range(k):
+                if grid[g] <= 0.0 and bounds[part] < bounds[part + 1]:
+                    low = points[bounds[part]]
+                    if low == points[bounds[part + 1] - 1]:
+                        table[part] = low
             at += k
 
 
@@ -416,38 +429,49 @@ def _companding_edges(points, w, cells, edges):
         return m + 1
     stride = max(m // max(4 * cells, 512), 1)
     blocks = -(-(m - 1) // stride)
-    share = np.empty(blocks)
+    whole = 0.0
     for b in range(blocks):
-        i = b * stride
-        end = min(i + stride, m - 1)
-        gap = points[end] - points[i]
-        share[b] = np.cbrt((w[end] - w[i]) * gap * gap)
-    # blocks that hold several cells' share, as in a long tail, are walked point by point
-    heavy = share > 0.5 * share.sum() / cells
+        end = min((b + 1) * stride, m - 1)
+        gap = points[end] - points[b * stride]
+        whole += np.cbrt((w[end] - w[b * stride]) * gap * gap)
+    # blocks that may hold several cells, as in a long tail, are taken point by point
+    place = np.empty(m, dtype=np.int64)
+    share = np.empty(m)
+    units = 0
     for b in range(blocks):
-        if heavy[b]:
-            share[b] = 0.0
-            for place in range(b * stride + 1, min((b + 1) * stride, m - 1) + 1):
-                gap = points[place] - points[place - 1]
-                share[b] += np.cbrt((w[place] - w[place - 1]) * gap * gap)
-    total = share.sum()
+        start = b * stride
+        end = min(start + stride, m - 1)
+        gap = points[end] - points[start]
+        together = np.cbrt((w[end] - w[start]) * gap * gap)
+        if together * cells <= 0.5 * whole or end == start + 1:
+            place[units] = end
+            share[units] = together
+            units += 1
+            continue
+        for i in range(start + 1, end + 1):
+            gap = points[i] - points[i - 1]
+            place[units] = i
+            share[units] = np.cbrt((w[i] - w[i - 1]) * gap * gap)
+            units += 1
+    # no gap, however long, is worth more than the one cut that it gets
+    limit = whole
+    for _ in range(16):
+        total = 0.0
+        for u in range(units):
+            total += min(share[u], limit)
+        if limit <= 1.01 * total / cells:
+            break
+        limit = total / cells
     edges[0] = 0
     count = 1
     done = 0.0
     target = total / cells
-    for b in range(blocks):
-        end = min((b + 1) * stride, m - 1)
-        for place in range(b * stride + 1 if heavy[b] else end, end + 1):
-            if heavy[b]:
-                gap = points[place] - points[place - 1]
-                done += np.cbrt((w[place] - w[place - 1]) * gap * gap)
-            else:
-                done += share[b]
-            if count < cells and done >= target:
-                edges[count] = place
-                count += 1
-                # what a long gap took too much is spread over the cells that remain
-                target = done + (total - done) / max(cells - count + 1, 1)
+    for u in range(units):
+        done += min(share[u], limit)
+        if count < cells and done >= target * (1.0 - 1e-12):
+            edges[count] = place[u]
+            count += 1
+            target = done + (total - done) / max(cells - count + 1, 1)
     edges[count] = m
     return count + 1
 

@@ -131,7 +131,8 @@ def cluster_1d(
     at = 0
     for k in sizes:
         # the stored type is what counts: round first, assign afterwards
-        table = torch.from_numpy(np.ascontiguousarray(tables[:, at : at + k])).to(values.dtype)
+        increasing = np.maximum.accumulate(tables[:, at : at + k], axis=1)
+        table = torch.from_numpy(increasing).to(values.dtype)
         result[k] = _assigned(x, raw, table, values.device)
         at += k
     return result
@@ -262,7 +263,7 @@ def _fit_long(
         return False
     count, total = np.zeros(_BINS), np.zeros(_BINS)
     sample_weight = w[row] if w.size else np.empty(0, dtype=np.float32)
-    kernels.histogram_moments(values, sample_weight, low, inverse_step, count, total)
+    kernels.histogram_moments(values, sample_weight, float(low), inverse_step, count, total)
     used = count > 0
     points = (total[used] / count[used])[None]
     kernels.fit_groups(

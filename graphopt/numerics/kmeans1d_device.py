@@ -91,7 +91,11 @@ def _companding_edges(points: Tensor, mass: Tensor, cells: int) -> Tensor:
     if n <= cells:
         return torch.arange(n + 1, device=points.device).expand(points.shape[0], -1).contiguous()
     gap = points.diff(dim=1, prepend=points[:, :1])
-    share = (mass * gap.square()).pow(1 / 3).cumsum(1)
+    share = (mass * gap.square()).pow(1 / 3)
+    for _ in range(8):
+        # no gap, however long, is worth more than the one cut that it gets
+        share = torch.minimum(share, share.sum(1, keepdim=True) / cells)
+    share = share.cumsum(1)
     at = torch.linspace(0, 1, cells + 1, device=points.device, dtype=torch.float64)
     edges = torch.searchsorted(share, (share[:, -1:] * at).contiguous())
     edges[:, 0] = 0
@@ -112,7 +116,7 @@ def _tables_on_cells(
 ) -> dict[int, Tensor]:
     """Centroids of the best cuts among the cells, by the exact program on the CPU."""
     w_cpu, wx_cpu = w.cpu().numpy(), wx.cpu().numpy()
-    groups, cells = w_cpu.shape
+    groups = w_cpu.shape[0]
     steps = np.zeros(groups) if grid is None else grid[0].double().cpu().numpy()
     low, high = (0.0, 0.0) if grid is None else (float(grid[1]), float(grid[2]))
     sums = kernels.cut_groups(w_cpu, wx_cpu, np.array(ks, dtype=np.int64), steps, low, high)

@@ -229,7 +229,8 @@ def palettize(
         channel_scale = torch.where(largest > 0, largest, torch.ones_like(largest))
         scaled = source / channel_scale
         # errors count in the weight's own units
-        mass = channel_scale.float().square().expand_as(source)
+        relative = channel_scale.double() / channel_scale.double().max()
+        mass = relative.square().float().expand_as(source)
         mass = mass if importance is None else mass * importance
     vectors = layout.split(scaled)
     weights = None if mass is None else layout.split(mass).mean(-1)
@@ -289,7 +290,7 @@ def _quantize_tables(
     flat = tables.float().reshape(tables.shape[0], -1)
     storage = _FP8_STORAGE.get(qspec.dtype, str(qspec.dtype).removeprefix("torch."))
     if storage.startswith("fp8"):
-        scale = flat.abs().amax(1).clamp_min(1e-30) / torch.finfo(qspec.dtype).max
+        scale = _stored_scale(flat.abs().amax(1) / torch.finfo(qspec.dtype).max, tables.dtype)
         narrow = (flat / scale[:, None]).to(qspec.dtype)
         decoded = (narrow.float() * scale[:, None]).to(tables.dtype).reshape(tables.shape)
         codes = _assign(vectors, decoded, weights)
@@ -297,15 +298,14 @@ def _quantize_tables(
     low, high = (0, 255) if storage == "uint8" else (-128, 127)
     if qspec.qscheme is QuantizationScheme.ASYMMETRIC:
         smallest, largest = flat.amin(1).clamp_max(0), flat.amax(1).clamp_min(0)
-        scale = ((largest - smallest) / 255).clamp_min(1e-30)
+        scale = _stored_scale(largest / 255 - smallest / 255, tables.dtype)
         zero = (low - smallest / scale).round().clamp(low, high)
         zero_point = zero if zero.any() else None
     else:
-        scale = flat.abs().amax(1).clamp_min(1e-30) / 127
+        scale = _stored_scale(flat.abs().amax(1) / 127, tables.dtype)
         zero_point = torch.full_like(scale, 128.0) if storage == "uint8" else None
         if qspec.qscheme is QuantizationScheme.SYMMETRIC_WITH_CLIPPING:
             low, high = (1, 255) if storage == "uint8" else (-127, 127)
-    scale = scale.to(tables.dtype).float()
     shared = zero_point is None or bool((zero_point == zero_point[0]).all())
     offset = torch.zeros_like(scale) if zero_point is None else zero_point
     if vectors.shape[-1] == 1 and shared:
@@ -322,6 +322,12 @@ def _quantize_tables(
     stored_offset = None if zero_point is None else zero_point.to(container)
     assert STORAGE_BITS[storage] == 8
     return data, scale.to(tables.dtype), stored_offset, storage, codes
+
+
+def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales as `dtype` stores them, at least its smallest number, in float32."""
+    info = torch.finfo(torch.float32 if dtype is torch.float64 else dtype)
+    return scale.to(dtype).float().clamp_min(info.smallest_normal * info.eps)
 
 
 def _assign(vectors: Tensor, tables: Tensor, weights: Tensor | None) -> Tensor:
