@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from graphopt.captured_module import CapturedModule
+from graphopt.captured_module import CapturedModule, InputGuards
 from graphopt.errors import GraphOptError, InputError
 from graphopt.table import CompressionTable
 
@@ -64,7 +64,20 @@ def export_graph(
         shapes = collection
     with symbolic_config.patch(backed_size_oblivious=dynamic), torch.no_grad():
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-        return exported.run_decompositions({})
+        exported = exported.run_decompositions({})
+    if dynamic:
+        _pass_guards_on(module, exported)
+    return exported
+
+
+def _pass_guards_on(module: CapturedModule, exported: ExportedProgram) -> None:
+    """Keep the conditions under which the graph was captured; torch.export skips module hooks."""
+    known = getattr(exported, "_guards_code", None)
+    if not isinstance(known, list):
+        return
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, InputGuards):
+            known.extend(code for code in hook.conditions if code not in known)
 
 
 @dataclass(frozen=True)
