@@ -85,6 +85,11 @@ class Editor:
         self.gm.graph.erase_node(old)
         self.changed = True
 
+    def set_args(self, node: fx.Node, args: tuple[Any, ...]) -> None:
+        """Give a call other positional arguments."""
+        node.args = args
+        self.changed = True
+
     def erase(self, node: fx.Node) -> None:
         """Drop a node without users."""
         self.gm.graph.erase_node(node)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import platform
 from collections.abc import Iterator
 from pathlib import Path
@@ -65,6 +66,8 @@ class CoreMLArtifact(Artifact):
     def _write(self, path: Path) -> None:
         with quiet("coremltools"):
             self.model.save(str(path))
+        # a debugging aid outside the package's manifest, as large as the program itself
+        (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
 
 
 def _predict(path: Path, feeds: dict[str, Any]) -> list[Tensor]:
@@ -149,7 +152,7 @@ class CoreMLBackend(Backend):
         # it reorders quantized tables into forms that later passes cannot shape
         pipeline.remove_passes({"common::canonicalize_quantized_lut_pattern"})
         try:
-            with quiet("coremltools"):
+            with quiet("coremltools"), _small_constants_once():
                 model = ct.convert(
                     exported,
                     minimum_deployment_target=getattr(ct.target, minimum_deployment_target),
@@ -188,6 +191,25 @@ class CoreMLBackend(Backend):
             how += ", and predicted with Core ML"
         worst = max(errors, default=0.0)
         return Verification(worst, errors, how, True, notes, result.constexprs)
+
+
+@contextlib.contextmanager
+def _small_constants_once() -> Iterator[None]:
+    """Let coremltools keep one copy of equal strides, paddings and the like.
+
+    They are a third of a program's text. Its pass has the threshold as a class attribute, which is
+    put back.
+    """
+    from coremltools.converters.mil.mil.passes.defs.cleanup.const_deduplication import (
+        const_deduplication,
+    )
+
+    before = const_deduplication._const_threshold
+    const_deduplication._const_threshold = 1
+    try:
+        yield
+    finally:
+        const_deduplication._const_threshold = before
 
 
 def _reasons(lookup: Lookup, allowed: Capabilities, where: str) -> Iterator[str]:

@@ -19,7 +19,9 @@ from graphopt.pass_manager import run_passes
 from graphopt.passes import (
     AnnotatePalettization,
     FakePalettize,
+    FoldBatchNorm,
     PalettizeWeights,
+    RemoveUnused,
     cluster_annotated,
 )
 from graphopt.program import CompressedProgram, Program
@@ -65,6 +67,7 @@ class KMeansPalettizer:
         example_kwargs: Mapping[str, Any] | None = None,
         *,
         dynamic_shapes: Any = "auto",
+        fold_batch_norm: bool = False,
         on_unmatched: Literal["error", "warn"] = "error",
         num_workers: int = 1,
         progress: bool | None = None,
@@ -76,6 +79,9 @@ class KMeansPalettizer:
             example_inputs: Inputs of one call.
             example_kwargs: Keyword inputs of that call.
             dynamic_shapes: As for `graphopt.capture`.
+            fold_batch_norm: Fold batch norms into the convolutions before them first. Artifacts
+                get smaller and faster by one op per norm, but the norms' names leave the state
+                dict, and one table has to serve channels of different gains.
             on_unmatched: Whether a config key that matches no module, op or state raises or warns.
             num_workers: Accepted for compatibility; clustering uses torch's threads.
             progress: Show a bar; None shows it on a terminal.
@@ -103,6 +109,8 @@ class KMeansPalettizer:
             program = program.with_example(tuple(args), dict(example_kwargs or {}))
         annotated = program.copy()
         gm = annotated.graph_module
+        if fold_batch_norm:
+            run_passes(gm, [FoldBatchNorm(), RemoveUnused()])
         run_passes(gm, [AnnotatePalettization(self._config, on_unmatched)])
         self._palettes = cluster_annotated(gm, progress=progress, seed=seed)
         prepared = annotated.copy().graph_module

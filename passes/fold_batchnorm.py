@@ -1,0 +1,130 @@
+"""Fold batch norms in evaluation mode into the convolutions before them.
+
+With γ, β, μ, σ² of the norm and s = γ / √(σ² + ε) per output channel:
+`bn(conv(x; W, b)) = conv(x; s·W, s·(b − μ) + β)`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+from typing_extensions import override
+
+from graphopt.editor import Editor
+from graphopt.pass_base import Pass
+
+__all__ = ["FoldBatchNorm"]
+
+_aten = torch.ops.aten
+_NORMS = (_aten._native_batch_norm_legit_no_training.default, _aten.batch_norm.default)
+_PLAIN = {
+    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
+    *(_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),
+}
+# op → position of its `groups`
+_TRANSPOSED = {
+    _aten.conv_transpose1d.default: 6,
+    _aten.conv_transpose2d.input: 6,
+    _aten.conv_transpose3d.input: 6,
+}
+
+
+@dataclass(frozen=True)
+class FoldBatchNorm(Pass):
+    """Fold each batch norm whose input is a convolution that nothing else reads.
+
+    Before:
+        %y = conv2d(%x, %w, None)
+        %n = _native_batch_norm_legit_no_training(%y, %gamma, %beta, %mean, %var, …)
+        %z = getitem(%n, 0)
+
+    After:
+        %z = conv2d(%x, %w', %b')
+
+    Left alone: norms in training mode, norms behind anything else, convolutions whose output or
+    weight has other users, and weights that are compressed already.
+    """
+
+    name: ClassVar[str] = "fold-batch-norm"
+
+    @override
+    def run(self, edit: Editor) -> None:
+        for norm in edit.calls(*_NORMS):
+            conv = norm.args[0]
+            if isinstance(conv, fx.Node) and _foldable(edit, norm, conv):
+                _fold(edit, norm, conv)
+
+
+def _foldable(edit: Editor, norm: fx.Node, conv: fx.Node) -> bool:
+    if norm.target is _aten.batch_norm.default and norm.args[5]:
+        return False
+    if conv.target not in _PLAIN and conv.target not in _TRANSPOSED:
+        return False
+    weight = conv.args[1]
+    bias = conv.args[2] if len(conv.args) > 2 else None
+    stored = [weight, *([bias] if bias is not None else [])]
+    if any(not isinstance(each, fx.Node) or each.op != "get_attr" for each in stored):
+        return False
+    if set(conv.users) != {norm}:
+        return False
+    names = [str(node.target) for node in edit.constants() if set(node.users) - {conv}]
+    values = [edit.value(node) for node in edit.constants() if str(node.target) in names]
+    mine = [edit.value(each) for each in stored if isinstance(each, fx.Node)]
+    return not any(value is other for value in values for other in mine)
+
+
+def _fold(edit: Editor, norm: fx.Node, conv: fx.Node) -> None:
+    weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else None
+    assert isinstance(weight, fx.Node)
+    value = edit.value(weight)
+    gamma, beta, mean, variance = (_constant(edit, each) for each in norm.args[1:5])
+    eps = norm.args[6] if norm.target is not _aten.batch_norm.default else norm.args[7]
+    assert mean is not None
+    assert variance is not None
+    scale = (variance.double() + float(str(eps))).rsqrt()
+    if gamma is not None:
+        scale = scale * gamma.double()
+    shift = _constant(edit, bias)
+    shift = -mean.double() if shift is None else shift.double() - mean.double()
+    shift = shift * scale + (0 if beta is None else beta.double())
+    edit.set_value(weight, _scaled(value, scale, conv))
+    folded_bias = shift.to(value.dtype)
+    if isinstance(bias, fx.Node):
+        edit.set_value(bias, folded_bias)
+    else:
+        owner = str(weight.target).rpartition(".")[0]
+        name = f"{owner}.bias" if owner else "bias"
+        made = edit.constant(name, folded_bias, like=weight)
+        edit.set_args(conv, (*conv.args[:2], made, *conv.args[3:]))
+    for user in list(norm.users):
+        if norm.target is _aten.batch_norm.default:
+            continue
+        if user.args[1] == 0:
+            edit.replace(user, conv)
+        elif not user.users:
+            edit.erase(user)
+    if norm.target is _aten.batch_norm.default:
+        edit.replace(norm, conv)
+    elif not norm.users:
+        edit.erase(norm)
+
+
+def _constant(edit: Editor, node: object) -> Tensor | None:
+    return edit.value(node).detach() if isinstance(node, fx.Node) else None
+
+
+def _scaled(weight: Tensor, scale: Tensor, conv: fx.Node) -> Tensor:
+    """The weight with each output channel multiplied by its scale."""
+    wide = weight.detach().double()
+    if conv.target in _PLAIN:
+        return (wide * scale.reshape(-1, *[1] * (wide.ndim - 1))).to(weight.dtype)
+    position = _TRANSPOSED[conv.target]
+    groups = conv.args[position] if len(conv.args) > position else 1
+    assert isinstance(groups, int)
+    # [in, out / groups, …]: the channels of a group of outputs are those of its inputs' rows
+    split = wide.reshape(groups, wide.shape[0] // groups, *wide.shape[1:])
+    factor = scale.reshape(groups, 1, -1, *[1] * (wide.ndim - 2))
+    return (split * factor).reshape(wide.shape).to(weight.dtype)
