@@ -145,7 +145,7 @@ def _buffers_restored(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _run(model: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:  # noqa: ANN401
+def _run(model: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
     """Outputs on copies of the inputs, with the same random numbers every time."""
     copies = pytree.tree_map(
         lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
@@ -326,9 +326,7 @@ def _unused_constants(module: nn.Module) -> set[str]:
     return {str(node.target) for node in nodes if not node.users}
 
 
-def _twin(
-    tensor: Tensor, path: str, parameters: Mapping[str, Tensor], unused: set[str]
-) -> Tensor:
+def _twin(tensor: Tensor, path: str, parameters: Mapping[str, Tensor], unused: set[str]) -> Tensor:
     """The used parameter that an unused one repeats: a tie that saving a program has cut."""
     for other, candidate in parameters.items():
         same_kind = candidate.shape == tensor.shape and candidate.dtype == tensor.dtype

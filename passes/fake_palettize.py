@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from graphopt.annotations import weight_annotation
 from graphopt.editor import Editor
+from graphopt.numerics.parallel import map_tasks
 from graphopt.pass_base import Pass
 from graphopt.passes.palettize_weights import record_of
 from graphopt.schemes.palettize import PalettizedWeight
@@ -35,13 +36,15 @@ class FakePalettize(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
+        chosen = [
+            (weight, annotation, self.palettes[weight.name])
+            for weight in find_weights(edit.gm)
+            if (annotation := weight_annotation(weight.nodes[0])) and weight.name in self.palettes
+        ]
+        dense = map_tasks(lambda each: each[2].dense(), chosen)
         rows = []
-        for weight in find_weights(edit.gm):
-            annotation = weight_annotation(weight.nodes[0])
-            palettized = self.palettes.get(weight.name)
-            if annotation is None or palettized is None:
-                continue
+        for (weight, annotation, palettized), value in zip(chosen, dense, strict=True):
             rows.append(record_of(weight, annotation.spec, palettized))
-            edit.set_value(weight.nodes[0], palettized.dense(), tied=weight.nodes[1:])
+            edit.set_value(weight.nodes[0], value, tied=weight.nodes[1:])
         before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
         edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))

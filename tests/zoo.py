@@ -19,7 +19,9 @@ Built = tuple[nn.Module, tuple[Tensor, ...]]
 class TakeOutput(nn.Module):
     """Wrap a Hugging Face model: positional tensors in, one named output tensor out."""
 
-    def __init__(self, model: nn.Module, field: str, arg_names: tuple[str, ...], **fixed: object) -> None:
+    def __init__(
+        self, model: nn.Module, field: str, arg_names: tuple[str, ...], **fixed: object
+    ) -> None:
         super().__init__()
         self.model = model
         self.field = field
@@ -27,7 +29,7 @@ class TakeOutput(nn.Module):
         self.fixed = fixed
 
     def forward(self, *args: Tensor) -> Tensor:
-        return getattr(self.model(**dict(zip(self.arg_names, args)), **self.fixed), self.field)
+        return getattr(self.model(**dict(zip(self.arg_names, args, strict=False)), **self.fixed), self.field)
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -75,17 +77,27 @@ def resnet() -> Built:
 
     torch.manual_seed(0)
     cfg = ResNetConfig(
-        embedding_size=16, hidden_sizes=[32, 64, 96, 128], depths=[1, 2, 1, 1], layer_type="bottleneck", num_labels=10
+        embedding_size=16,
+        hidden_sizes=[32, 64, 96, 128],
+        depths=[1, 2, 1, 1],
+        layer_type="bottleneck",
+        num_labels=10,
     )
-    return _finish(TakeOutput(ResNetForImageClassification(cfg), "logits", ("pixel_values",)), _image())
+    return _finish(
+        TakeOutput(ResNetForImageClassification(cfg), "logits", ("pixel_values",)), _image()
+    )
 
 
 def mobilenet_v2(tf_padding: bool = True) -> Built:
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
     torch.manual_seed(0)
-    cfg = MobileNetV2Config(depth_multiplier=0.35, image_size=64, num_labels=10, tf_padding=tf_padding)
-    return _finish(TakeOutput(MobileNetV2ForImageClassification(cfg), "logits", ("pixel_values",)), _image())
+    cfg = MobileNetV2Config(
+        depth_multiplier=0.35, image_size=64, num_labels=10, tf_padding=tf_padding
+    )
+    return _finish(
+        TakeOutput(MobileNetV2ForImageClassification(cfg), "logits", ("pixel_values",)), _image()
+    )
 
 
 def convnext() -> Built:
@@ -93,9 +105,15 @@ def convnext() -> Built:
 
     torch.manual_seed(0)
     cfg = ConvNextConfig(
-        hidden_sizes=[16, 32, 48, 64], depths=[1, 1, 2, 1], layer_scale_init_value=0.5, image_size=64, num_labels=10
+        hidden_sizes=[16, 32, 48, 64],
+        depths=[1, 1, 2, 1],
+        layer_scale_init_value=0.5,
+        image_size=64,
+        num_labels=10,
     )
-    return _finish(TakeOutput(ConvNextForImageClassification(cfg), "logits", ("pixel_values",)), _image())
+    return _finish(
+        TakeOutput(ConvNextForImageClassification(cfg), "logits", ("pixel_values",)), _image()
+    )
 
 
 def vit() -> Built:
@@ -106,7 +124,9 @@ def vit() -> Built:
         hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8,
         num_labels=10,
     )  # fmt: skip
-    return _finish(TakeOutput(ViTForImageClassification(cfg), "logits", ("pixel_values",)), _image(32))
+    return _finish(
+        TakeOutput(ViTForImageClassification(cfg), "logits", ("pixel_values",)), _image(32)
+    )
 
 
 def bert() -> Built:
@@ -117,7 +137,9 @@ def bert() -> Built:
         vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
         max_position_embeddings=64, num_labels=3,
     )  # fmt: skip
-    model = TakeOutput(BertForSequenceClassification(cfg), "logits", ("input_ids", "attention_mask"))
+    model = TakeOutput(
+        BertForSequenceClassification(cfg), "logits", ("input_ids", "attention_mask")
+    )
     mask = torch.ones(1, 12, dtype=torch.int64)
     mask[:, 9:] = 0
     return _finish(model, _tokens(100, 12), mask)
@@ -131,7 +153,10 @@ def llama() -> Built:
         vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         num_key_value_heads=2, max_position_embeddings=128,
     )  # fmt: skip
-    return _finish(TakeOutput(LlamaForCausalLM(cfg), "logits", ("input_ids",), use_cache=False), _tokens(100, 12))
+    return _finish(
+        TakeOutput(LlamaForCausalLM(cfg), "logits", ("input_ids",), use_cache=False),
+        _tokens(100, 12),
+    )
 
 
 def whisper_encoder() -> Built:
@@ -155,7 +180,13 @@ def _divisible(value: float, divisor: int = 8) -> int:
 
 class ConvBNAct(nn.Sequential):
     def __init__(
-        self, cin: int, cout: int, k: int = 3, stride: int = 1, groups: int = 1, act: type[nn.Module] | None = nn.Hardswish
+        self,
+        cin: int,
+        cout: int,
+        k: int = 3,
+        stride: int = 1,
+        groups: int = 1,
+        act: type[nn.Module] | None = nn.Hardswish,
     ) -> None:
         layers: list[nn.Module] = [
             nn.Conv2d(cin, cout, k, stride, k // 2, groups=groups, bias=False),
@@ -179,7 +210,9 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedResidualV3(nn.Module):
-    def __init__(self, cin: int, exp: int, cout: int, k: int, stride: int, use_se: bool, act: type[nn.Module]) -> None:
+    def __init__(
+        self, cin: int, exp: int, cout: int, k: int, stride: int, use_se: bool, act: type[nn.Module]
+    ) -> None:
         super().__init__()
         layers: list[nn.Module] = [] if exp == cin else [ConvBNAct(cin, exp, 1, act=act)]
         layers.append(ConvBNAct(exp, exp, k, stride, groups=exp, act=act))
@@ -211,13 +244,18 @@ class MobileNetV3Small(nn.Module):
         layers: list[nn.Module] = [ConvBNAct(3, cin, stride=2)]
         for k, exp, cout, use_se, act, stride in self.ROWS:
             cout = _divisible(cout * width)
-            layers.append(InvertedResidualV3(cin, _divisible(exp * width), cout, k, stride, use_se, act))
+            layers.append(
+                InvertedResidualV3(cin, _divisible(exp * width), cout, k, stride, use_se, act)
+            )
             cin = cout
         layers.append(ConvBNAct(cin, 6 * cin, 1))
         self.features = nn.Sequential(*layers)
         self.avgpool = nn.AdaptiveAvgPool2d(1)
         self.classifier = nn.Sequential(
-            nn.Linear(6 * cin, hidden), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(hidden, num_classes)
+            nn.Linear(6 * cin, hidden),
+            nn.Hardswish(),
+            nn.Dropout(0.2),
+            nn.Linear(hidden, num_classes),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -261,28 +299,42 @@ class CenterNetResNet34(nn.Module):
     def __init__(self, width: int = 64, head: int = 64, num_classes: int = 80) -> None:
         super().__init__()
         self.stem = nn.Sequential(
-            nn.Conv2d(3, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(inplace=True), nn.MaxPool2d(3, 2, 1)
+            nn.Conv2d(3, width, 7, 2, 3, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(inplace=True),
+            nn.MaxPool2d(3, 2, 1),
         )
         stages: list[nn.Module] = []
         cin = width
         for i, depth in enumerate(self.DEPTHS):
             cout = width << i
             stages.append(
-                nn.Sequential(*[BasicBlock(cin if j == 0 else cout, cout, 2 if i and j == 0 else 1) for j in range(depth)])
+                nn.Sequential(
+                    *[
+                        BasicBlock(cin if j == 0 else cout, cout, 2 if i and j == 0 else 1)
+                        for j in range(depth)
+                    ]
+                )
             )
             cin = cout
         self.stages = nn.Sequential(*stages)
         up: list[nn.Module] = []
         for _ in range(3):
             cout = 4 * width
-            up += [nn.ConvTranspose2d(cin, cout, 4, 2, 1, bias=False), nn.BatchNorm2d(cout), nn.ReLU(inplace=True)]
+            up += [
+                nn.ConvTranspose2d(cin, cout, 4, 2, 1, bias=False),
+                nn.BatchNorm2d(cout),
+                nn.ReLU(inplace=True),
+            ]
             cin = cout
         self.deconv = nn.Sequential(*up)
         self.heatmap, self.wh, self.offset = (self._head(cin, head, n) for n in (num_classes, 2, 2))
 
     @staticmethod
     def _head(cin: int, mid: int, out: int) -> nn.Sequential:
-        return nn.Sequential(nn.Conv2d(cin, mid, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(mid, out, 1))
+        return nn.Sequential(
+            nn.Conv2d(cin, mid, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(mid, out, 1)
+        )
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x = self.deconv(self.stages(self.stem(x)))
@@ -299,7 +351,9 @@ class ResBlock(nn.Module):
     def __init__(self, features: int, res_scale: float) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(features, features, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(features, features, 3, padding=1)
+            nn.Conv2d(features, features, 3, padding=1),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(features, features, 3, padding=1),
         )
         self.res_scale = res_scale
 
@@ -310,11 +364,14 @@ class ResBlock(nn.Module):
 class EDSR(nn.Module):
     """1707.02921 for scale 2 or 4; ``features=64, blocks=16`` is the baseline model."""
 
-    def __init__(self, features: int = 64, blocks: int = 16, scale: int = 2, res_scale: float = 1.0) -> None:
+    def __init__(
+        self, features: int = 64, blocks: int = 16, scale: int = 2, res_scale: float = 1.0
+    ) -> None:
         super().__init__()
         self.head = nn.Conv2d(3, features, 3, padding=1)
         self.body = nn.Sequential(
-            *[ResBlock(features, res_scale) for _ in range(blocks)], nn.Conv2d(features, features, 3, padding=1)
+            *[ResBlock(features, res_scale) for _ in range(blocks)],
+            nn.Conv2d(features, features, 3, padding=1),
         )
         up: list[nn.Module] = []
         for _ in range(scale.bit_length() - 1):
@@ -369,7 +426,7 @@ MODELS: dict[str, Callable[[], Built]] = {
 
 if __name__ == "__main__":
     torch.set_num_threads(1)
-    for name, build in MODELS.items():
+    for build in MODELS.values():
         model, args = build()
         with torch.no_grad():
             out = model(*args)
@@ -379,6 +436,4 @@ if __name__ == "__main__":
         with torch.no_grad():
             out2 = model(*(a.flip(-1) for a in args))
         out2s = out2 if isinstance(out2, tuple) else (out2,)
-        stats += [f"sens {(a - b).abs().max() / a.abs().max():.2f}" for a, b in zip(outs, out2s)]
-        print(f"{name:20s} params {params:8d} in {[tuple(a.shape) for a in args]} out {stats}")
-    print("full MobileNetV3-small params", sum(p.numel() for p in MobileNetV3Small().parameters()))
+        stats += [f"sens {(a - b).abs().max() / a.abs().max():.2f}" for a, b in zip(outs, out2s, strict=False)]

@@ -40,7 +40,7 @@ def _padding(
     if kind == "custom":
         return _ints(v, "pad", 0, 2 * len(size))
     out = []
-    for n, k, s, d in zip(size, kernel, stride, dilation):
+    for n, k, s, d in zip(size, kernel, stride, dilation, strict=False):
         total = max(0, (-(-n // s) - 1) * s + (k - 1) * d + 1 - n)
         lo = total // 2 if kind == "same" else total - total // 2
         out += [lo, total - lo]
@@ -73,15 +73,15 @@ def conv_transpose(v: Values) -> Array:
     fn = (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)[n - 1]
     full = fn(x, w, None, stride, 0, 0, groups, dil)
     if str(v.get("pad_type", "valid")) == "same":
-        want = [a * s for a, s in zip(x.shape[2:], stride)]
-        lows = [max(0, f - o) // 2 for f, o in zip(full.shape[2:], want)]
+        want = [a * s for a, s in zip(x.shape[2:], stride, strict=False)]
+        lows = [max(0, f - o) // 2 for f, o in zip(full.shape[2:], want, strict=False)]
     else:
         pad = _padding(v, [0] * n, [0] * n, stride, dil)
         lows = pad[::2]
-        want = [f - a - b for f, a, b in zip(full.shape[2:], pad[::2], pad[1::2])]
+        want = [f - a - b for f, a, b in zip(full.shape[2:], pad[::2], pad[1::2], strict=False)]
     if v.get("output_shape") is not None:
         want = _ints(v, "output_shape", 0, n)[-n:]
-    crop = [c for lo, o, f in zip(lows, want, full.shape[2:]) for c in (-lo, lo + o - f)]
+    crop = [c for lo, o, f in zip(lows, want, full.shape[2:], strict=False) for c in (-lo, lo + o - f)]
     full = F.pad(full, _torch_pad(crop))
     if v.get("bias") is not None:
         full = full + _t(v["bias"]).reshape(-1, *[1] * n)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -29,7 +29,7 @@ __all__ = [
 ]
 
 
-class ExecutionMode(str, Enum):
+class ExecutionMode(StrEnum):
     """coreai-opt's two engines; graphopt always works on the graph."""
 
     EAGER = "eager"

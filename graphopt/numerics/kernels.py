@@ -20,9 +20,11 @@ __all__ = [
     "finite_range",
     "fit_groups",
     "histogram_moments",
+    "look_up",
     "optimal_cuts",
     "pack_bits",
     "refine_cuts",
+    "sum_of_squares",
     "table_cuts",
     "unpack_bits",
 ]
@@ -42,6 +44,24 @@ def finite_range(x):
         high = max(high, v)
         total += v * 0.0
     return low, high, total == 0.0
+
+
+@_jit
+def sum_of_squares(x):
+    """Σ x², accumulated in float64."""
+    total = 0.0
+    for i in range(x.size):
+        total += np.float64(x[i]) * np.float64(x[i])
+    return total
+
+
+@_jit
+def look_up(codes, tables, dense):
+    """`dense[g, i] = tables[g, codes[g, i]]`."""
+    for g in range(codes.shape[0]):
+        table = tables[g]
+        for i in range(codes.shape[1]):
+            dense[g, i] = table[codes[g, i]]
 
 
 @_jit
@@ -84,6 +104,31 @@ def _gain(w, wx, i, j, grid, q_min, q_max):
 
 
 @_jit
+def _best_start(best, base, w, wx, first, last, j, grid, q_min, q_max):
+    """Where the last part of the first `j` points starts best, among `first` … `last`."""
+    if grid > 0.0:
+        at = first
+        value = -np.inf
+        for i in range(first, last + 1):
+            candidate = best[i - base] + _gain(w, wx, i, j, grid, q_min, q_max)
+            if candidate > value:
+                value = candidate
+                at = i
+        return value, at
+    mass_j = w[j] + 1e-300
+    moment_j = wx[j]
+    at = first
+    value = -np.inf
+    for i in range(first, last + 1):
+        moment = moment_j - wx[i]
+        candidate = best[i - base] + moment * moment / (mass_j - w[i])
+        if candidate > value:
+            value = candidate
+            at = i
+    return value, at
+
+
+@_jit
 def optimal_cuts(w, wx, k_max, grid, q_min, q_max):
     """Best cuts of the points into 1 … k_max parts, all in one run.
 
@@ -118,13 +163,9 @@ def optimal_cuts(w, wx, k_max, grid, q_min, q_max):
             first = stack[top, 2]
             last = stack[top, 3]
             middle = (left + right) // 2
-            at = first
-            value = -np.inf
-            for i in range(first, min(last, middle - 1) + 1):
-                candidate = best[i] + _gain(w, wx, i, middle, grid, q_min, q_max)
-                if candidate > value:
-                    value = candidate
-                    at = i
+            value, at = _best_start(
+                best, 0, w, wx, first, min(last, middle - 1), middle, grid, q_min, q_max
+            )
             following[middle] = value
             cut[k, middle] = at
             if left < middle:
@@ -158,12 +199,12 @@ def table_cuts(cut, k, edges):
 
 
 @_jit
-def refine_cuts(w, wx, bounds, grid, q_min, q_max):
+def refine_cuts(w, wx, bounds, reach, grid, q_min, q_max):
     """Move every cut of `bounds`, in place, to the jointly best single points near it.
 
-    An exact program in which each cut may lie anywhere between its two neighbours; the windows
-    overlap twofold, so it costs O(m · log m) for any number of parts. It is repeated around the new
-    cuts as long as one of them lies at the rim of its window, sixteen times at most.
+    An exact program in which each cut may move by up to `reach` points, but not past its
+    neighbours, so that it costs O(m · log m) at most for any number of parts. It is repeated around
+    the new cuts as long as one of them lies at the rim of its window, sixteen times at most.
     """
     parts = bounds.size - 1
     low = np.empty(parts, dtype=np.int64)
@@ -174,8 +215,8 @@ def refine_cuts(w, wx, bounds, grid, q_min, q_max):
         offset[1] = 0
         widest = 0
         for k in range(1, parts):
-            low[k] = bounds[k - 1]
-            high[k] = bounds[k + 1]
+            low[k] = max(bounds[k] - reach, bounds[k - 1])
+            high[k] = min(bounds[k] + reach, bounds[k + 1])
             offset[k + 1] = offset[k] + high[k] - low[k] + 1
             widest = max(widest, high[k] - low[k] + 1)
         back = np.empty(offset[parts], dtype=np.int32)
@@ -197,13 +238,9 @@ def refine_cuts(w, wx, bounds, grid, q_min, q_max):
                 first = stack[top, 2]
                 last = stack[top, 3]
                 middle = (left + right) // 2
-                at = first
-                value = -np.inf
-                for i in range(first, min(last, middle) + 1):
-                    candidate = best[i - base] + _gain(w, wx, i, middle, grid, q_min, q_max)
-                    if candidate > value:
-                        value = candidate
-                        at = i
+                value, at = _best_start(
+                    best, base, w, wx, first, min(last, middle), middle, grid, q_min, q_max
+                )
                 following[middle - low[k]] = value
                 back[offset[k] + middle - low[k]] = at
                 if left < middle:
@@ -376,7 +413,9 @@ def fit_groups(value, weight, ks, cells, grid, q_min, q_max, tables):
         for k in ks:
             bounds = table_cuts(cut, k, used)
             if k > 1 and n_edges - 1 < m:
-                refine_cuts(w, wx, bounds, grid[g], q_min, q_max)
+                # six cells each way: the program over cells is never further off
+                reach = max(6 * m // (n_edges - 1), 16)
+                refine_cuts(w, wx, bounds, reach, grid[g], q_min, q_max)
             table = tables[g, at : at + k]
             _centroids(w, wx, bounds, shift, grid[g], q_min, q_max, points[0], table)
             for part in range(k):
@@ -427,13 +466,15 @@ def _companding_edges(points, w, cells, edges):
         for i in range(m + 1):
             edges[i] = i
         return m + 1
-    stride = max(m // max(4 * cells, 512), 1)
+    stride = max(m // max(3 * cells, 512), 1)
     blocks = -(-(m - 1) // stride)
     whole = 0.0
+    together = np.empty(blocks)
     for b in range(blocks):
         end = min((b + 1) * stride, m - 1)
         gap = points[end] - points[b * stride]
-        whole += np.cbrt((w[end] - w[b * stride]) * gap * gap)
+        together[b] = np.cbrt((w[end] - w[b * stride]) * gap * gap)
+        whole += together[b]
     # blocks that may hold several cells, as in a long tail, are taken point by point
     place = np.empty(m, dtype=np.int64)
     share = np.empty(m)
@@ -441,11 +482,9 @@ def _companding_edges(points, w, cells, edges):
     for b in range(blocks):
         start = b * stride
         end = min(start + stride, m - 1)
-        gap = points[end] - points[start]
-        together = np.cbrt((w[end] - w[start]) * gap * gap)
-        if together * cells <= 0.5 * whole or end == start + 1:
+        if together[b] * cells <= whole or end == start + 1:
             place[units] = end
-            share[units] = together
+            share[units] = together[b]
             units += 1
             continue
         for i in range(start + 1, end + 1):

@@ -1,10 +1,10 @@
 """One-dimensional k-means: the optimal table of each group of values, several sizes in one run.
 
-Values are sorted (or, for long groups, counted into 65,536 uniform bins that keep exact first
+Values are sorted (or, for long groups, counted into 32,768 uniform bins that keep exact first
 moments), and a monotone dynamic program over prefix sums finds the best cuts for every number of
 parts up to the largest table at once (Wang and Song, "Ckmeans.1d.dp", R Journal 3(2), 2011; the
 divide-and-conquer form is Grønlund et al., arXiv 1701.07204, section 2.2). The program chooses
-among `12 · k` cells placed by Panter and Dite's companding density; a second exact program then
+among 20 to 64 cells per part placed by Panter and Dite's companding density; a second exact program then
 moves its cuts to single points. Everything is equivariant to scale.
 """
 
@@ -23,12 +23,13 @@ from graphopt.numerics import kernels
 from graphopt.numerics.kmeans1d_device import cluster_on_device
 from graphopt.numerics.parallel import map_tasks
 
-__all__ = ["Clustering", "IntGrid", "assign_1d", "cluster_1d"]
+__all__ = ["Clustering", "IntGrid", "assign_1d", "cluster_1d", "look_up", "sum_of_squares"]
 
-_BINS = 65_536
+_BINS = 32_768
 _LONG_GROUP = 262_144
-_MIN_CELLS = 192
-_CELLS_PER_PART = 12
+_MIN_CELLS = 128
+_MANY_GROUPS = 64
+_CELLS_PER_PART = 20
 # A part narrower than this many bins is not resolved by the histogram; the group is sorted instead.
 _MIN_BINS_PER_PART = 16
 _NO_WEIGHTS: npt.NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
@@ -65,7 +66,7 @@ class Clustering:
 
     def dense(self) -> Tensor:
         """The values that the tables stand for, [groups, n]."""
-        return self.tables.gather(1, self.indices.long())
+        return look_up(self.indices, self.tables)
 
 
 def cluster_1d(
@@ -123,7 +124,7 @@ def cluster_1d(
 
     def fit(part: slice) -> None:
         part_weights = w if w.size == 0 else w[part]
-        _fit_rows(x[part], part_weights, sizes, steps[part], levels, method, tables[part])
+        _fit_rows(x[part], part_weights, sizes, steps[part], levels, method, n_groups, tables[part])
 
     for _ in map_tasks(fit, _row_tasks(n_groups)):
         pass
@@ -136,6 +137,28 @@ def cluster_1d(
         result[k] = _assigned(x, raw, table, values.device)
         at += k
     return result
+
+
+def look_up(codes: Tensor, tables: Tensor) -> Tensor:
+    """`tables[g, codes[g, i]]` for each group g.
+
+    Args:
+        codes: [groups, n] uint8.
+        tables: [groups, k], floating point.
+    """
+    if codes.device.type != "cpu" or tables.dtype is not torch.float32:
+        return tables.gather(1, codes.long())
+    dense = np.empty(codes.shape, dtype=np.float32)
+    kernels.look_up(codes.contiguous().numpy(), tables.contiguous().numpy(), dense)
+    return torch.from_numpy(dense)
+
+
+def sum_of_squares(tensor: Tensor) -> float:
+    """Σ x² in float64."""
+    flat = tensor.detach().reshape(-1)
+    if flat.device.type != "cpu" or flat.dtype is not torch.float32:
+        return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
+    return float(kernels.sum_of_squares(flat.numpy()))
 
 
 def assign_1d(values: Tensor, tables: Tensor, weights: Tensor | None = None) -> Clustering:
@@ -200,11 +223,15 @@ def _fit_rows(
     steps: npt.NDArray[np.float64],
     levels: tuple[float, float],
     method: str,
+    n_groups: int,
     tables: npt.NDArray[np.float64],
 ) -> None:
     """Fit the rows of one task; long rows go through the histogram one by one."""
     ks = np.array(sizes, dtype=np.int64)
     cells = max(_CELLS_PER_PART * sizes[-1], _MIN_CELLS)
+    if n_groups < _MANY_GROUPS:
+        # one table per tensor: the program over cells is a small part of the work
+        cells = max(cells, min(64 * sizes[-1], 4096))
     if x.shape[1] >= _LONG_GROUP and method == "fast":
         rows = range(x.shape[0])
         sorted_rows = [

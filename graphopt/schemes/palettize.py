@@ -10,9 +10,16 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import CompressionError
-from graphopt.numerics.kmeans1d import Clustering, IntGrid, assign_1d, cluster_1d
+from graphopt.numerics.kmeans1d import (
+    Clustering,
+    IntGrid,
+    assign_1d,
+    cluster_1d,
+    look_up,
+    sum_of_squares,
+)
 from graphopt.numerics.kmeans_nd import cluster_vectors
-from graphopt.numerics.packing import pack
+from graphopt.numerics.packing import pack, unpack
 from graphopt.ops import STORAGE_BITS, lut_to_dense, shift_scale
 from graphopt.specs import (
     PalettizationSpec,
@@ -123,6 +130,13 @@ class PalettizedWeight:
 
     def dense(self) -> Tensor:
         """The weight that this stands for, of `layout.shape` and `dtype`."""
+        layout = self.layout
+        plain = self.lut_storage is None and self.channel_scale is None and layout.cluster_dim == 1
+        if plain and (layout.group_axis == 0 or layout.n_groups == 1):
+            # groups are contiguous: no group index per element is needed
+            codes = unpack(self.indices, self.n_bits, math.prod(layout.shape))
+            tables = self.lut.reshape(layout.n_groups, -1)
+            return look_up(codes.reshape(layout.n_groups, -1), tables).reshape(layout.shape)
         lut = self.lut
         if self.lut_storage is not None and self.lut_scale is not None:
             lut = shift_scale(
@@ -261,7 +275,7 @@ def palettize(
         n_bits=spec.n_bits,
         dtype=weight.dtype,
         sse=0.0,
-        energy=float(torch.linalg.vector_norm(source, dtype=torch.float64)) ** 2,
+        energy=sum_of_squares(source),
     )
     plain = scalar is not None and storage is None and channel_scale is None and importance is None
     sse = scalar.sse.sum() if plain and scalar is not None else _squared_error(source, result)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 from typing import Annotated, Literal
 
 import torch
@@ -15,7 +15,7 @@ from graphopt.specs.model import SpecModel
 __all__ = ["QuantizationFormulation", "QuantizationScheme", "QuantizationSpec"]
 
 
-class QuantizationScheme(str, Enum):
+class QuantizationScheme(StrEnum):
     """Where the representable range sits around zero."""
 
     SYMMETRIC = "symmetric"
@@ -23,7 +23,7 @@ class QuantizationScheme(str, Enum):
     ASYMMETRIC = "asymmetric"
 
 
-class QuantizationFormulation(str, Enum):
+class QuantizationFormulation(StrEnum):
     """`scale · (q − zero_point)` (ZP) or `scale · (q − q_min) + minimum` (MINVAL)."""
 
     ZP = "zp"

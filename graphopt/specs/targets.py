@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from enum import Enum
+from enum import StrEnum
 
 __all__ = ["ExportBackend"]
 
 
-class ExportBackend(str, Enum):
+class ExportBackend(StrEnum):
     """A target toolchain."""
 
     CoreAI = "coreai"

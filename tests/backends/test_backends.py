@@ -77,9 +77,7 @@ def palettized(spec: PalettizationSpec) -> KMeansPalettizer:
 
 @pytest.mark.parametrize("target", TARGETS)
 @pytest.mark.parametrize("name", SPECS)
-def test_every_form_of_table_is_executed_and_equal(
-    name: str, target: str, tmp_path: Path
-) -> None:
+def test_every_form_of_table_is_executed_and_equal(name: str, target: str, tmp_path: Path) -> None:
     palettizer = palettized(SPECS[name])
     options = {"precision": "float32"} if target != "torch" else {}
     artifact = graphopt.lower(palettizer.program(), target, **options)
@@ -158,9 +156,7 @@ def test_older_core_ml_refuses_what_it_cannot_hold(name: str, message: str) -> N
 @pytest.mark.parametrize("bits", [1, 2, 4, 6, 8])
 def test_older_core_ml_takes_the_packed_form(ios: str, bits: int, tmp_path: Path) -> None:
     program = palettized(PalettizationSpec(n_bits=bits)).program()
-    artifact = graphopt.lower(
-        program, "coreml", minimum_deployment_target=ios, precision="float32"
-    )
+    artifact = graphopt.lower(program, "coreml", minimum_deployment_target=ios, precision="float32")
     artifact.save(tmp_path / "net.mlpackage")
     outcome = artifact.verify()
     assert outcome.max_error < 1e-6

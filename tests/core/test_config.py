@@ -208,9 +208,7 @@ def test_only_for_and_without_edit_in_place() -> None:
         config.without(3)
 
 
-def use(
-    tensor: str = "layer1.fc.weight", node: str = "linear_3", role: str = "weight"
-) -> StateUse:
+def use(tensor: str = "layer1.fc.weight", node: str = "linear_3", role: str = "weight") -> StateUse:
     frames = (
         ModuleFrame("", "Net"),
         ModuleFrame("layer1", "Block"),
@@ -279,9 +277,7 @@ def test_precedence_inside_a_module() -> None:
 
 def test_own_name_of_a_state_beats_its_role() -> None:
     specs = {"weight": bits(2), "in_proj_weight": bits(6)}
-    config = KMeansPalettizerConfig(
-        global_config=ModuleKMeansPalettizerConfig(op_state_spec=specs)
-    )
+    config = KMeansPalettizerConfig(global_config=ModuleKMeansPalettizerConfig(op_state_spec=specs))
     assert selected(config, use("attention.in_proj_weight")) == 6
     assert selected(config, use("attention.W")) == 2
     assert selected(config, use("attention.bias", role="bias")) is None

@@ -15,9 +15,9 @@ from graphopt.annotations import weight_annotation
 from graphopt.captured_module import CapturedModule
 from graphopt.editor import Editor
 from graphopt.errors import CompressionError, PassError
+from graphopt.palettization import KMeansPalettizerConfig
 from graphopt.pass_base import Pass, PassResult, passes_run
 from graphopt.pass_manager import run_passes
-from graphopt.palettization import KMeansPalettizerConfig
 from graphopt.passes import (
     AnnotatePalettization,
     FakePalettize,
