@@ -1,7 +1,6 @@
 """graphopt: graph-rewriting compression of PyTorch models for edge targets."""
 
-import graphopt.ops  # registers the op vocabulary
-from graphopt import casting, errors
+from graphopt import casting, errors, ops
 from graphopt.api import lower
 from graphopt.capture import capture
 from graphopt.captured_module import CapturedModule
@@ -23,4 +22,5 @@ __all__ = [
     "casting",
     "errors",
     "lower",
+    "ops",
 ]

@@ -109,7 +109,12 @@ def _from_exported(
     given = example_inputs is not None or bool(example_kwargs)
     args = _as_args(example_inputs) if given else tuple(saved_args)
     kwargs = dict(example_kwargs or {}) if given else dict(saved_kwargs)
-    with symbolic_config.patch(backed_size_oblivious=True), torch.no_grad():
+    with (
+        symbolic_config.patch(  # type: ignore[attr-defined]
+            backed_size_oblivious=True
+        ),
+        torch.no_grad(),
+    ):
         exported = exported.run_decompositions(_decompositions())
     return _to_program(exported, source, args, kwargs)
 
@@ -207,7 +212,9 @@ def _attempt(
             if isinstance(leaf, Tensor) and leaf.ndim:
                 shapes[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
     try:
-        with symbolic_config.patch(backed_size_oblivious=oblivious):
+        with symbolic_config.patch(  # type: ignore[attr-defined]
+            backed_size_oblivious=oblivious
+        ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             return exported.run_decompositions(_decompositions())
     except Exception as error:
@@ -234,7 +241,7 @@ def _double_batch(args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
         torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim else leaf
         for leaf in leaves
     ]
-    return pytree.tree_unflatten(doubled, spec)  # type: ignore[no-any-return]
+    return pytree.tree_unflatten(doubled, spec)
 
 
 def _same(expected: Any, found: Any) -> bool:

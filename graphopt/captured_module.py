@@ -157,7 +157,7 @@ def _packed(value: Any) -> Any:
 
 
 def _pack_node(node: fx.Node) -> tuple[Any, ...]:
-    target = node.target
+    target: Any = node.target
     if isinstance(target, OpOverload):
         target = _TorchRef(f"ops.{target}")
     elif isinstance(target, HigherOrderOperator):

@@ -71,5 +71,5 @@ def _tensor(gm: fx.GraphModule, node: fx.Node) -> Tensor:
             value = getattr(value, part)
         assert isinstance(value, Tensor)
         return value
-    shape = [int(size) for size in node.args[4]]  # type: ignore[union-attr]
+    shape = [int(size) for size in node.args[4]]  # type: ignore[union-attr,arg-type]
     return torch.empty(shape, device="meta")

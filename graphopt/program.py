@@ -55,14 +55,19 @@ def export_graph(
     Returns:
         An inference program with `aten.linear` and the like kept whole.
     """
-    shapes = None
+    shapes: Any = None
     if dynamic:
         collection = ShapesCollection()
         for leaf in pytree.tree_leaves((args, kwargs or {})):
             if isinstance(leaf, Tensor) and leaf.ndim:
                 collection[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
         shapes = collection
-    with symbolic_config.patch(backed_size_oblivious=dynamic), torch.no_grad():
+    with (
+        symbolic_config.patch(  # type: ignore[attr-defined]
+            backed_size_oblivious=dynamic
+        ),
+        torch.no_grad(),
+    ):
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         exported = exported.run_decompositions({})
     if dynamic:

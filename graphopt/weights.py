@@ -30,10 +30,10 @@ def _register(names: tuple[str, ...], overloads: list[str], slots: tuple[_Slot, 
 
 
 _WEIGHT_BIAS: tuple[_Slot, ...] = ((1, "weight", 0), (2, "bias", 0))
-for _rank in (1, 2, 3):
-    _conv, _transposed = f"conv{_rank}d", f"conv_transpose{_rank}d"
+for _ndim in (1, 2, 3):
+    _conv, _transposed = f"conv{_ndim}d", f"conv_transpose{_ndim}d"
     _register((_conv,), [f"{_conv}.default", f"{_conv}.padding"], _WEIGHT_BIAS)
-    _overload = "default" if _rank == 1 else "input"
+    _overload = "default" if _ndim == 1 else "input"
     _register((_transposed,), [f"{_transposed}.{_overload}"], ((1, "weight", 1), (2, "bias", 0)))
 _register(("conv_transpose1d",), ["conv_transpose1d.default"], ((1, "weight", 1), (2, "bias", 0)))
 _register(("linear",), ["linear.default"], _WEIGHT_BIAS)

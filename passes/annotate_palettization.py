@@ -135,7 +135,8 @@ class AnnotatePalettization(Pass):
             "module_state_spec": sorted({use.tensor for use in uses}),
             "op_state_spec": sorted({name for use in uses for name in use.state_names}),
         }
-        errors, remarks = [], []
+        errors: list[str] = []
+        remarks: list[str] = []
         for section, key in missing:
             kind = section.rpartition(".")[2]
             near = closest(key, names[kind])

@@ -7,7 +7,7 @@ With γ, β, μ, σ² of the norm and s = γ / √(σ² + ε) per output channel
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -25,7 +25,7 @@ _PLAIN = {
     *(_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),
 }
 # op → position of its `groups`
-_TRANSPOSED = {
+_TRANSPOSED: dict[Any, int] = {
     _aten.conv_transpose1d.default: 6,
     _aten.conv_transpose2d.input: 6,
     _aten.conv_transpose3d.input: 6,

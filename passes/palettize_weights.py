@@ -135,9 +135,9 @@ def _emit(edit: Editor, name: str, palettized: PalettizedWeight, like: fx.Node) 
     lut = edit.constant(f"{name}_lut", palettized.lut, like=like)
     if palettized.lut_scale is not None:
         scale = edit.constant(f"{name}_lut_scale", palettized.lut_scale, like=like)
-        offset = palettized.lut_offset
-        if offset is not None:
-            offset = edit.constant(f"{name}_lut_offset", offset, like=like)
+        offset = None
+        if palettized.lut_offset is not None:
+            offset = edit.constant(f"{name}_lut_offset", palettized.lut_offset, like=like)
         lut = edit.call(
             _ops.shift_scale.default, lut, scale, offset, palettized.lut_storage,
             palettized.lut_shape(), palettized.dtype, like=like,

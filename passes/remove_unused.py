@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx
+from torch import Tensor, fx
 from typing_extensions import override
 
 from graphopt.editor import Editor
@@ -35,7 +35,7 @@ class RemoveUnused(Pass):
             if not node.users and _is_pure(node):
                 edit.erase(node)
         used = {str(node.target) for node in edit.constants()}
-        stored = dict(edit.gm.named_parameters(remove_duplicate=False))
+        stored: dict[str, Tensor] = dict(edit.gm.named_parameters(remove_duplicate=False))
         stored |= dict(edit.gm.named_buffers(remove_duplicate=False))
         for path in stored:
             if path not in used:

@@ -29,7 +29,9 @@ class TakeOutput(nn.Module):
         self.fixed = fixed
 
     def forward(self, *args: Tensor) -> Tensor:
-        return getattr(self.model(**dict(zip(self.arg_names, args, strict=False)), **self.fixed), self.field)
+        return getattr(
+            self.model(**dict(zip(self.arg_names, args, strict=False)), **self.fixed), self.field
+        )
 
 
 def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
@@ -436,4 +438,7 @@ if __name__ == "__main__":
         with torch.no_grad():
             out2 = model(*(a.flip(-1) for a in args))
         out2s = out2 if isinstance(out2, tuple) else (out2,)
-        stats += [f"sens {(a - b).abs().max() / a.abs().max():.2f}" for a, b in zip(outs, out2s, strict=False)]
+        stats += [
+            f"sens {(a - b).abs().max() / a.abs().max():.2f}"
+            for a, b in zip(outs, out2s, strict=False)
+        ]

@@ -69,7 +69,7 @@ def _legalize(edit: Editor, lookup: fx.Node) -> None:
     assert isinstance(table_node, fx.Node)
     table = edit.value(table_node)
     if scaling is not None:
-        table = table.view(_DTYPES[str(scaling.args[3])]).reshape(scaling.args[4])
+        table = table.view(_DTYPES[str(scaling.args[3])]).reshape(list(scaling.args[4]))  # type: ignore[arg-type]
     length = int(table.shape[-1])
     index_shape = [
         int(size) // length if i == axis and length > 1 else int(size)

@@ -57,7 +57,7 @@ def _rule(op: Any, default: Any) -> Callable[..., Any] | None:
     from torch._decomp import decomposition_table
 
     if op in default:
-        return default[op]  # type: ignore[no-any-return]
+        return default[op]
     if op in decomposition_table:
         return decomposition_table[op]
     if isinstance(op, torch._ops.OpOverload) and op._can_decompose():

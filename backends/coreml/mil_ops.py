@@ -81,7 +81,9 @@ def conv_transpose(v: Values) -> Array:
         want = [f - a - b for f, a, b in zip(full.shape[2:], pad[::2], pad[1::2], strict=False)]
     if v.get("output_shape") is not None:
         want = _ints(v, "output_shape", 0, n)[-n:]
-    crop = [c for lo, o, f in zip(lows, want, full.shape[2:], strict=False) for c in (-lo, lo + o - f)]
+    crop = [
+        c for lo, o, f in zip(lows, want, full.shape[2:], strict=False) for c in (-lo, lo + o - f)
+    ]
     full = F.pad(full, _torch_pad(crop))
     if v.get("bias") is not None:
         full = full + _t(v["bias"]).reshape(-1, *[1] * n)

@@ -208,7 +208,7 @@ def run() -> None:
     """Entry point: run the command and turn our errors into exit codes."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     warnings.simplefilter("ignore", FutureWarning)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     assert set(_SUFFIX) == {target.value for target in BACKENDS}
     try:
         app()

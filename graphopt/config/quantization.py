@@ -5,7 +5,6 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
-import torch
 from pydantic import Field
 
 from graphopt.config.base import (
@@ -15,6 +14,7 @@ from graphopt.config.base import (
     OpCompressionConfig,
 )
 from graphopt.specs import PerBlockGranularity, PerChannelGranularity, QuantizationSpec
+from graphopt.specs.dtypes import parse_dtype
 from graphopt.specs.model import SpecModel
 
 __all__ = [
@@ -141,13 +141,13 @@ class _Presets:
     def w4(*, axis: int | None = None) -> QuantizerConfig:
         """int4 weights, one scale per channel."""
         granularity = PerChannelGranularity(axis=axis)
-        return _weight_only(QuantizationSpec(dtype=torch.int4, granularity=granularity))
+        return _weight_only(QuantizationSpec(dtype=parse_dtype("int4"), granularity=granularity))
 
     @staticmethod
     def w4_per_block(*, block_size: int = 32) -> QuantizerConfig:
         """int4 weights, one scale per block of input channels."""
         granularity = PerBlockGranularity(block_size=block_size)
-        return _weight_only(QuantizationSpec(dtype=torch.int4, granularity=granularity))
+        return _weight_only(QuantizationSpec(dtype=parse_dtype("int4"), granularity=granularity))
 
     @staticmethod
     def w8a8() -> QuantizerConfig:

@@ -97,8 +97,8 @@ def inspect_program(program: Program) -> ModelReport:
         size = weight.tensor.numel() * weight.tensor.element_size()
         stored[owner] = stored.get(owner, 0) + size
         for use in weight.uses:
-            frame = use.frames[-1].name if use.frames else ""
-            ops.setdefault(frame, {})[use.node] = use.op_types[0]
+            inside = use.frames[-1].name if use.frames else ""
+            ops.setdefault(inside, {})[use.node] = use.op_types[0]
         base = weight.name.removesuffix("_indices")
         if base in dense:
             count = _product(dense[base].shape)

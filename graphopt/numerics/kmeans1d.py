@@ -213,7 +213,7 @@ def _normalised(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     peak = weights.max(axis=1, keepdims=True)
     scaled = weights / np.where(peak > 0, peak, 1)
     scaled[peak[:, 0] == 0] = 1
-    return scaled
+    return scaled.astype(np.float32)
 
 
 def _fit_rows(

@@ -62,7 +62,10 @@ def test_lookup_follows_its_formula(
     assert torch.equal(found, brute_force(codes, lut, shape, vector_axis))
 
 
-@pytest.mark.parametrize(("storage", "low", "high"), [("int4", -8, 7), ("uint4", 0, 15), ("int8", -128, 127), ("uint6", 0, 63), ("int2", -2, 1)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("storage", "low", "high"),
+    [("int4", -8, 7), ("uint4", 0, 15), ("int8", -128, 127), ("uint6", 0, 63), ("int2", -2, 1)],
+)
 def test_shift_scale_follows_its_formula(storage: str, low: int, high: int) -> None:
     values = torch.randint(low, high + 1, (4, 6))
     bits = int(storage.strip("uint"))

@@ -92,5 +92,7 @@ def test_whole_networks_keep_their_outputs(name: str) -> None:
     FoldBatchNorm()(gm)
     assert norms(gm) == 0
     found, expected = gm(*args), model(*args)
-    for mine, theirs in zip(*[o if isinstance(o, tuple) else (o,) for o in (found, expected)], strict=False):
+    for mine, theirs in zip(
+        *[o if isinstance(o, tuple) else (o,) for o in (found, expected)], strict=False
+    ):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-4 * float(theirs.abs().max()))
