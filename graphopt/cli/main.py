@@ -102,7 +102,7 @@ def compress(
     artifact = lower(palettizer.program(), target, **options)
     artifact.save(output, overwrite=overwrite)
     outcome = artifact.verify() if verify else None
-    table = palettizer.summary()
+    table = palettizer.summary(target)
     seconds = time.perf_counter() - started
     if as_json:
         _print_json(

@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.api import convert_for
+from graphopt.backends import load_backend
 from graphopt.capture import capture
 from graphopt.captured_module import CapturedModule
 from graphopt.config.palettization import KMeansPalettizerConfig
@@ -167,12 +169,28 @@ class KMeansPalettizer:
             lower_with=lower_by_suffix,
         )
 
-    def summary(self) -> CompressionTable:
+    def summary(self, backend: ExportBackend | str | None = None) -> CompressionTable:
         """One row per candidate tensor: what was done, or why not.
+
+        Args:
+            backend: Count sizes as this target stores them (Core AI keeps 3-bit codes as 4-bit
+                ones); None counts the codes' own width.
 
         Raises:
             StateError: `prepare` was not called.
         """
         if self._annotated is None:
             raise StateError("call prepare(example_inputs) first")
-        return self._summary
+        if backend is None:
+            return self._summary
+        capabilities = load_backend(backend).capabilities
+        rows = []
+        for row in self._summary:
+            width = None if row.n_bits is None else capabilities.stored_bits(row.n_bits)
+            if width is None or width == row.n_bits:
+                rows.append(row)
+                continue
+            bits = self._palettes[row.name].stored_bits(width)
+            note = f"{row.note}; " if row.note else ""
+            rows.append(replace(row, stored_bits=bits, note=f"{note}stored as {width}-bit codes"))
+        return CompressionTable(tuple(rows), self._summary.warnings)

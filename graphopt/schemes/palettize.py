@@ -19,7 +19,7 @@ from graphopt.numerics.kmeans1d import (
     sum_of_squares,
 )
 from graphopt.numerics.kmeans_nd import cluster_vectors
-from graphopt.numerics.packing import pack, unpack
+from graphopt.numerics.packing import pack, packed_size, unpack
 from graphopt.ops import STORAGE_BITS, lut_to_dense, shift_scale
 from graphopt.specs import (
     PalettizationSpec,
@@ -148,10 +148,16 @@ class PalettizedWeight:
             weight = shift_scale(weight, self.channel_scale, None, "float", shape, self.dtype)
         return weight
 
-    def stored_bits(self) -> int:
-        """Bits of everything that must be stored: codes, tables and scales."""
-        total = 8 * self.indices.numel()
-        for tensor in (self.lut, self.lut_scale, self.lut_offset, self.channel_scale):
+    def stored_bits(self, width: int | None = None) -> int:
+        """Bits of everything that must be stored: codes, tables and scales.
+
+        Args:
+            width: Bits per code in the target, where it pads them; None is `n_bits`.
+        """
+        width = self.n_bits if width is None else width
+        total = 8 * packed_size(math.prod(self.layout.index_shape()), width)
+        total += 8 * self.lut.numel() * self.lut.element_size() * 2 ** (width - self.n_bits)
+        for tensor in (self.lut_scale, self.lut_offset, self.channel_scale):
             total += 0 if tensor is None else 8 * tensor.numel() * tensor.element_size()
         return total
 

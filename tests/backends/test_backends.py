@@ -246,3 +246,19 @@ def test_compressed_program_saves_by_suffix(tmp_path: Path) -> None:
     torch.testing.assert_close(again.graph_module(*ARGS), program.graph_module(*ARGS))
     with pytest.raises(LoweringError, match="no target for '.onnx'"):
         program.save(tmp_path / "net.onnx")
+
+
+@pytest.mark.coreml
+def test_op_that_cannot_be_evaluated_is_named_and_the_check_is_partial(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from graphopt.backends.coreml import evaluate, mil_ops
+
+    artifact = graphopt.lower(palettized(PalettizationSpec()).program(), "coreml")
+    artifact.save(tmp_path / "net.mlpackage")
+    known = {name: rule for name, rule in mil_ops.OPS.items() if name != "conv"}
+    monkeypatch.setattr(evaluate, "OPS", known)
+    outcome = artifact.verify()
+    assert not outcome.complete
+    assert outcome.notes == ("no rule for MIL op conv",)
+    assert outcome.weights == 5

@@ -435,6 +435,16 @@ def test_summary_prints_and_counts() -> None:
     assert table.to_dicts()[0]["name"] == "0.weight"
 
 
+def test_sizes_are_counted_as_the_target_stores_them() -> None:
+    palettizer = KMeansPalettizer(small(), uniform(PalettizationSpec(n_bits=3)))
+    palettizer.prepare(X)
+    neutral, padded = palettizer.summary()["0.weight"], palettizer.summary("coreai")["0.weight"]
+    assert neutral.stored_bits == 48 * 3 + 8 * 32
+    assert padded.stored_bits == 48 * 4 + 16 * 32
+    assert "stored as 4-bit codes" in padded.note
+    assert palettizer.summary("coreml")["0.weight"] == neutral
+
+
 def test_skipped_tensors_are_logged(caplog: pytest.LogCaptureFixture) -> None:
     config = KMeansPalettizerConfig(module_name_configs={"0": None})
     with caplog.at_level(logging.INFO, logger="graphopt"):
