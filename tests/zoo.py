@@ -424,21 +424,3 @@ MODELS: dict[str, Callable[[], Built]] = {
     "lstm": lstm,
     "lstm_bi2": partial(lstm, layers=2, bidirectional=True),
 }
-
-
-if __name__ == "__main__":
-    torch.set_num_threads(1)
-    for build in MODELS.values():
-        model, args = build()
-        with torch.no_grad():
-            out = model(*args)
-        outs = out if isinstance(out, tuple) else (out,)
-        params = sum(p.numel() for p in model.parameters())
-        stats = [f"{tuple(o.shape)} max {o.abs().max():.3g}" for o in outs]
-        with torch.no_grad():
-            out2 = model(*(a.flip(-1) for a in args))
-        out2s = out2 if isinstance(out2, tuple) else (out2,)
-        stats += [
-            f"sens {(a - b).abs().max() / a.abs().max():.2f}"
-            for a, b in zip(outs, out2s, strict=False)
-        ]

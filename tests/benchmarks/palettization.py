@@ -165,10 +165,15 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     if args.one:
-        _library, case, file = args.one
+        library, case, file = args.one
+        print(json.dumps(run_one(library, case, torch.load(file))))
         return
     if not PEER.exists():
-        pass
+        print(f"{PEER} is absent, so only our own times follow; run `make bench-peer` first")
+    print(f"threads: {torch.get_num_threads()}, torch {torch.__version__}")
+    print(
+        f"{'case':12} {'layers':>6} {'ours s':>8} {'peer s':>8} {'ratio':>6}  errors (ours / peer)"
+    )
     with tempfile.TemporaryDirectory() as folder:
         for case in args.cases:
             weights, file = case_weights(case), Path(folder) / f"{case}.pt"
@@ -185,6 +190,7 @@ def main() -> None:
                     f"  {min(ratios):.6f} … {max(ratios):.6f}, above 1 on {worse} layers"
                     f"  (one-time builds {ours['warm_up']:.1f} s / {peer['warm_up']:.1f} s)"
                 )
+            print(line, flush=True)
 
 
 if __name__ == "__main__":

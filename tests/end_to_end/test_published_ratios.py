@@ -72,4 +72,5 @@ def test_package_ratios_are_the_published_ones(name: str, tmp_path: Path) -> Non
         artifact = graphopt.lower(palettizer.program(), "coreml")
         artifact.save(tmp_path / f"{bits}.mlpackage")
         ratio = dense.size / artifact.size
+        print(f"{name} {bits}-bit: {ratio:.3f}, published {published}")
         assert ratio == pytest.approx(published, rel=0.02)
