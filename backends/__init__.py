@@ -14,6 +14,7 @@ __all__ = ["BACKENDS", "Artifact", "Backend", "Capabilities", "Verification", "l
 BACKENDS: dict[ExportBackend, str] = {
     ExportBackend.CoreAI: "graphopt.backends.coreai.backend:CoreAIBackend",
     ExportBackend.CoreML: "graphopt.backends.coreml.backend:CoreMLBackend",
+    ExportBackend.ExecuTorch: "graphopt.backends.executorch.backend:ExecuTorchBackend",
     ExportBackend.Torch: "graphopt.backends.torch_export.backend:TorchBackend",
 }
 
@@ -25,18 +26,13 @@ def load_backend(backend: ExportBackend | str) -> Backend:
         backend: An `ExportBackend` or its value, such as "coreai".
 
     Raises:
-        LoweringError: There is no such target, or this version cannot lower to it.
+        LoweringError: There is no such target.
     """
     try:
         target = ExportBackend(backend)
     except ValueError:
         names = [each.value for each in ExportBackend]
         raise LoweringError(f"no backend {backend!r}; there are {names}") from None
-    if target not in BACKENDS:
-        available = [each.value for each in BACKENDS]
-        raise LoweringError(
-            f"this version does not lower to {target.value}; use one of {available}"
-        )
     module, _, name = BACKENDS[target].partition(":")
     found = getattr(importlib.import_module(module), name)()
     assert isinstance(found, Backend)

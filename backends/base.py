@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import ArtifactExistsError, InputError, LoweringError, StateError
+from graphopt.lookups import find_lookups
 from graphopt.pass_base import Pass
 from graphopt.program import Program
+from graphopt.quantized import find_quantized_activations, find_quantized_weights
 
 __all__ = [
     "Artifact",
@@ -29,7 +31,9 @@ __all__ = [
     "expected_outputs",
     "match_inputs",
     "named_inputs",
+    "quantization_refusals",
     "stored_size",
+    "stored_weights",
 ]
 
 
@@ -44,6 +48,14 @@ class Capabilities:
         vector: Whether table entries may be longer than one.
         lut_dtypes: Element types of tables.
         channel_scale: Whether a scale may follow the lookup.
+        weight_types: Element types of quantized weights, by `shift_scale`'s names; () for none.
+        table_types: Element types that are stored as lookups of int8 entries, exactly.
+        weight_blocks: Whether scales may run over blocks, not only over channels.
+        minimum: Whether quantized weights may have a float minimum (MINVAL).
+        activation_types: Element types of activations.
+        activation_channels: Whether activations may have one scale per channel.
+        fused_activations: Activation functions that are computed together with the quantized op
+            before them; None for all.
     """
 
     index_bits: tuple[int, ...]
@@ -52,6 +64,13 @@ class Capabilities:
     vector: bool = True
     lut_dtypes: tuple[str, ...] = ("float32", "float16")
     channel_scale: bool = True
+    weight_types: tuple[str, ...] = ()
+    table_types: tuple[str, ...] = ()
+    weight_blocks: bool = True
+    minimum: bool = True
+    activation_types: tuple[str, ...] = ()
+    activation_channels: bool = True
+    fused_activations: frozenset[str] | None = None
 
     def stored_bits(self, n_bits: int) -> int | None:
         """Width that an index of `n_bits` takes in the target, None where it cannot hold it."""
@@ -197,6 +216,44 @@ class Backend(ABC):
         reasons = self.unsupported(program)
         if reasons:
             raise LoweringError(f"{self.name} cannot hold this program:\n" + "\n".join(reasons))
+
+
+def quantization_refusals(gm: fx.GraphModule, allowed: Capabilities) -> list[str]:
+    """Why a target cannot hold a graph's quantized weights and activations."""
+    reasons = []
+    for weight in find_quantized_weights(gm):
+        known = (*allowed.weight_types, *allowed.table_types)
+        if weight.storage not in known:
+            reasons.append(f"{weight.name}: {weight.storage} weights; use one of {known}")
+        elif not allowed.weight_blocks and not weight.per_channel:
+            reasons.append(
+                f"{weight.name}: scales over blocks; use PerChannelGranularity() or"
+                " PerTensorGranularity()"
+            )
+        elif weight.offset == "minimum" and (
+            not allowed.minimum or weight.storage in allowed.table_types
+        ):
+            reasons.append(
+                f"{weight.name}: {weight.storage} with a float minimum; use qformulation 'zp'"
+            )
+        if weight.storage == "fp4_e2m1" and weight.shape[-1] % 2:
+            reasons.append(f"{weight.name}: fp4 needs an even last axis, it has {weight.shape[-1]}")
+    for activation in find_quantized_activations(gm):
+        if activation.storage not in allowed.activation_types:
+            reasons.append(
+                f"{activation.name}: {activation.storage} activations; use one of"
+                f" {allowed.activation_types}"
+            )
+        if activation.per_channel and not allowed.activation_channels:
+            reasons.append(
+                f"{activation.name}: one scale per channel; use PerTensorGranularity() for activations"
+            )
+    return reasons
+
+
+def stored_weights(gm: fx.GraphModule) -> int:
+    """Number of weights that a program stores compressed."""
+    return len(find_lookups(gm)) + len(find_quantized_weights(gm))
 
 
 def compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, ...]:

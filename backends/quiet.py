@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import os
+import sys
+import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
-__all__ = ["quiet"]
+__all__ = ["quiet", "silent"]
 
 
 @contextlib.contextmanager
@@ -28,3 +31,43 @@ def quiet(logger_name: str) -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[Callable[[], str]]:
+    """Silence what a library's compiled parts write to the process's own streams, too.
+
+    Handlers that a library adds to the root logger are removed again. The streams are those of the
+    whole process, so nothing else should write to them meanwhile.
+
+    Yields:
+        A function that gives the text written so far.
+    """
+    sys.stdout.flush()
+    sys.stderr.flush()
+    root = logging.getLogger()
+    handlers, level, disabled = list(root.handlers), root.level, root.manager.disable
+    with tempfile.TemporaryFile() as sink:
+        saved = [os.dup(1), os.dup(2)]
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+        logging.disable(logging.WARNING)
+
+        def said() -> str:
+            sink.seek(0)
+            return sink.read().decode(errors="replace").strip()
+
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                yield said
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for stream, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, stream)
+                os.close(copy)
+            logging.disable(disabled)
+            for handler in [each for each in root.handlers if each not in handlers]:
+                root.removeHandler(handler)
+            root.setLevel(level)

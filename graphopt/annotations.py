@@ -1,22 +1,41 @@
-"""Annotations: the only file that knows the keys under which specs live in `node.meta`."""
+"""Annotations: the only file that knows the keys under which specs live in `node.meta`.
+
+They are kept by name and value, never by node, so that copies of a graph keep them.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
+from typing import Generic, TypeVar, cast
 
 from torch import fx
 
-from graphopt.specs import PalettizationSpec
+from graphopt.specs import PalettizationSpec, QuantizationSpec
 
-__all__ = ["WeightAnnotation", "annotate_weight", "weight_annotation"]
+__all__ = [
+    "ActivationPoint",
+    "WeightAnnotation",
+    "annotate_input",
+    "annotate_norm",
+    "annotate_output",
+    "annotate_weight",
+    "input_points",
+    "is_fused_norm",
+    "move_output",
+    "output_point",
+    "palette_annotation",
+    "quantization_annotation",
+]
 
 _KEY = "graphopt"
-_WEIGHT = "weight"
+_WEIGHT, _OUTPUT, _INPUTS, _NORM = "weight", "output", "inputs", "norm"
+
+
+SpecT = TypeVar("SpecT", PalettizationSpec, QuantizationSpec)
 
 
 @dataclass(frozen=True)
-class WeightAnnotation:
+class WeightAnnotation(Generic[SpecT]):
     """What a constant's node is to become.
 
     Attributes:
@@ -25,16 +44,88 @@ class WeightAnnotation:
         path: Config path that decided.
     """
 
-    spec: PalettizationSpec
+    spec: SpecT
     output_axis: int
     path: str = ""
 
 
-def annotate_weight(node: fx.Node, annotation: WeightAnnotation) -> None:
-    """Attach an annotation to the node of a constant; copies of the graph keep it."""
-    node.meta[_KEY] = {**node.meta.get(_KEY, {}), _WEIGHT: annotation}
+@dataclass(frozen=True)
+class ActivationPoint:
+    """A place where an activation is quantized.
+
+    Attributes:
+        group: Name that all places with the same scale have in common.
+        spec: The spec, with the range that its ops imply.
+        path: Config path that decided.
+        derived: Whether the op hands on values that are rounded already, such as a view or a max
+            pool: they need no rounding in PyTorch, but targets recognise the op by it.
+    """
+
+    group: str
+    spec: QuantizationSpec
+    path: str = ""
+    derived: bool = False
 
 
-def weight_annotation(node: fx.Node) -> WeightAnnotation | None:
-    """The annotation of a constant's node, if any."""
-    return cast("WeightAnnotation | None", node.meta.get(_KEY, {}).get(_WEIGHT))
+def _put(node: fx.Node, key: str, value: object) -> None:
+    node.meta[_KEY] = {**node.meta.get(_KEY, {}), key: value}
+
+
+def annotate_weight(node: fx.Node, annotation: WeightAnnotation[SpecT]) -> None:
+    """Attach an annotation to the node of a constant."""
+    _put(node, _WEIGHT, annotation)
+
+
+def palette_annotation(node: fx.Node) -> WeightAnnotation[PalettizationSpec] | None:
+    """The annotation of a constant that is to be palettized, if it is one."""
+    found = node.meta.get(_KEY, {}).get(_WEIGHT)
+    return found if found is not None and isinstance(found.spec, PalettizationSpec) else None
+
+
+def quantization_annotation(node: fx.Node) -> WeightAnnotation[QuantizationSpec] | None:
+    """The annotation of a constant that is to be quantized, if it is one."""
+    found = node.meta.get(_KEY, {}).get(_WEIGHT)
+    return found if found is not None and isinstance(found.spec, QuantizationSpec) else None
+
+
+def annotate_output(node: fx.Node, point: ActivationPoint) -> None:
+    """Quantize what a node gives to all its users."""
+    _put(node, _OUTPUT, point)
+
+
+def output_point(node: fx.Node) -> ActivationPoint | None:
+    """Where a node's output is quantized, if it is."""
+    return cast("ActivationPoint | None", node.meta.get(_KEY, {}).get(_OUTPUT))
+
+
+def move_output(old: fx.Node, new: fx.Node) -> None:
+    """Hand the annotation of an output on to the node that takes its place."""
+    point = output_point(old)
+    if point is not None:
+        annotate_output(new, point)
+
+
+def annotate_input(node: fx.Node, position: int, point: ActivationPoint) -> None:
+    """Quantize one operand of a node for this node alone.
+
+    Args:
+        node: The node that reads the operand.
+        position: Place among the nodes in its arguments (`graphopt.editor.operands`).
+        point: What becomes of it.
+    """
+    _put(node, _INPUTS, {**input_points(node), position: point})
+
+
+def input_points(node: fx.Node) -> dict[int, ActivationPoint]:
+    """Position of an operand → where it is quantized for this node."""
+    return dict(node.meta.get(_KEY, {}).get(_INPUTS, {}))
+
+
+def annotate_norm(node: fx.Node) -> None:
+    """Mark a batch norm that is computed as one with the convolution before it."""
+    _put(node, _NORM, True)
+
+
+def is_fused_norm(node: fx.Node) -> bool:
+    """Whether a batch norm is marked by `annotate_norm`."""
+    return bool(node.meta.get(_KEY, {}).get(_NORM))

@@ -24,6 +24,7 @@ __all__ = ["as_program", "convert_for", "lower", "lower_by_suffix"]
 _SUFFIXES = {
     ".aimodel": ExportBackend.CoreAI,
     ".mlpackage": ExportBackend.CoreML,
+    ".pte": ExportBackend.ExecuTorch,
     ".pt2": ExportBackend.Torch,
 }
 

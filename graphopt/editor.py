@@ -10,9 +10,21 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from graphopt.captured_module import holder_of
 
-__all__ = ["Editor"]
+__all__ = ["Editor", "operands"]
 
 _INHERITED = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
+
+
+def operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes in a node's arguments, in order and with repetitions."""
+    found: list[fx.Node] = []
+
+    def note(used: fx.Node) -> fx.Node:
+        found.append(used)
+        return used
+
+    fx.map_arg((node.args, node.kwargs), note)
+    return found
 
 
 class Editor:
@@ -46,13 +58,16 @@ class Editor:
             raise TypeError(f"{node.target} is no tensor")
         return found
 
-    def constant(self, name: str, value: Tensor, *, like: fx.Node) -> fx.Node:
+    def constant(
+        self, name: str, value: Tensor, *, like: fx.Node, before: fx.Node | None = None
+    ) -> fx.Node:
         """Add a persistent buffer under dotted `name` (made unique) and its node before `like`.
 
         Args:
             name: Wanted name.
             value: Its value.
             like: Node whose place and origin the new one takes.
+            before: Another place.
         """
         path, number = name, 0
         while self._exists(path):
@@ -60,24 +75,77 @@ class Editor:
             path = f"{name}_{number}"
         holder, attribute = holder_of(self.gm, path, create=True)
         holder.register_buffer(attribute, value)
-        with self.gm.graph.inserting_before(like):
+        with self.gm.graph.inserting_before(before or like):
             node = self.gm.graph.get_attr(path)
         self._inherit(node, like)
         node.meta["val"] = self.fake(value)
         self.changed = True
         return node
 
-    def call(self, target: Callable[..., Any], *args: Any, like: fx.Node) -> fx.Node:
-        """Insert a call before `like`, with its origin and a computed `meta["val"]`."""
-        with self.gm.graph.inserting_before(like):
-            node = self.gm.graph.call_function(target, args)
+    def call(
+        self,
+        target: Callable[..., Any],
+        *args: Any,
+        like: fx.Node,
+        before: fx.Node | None = None,
+        **kwargs: Any,
+    ) -> fx.Node:
+        """Insert a call before `like`, with its origin and a computed `meta["val"]`.
+
+        Args:
+            target: What to call.
+            args: Its arguments.
+            like: Node whose place and origin the new one takes.
+            before: Another place.
+            kwargs: Its keyword arguments.
+        """
+        with self.gm.graph.inserting_before(before or like):
+            node = self.gm.graph.call_function(target, args, kwargs)
         self._inherit(node, like)
         values = fx.map_arg(args, lambda used: used.meta.get("val"))
         if self._fake_mode is not None:
             with self._fake_mode:
-                node.meta["val"] = target(*values)
+                node.meta["val"] = target(*values, **kwargs)
         self.changed = True
         return node
+
+    def module(self, path: str, module: nn.Module) -> str:
+        """Add a submodule under dotted `path`, if it is not there yet; returns the path."""
+        holder, name = holder_of(self.gm, path, create=True)
+        if getattr(holder, name, None) is not module:
+            holder.add_module(name, module)
+            self.changed = True
+        return path
+
+    def run_module(self, path: str, *args: Any, place: fx.Node, like: fx.Node) -> fx.Node:
+        """Insert a call of a submodule before `place`; its value is described as that of `like`."""
+        with self.gm.graph.inserting_before(place):
+            node = self.gm.graph.call_module(path, args)
+        self._inherit(node, like)
+        if "val" in like.meta:
+            node.meta["val"] = like.meta["val"]
+        self.changed = True
+        return node
+
+    def set_operand(self, node: fx.Node, position: int, value: fx.Node) -> None:
+        """Let a node read another value at one place among its operands."""
+        counter = iter(range(len(operands(node))))
+
+        def swap(used: fx.Node) -> fx.Node:
+            return value if next(counter) == position else used
+
+        args, kwargs = fx.map_arg((node.args, node.kwargs), swap)
+        node.args, node.kwargs = args, kwargs
+        self.changed = True
+
+    def redirect(self, old: fx.Node, new: fx.Node, keep: Callable[[fx.Node], bool]) -> None:
+        """Let the users of `old`, but for those that `keep` names, use `new`."""
+        old.replace_all_uses_with(
+            new,
+            delete_user_cb=lambda user: user is not new and not keep(user),
+            propagate_meta=False,
+        )
+        self.changed = True
 
     def replace(self, old: fx.Node, new: fx.Node) -> None:
         """Let every user of `old` use `new`, and drop `old`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "ArtifactExistsError",
+    "CalibrationError",
     "CaptureError",
     "CompressionError",
     "ConfigError",
@@ -46,6 +47,10 @@ class InputError(GraphOptError, ValueError):
 
 class CompressionError(GraphOptError, ValueError):
     """A tensor cannot be compressed as asked (NaN, Inf, a dtype without a rule)."""
+
+
+class CalibrationError(GraphOptError, RuntimeError):
+    """Activations have no usable range: never observed, NaN or Inf, or empty; the message names them."""
 
 
 class StateError(GraphOptError, RuntimeError):

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from graphopt.numerics.packing import packed_size, unpack
 
-__all__ = ["STORAGE_BITS", "lut_to_dense", "shift_scale", "sparse_to_dense"]
+__all__ = ["STORAGE_BITS", "lut_to_dense", "round_to_float", "shift_scale", "sparse_to_dense"]
 
 _FLOAT_STORAGE: dict[str, torch.dtype] = {
     "fp8_e4m3": torch.float8_e4m3fn,
@@ -39,6 +39,8 @@ _library.define(
     " ScalarType out_dtype) -> Tensor"
 )
 _library.define("sparse_to_dense(Tensor values, Tensor mask, int[] shape) -> Tensor")
+_library.define("round_to_float(Tensor x, float scale, str storage) -> Tensor")
+_library.define("dropout(Tensor x, float p) -> Tensor")
 
 
 def lut_to_dense(
@@ -168,6 +170,34 @@ def sparse_to_dense(values: Tensor, mask: Tensor, shape: Sequence[int]) -> Tenso
     return dense.reshape(list(shape))
 
 
+def round_to_float(x: Tensor, scale: float, storage: str) -> Tensor:
+    """Round an activation to a narrow float type: `out = scale · cast(clamp(x / scale))`.
+
+    The `quantized_decomposed` ops round to integers first, which loses what a float type is for.
+
+    Args:
+        x: Any float tensor.
+        scale: One scale.
+        storage: "fp8_e4m3" or "fp8_e5m2".
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+    """
+    kind = _FLOAT_STORAGE[storage]
+    largest = torch.finfo(kind).max
+    scaled = (x.to(torch.float32) * (1.0 / scale)).clamp(-largest, largest)
+    return (scaled.to(kind).to(torch.float32) * scale).to(x.dtype)
+
+
+def _dropout(x: Tensor, p: float) -> Tensor:
+    """A dropout in evaluation: its rate survives capture, which turns it into a copy."""
+    return x.clone()
+
+
+def _fake_like(x: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(x)
+
+
 def _fake_lut(
     indices: Tensor,
     lut: Tensor,
@@ -202,6 +232,8 @@ for _name, _eager, _fake in (
     ("lut_to_dense", lut_to_dense, _fake_lut),
     ("shift_scale", shift_scale, _fake_shift_scale),
     ("sparse_to_dense", sparse_to_dense, _fake_sparse),
+    ("round_to_float", round_to_float, _fake_like),
+    ("dropout", _dropout, _fake_like),
 ):
     _library.impl(_name, _eager, "CompositeExplicitAutograd")
     torch.library.register_fake(f"graphopt::{_name}", _fake, lib=_library)

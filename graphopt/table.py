@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["CompressionTable", "TensorRecord"]
+__all__ = ["ActivationRecord", "CompressionTable", "TensorRecord", "merged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,11 +26,11 @@ class TensorRecord:
         nodes: Graph nodes of those ops.
         shape: Its shape.
         dtype: Its element type before compression.
-        status: Whether it was palettized or left alone.
+        status: Whether it was palettized, quantized or left alone.
         detail: How it was compressed, or why not.
         note: A fallback that was taken, or "".
-        n_bits: Bits per index, None where it is left alone.
-        n_luts: Number of tables.
+        n_bits: Bits per index or element, None where it is left alone.
+        n_luts: Number of tables, None where there are none.
         stored_bits: Bits that its stored form takes.
         snr_db: 10·log10(Σw² / Σ(w − ŵ)²), None where it is left alone.
     """
@@ -42,7 +42,7 @@ class TensorRecord:
     nodes: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
     dtype: str = ""
-    status: Literal["palettized", "skipped"]
+    status: Literal["palettized", "quantized", "skipped"]
     detail: str = ""
     note: str = ""
     n_bits: int | None = None
@@ -61,6 +61,35 @@ class TensorRecord:
         return self.stored_bits / max(self.numel, 1)
 
 
+@dataclass(frozen=True, kw_only=True)
+class ActivationRecord:
+    """What happened to the activations of one scale, or to an op that stays in float.
+
+    Attributes:
+        name: Name of the sharing group (its first value), or of the op.
+        nodes: Values with this scale.
+        status: Whether they are quantized.
+        detail: Element type and scheme, or why not.
+        path: Config path that decided.
+        scale: The scale, None before calibration or where there are several.
+        offset: Zero point, or fractional offset (MINVAL).
+        low: Lower end of the observed range.
+        high: Upper end.
+        seen: Tensors that were observed.
+    """
+
+    name: str
+    nodes: tuple[str, ...] = ()
+    status: Literal["quantized", "float"]
+    detail: str = ""
+    path: str = ""
+    scale: float | None = None
+    offset: float | None = None
+    low: float | None = None
+    high: float | None = None
+    seen: int = 0
+
+
 @dataclass(frozen=True)
 class CompressionTable:
     """Rows of `TensorRecord` with totals; prints as a table.
@@ -68,10 +97,12 @@ class CompressionTable:
     Attributes:
         rows: One per candidate tensor, in the order of the graph.
         warnings: Config keys that had no effect, and other remarks on the whole model.
+        activations: One per scale of activations, and per op that stays in float.
     """
 
     rows: tuple[TensorRecord, ...]
     warnings: tuple[str, ...] = ()
+    activations: tuple[ActivationRecord, ...] = ()
 
     def __iter__(self) -> Iterator[TensorRecord]:
         return iter(self.rows)
@@ -87,8 +118,18 @@ class CompressionTable:
 
     @property
     def palettized(self) -> tuple[TensorRecord, ...]:
-        """Rows of tensors that were compressed."""
+        """Rows of weights that became tables."""
         return tuple(row for row in self.rows if row.status == "palettized")
+
+    @property
+    def quantized(self) -> tuple[TensorRecord, ...]:
+        """Rows of weights that were quantized."""
+        return tuple(row for row in self.rows if row.status == "quantized")
+
+    @property
+    def compressed(self) -> tuple[TensorRecord, ...]:
+        """Rows of tensors that are stored in fewer bits."""
+        return tuple(row for row in self.rows if row.status != "skipped")
 
     @property
     def skipped(self) -> tuple[TensorRecord, ...]:
@@ -103,7 +144,7 @@ class CompressionTable:
     @property
     def bits_per_weight(self) -> float:
         """Stored bits per element over the compressed rows."""
-        done = self.palettized
+        done = self.compressed
         return sum(row.stored_bits for row in done) / max(sum(row.numel for row in done), 1)
 
     def to_dicts(self) -> list[dict[str, Any]]:
@@ -113,8 +154,38 @@ class CompressionTable:
             for row in self.rows
         ]
 
+    def _title(self) -> str:
+        done = [(len(self.palettized), "palettized"), (len(self.quantized), "quantized")]
+        parts = [f"{count} {verb}" for count, verb in done if count]
+        if len(parts) == 2:
+            title = f"{' and '.join(parts)} of {len(self.rows)} tensors"
+        else:
+            count, verb = next(((c, v) for c, v in done if c), (0, "compressed"))
+            title = f"{count} of {len(self.rows)} tensors {verb}"
+        scales = sum(record.status == "quantized" for record in self.activations)
+        return f"{title}, {scales} activation scales" if scales else title
+
+    def activation_table(self) -> Table:
+        """The activations, for printing."""
+        table = Table(title="activations")
+        for heading in ("values", "type", "range", "scale", "offset", "seen", "decided by"):
+            table.add_column(heading, overflow="fold")
+        for record in self.activations:
+            if record.status == "float":
+                table.add_row(record.name, "float", "", "", "", "", record.detail)
+                continue
+            known = record.low is not None and record.high is not None
+            reach = f"[{record.low:.4g}, {record.high:.4g}]" if known else ""
+            scale = "" if record.scale is None else f"{record.scale:.4g}"
+            offset = "" if record.offset is None else f"{record.offset:g}"
+            values = ", ".join(record.nodes)
+            table.add_row(
+                values, record.detail, reach, scale, offset, str(record.seen), record.path
+            )
+        return table
+
     def __rich__(self) -> Table:
-        table = Table(title=f"{len(self.palettized)} of {len(self.rows)} tensors palettized")
+        table = Table(title=self._title())
         for heading in (
             "tensor",
             "op",
@@ -149,4 +220,8 @@ def merged(first: CompressionTable, second: CompressionTable) -> CompressionTabl
     """Rows of both, the second's replacing the first's of the same tensor."""
     replaced = {row.name for row in second.rows}
     kept: Sequence[TensorRecord] = [row for row in first.rows if row.name not in replaced]
-    return CompressionTable((*kept, *second.rows), (*first.warnings, *second.warnings))
+    return CompressionTable(
+        (*kept, *second.rows),
+        (*first.warnings, *second.warnings),
+        (*first.activations, *second.activations),
+    )

@@ -75,7 +75,8 @@ _RESHAPING = {
 }
 _LOOKUPS = ("graphopt.lut_to_dense", "coreai.lut_to_dense", "graphopt.shift_scale",
             "coreai.constexpr_blockwise_shift_scale", "graphopt.sparse_to_dense",
-            "coreai.sparse_to_dense")  # fmt: skip
+            "coreai.sparse_to_dense", "quantized_decomposed.dequantize_per_tensor",
+            "quantized_decomposed.dequantize_per_channel")  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -4,16 +4,26 @@ if __name__ != "graphopt.passes":
     raise ImportError("import graphopt.passes, not passes")
 
 from graphopt.passes.annotate_palettization import AnnotatePalettization
+from graphopt.passes.annotate_quantization import AnnotateQuantization
+from graphopt.passes.convert_quantization import ConvertQuantization
+from graphopt.passes.dequantize_to_shift_scale import DequantizeToShiftScale
 from graphopt.passes.fake_palettize import FakePalettize
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
+from graphopt.passes.insert_fake_quantize import InsertFakeQuantize
+from graphopt.passes.integers_to_tables import IntegersToTables
 from graphopt.passes.palettize_weights import PalettizeWeights, cluster_annotated
 from graphopt.passes.raise_to_vocabulary import RaiseToVocabulary
 from graphopt.passes.remove_unused import RemoveUnused
 
 __all__ = [
     "AnnotatePalettization",
+    "AnnotateQuantization",
+    "ConvertQuantization",
+    "DequantizeToShiftScale",
     "FakePalettize",
     "FoldBatchNorm",
+    "InsertFakeQuantize",
+    "IntegersToTables",
     "PalettizeWeights",
     "RaiseToVocabulary",
     "RemoveUnused",

@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from graphopt.annotations import weight_annotation
+from graphopt.annotations import palette_annotation
 from graphopt.editor import Editor
 from graphopt.numerics.parallel import map_tasks
 from graphopt.pass_base import Pass
@@ -39,7 +39,7 @@ class FakePalettize(Pass):
         chosen = [
             (weight, annotation, self.palettes[weight.name])
             for weight in find_weights(edit.gm)
-            if (annotation := weight_annotation(weight.nodes[0])) and weight.name in self.palettes
+            if (annotation := palette_annotation(weight.nodes[0])) and weight.name in self.palettes
         ]
         dense = map_tasks(lambda each: each[2].dense(), chosen)
         rows = []

@@ -1,8 +1,4 @@
-"""Fold batch norms in evaluation mode into the convolutions before them.
-
-With γ, β, μ, σ² of the norm and s = γ / √(σ² + ε) per output channel:
-`bn(conv(x; W, b)) = conv(x; s·W, s·(b − μ) + β)`.
-"""
+"""Fold batch norms in evaluation mode into the convolutions before them."""
 
 from __future__ import annotations
 
@@ -13,10 +9,12 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.annotations import input_points, move_output, output_point
 from graphopt.editor import Editor
+from graphopt.numerics.batchnorm import NormState, fold_norm
 from graphopt.pass_base import Pass
 
-__all__ = ["FoldBatchNorm"]
+__all__ = ["FoldBatchNorm", "conv_state", "is_foldable"]
 
 _aten = torch.ops.aten
 _NORMS = (_aten._native_batch_norm_legit_no_training.default, _aten.batch_norm.default)
@@ -54,13 +52,16 @@ class FoldBatchNorm(Pass):
     def run(self, edit: Editor) -> None:
         for norm in edit.calls(*_NORMS):
             conv = norm.args[0]
-            if isinstance(conv, fx.Node) and _foldable(edit, norm, conv):
+            if isinstance(conv, fx.Node) and is_foldable(edit, norm, conv):
                 _fold(edit, norm, conv)
 
 
-def _foldable(edit: Editor, norm: fx.Node, conv: fx.Node) -> bool:
+def is_foldable(edit: Editor, norm: fx.Node, conv: fx.Node) -> bool:
+    """Whether a norm can be folded into the convolution before it."""
     if norm.target is _aten.batch_norm.default and norm.args[5]:
         return False
+    if output_point(conv) is not None or input_points(norm):
+        return False  # a rounding stands between them
     if conv.target not in _PLAIN and conv.target not in _TRANSPOSED:
         return False
     weight = conv.args[1]
@@ -76,37 +77,44 @@ def _foldable(edit: Editor, norm: fx.Node, conv: fx.Node) -> bool:
     return not any(value is other for value in values for other in mine)
 
 
-def _fold(edit: Editor, norm: fx.Node, conv: fx.Node) -> None:
-    weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else None
-    assert isinstance(weight, fx.Node)
-    value = edit.value(weight)
+def conv_state(edit: Editor, norm: fx.Node, conv: fx.Node) -> tuple[NormState, int | None]:
+    """The state of a norm, and the groups of a transposed convolution (None for a plain one)."""
     gamma, beta, mean, variance = (_constant(edit, each) for each in norm.args[1:5])
     eps = norm.args[6] if norm.target is not _aten.batch_norm.default else norm.args[7]
     assert mean is not None
     assert variance is not None
-    scale = (variance.double() + float(str(eps))).rsqrt()
-    if gamma is not None:
-        scale = scale * gamma.double()
-    shift = _constant(edit, bias)
-    shift = -mean.double() if shift is None else shift.double() - mean.double()
-    shift = shift * scale + (0 if beta is None else beta.double())
-    edit.set_value(weight, _scaled(value, scale, conv))
-    folded_bias = shift.to(value.dtype)
+    groups = None
+    if conv.target in _TRANSPOSED:
+        position = _TRANSPOSED[conv.target]
+        found = conv.args[position] if len(conv.args) > position else 1
+        assert isinstance(found, int)
+        groups = found
+    return (gamma, beta, mean, variance, float(str(eps))), groups
+
+
+def _fold(edit: Editor, norm: fx.Node, conv: fx.Node) -> None:
+    weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else None
+    assert isinstance(weight, fx.Node)
+    state, groups = conv_state(edit, norm, conv)
+    folded, shift = fold_norm(edit.value(weight).detach(), _constant(edit, bias), state, groups)
+    edit.set_value(weight, folded)
     if isinstance(bias, fx.Node):
-        edit.set_value(bias, folded_bias)
+        edit.set_value(bias, shift)
     else:
         owner = str(weight.target).rpartition(".")[0]
         name = f"{owner}.bias" if owner else "bias"
-        made = edit.constant(name, folded_bias, like=weight)
+        made = edit.constant(name, shift, like=weight)
         edit.set_args(conv, (*conv.args[:2], made, *conv.args[3:]))
     for user in list(norm.users):
         if norm.target is _aten.batch_norm.default:
             continue
         if user.args[1] == 0:
+            move_output(user, conv)
             edit.replace(user, conv)
         elif not user.users:
             edit.erase(user)
     if norm.target is _aten.batch_norm.default:
+        move_output(norm, conv)
         edit.replace(norm, conv)
     elif not norm.users:
         edit.erase(norm)
@@ -114,17 +122,3 @@ def _fold(edit: Editor, norm: fx.Node, conv: fx.Node) -> None:
 
 def _constant(edit: Editor, node: object) -> Tensor | None:
     return edit.value(node).detach() if isinstance(node, fx.Node) else None
-
-
-def _scaled(weight: Tensor, scale: Tensor, conv: fx.Node) -> Tensor:
-    """The weight with each output channel multiplied by its scale."""
-    wide = weight.detach().double()
-    if conv.target in _PLAIN:
-        return (wide * scale.reshape(-1, *[1] * (wide.ndim - 1))).to(weight.dtype)
-    position = _TRANSPOSED[conv.target]
-    groups = conv.args[position] if len(conv.args) > position else 1
-    assert isinstance(groups, int)
-    # [in, out / groups, …]: the channels of a group of outputs are those of its inputs' rows
-    split = wide.reshape(groups, wide.shape[0] // groups, *wide.shape[1:])
-    factor = scale.reshape(groups, 1, -1, *[1] * (wide.ndim - 2))
-    return (split * factor).reshape(wide.shape).to(weight.dtype)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.annotations import WeightAnnotation, weight_annotation
+from graphopt.annotations import WeightAnnotation, palette_annotation
 from graphopt.editor import Editor
 from graphopt.errors import CompressionError
 from graphopt.numerics.parallel import map_tasks
@@ -61,12 +61,12 @@ def cluster_annotated(
     return {name: done[name] for name in found}
 
 
-def _annotated(gm: fx.GraphModule) -> dict[str, tuple[Tensor, WeightAnnotation]]:
+def _annotated(gm: fx.GraphModule) -> dict[str, tuple[Tensor, WeightAnnotation[PalettizationSpec]]]:
     edit = Editor(gm)
-    found: dict[str, tuple[Tensor, WeightAnnotation]] = {}
+    found: dict[str, tuple[Tensor, WeightAnnotation[PalettizationSpec]]] = {}
     seen: set[int] = set()
     for node in edit.constants():
-        annotation = weight_annotation(node)
+        annotation = palette_annotation(node)
         if annotation is None:
             continue
         tensor = edit.value(node)
@@ -105,14 +105,16 @@ class PalettizeWeights(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        weights = [weight for weight in find_weights(edit.gm) if weight_annotation(weight.nodes[0])]
+        weights = [
+            weight for weight in find_weights(edit.gm) if palette_annotation(weight.nodes[0])
+        ]
         names = [weight.name for weight in weights]
         palettes = dict(self.palettes)
         if any(name not in palettes for name in names):
             palettes |= cluster_annotated(edit.gm, progress=False, seed=self.seed)
         rows = []
         for weight in weights:
-            annotation = weight_annotation(weight.nodes[0])
+            annotation = palette_annotation(weight.nodes[0])
             assert annotation is not None
             palettized = palettes[weight.name]
             rows.append(record_of(weight, annotation.spec, palettized))

@@ -14,6 +14,7 @@ from graphopt.editor import Editor
 from graphopt.errors import LoweringError
 from graphopt.numerics.packing import pack
 from graphopt.pass_base import Pass
+from graphopt.passes.raise_quantization import raise_activation, raise_weight
 
 __all__ = ["RaiseToVocabulary"]
 
@@ -58,10 +59,10 @@ class RaiseToVocabulary(Pass):
             ):
                 _raise_channel_scale(edit, node)
             else:
-                raise LoweringError(
-                    f"{node.name}: a dequantized weight of Core AI form that no lookup feeds cannot"
-                    " be raised; lower the module to Core AI, or start from the original model"
-                )
+                raise_weight(edit, node)
+        for node in list(edit.gm.graph.nodes):
+            if str(node.target) in ("coreai.quantize.default", "coreai.dequantize.default"):
+                raise_activation(edit, node)
 
 
 def _raise_lookup(edit: Editor, node: fx.Node) -> None:

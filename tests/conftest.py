@@ -7,7 +7,11 @@ import importlib.util
 import pytest
 import torch
 
-_NEEDS = {"coreai": ("coreai_torch", "coreai"), "coreml": ("coremltools", "coreml")}
+_NEEDS = {
+    "coreai": ("coreai_torch", "coreai"),
+    "coreml": ("coremltools", "coreml"),
+    "executorch": ("executorch", "executorch"),
+}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

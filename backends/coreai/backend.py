@@ -23,8 +23,11 @@ from graphopt.backends.base import (
     expected_outputs,
     match_inputs,
     named_inputs,
+    quantization_refusals,
+    stored_weights,
 )
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
+from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
 from graphopt.backends.quiet import quiet
 from graphopt.casting import cast_to_16_bit_precision
 from graphopt.errors import LoweringError, VerificationError
@@ -32,7 +35,7 @@ from graphopt.extras import require
 from graphopt.lookups import find_lookups
 from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
-from graphopt.passes import RemoveUnused
+from graphopt.passes import IntegersToTables, RemoveUnused
 from graphopt.program import Program, export_graph
 
 __all__ = ["CoreAIArtifact", "CoreAIBackend", "run_asset"]
@@ -117,7 +120,11 @@ class CoreAIBackend(Backend):
         index_bits=(1, 2, 4, 6, 8),
         padded_bits=((3, 4),),
         lut_dtypes=("float32", "float16", "int8", "uint8", "fp8_e4m3", "fp8_e5m2"),
-    )
+        weight_types=("int2", "int4", "uint4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2",
+                      "fp4_e2m1"),
+        table_types=("uint2", "int6", "uint6"),
+        activation_types=("int8", "uint8", "fp8_e4m3", "fp8_e5m2"),
+    )  # fmt: skip
 
     @override
     def unsupported(self, program: Program) -> list[str]:
@@ -134,11 +141,15 @@ class CoreAIBackend(Backend):
                     f"{lookup.name}: tables of {lookup.lut_dtype}; use one of"
                     f" {self.capabilities.lut_dtypes}"
                 )
-        return reasons
+        return [*reasons, *quantization_refusals(program.graph_module, self.capabilities)]
 
     @override
     def legalize(self) -> tuple[Pass, ...]:
-        return (LegalizeForCoreAI(),)
+        return (
+            IntegersToTables(frozenset(self.capabilities.table_types)),
+            LegalizeQuantizationForCoreAI(),
+            LegalizeForCoreAI(),
+        )
 
     @override
     def lower(
@@ -185,5 +196,5 @@ class CoreAIBackend(Backend):
         found = run_asset(path, named_inputs(program, args, kwargs))
         errors = compare_outputs(found, expected_outputs(program, args, kwargs))
         how = "ran the saved asset on the Core AI runtime"
-        weights = len(find_lookups(program.graph_module))
+        weights = stored_weights(program.graph_module)
         return Verification(max(errors, default=0.0), errors, how, weights=weights)

@@ -113,11 +113,17 @@ def _behind_lookup(
     if channel is not None:
         factors = edit.value(channel.args[1])  # type: ignore[arg-type]
         if scale is None:
-            return factors.clone(), None
+            return factors.clone(), _own_offset(edit, channel)
         shape = [math.lcm(a, b) for a, b in zip(scale.shape, factors.shape, strict=True)]
         zero = None if zero is None else _spread(zero, shape)
         scale = _spread(scale, shape) * _spread(factors, shape)
     return (None if scale is None else scale.contiguous()), zero
+
+
+def _own_offset(edit: Editor, channel: fx.Node) -> Tensor | None:
+    """Zero points on the dense weight, which integers that became tables have."""
+    node = channel.args[2]
+    return edit.value(node).clone() if isinstance(node, fx.Node) else None
 
 
 def _spread(blocks: Tensor, shape: list[int]) -> Tensor:

@@ -23,6 +23,7 @@ from graphopt.backends.base import (
     expected_outputs,
     match_inputs,
     named_inputs,
+    quantization_refusals,
 )
 from graphopt.backends.coreml.decompose import decompose_for_coreml
 from graphopt.backends.coreml.lowerings import register_lowerings
@@ -32,8 +33,9 @@ from graphopt.extras import require
 from graphopt.lookups import Lookup, find_lookups
 from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
-from graphopt.passes import RemoveUnused
+from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnused
 from graphopt.program import Program, export_graph
+from graphopt.quantized import find_quantized_activations, quantized_ops
 
 __all__ = ["CoreMLArtifact", "CoreMLBackend"]
 
@@ -88,11 +90,16 @@ class CoreMLBackend(Backend):
 
     name: ClassVar[str] = "Core ML"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        index_bits=(1, 2, 3, 4, 6, 8), lut_dtypes=("float32", "float16", "int8", "uint8")
-    )
+        index_bits=(1, 2, 3, 4, 6, 8), lut_dtypes=("float32", "float16", "int8", "uint8"),
+        weight_types=("int4", "uint4", "int8", "uint8"),
+        table_types=("int2", "uint2", "int6", "uint6"), minimum=False,
+        activation_types=("int8", "uint8"), activation_channels=False,
+    )  # fmt: skip
     packed_capabilities: ClassVar[Capabilities] = Capabilities(
         index_bits=(1, 2, 4, 6, 8), padded_bits=(), grouped=False, vector=False,
-        lut_dtypes=("float32", "float16"), channel_scale=False,
+        lut_dtypes=("float32", "float16"), channel_scale=False, weight_types=("int8", "uint8"),
+        weight_blocks=False, minimum=False, activation_types=("int8", "uint8"),
+        activation_channels=False,
     )  # fmt: skip
 
     @override
@@ -102,11 +109,17 @@ class CoreMLBackend(Backend):
     @override
     def legalize(self) -> tuple[Pass, ...]:
         register_lowerings()
-        return ()
+        tables = frozenset(self.capabilities.table_types)
+        return (DequantizeToShiftScale(), IntegersToTables(tables))
 
     def _refusals(self, program: Program, allowed: Capabilities, where: str) -> list[str]:
         lookups = find_lookups(program.graph_module)
-        return [reason for each in lookups for reason in _reasons(each, allowed, where)]
+        reasons = [reason for each in lookups for reason in _reasons(each, allowed, where)]
+        if where == "iOS16" and find_quantized_activations(program.graph_module):
+            reasons.append(
+                "quantized activations for iOS16; raise minimum_deployment_target to iOS17"
+            )
+        return [*reasons, *quantization_refusals(program.graph_module, allowed)]
 
     @override
     def lower(
@@ -141,9 +154,10 @@ class CoreMLBackend(Backend):
                 raise LoweringError(f"{self.name} cannot hold this program:\n" + "\n".join(reasons))
         with quiet("coremltools"):
             ct = require("coremltools", "coreml")
+        quantized_ops()
         register_lowerings()
         legal = program.copy()
-        run_passes(legal.graph_module, [RemoveUnused()])
+        run_passes(legal.graph_module, [RemoveUnused(), *self.legalize(), RemoveUnused()])
         with torch.no_grad():
             exported = decompose_for_coreml(
                 export_graph(legal.graph_module, program.example_args, program.example_kwargs)

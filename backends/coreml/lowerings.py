@@ -90,24 +90,43 @@ def graphopt_lut_to_dense(context: Any, node: Any) -> None:
 
 
 def graphopt_shift_scale(context: Any, node: Any) -> None:
-    """`constexpr_blockwise_shift_scale`."""
-    from coremltools.converters.mil.mil import Builder
+    """`constexpr_blockwise_shift_scale`, or `constexpr_affine_dequantize` before iOS 18."""
+    from coremltools.converters.mil.mil import Builder, types
 
     data, scale, offset, storage, shape = _inputs(context, node)[:5]
     kind = str(getattr(storage, "val", storage))
-    options = {}
+    zero = None if offset is None or not np.any(offset.val) else np.asarray(offset.val)
     if kind == "float":
         stored = _operand(data)
+        dtype = types.nptype_from_builtin(data.dtype)
     else:
         dtype = _numpy_type(kind)
         stored = _unpacked(data, STORAGE_BITS[kind], _ints(shape))
         stored = stored.view(np.int8).astype(dtype) if kind == "int8" else stored.astype(dtype)
-        if offset is not None and np.any(offset.val):
-            options["offset"] = np.asarray(offset.val).astype(dtype)
+        if kind == "int4":
+            stored = np.where(stored >= 8, stored - 16, stored).astype(dtype)
+    if not _is_ios18():
+        context.add(_affine(stored, np.asarray(scale.val), zero, node.name), node.name)
+        return
+    options = {} if zero is None else {"offset": zero.astype(dtype)}
     result = Builder.constexpr_blockwise_shift_scale(
         data=stored, scale=np.asarray(scale.val), name=node.name, **options
     )
     context.add(result, node.name)
+
+
+def _affine(stored: Any, scale: Any, zero: Any, name: str) -> Any:
+    """The dequantize op of iOS 16 and 17: one scale, or one per index of one axis."""
+    from coremltools.converters.mil.mil import Builder
+
+    axes = [axis for axis, count in enumerate(scale.shape) if count > 1]
+    axis = axes[0] if axes else 0
+    zeros = np.zeros(scale.shape) if zero is None else zero
+    flat = (-1,) if axes else ()
+    return Builder.constexpr_affine_dequantize(
+        quantized_data=stored, zero_point=zeros.astype(stored.dtype).reshape(flat),
+        scale=scale.reshape(flat), axis=np.int32(axis), name=name,
+    )  # fmt: skip
 
 
 def _is_ios18() -> bool:

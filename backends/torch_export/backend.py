@@ -18,9 +18,10 @@ from graphopt.backends.base import (
     Verification,
     compare_outputs,
     expected_outputs,
+    stored_weights,
 )
 from graphopt.errors import LoweringError, VerificationError
-from graphopt.lookups import find_lookups
+from graphopt.ops import STORAGE_BITS
 from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
 from graphopt.passes import RemoveUnused
@@ -55,6 +56,8 @@ class TorchBackend(Backend):
         index_bits=(1, 2, 3, 4, 6, 8),
         lut_dtypes=("float32", "float16", "bfloat16", "float64", "int8", "uint8", "fp8_e4m3",
                     "fp8_e5m2"),
+        weight_types=tuple(STORAGE_BITS),
+        activation_types=tuple(STORAGE_BITS),
     )  # fmt: skip
 
     @override
@@ -98,6 +101,6 @@ class TorchBackend(Backend):
             raise VerificationError(f"{path.name} does not load and run: {error}") from error
         found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
         errors = compare_outputs(found, expected_outputs(program, args, kwargs))
-        weights = len(find_lookups(program.graph_module))
+        weights = stored_weights(program.graph_module)
         how = "loaded the saved program and ran it in PyTorch"
         return Verification(max(errors, default=0.0), errors, how, weights=weights)

@@ -49,8 +49,8 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.MissingDependencyError, 9),
     (errors.InputError, 3),
 )
-_SUFFIX = {"coreai": ".aimodel", "coreml": ".mlpackage", "torch": ".pt2"}
-BackendName = Literal["coreai", "coreml", "torch"]
+_SUFFIX = {"coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte", "torch": ".pt2"}
+BackendName = Literal["coreai", "coreml", "executorch", "torch"]
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 Model = Annotated[Path, typer.Argument(help="A .pt2 file of torch.export.save.", exists=True)]
@@ -97,7 +97,7 @@ def compress(
         on_unmatched="warn" if lenient else "error", progress=False if as_json else None
     )
     options: dict[str, Any] = {} if precision is None else {"precision": precision}
-    if target == "torch":
+    if target in ("torch", "executorch"):
         options = {}
     artifact = lower(palettizer.program(), target, **options)
     artifact.save(output, overwrite=overwrite)

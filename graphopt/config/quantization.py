@@ -13,7 +13,12 @@ from graphopt.config.base import (
     ModuleCompressionConfig,
     OpCompressionConfig,
 )
-from graphopt.specs import PerBlockGranularity, PerChannelGranularity, QuantizationSpec
+from graphopt.specs import (
+    PerBlockGranularity,
+    PerChannelGranularity,
+    QuantizationScheme,
+    QuantizationSpec,
+)
 from graphopt.specs.dtypes import parse_dtype
 from graphopt.specs.model import SpecModel
 
@@ -38,9 +43,7 @@ class ExecutionMode(StrEnum):
 
 def default_weight_quantization_spec() -> QuantizationSpec:
     """Symmetric int8, one scale per output channel, from the weights' own range."""
-    return QuantizationSpec(
-        granularity=PerChannelGranularity(axis=0), qparam_calculator_cls="static"
-    )
+    return QuantizationSpec(granularity=PerChannelGranularity(), qparam_calculator_cls="static")
 
 
 def default_activation_quantization_spec() -> QuantizationSpec:
@@ -129,6 +132,15 @@ def _weight_only(spec: QuantizationSpec) -> QuantizerConfig:
     return QuantizerConfig(global_config=module)
 
 
+def _everywhere(activation: QuantizationSpec, weight: QuantizationSpec) -> QuantizerConfig:
+    module = ModuleQuantizerConfig(
+        op_input_spec={ANY: activation},
+        op_output_spec={ANY: activation},
+        op_state_spec={"weight": weight},
+    )
+    return QuantizerConfig(global_config=module)
+
+
 class _Presets:
     """Ready-made configs for a whole model."""
 
@@ -153,6 +165,42 @@ class _Presets:
     def w8a8() -> QuantizerConfig:
         """int8 weights and activations, the default."""
         return QuantizerConfig()
+
+    @staticmethod
+    def w8a8_affine() -> QuantizerConfig:
+        """int8 weights; affine int8 activations with ranges of least squared error."""
+        activation = QuantizationSpec(
+            qscheme=QuantizationScheme.ASYMMETRIC, qparam_calculator_cls="mse"
+        )
+        return _everywhere(activation, default_weight_quantization_spec())
+
+    @staticmethod
+    def w4a8(*, block_size: int = 32) -> QuantizerConfig:
+        """int4 weights, one scale per block of input channels; affine int8 activations."""
+        activation = QuantizationSpec(
+            qscheme=QuantizationScheme.ASYMMETRIC, qparam_calculator_cls="mse"
+        )
+        granularity = PerBlockGranularity(block_size=block_size)
+        weight = QuantizationSpec(
+            dtype=parse_dtype("int4"), granularity=granularity, range_calculator_cls="mse"
+        )
+        return _everywhere(activation, weight)
+
+    @staticmethod
+    def fp8() -> QuantizerConfig:
+        """float8 (e4m3) weights, one scale per channel."""
+        granularity = PerChannelGranularity()
+        return _weight_only(
+            QuantizationSpec(dtype=parse_dtype("fp8_e4m3"), granularity=granularity)
+        )
+
+    @staticmethod
+    def mxfp4() -> QuantizerConfig:
+        """float4 (e2m1) weights with a power-of-two scale per 32 input channels."""
+        granularity = PerBlockGranularity(block_size=32)
+        return _weight_only(
+            QuantizationSpec(dtype=parse_dtype("fp4_e2m1"), granularity=granularity)
+        )
 
 
 QuantizerConfig.presets = _Presets

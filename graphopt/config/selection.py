@@ -6,13 +6,13 @@ import difflib
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from graphopt.config.base import ANY, CompressionConfig, ModuleCompressionConfig
 from graphopt.errors import ConfigError
 from graphopt.specs.model import SpecModel
 
-__all__ = ["ModuleFrame", "Selection", "Selector", "StateUse"]
+__all__ = ["ModuleFrame", "OpUse", "Selection", "Selector", "StateUse"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,21 @@ class ModuleFrame:
 
     name: str
     type: str
+
+
+@dataclass(frozen=True)
+class OpUse:
+    """An op as configs see it.
+
+    Attributes:
+        node: Name of the op's node.
+        op_types: Names that configs may call the op by, most usual first.
+        frames: Modules around the op, outermost first.
+    """
+
+    node: str
+    op_types: tuple[str, ...]
+    frames: tuple[ModuleFrame, ...]
 
 
 @dataclass(frozen=True)
@@ -61,11 +76,15 @@ class Selection:
         spec: The spec, or None.
         path: The config path that decided.
         own_name: Whether the config calls the tensor by its own name, not only by its role.
+        rank: How specific the deciding keys are, (module, op); larger wins where specs compete.
+        named_op: Whether the config calls the op by its type or name.
     """
 
     spec: SpecModel | None
     path: str
     own_name: bool = False
+    rank: tuple[int, int] = (0, 0)
+    named_op: bool = False
 
     @property
     def switched_off(self) -> bool:
@@ -73,6 +92,7 @@ class Selection:
         return self.spec is None and self.path.endswith(" is None")
 
 
+_RANKS = {"module_name_configs": 2, "module_type_configs": 1, "global_config": 0}
 _AnyConfig = CompressionConfig[Any]
 _AnyModule = ModuleCompressionConfig[Any, Any]
 
@@ -92,6 +112,59 @@ class Selector:
                 return Selection(None, f"{path} is None")
             return self._inside(module_config, use, frame, path)
         return Selection(None, "global_config is None and no other key matches")
+
+    def select_slot(
+        self, use: OpUse, side: Literal["input", "output"], slots: tuple[str | int, ...]
+    ) -> Selection:
+        """The spec of one input or output of an op.
+
+        Args:
+            use: The op.
+            side: Which of its ends.
+            slots: Names of the slot, most specific first; "*" is added.
+        """
+        for path, _, module_config in self._module_configs(use):
+            rank = _RANKS[path.partition("[")[0]]
+            if module_config is None:
+                return Selection(None, f"{path} is None", rank=(rank, 0))
+            op_config, where, level = self._op_config(module_config, use, path)
+            ranks = (rank, level)
+            if op_config is None:
+                return Selection(None, f"{where} is None", False, ranks, level > 0)
+            section = f"op_{side}_spec"
+            found = getattr(op_config, section)
+            for slot in (*slots, ANY):
+                if slot in found:
+                    self._matched.add((f"{where}.{section}", str(slot)))
+                    text = f"{where}.{section}[{slot!r}]"
+                    text += " is None" if found[slot] is None else ""
+                    return Selection(found[slot], text, slot != ANY, ranks, level > 0)
+            text = f"{where}.{section} has no entry for {slots[0]!r}"
+            return Selection(None, text, False, ranks, level > 0)
+        return Selection(None, "global_config is None and no other key matches")
+
+    def module_slots(
+        self, frame: ModuleFrame, side: Literal["input", "output"]
+    ) -> tuple[str, dict[str | int, Any]]:
+        """The path and entries of `module_input_spec` or `module_output_spec` of one module."""
+        section = f"module_{side}_spec"
+        for path, config in self._configs_of(frame):
+            return f"{path}.{section}", {} if config is None else dict(getattr(config, section))
+        return "", {}
+
+    def matched_slot(self, path: str, slot: str | int) -> None:
+        """Note that a slot of `module_slots` had a place."""
+        self._matched.add((path, str(slot)))
+
+    def _configs_of(self, frame: ModuleFrame) -> Iterator[tuple[str, _AnyModule | None]]:
+        for pattern in reversed(self.config.module_name_configs):
+            if self._full_match(pattern, frame.name):
+                yield f"module_name_configs[{pattern!r}]", self.config.module_name_configs[pattern]
+        if frame.type in self.config.module_type_configs:
+            found = self.config.module_type_configs[frame.type]
+            yield f"module_type_configs[{frame.type!r}]", found
+        if frame.name == "" and self.config.global_config is not None:
+            yield "global_config", self.config.global_config
 
     def touch(self, frames: Iterable[ModuleFrame]) -> None:
         """Mark the keys that match a module of the program, whether or not it holds weights."""
@@ -116,6 +189,12 @@ class Selector:
             for where, op_config in _op_configs(path, module_config):
                 explicit = [key for key in op_config.op_state_spec if key not in _USUAL_STATES]
                 sections.append((f"{where}.op_state_spec", explicit))
+                for section in ("op_input_spec", "op_output_spec"):
+                    named = [str(key) for key in getattr(op_config, section) if key != ANY]
+                    sections.append((f"{where}.{section}", named))
+            for section in ("module_input_spec", "module_output_spec"):
+                slots = [str(key) for key in getattr(module_config, section)]
+                sections.append((f"{path}.{section}", slots))
         for section, keys in sections:
             missing += [(section, key) for key in keys if (section, key) not in self._matched]
         return missing
@@ -129,7 +208,7 @@ class Selector:
                     yield f"{section}[{key!r}]", module_config
 
     def _module_configs(
-        self, use: StateUse
+        self, use: StateUse | OpUse
     ) -> Iterator[tuple[str, ModuleFrame | None, _AnyModule | None]]:
         """Module configs that hold for the use, the decisive one first."""
         for pattern in reversed(self.config.module_name_configs):
@@ -157,17 +236,27 @@ class Selector:
             self._matched.add((f"{path}.module_state_spec", relative))
             where = f"{path}.module_state_spec[{relative!r}]"
             return _outcome(module_config.module_state_spec[relative], where)
+        op_config, where, _ = self._op_config(module_config, use, path)
+        return self._from_op(op_config, use, where)
+
+    def _op_config(
+        self, module_config: _AnyModule, use: StateUse | OpUse, path: str
+    ) -> tuple[Any, str, int]:
+        """The config that holds for an op inside a module config, its path and how specific it is."""
         for pattern in reversed(module_config.op_name_config):
             if self._full_match(pattern, use.node):
                 self._matched.add((f"{path}.op_name_config", pattern))
-                where = f"{path}.op_name_config[{pattern!r}]"
-                return self._from_op(module_config.op_name_config[pattern], use, where)
+                return (
+                    module_config.op_name_config[pattern],
+                    f"{path}.op_name_config[{pattern!r}]",
+                    2,
+                )
         for op_type in use.op_types:
             if op_type in module_config.op_type_config:
                 self._matched.add((f"{path}.op_type_config", op_type))
                 where = f"{path}.op_type_config[{op_type!r}]"
-                return self._from_op(module_config.op_type_config[op_type], use, where)
-        return self._from_op(module_config, use, path)
+                return module_config.op_type_config[op_type], where, 1
+        return module_config, path, 0
 
     def _from_op(self, op_config: Any, use: StateUse, path: str) -> Selection:
         if op_config is None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from graphopt.specs.dtypes import TorchDType, dtype_name
+from graphopt.specs.dtypes import TorchDType, dtype_name, parse_dtype
 from graphopt.specs.granularity import PerTensorGranularity, QuantizationGranularity
 from graphopt.specs.model import SpecModel
 
@@ -30,7 +31,18 @@ class QuantizationFormulation(StrEnum):
     MINVAL = "minval"
 
 
-QParamCalculator = Literal["default", "static", "moving_average", "global_minmax", "dynamic"]
+QParamCalculator = Literal[
+    "default",
+    "static",
+    "moving_average",
+    "global_minmax",
+    "dynamic",
+    "percentile",
+    "mse",
+    "entropy",
+]
+FakeQuantize = Literal["default", "lsq"]
+RangeCalculator = Literal["minmax", "mse"]
 
 _QUANTIZED = {
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 4, 6, 8)),
@@ -46,10 +58,13 @@ class QuantizationSpec(SpecModel):
         qscheme: Symmetric, symmetric with clipping, or asymmetric.
         qformulation: Integer zero point (ZP) or float minimum (MINVAL).
         granularity: How many elements share one scale.
-        fake_quantize_cls: Accepted for compatibility; "default" or a class.
-        qparam_calculator_cls: Range statistics: "default", "static", "moving_average",
-            "global_minmax", "dynamic", or a class.
-        range_calculator_cls: "minmax" or a class.
+        fake_quantize_cls: "default" (scales follow the observed ranges) or "lsq" (scales are
+            learned in training; LSQ, arXiv 1902.08153).
+        qparam_calculator_cls: Range statistics: "static" (the latest tensor's minimum and maximum;
+            the default of weights), "moving_average" (the default of activations),
+            "global_minmax", "percentile", "mse", "entropy", "dynamic" (from each tensor as it
+            comes), or a subclass of `graphopt.observers.Observer`.
+        range_calculator_cls: For weights: "minmax", or "mse" for the range of least squared error.
         float_range: Fixed lower and upper bound of the float range; None leaves a side open.
         scale_dtype: Type in which scales are stored; None is the tensor's own type.
     """
@@ -58,9 +73,9 @@ class QuantizationSpec(SpecModel):
     qscheme: QuantizationScheme = QuantizationScheme.SYMMETRIC
     qformulation: QuantizationFormulation = QuantizationFormulation.ZP
     granularity: QuantizationGranularity = Field(default_factory=PerTensorGranularity)
-    fake_quantize_cls: Literal["default"] | type = "default"
+    fake_quantize_cls: FakeQuantize = "default"
     qparam_calculator_cls: QParamCalculator | type = "default"
-    range_calculator_cls: Literal["minmax"] | type = "minmax"
+    range_calculator_cls: RangeCalculator = "minmax"
     float_range: Annotated[tuple[float | None, float | None], Field()] = (None, None)
     scale_dtype: TorchDType | None = None
 
@@ -71,7 +86,31 @@ class QuantizationSpec(SpecModel):
             raise ValueError(f"cannot quantize to {dtype}; use one of {sorted(_QUANTIZED)}")
         return dtype
 
-    @field_serializer("fake_quantize_cls", "qparam_calculator_cls", "range_calculator_cls")
+    @model_validator(mode="before")
+    @classmethod
+    def _microscaled_fp4(cls, data: Any) -> Any:
+        """fp4 is defined with power-of-two scales only (OCP Microscaling Formats)."""
+        if isinstance(data, dict) and data.get("scale_dtype") is None and "dtype" in data:
+            try:
+                name = dtype_name(parse_dtype(data["dtype"]))
+            except ValueError:
+                return data
+            if name.startswith("float4"):
+                return {**data, "scale_dtype": parse_dtype("e8m0")}
+        return data
+
+    @field_validator("qparam_calculator_cls", mode="before")
+    @classmethod
+    def _class_by_name(cls, value: Any) -> Any:
+        if not isinstance(value, str) or "." not in value:
+            return value
+        module, _, name = value.rpartition(".")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError):
+            raise ValueError(f"{value!r} cannot be imported") from None
+
+    @field_serializer("qparam_calculator_cls")
     def _class_name(self, value: str | type) -> str:
         return value if isinstance(value, str) else f"{value.__module__}.{value.__qualname__}"
 
@@ -86,3 +125,9 @@ class QuantizationSpec(SpecModel):
         if low is not None and high is not None and low >= high:
             raise ValueError(f"float_range must be increasing, got {self.float_range}")
         return self
+
+    @property
+    def calculator(self) -> str:
+        """Name of the range statistics; "" for a class of the user's."""
+        wanted = self.qparam_calculator_cls
+        return wanted if isinstance(wanted, str) else ""

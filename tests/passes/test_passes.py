@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import graphopt
-from graphopt.annotations import weight_annotation
+from graphopt.annotations import palette_annotation
 from graphopt.captured_module import CapturedModule
 from graphopt.editor import Editor
 from graphopt.errors import CompressionError, PassError
@@ -56,7 +56,7 @@ def test_annotating_marks_the_constants_and_leaves_the_ops() -> None:
     gm = captured()
     before = ops(gm)
     assert annotate()(gm).modified
-    marked = {str(n.target) for n in gm.graph.find_nodes(op="get_attr") if weight_annotation(n)}
+    marked = {str(n.target) for n in gm.graph.find_nodes(op="get_attr") if palette_annotation(n)}
     assert marked == {"fc.weight", "out.weight"}
     assert ops(gm) == before
 
@@ -65,7 +65,7 @@ def test_annotations_survive_copies() -> None:
     gm = captured()
     annotate()(gm)
     for other in (copy.deepcopy(gm), graphopt.Program(gm, (X,)).copy().graph_module):
-        assert sum(weight_annotation(n) is not None for n in other.graph.nodes) == 2
+        assert sum(palette_annotation(n) is not None for n in other.graph.nodes) == 2
 
 
 def test_palettizing_puts_one_lookup_in_the_place_of_each_weight() -> None:

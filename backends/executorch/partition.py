@@ -1,0 +1,87 @@
+"""XNNPACK's partitioner with two repairs.
+
+Its rules for convolutions and linear layers mark quantize and dequantize ops as part of a delegate
+before they know whether they will take the op; where they then do not, the delegate drops the marked
+ops and the op left outside reads integers as floats. Here the marks are undone. And a linear layer
+whose weight is computed while the program runs is taken as a float one.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+__all__ = ["partition_configs"]
+
+
+@functools.cache
+def partition_configs() -> tuple[Any, ...]:
+    """The partitioner's rules, repaired."""
+    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS, gemm_configs
+
+    repaired = {
+        each: _with_clean_refusal(each)
+        for each in (
+            gemm_configs.ConvolutionConfig, gemm_configs.AddmmConfig, gemm_configs.MMConfig
+        )
+    }  # fmt: skip
+    repaired[gemm_configs.LinearConfig] = _with_computed_weights(
+        _with_clean_refusal(gemm_configs.LinearConfig)
+    )
+    return tuple(repaired.get(each, each) for each in ALL_PARTITIONER_CONFIGS)
+
+
+def _with_clean_refusal(base: Any) -> Any:
+    from executorch.backends.xnnpack.utils.quant_utils import IS_IMPLICIT_Q_DQ_TAG
+
+    class Repaired(base):  # type: ignore[misc]
+        def get_deps(self, node: Any, program: Any) -> Any:
+            marked = {each for each in program.graph.nodes if each.meta.get(IS_IMPLICIT_Q_DQ_TAG)}
+            taken, needed = super().get_deps(node, program)
+            if not taken:
+                for each in program.graph.nodes:
+                    if each not in marked:
+                        each.meta.pop(IS_IMPLICIT_Q_DQ_TAG, None)
+            return taken, needed
+
+    Repaired.__name__ = Repaired.__qualname__ = base.__name__
+    return Repaired
+
+
+def _with_computed_weights(base: Any) -> Any:
+    from executorch.backends.xnnpack.partition.config.xnnpack_config import ConfigPrecisionType
+    from executorch.backends.xnnpack.utils.quant_utils import (
+        is_dequant,
+        is_dynamic_qdq,
+        is_quant,
+    )
+    from executorch.backends.xnnpack.utils.utils import get_input_node
+
+    def quantized_behind(node: Any) -> bool:
+        if is_dynamic_qdq(get_input_node(node, 0)):
+            return True
+        users = list(node.users)
+        if len(users) == 1 and any(name in str(users[0].target) for name in ("relu", "hardtanh")):
+            users = list(users[0].users)
+        return len(users) == 1 and bool(is_quant(users[0]))
+
+    def computed(node: Any) -> bool:
+        weight = get_input_node(node, 1)
+        if weight.op == "placeholder":
+            return False
+        reads_integers = is_dequant(weight) and is_dequant(get_input_node(node, 0))
+        return not (reads_integers and quantized_behind(node))
+
+    class Linear(base):  # type: ignore[misc]
+        def _detect_precision(self, node: Any) -> Any:
+            if computed(node):
+                return ConfigPrecisionType.FP32
+            return super()._detect_precision(node)
+
+        def _get_weight_deps(self, node: Any, program: Any, precision: Any) -> Any:
+            if precision == ConfigPrecisionType.FP32 and computed(node):
+                return True, []
+            return super()._get_weight_deps(node, program, precision)
+
+    Linear.__name__ = Linear.__qualname__ = base.__name__
+    return Linear

@@ -1,0 +1,128 @@
+"""Clipping ranges of least squared error: for weights on their values, for statistics on histograms."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from graphopt.numerics.affine import (
+    dequantize,
+    grid_of,
+    has_whole_offsets,
+    qparams,
+    quantize,
+    scale_limits,
+)
+from graphopt.specs import QuantizationSpec
+
+__all__ = ["clip_by_value", "clip_by_weight"]
+
+_CHUNK = 1 << 22  # elements at a time, so that temporaries stay small beside a model
+_COARSE = tuple(1.0 - 0.025 * step for step in range(30))
+_FINE = (-0.02, -0.015, -0.01, -0.005, 0.005, 0.01, 0.015, 0.02)
+
+
+def _search(
+    low: Tensor, high: Tensor, errors: Callable[[Tensor, Tensor], Tensor], *, both: bool
+) -> tuple[Tensor, Tensor]:
+    """Shrink ranges where that lowers the error of their groups.
+
+    Both ends shrink together first; where they count separately each end is then tried alone, and
+    last comes a finer grid around the best.
+
+    Args:
+        low: Lower ends, [groups].
+        high: Upper ends, [groups].
+        errors: Errors of several ranges for each group, [candidates, groups] each way.
+        both: Whether the ends count separately.
+    """
+    coarse = torch.tensor(_COARSE, device=low.device).unsqueeze(1).expand(-1, low.shape[0])
+    fine = torch.tensor(_FINE, device=low.device).unsqueeze(1)
+    best = torch.full_like(low, torch.inf)
+    ends = [torch.ones_like(low), torch.ones_like(high)]
+
+    def attempt(first: Tensor, second: Tensor) -> None:
+        nonlocal best
+        found, place = errors(low * first, high * second).min(dim=0)
+        better = found < best
+        best = torch.where(better, found, best)
+        chosen = place.unsqueeze(0)
+        ends[0] = torch.where(better, first.gather(0, chosen).squeeze(0), ends[0])
+        ends[1] = torch.where(better, second.gather(0, chosen).squeeze(0), ends[1])
+
+    attempt(coarse, coarse)
+    if both:
+        attempt(coarse, ends[1].expand_as(coarse))
+        attempt(ends[0].expand_as(coarse), coarse)
+    near = [(end + fine).clamp(max=1.0) for end in ends]
+    attempt(*near)
+    if both:
+        attempt((ends[0] + fine).clamp(max=1.0), ends[1].expand(len(_FINE), -1))
+        attempt(ends[0].expand(len(_FINE), -1), (ends[1] + fine).clamp(max=1.0))
+    return low * ends[0], high * ends[1]
+
+
+def clip_by_value(groups: Tensor, spec: QuantizationSpec) -> tuple[Tensor, Tensor]:
+    """Range of each group that minimises `Σ (w − ŵ)²`.
+
+    Args:
+        groups: [groups, elements].
+        spec: Element type and scheme.
+
+    Returns:
+        Lower and upper ends, [groups].
+    """
+    rows = max(1, _CHUNK // max(groups.shape[1], 1))
+    lows, highs = [], []
+    for start in range(0, groups.shape[0], rows):
+        part = groups[start : start + rows].to(torch.float32)
+        low, high = torch.aminmax(part, dim=1)
+        low, high = low.clamp(max=0), high.clamp(min=0)
+
+        def errors(lows: Tensor, highs: Tensor, part: Tensor = part) -> Tensor:
+            pairs = zip(lows, highs, strict=True)
+            return torch.stack([_squared_error(part, a, b, spec).sum(dim=1) for a, b in pairs])
+
+        found = _search(low, high, errors, both=scale_limits(spec) == "both")
+        lows.append(found[0])
+        highs.append(found[1])
+    return torch.cat(lows), torch.cat(highs)
+
+
+def _squared_error(values: Tensor, low: Tensor, high: Tensor, spec: QuantizationSpec) -> Tensor:
+    scale, offset = qparams(low, high, spec)
+    scale = scale.unsqueeze(1)
+    offset = None if offset is None else offset.unsqueeze(1)
+    stored = quantize(values, scale, offset, grid_of(spec), whole=has_whole_offsets(spec))
+    rounded = dequantize(stored, scale, offset)
+    return (values - rounded).square_()
+
+
+def clip_by_weight(
+    centres: Tensor, weights: Tensor, low: Tensor, high: Tensor, spec: QuantizationSpec
+) -> tuple[Tensor, Tensor]:
+    """Range of one histogram that minimises its weighted squared error.
+
+    Args:
+        centres: Middle of each bin, [bins].
+        weights: Values in each bin, [bins].
+        low: Smallest value, a scalar.
+        high: Largest value, a scalar.
+        spec: Element type and scheme.
+
+    Returns:
+        Lower and upper end, scalars.
+    """
+    filled = weights > 0
+    values, weights = centres[filled].to(torch.float32), weights[filled].to(torch.float32)
+
+    def errors(lows: Tensor, highs: Tensor) -> Tensor:
+        each = values.unsqueeze(0).expand(lows.shape[0], -1)
+        squared = _squared_error(each, lows[:, 0], highs[:, 0], spec)
+        return (squared * weights).sum(dim=1, keepdim=True)
+
+    ends = low.clamp(max=0).reshape(1), high.clamp(min=0).reshape(1)
+    found = _search(*ends, errors, both=scale_limits(spec) == "both")
+    return found[0][0], found[1][0]

@@ -1,0 +1,34 @@
+"""The clipping range of least squared error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from typing_extensions import override
+
+from graphopt.numerics.clipping import clip_by_weight
+from graphopt.observers.base import State
+from graphopt.observers.histogram import HistogramObserver, bin_centres
+from graphopt.specs import QuantizationSpec
+
+__all__ = ["MSEObserver"]
+
+
+@dataclass(frozen=True)
+class MSEObserver(HistogramObserver):
+    """Range whose rounding and clipping errors on the histogram have the least sum of squares."""
+
+    name: ClassVar[str] = "mse"
+
+    @override
+    def range(self, state: State, spec: QuantizationSpec) -> tuple[Tensor, Tensor]:
+        low, high = self.seen(state)
+        centres, lows, highs = bin_centres(state), low.clone(), high.clone()
+        for group in torch.nonzero(low <= high).flatten().tolist():
+            counts = state["counts"][group]
+            ends = clip_by_weight(centres[group], counts, low[group], high[group], spec)
+            lows[group], highs[group] = ends
+        return lows, highs

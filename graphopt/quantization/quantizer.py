@@ -1,0 +1,433 @@
+"""Quantizer: the compressor class of linear quantization, after training and in training."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterable, Iterator, Mapping, Sized
+from contextlib import contextmanager
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from graphopt.api import as_program, convert_for, lower_by_suffix
+from graphopt.backends import load_backend
+from graphopt.captured_module import CapturedModule, holder_of
+from graphopt.config.quantization import QATSchedule, QuantizerConfig
+from graphopt.errors import CalibrationError, ConfigError, InputError, LoweringError, StateError
+from graphopt.fake_quantize import ActivationQuantizer, WeightQuantizer
+from graphopt.pass_manager import run_passes
+from graphopt.passes import (
+    AnnotateQuantization,
+    ConvertQuantization,
+    FoldBatchNorm,
+    InsertFakeQuantize,
+    RemoveUnused,
+)
+from graphopt.passes.insert_fake_quantize import QUANTIZERS, places_of
+from graphopt.program import CompressedProgram, Program
+from graphopt.progress import track
+from graphopt.specs import ExportBackend
+from graphopt.table import ActivationRecord, CompressionTable, merged
+
+__all__ = ["Quantizer"]
+
+_log = logging.getLogger(__name__)
+_AnyQuantizer = ActivationQuantizer | WeightQuantizer
+
+
+class Quantizer:
+    """Quantize weights and activations, from data or in training.
+
+    >>> quantizer = Quantizer(model, QuantizerConfig.presets.w8a8())
+    >>> prepared = quantizer.prepare(example_inputs)
+    >>> with quantizer.calibration_mode():
+    ...     for batch in batches:
+    ...         prepared(batch)
+    >>> finalized = quantizer.finalize(backend=ExportBackend.CoreAI)
+
+    Args:
+        model: A module, an `ExportedProgram`, or a `Program`, palettized before or not; it is never
+            changed.
+        config: What becomes of which weight and activation; int8 everywhere by default.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module | ExportedProgram | Program,
+        config: QuantizerConfig | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module | ExportedProgram | Program):
+            raise InputError(
+                f"model must be a module, an ExportedProgram or a Program, got {type(model).__name__}"
+            )
+        self._model = model
+        self._config = QuantizerConfig() if config is None else config
+        if self._config.kv_cache_quant_configs:
+            raise ConfigError(
+                "kv_cache_quant_configs: quantized key-value caches are not there yet; leave it out"
+            )
+        self._annotated: Program | None = None
+        self._prepared: CapturedModule | None = None
+        self._step = 0
+        self._by_hand = False
+
+    # --- life cycle -----------------------------------------------------------------------------
+    def prepare(
+        self,
+        example_inputs: tuple[Any, ...] | Tensor | None = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+        *,
+        backend: ExportBackend | str | None = None,
+        on_unmatched: Literal["error", "warn"] = "error",
+        export_with_no_grad: bool = True,
+    ) -> CapturedModule:
+        """Capture the model and insert quantizers.
+
+        Args:
+            example_inputs: Inputs of one call; they only give shapes, not ranges.
+            example_kwargs: Keyword inputs of that call.
+            backend: Target whose fusions decide where activations are rounded: one that does not
+                compute an activation function together with the op before it has a rounding between
+                them. None rounds behind the function everywhere.
+            on_unmatched: Whether a config key that matches no module, op or state raises or warns.
+            export_with_no_grad: Accepted for compatibility; capture needs no gradients.
+
+        Returns:
+            A module with the model's signature and state-dict names that computes with rounded
+            weights, and with rounded activations once their ranges are known. It shares nothing
+            with the model. Calibrate it or train it, then call `finalize`.
+
+        Raises:
+            CaptureError: The model cannot be exported.
+            ConfigError: A config key matches nothing, or asks for what activations cannot have.
+            CompressionError: A weight contains NaN or Inf.
+            StateError: `prepare` was called before.
+        """
+        del export_with_no_grad
+        if self._annotated is not None:
+            raise StateError("prepare() was called before; make a new Quantizer")
+        annotated = as_program(self._model, example_inputs, example_kwargs)
+        fused = None if backend is None else load_backend(backend).capabilities.fused_activations
+        run_passes(
+            annotated.graph_module,
+            [AnnotateQuantization(self._config, on_unmatched, fused)],
+        )
+        prepared = copy.deepcopy(annotated.graph_module)
+        run_passes(prepared, [InsertFakeQuantize()])
+        prepared.eval()
+        for quantizer in _of(prepared, ActivationQuantizer):
+            # a fixed range needs no data
+            quantizer.settle()
+            quantizer.rounding = True
+        self._annotated, self._prepared = annotated, prepared
+        _log.info(
+            "%d weights and %d activation scales to quantize",
+            len(_of(prepared, WeightQuantizer)), len(_of(prepared, ActivationQuantizer)),
+        )  # fmt: skip
+        return prepared
+
+    @contextmanager
+    def calibration_mode(self, model: nn.Module | None = None) -> Iterator[CapturedModule]:
+        """Observe the activations of every call inside the context.
+
+        Statistics start empty. Weights are rounded and activations are not, the module is in
+        evaluation mode and no autograd graph is built. Ranges hold from the end of the context.
+
+        Args:
+            model: Accepted for compatibility: None, or what `prepare` returned.
+
+        Raises:
+            StateError: `prepare` was not called.
+        """
+        del model
+        prepared = self._ready()
+        training = prepared.training
+        prepared.eval()
+        quantizers = _of(prepared, ActivationQuantizer)
+        for quantizer in quantizers:
+            quantizer.reset()
+            quantizer.observing, quantizer.rounding = True, False
+        try:
+            with torch.no_grad():
+                yield prepared
+        finally:
+            for quantizer in quantizers:
+                quantizer.settle()
+                quantizer.observing, quantizer.rounding = False, True
+            prepared.train(training)
+
+    def calibrate(self, data: Iterable[Any], *, progress: bool | None = None) -> CapturedModule:
+        """Run the prepared module on `data` in `calibration_mode`.
+
+        Args:
+            data: Inputs of one call each: a tensor, a tuple or list of positional inputs, or a
+                dictionary of keyword inputs; shapes may differ as far as the model allows.
+            progress: Show a bar; None shows it on a terminal, if `data` has a length.
+
+        Raises:
+            StateError: `prepare` was not called.
+            InputError: An input does not fit the captured graph.
+        """
+        total = len(data) if isinstance(data, Sized) else 0
+        with self.calibration_mode() as prepared:
+            for inputs in track(data, "calibrating", total, enabled=progress):
+                if isinstance(inputs, Mapping):
+                    prepared(**inputs)
+                elif isinstance(inputs, tuple | list):
+                    prepared(*inputs)
+                else:
+                    prepared(inputs)
+        return prepared
+
+    @contextmanager
+    def training_mode(self, model: nn.Module | None = None) -> Iterator[CapturedModule]:
+        """Train with rounding: dropout and batch norms behave as in training inside the context.
+
+        Observers and rounding follow the `qat_schedule` of each module config, counted in calls of
+        `step`; without one both are on.
+
+        Args:
+            model: Accepted for compatibility: None, or what `prepare` returned.
+
+        Raises:
+            StateError: `prepare` was not called.
+        """
+        del model
+        prepared = self._ready()
+        prepared.train()
+        if not self._by_hand:
+            self._follow_schedule()
+        try:
+            yield prepared
+        finally:
+            prepared.eval()
+            for quantizer in _of(prepared, ActivationQuantizer):
+                if quantizer.observing and not quantizer.learned:
+                    quantizer.settle()
+                quantizer.observing = False
+
+    def step(self) -> None:
+        """Count a training step for the schedules.
+
+        Raises:
+            StateError: `prepare` was not called.
+        """
+        self._ready()
+        self._step += 1
+        if not self._by_hand:
+            self._follow_schedule()
+
+    def _follow_schedule(self) -> None:
+        for quantizer in self._quantizers():
+            schedule = self._schedule(quantizer.origin.path)
+            off = schedule.disable_observer
+            quantizer.observing = self._step >= schedule.enable_observer and (
+                off is None or self._step < off
+            )
+            quantizer.rounding = self._step >= schedule.enable_fake_quant
+            if isinstance(quantizer, WeightQuantizer):
+                quantizer.forget()
+
+    def _schedule(self, path: str) -> QATSchedule:
+        config = self._config
+        sections = [("global_config", config.global_config)]
+        for name in ("module_type_configs", "module_name_configs"):
+            found = getattr(config, name)
+            sections += [(f"{name}[{key!r}]", value) for key, value in found.items()]
+        for key, module_config in sections:
+            if path.startswith(f"{key}.") and module_config is not None:
+                return module_config.qat_schedule or QATSchedule()
+        return QATSchedule()
+
+    def enable_observer(self, module: str | None = None) -> None:
+        """Let ranges follow the data, everywhere or in the module of that name.
+
+        Schedules no longer count from then on.
+        """
+        self._set(module, observing=True)
+
+    def disable_observer(self, module: str | None = None) -> None:
+        """Keep ranges as they are."""
+        self._set(module, observing=False)
+
+    def enable_fake_quant(self, module: str | None = None) -> None:
+        """Round, everywhere or in the module of that name."""
+        self._set(module, rounding=True)
+
+    def disable_fake_quant(self, module: str | None = None) -> None:
+        """Do not round."""
+        self._set(module, rounding=False)
+
+    def _set(self, module: str | None, **flags: bool) -> None:
+        self._by_hand = True
+        chosen = [
+            quantizer
+            for quantizer in self._quantizers()
+            if module is None
+            or quantizer.origin.module == module
+            or quantizer.origin.module.startswith(f"{module}.")
+        ]
+        if not chosen:
+            known = sorted({quantizer.origin.module for quantizer in self._quantizers()})
+            raise InputError(f"no quantizer belongs to module {module!r}; there are: {known}")
+        for quantizer in chosen:
+            for flag, value in flags.items():
+                setattr(quantizer, flag, value)
+            if isinstance(quantizer, WeightQuantizer):
+                quantizer.forget()
+
+    # --- results --------------------------------------------------------------------------------
+    def finalize(
+        self,
+        model: nn.Module | None = None,
+        backend: ExportBackend | str = ExportBackend.CoreAI,
+        *,
+        on_unobserved: Literal["error", "skip"] = "error",
+    ) -> CapturedModule:
+        """Turn quantizers into the quantize and dequantize ops of a backend.
+
+        Args:
+            model: None, or what `prepare` returned (or a trained copy of it).
+            backend: Whose ops the module holds; `ExportBackend.Torch` keeps our neutral ones.
+            on_unobserved: "skip" leaves activations without a usable range in float.
+
+        Returns:
+            A callable module, ready for `torch.export.export`.
+
+        Raises:
+            StateError: `prepare` was not called.
+            CalibrationError: Activations were never observed, saw NaN or Inf, or have an empty range.
+            LoweringError: The backend cannot hold the program.
+        """
+        return convert_for(self.program(model, on_unobserved=on_unobserved), backend)
+
+    def program(
+        self,
+        model: nn.Module | None = None,
+        *,
+        on_unobserved: Literal["error", "skip"] = "error",
+    ) -> CompressedProgram:
+        """The quantized program in our neutral vocabulary.
+
+        Raises:
+            StateError: `prepare` was not called.
+            CalibrationError: See `finalize`.
+        """
+        prepared = self._ready()
+        if model is not None:
+            if not isinstance(model, CapturedModule):
+                raise InputError(f"model must come from prepare(), got {type(model).__name__}")
+            prepared = model
+        assert self._annotated is not None
+        activations = _scales(prepared, on_unobserved)
+        converted = self._annotated.copy()
+        gm = converted.graph_module
+        _take_state(gm, prepared)
+        run_passes(gm, [FoldBatchNorm()])
+        weights = {}
+        for quantizer in _of(prepared, WeightQuantizer):
+            holder, name = holder_of(gm, quantizer.origin.name)
+            weights[quantizer.origin.name] = quantizer.quantized(getattr(holder, name))
+        run_passes(gm, [ConvertQuantization(activations, weights), RemoveUnused()])
+        records = tuple(_activation_records(self._annotated, prepared))
+        known = gm.meta["graphopt.table"]
+        gm.meta["graphopt.table"] = merged(known, CompressionTable((), (), records))
+        return CompressedProgram(
+            graph_module=copy.deepcopy(gm),
+            example_args=converted.example_args,
+            example_kwargs=converted.example_kwargs,
+            provenance=converted.provenance,
+            lower_with=lower_by_suffix,
+        )
+
+    def summary(self) -> CompressionTable:
+        """One row per weight and one record per activation scale: what is done, or why not.
+
+        Raises:
+            StateError: `prepare` was not called.
+        """
+        self._ready()
+        return self.program(on_unobserved="skip").report()
+
+    def _ready(self) -> CapturedModule:
+        if self._prepared is None:
+            raise StateError("call prepare(example_inputs) first")
+        return self._prepared
+
+    def _quantizers(self) -> list[_AnyQuantizer]:
+        prepared = self._ready()
+        return [*_of(prepared, ActivationQuantizer), *_of(prepared, WeightQuantizer)]
+
+
+def _of(module: nn.Module, kind: type[Any]) -> list[Any]:
+    return [each for each in module.modules() if isinstance(each, kind)]
+
+
+def _scales(
+    prepared: CapturedModule, on_unobserved: Literal["error", "skip"]
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Sharing group → scale and offset of those with a usable range."""
+    found, problems = {}, []
+    for quantizer in _of(prepared, ActivationQuantizer):
+        if quantizer.dynamic:
+            raise LoweringError(
+                f"{quantizer.origin.name}: no target takes scales that are computed at run time"
+                f" ({quantizer.origin.path}); use another qparam_calculator_cls than 'dynamic'"
+            )
+        if bool(quantizer.known):
+            found[quantizer.origin.name] = quantizer.parameters_of()
+            continue
+        reason = quantizer.problem(*quantizer.observed_range()) or "has no range"
+        problems.append(f"{quantizer.origin.name} (module {quantizer.origin.module!r}) {reason}")
+    if problems and on_unobserved == "error":
+        raise CalibrationError(
+            "activations without a usable range:\n"
+            + "\n".join(problems)
+            + "\nrun data that reaches them through calibration_mode(), exclude them in the config, or"
+            " pass on_unobserved='skip' to leave them in float"
+        )
+    return found
+
+
+def _take_state(gm: CapturedModule, prepared: CapturedModule) -> None:
+    """Let a graph compute with the tensors of the prepared one, which has the same names."""
+    stored = [
+        *prepared.named_parameters(remove_duplicate=False),
+        *prepared.named_buffers(remove_duplicate=False),
+    ]
+    for path, tensor in stored:
+        if path.startswith(f"{QUANTIZERS}."):
+            continue
+        holder, name = holder_of(gm, path)
+        if isinstance(tensor, nn.Parameter):
+            holder.register_parameter(name, tensor)
+        else:
+            holder._buffers[name] = tensor
+
+
+def _activation_records(annotated: Program, prepared: CapturedModule) -> Iterator[ActivationRecord]:
+    values: dict[str, list[str]] = {}
+    for point, operand, _ in places_of(annotated.graph_module):
+        values.setdefault(point.group, []).append(operand.name)
+    for quantizer in _of(prepared, ActivationQuantizer):
+        name = quantizer.origin.name
+        dtype = str(quantizer.spec.dtype).removeprefix("torch.")
+        detail = f"{dtype} {quantizer.spec.qscheme.value}"
+        single = bool(quantizer.known) and quantizer.groups == 1
+        low, high = quantizer.observed_range() if single else (None, None)
+        scale, offset = quantizer.parameters_of() if single else (None, None)
+        yield ActivationRecord(
+            name=name,
+            nodes=tuple(values.get(name, ())),
+            status="quantized" if bool(quantizer.known) else "float",
+            detail=detail if bool(quantizer.known) else "no usable range",
+            path=quantizer.origin.path,
+            scale=None if scale is None else float(scale),
+            offset=None if scale is None else (0.0 if offset is None else float(offset)),
+            low=None if low is None else float(low),
+            high=None if high is None else float(high),
+            seen=int(quantizer.seen),
+        )

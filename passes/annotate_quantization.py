@@ -1,0 +1,118 @@
+"""Decide what a quantization config makes of every weight and every activation."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+from typing_extensions import override
+
+from graphopt.annotations import (
+    WeightAnnotation,
+    annotate_input,
+    annotate_norm,
+    annotate_output,
+    annotate_weight,
+)
+from graphopt.config.quantization import QuantizerConfig
+from graphopt.config.selection import Selector
+from graphopt.editor import Editor
+from graphopt.errors import CompressionError, ConfigWarning
+from graphopt.pass_base import Pass
+from graphopt.passes.fold_batchnorm import is_foldable
+from graphopt.passes.quantization_plan import ActivationPlan, plan_activations
+from graphopt.passes.select_weights import (
+    FLOAT_DTYPES,
+    decide,
+    report_unmatched,
+    skipped_row,
+    touch_modules,
+)
+from graphopt.schemes.quantize import plan_blocks
+from graphopt.specs import QuantizationSpec
+from graphopt.specs.model import SpecModel
+from graphopt.table import ActivationRecord, CompressionTable, merged
+from graphopt.weights import WeightTensor, find_weights
+
+__all__ = ["AnnotateQuantization"]
+
+
+@dataclass(frozen=True)
+class AnnotateQuantization(Pass):
+    """Attach annotations to weights, to values that are quantized, and to norms that are folded.
+
+    The graph's nodes stay as they are; `gm.meta` gets the table of what stays in float and why.
+
+    Attributes:
+        config: What is asked for.
+        on_unmatched: Whether a key that matches no module, op or state is an error or a warning.
+        fused: Activation functions that the target computes together with the op before; None for
+            all.
+    """
+
+    name: ClassVar[str] = "annotate-quantization"
+    config: QuantizerConfig
+    on_unmatched: Literal["error", "warn"] = "error"
+    fused: frozenset[str] | None = None
+
+    @override
+    def run(self, edit: Editor) -> None:
+        selector = Selector(self.config)
+        weights = find_weights(edit.gm)
+        touch_modules(edit.gm, selector, weights)
+        rows = []
+        for weight in weights:
+            decision = decide(
+                weight, selector, QuantizationSpec, partial(self._refusal, weight), "quantize"
+            )
+            if isinstance(decision.spec, QuantizationSpec):
+                annotation = WeightAnnotation(decision.spec, weight.output_axis, decision.path)
+                for node in weight.nodes:
+                    annotate_weight(node, annotation)
+                edit.changed = True
+            elif weight.tensor.ndim >= 2 or weight.compressed or decision.chosen:
+                rows.append(skipped_row(weight, decision))
+        plan = plan_activations(edit.gm, selector, self.fused)
+        self._apply(edit, plan)
+        uses = [match.use for match in plan.matches]
+        remarks = report_unmatched(selector, edit.gm, weights, self.on_unmatched, uses)
+        for remark in plan.remarks:
+            warnings.warn(remark, ConfigWarning, stacklevel=2)
+        floats = tuple(
+            ActivationRecord(name=name, status="float", detail=f"{kind}: {why}")
+            for name, kind, why in plan.floats
+        )
+        table = CompressionTable(tuple(rows), (*remarks, *plan.remarks), floats)
+        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
+        edit.gm.meta["graphopt.table"] = merged(before, table)
+
+    def _apply(self, edit: Editor, plan: ActivationPlan) -> None:
+        for node, point in plan.outputs.items():
+            annotate_output(node, point)
+        for (node, position), point in plan.inputs.items():
+            annotate_input(node, position, point)
+        for match in plan.matches:
+            if match.norm is not None and is_foldable(edit, match.norm, match.node):
+                annotate_norm(match.norm)
+        edit.changed |= bool(plan.outputs or plan.inputs)
+
+    def _refusal(self, weight: WeightTensor, spec: SpecModel) -> str:
+        assert isinstance(spec, QuantizationSpec)
+        if weight.tensor.dtype not in FLOAT_DTYPES:
+            return f"{weight.tensor.dtype} values are not quantized"
+        if weight.tensor.numel() == 0:
+            return "has no elements"
+        if spec.calculator not in ("default", "static", "mse"):
+            return f"qparam_calculator_cls={spec.qparam_calculator_cls!r} is for activations"
+        if weight.tensor.ndim < 2 and all(use.role == "bias" for use in weight.uses):
+            return "biases are kept in float, which costs next to nothing"
+        try:
+            _, note = plan_blocks(weight.tensor.shape, weight.output_axis, spec.granularity)
+        except CompressionError as error:
+            warnings.warn(f"{weight.name}: {error}; left as it is", ConfigWarning, stacklevel=2)
+            return str(error)
+        if note:
+            warnings.warn(f"{weight.name}: {note}", ConfigWarning, stacklevel=2)
+        return ""

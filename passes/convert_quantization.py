@@ -1,0 +1,203 @@
+"""Turn annotated weights and activations into quantize and dequantize ops."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from typing_extensions import override
+
+from graphopt.annotations import WeightAnnotation, quantization_annotation
+from graphopt.editor import Editor
+from graphopt.numerics.affine import grid_of, has_whole_offsets
+from graphopt.pass_base import Pass
+from graphopt.passes.annotate_quantization import AnnotateQuantization
+from graphopt.passes.insert_fake_quantize import place_behind, places_of, redirect
+from graphopt.quantized import quantized_ops
+from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
+from graphopt.specs import PerChannelGranularity, QuantizationSpec
+from graphopt.table import CompressionTable, TensorRecord, merged
+from graphopt.weights import WeightTensor, find_weights
+
+__all__ = ["ConvertQuantization", "Scales", "record_of"]
+
+_ops = torch.ops.graphopt
+Scales = tuple[Tensor, Tensor | None]
+
+
+@dataclass(frozen=True)
+class ConvertQuantization(Pass):
+    """Replace annotated weights by their stored form, and round annotated activations.
+
+    Before:
+        %y = conv2d(%x, %w, %b)
+
+    After:
+        %q = quantized_decomposed.quantize_per_tensor(%x, scale, zero_point, q_min, q_max, int8)
+        %d = quantized_decomposed.dequantize_per_tensor(%q, scale, zero_point, q_min, q_max, int8)
+        %w = quantized_decomposed.dequantize_per_channel(%w_int8, %scales, %zero_points, axis, …)
+        %y = conv2d(%d, %w, %b)
+
+    int8 weights with one scale, or one per channel, take the form that other tools know; all others
+    go through `graphopt.shift_scale`. Activations with a float minimum (MINVAL) are shifted before
+    and after; narrow floats go through `graphopt.round_to_float`.
+
+    Attributes:
+        activations: Sharing group → scale and offset; a group without an entry stays in float.
+        weights: Name → quantized form; weights without one are quantized here.
+    """
+
+    name: ClassVar[str] = "convert-quantization"
+    after: ClassVar[tuple[type[Pass], ...]] = (AnnotateQuantization,)
+    activations: Mapping[str, Scales] = field(default_factory=dict)
+    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+
+    @override
+    def run(self, edit: Editor) -> None:
+        for point, operand, users in places_of(edit.gm):
+            scales = self.activations.get(point.group)
+            if scales is not None:
+                readers = set(operand.users)
+                rounded = _round(edit, operand, point.group, point.spec, scales)
+                redirect(edit, operand, rounded, readers, users)
+        rows = []
+        for weight in find_weights(edit.gm):
+            annotation = quantization_annotation(weight.nodes[0])
+            if annotation is None:
+                continue
+            quantized = self.weights.get(weight.name) or _quantize(weight, annotation)
+            rows.append(record_of(weight, annotation.spec, quantized))
+            dense = _dequantize(edit, weight.name, quantized, weight.nodes[0])
+            for node in weight.nodes:
+                edit.replace(node, dense)
+            for path in (weight.name, *weight.aliases):
+                edit.delete_constant(path)
+        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
+        edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))
+
+
+def _quantize(
+    weight: WeightTensor, annotation: WeightAnnotation[QuantizationSpec]
+) -> QuantizedWeight:
+    spec = annotation.spec
+    blocks, _ = plan_blocks(weight.tensor.shape, annotation.output_axis, spec.granularity)
+    return quantize_weight(weight.tensor, spec, blocks)
+
+
+def _round(
+    edit: Editor, operand: fx.Node, group: str, spec: QuantizationSpec, scales: Scales
+) -> fx.Node:
+    """Emit the rounding of a value behind it; returns what its readers are to read."""
+    scale, offset = scales
+    grid, place = grid_of(spec), place_behind(operand)
+    dtype = operand.meta["val"].dtype
+
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return edit.call(target, *args, like=operand, before=place, **kwargs)
+
+    if grid.is_float:
+        return call(_ops.round_to_float.default, operand, float(scale), grid.storage)
+    ops = quantized_ops()
+    container = torch.uint8 if grid.q_min == 0 else torch.int8
+    limits = (int(grid.q_min), int(grid.q_max), container)
+    out = {} if dtype == torch.float32 else {"out_dtype": dtype}
+    granularity = spec.granularity
+    if isinstance(granularity, PerChannelGranularity):
+        zeros = torch.zeros_like(scale) if offset is None else offset
+        factors = edit.constant(f"{group}_scale", scale, like=operand, before=place)
+        zero = edit.constant(
+            f"{group}_zero_point", zeros.to(torch.int64), like=operand, before=place
+        )
+        axis = int(granularity.axis or 0) % operand.meta["val"].ndim
+        stored = call(ops.quantize_per_channel.default, operand, factors, zero, axis, *limits)
+        return call(ops.dequantize_per_channel.default, stored, factors, zero, axis, *limits, **out)
+    step = float(scale)
+    shift = 0.0 if offset is None else float(offset)
+    if has_whole_offsets(spec):
+        around = (step, int(shift), *limits)
+        stored = call(ops.quantize_per_tensor.default, operand, *around)
+        return call(ops.dequantize_per_tensor.default, stored, *around, **out)
+    # scale · (q − q_min) + minimum
+    minimum = step * (grid.q_min - shift)
+    around = (step, int(grid.q_min), *limits)
+    moved = call(torch.ops.aten.sub.Tensor, operand, minimum)
+    stored = call(ops.quantize_per_tensor.default, moved, *around)
+    back = call(ops.dequantize_per_tensor.default, stored, *around, **out)
+    return call(torch.ops.aten.add.Tensor, back, minimum)
+
+
+def _dequantize(edit: Editor, name: str, weight: QuantizedWeight, like: fx.Node) -> fx.Node:
+    counts, shape = weight.blocks.counts, list(weight.blocks.shape)
+    axes = [axis for axis, count in enumerate(counts) if count > 1]
+    per_channel = len(axes) == 1 and counts[axes[0]] == shape[axes[0]]
+    plain = weight.storage in ("int8", "uint8") and weight.dtype == torch.float32
+    whole = weight.offset is None or not weight.offset.is_floating_point()
+    if plain and whole and (not axes or per_channel) and weight.scale.dtype == torch.float32:
+        return _plain(edit, name, weight, axes, like)
+    data = edit.constant(f"{name}_quantized", weight.data, like=like)
+    scale = edit.constant(f"{name}_scale", weight.scale, like=like)
+    offset = None
+    if weight.offset is not None:
+        offset = edit.constant(f"{name}_offset", weight.offset, like=like)
+    return edit.call(
+        _ops.shift_scale.default, data, scale, offset, weight.storage, shape, weight.dtype,
+        like=like,
+    )  # fmt: skip
+
+
+def _plain(
+    edit: Editor, name: str, weight: QuantizedWeight, axes: list[int], like: fx.Node
+) -> fx.Node:
+    ops = quantized_ops()
+    container = torch.int8 if weight.storage == "int8" else torch.uint8
+    data = weight.data.view(container).reshape(weight.blocks.shape)
+    low, high = (-128, 127) if container == torch.int8 else (0, 255)
+    stored = edit.constant(f"{name}_quantized", data, like=like)
+    if not axes:
+        zero = 0 if weight.offset is None else int(weight.offset)
+        step = float(weight.scale)
+        return edit.call(
+            ops.dequantize_per_tensor.default, stored, step, zero, low, high, container, like=like
+        )
+    zeros = torch.zeros(weight.scale.numel(), dtype=torch.int64)
+    if weight.offset is not None:
+        zeros = weight.offset.reshape(-1).to(torch.int64)
+    factors = edit.constant(f"{name}_scale", weight.scale.reshape(-1), like=like)
+    zero_points = edit.constant(f"{name}_zero_point", zeros, like=like)
+    return edit.call(
+        ops.dequantize_per_channel.default, stored, factors, zero_points, axes[0], low, high,
+        container, like=like,
+    )  # fmt: skip
+
+
+def record_of(
+    weight: WeightTensor, spec: QuantizationSpec, quantized: QuantizedWeight
+) -> TensorRecord:
+    """The table's row of a quantized weight."""
+    blocks = quantized.blocks
+    detail = f"{quantized.storage} {spec.qscheme.value}, "
+    sizes = [size // count for size, count in zip(blocks.shape, blocks.counts, strict=True)]
+    if blocks.n_blocks == 1:
+        detail += "one scale"
+    else:
+        detail += f"{blocks.n_blocks} scales over blocks of {'×'.join(map(str, sizes))}"
+    energy, sse = quantized.energy, quantized.sse
+    snr = None if energy <= 0 else math.inf if sse <= 0 else 10 * math.log10(energy / sse)
+    return TensorRecord(
+        name=weight.name,
+        aliases=weight.aliases,
+        module_type=weight.module_type,
+        ops=tuple(dict.fromkeys(use.op_types[0] for use in weight.uses)),
+        nodes=tuple(use.node for use in weight.uses),
+        shape=tuple(weight.tensor.shape),
+        dtype=str(weight.tensor.dtype).removeprefix("torch."),
+        status="quantized",
+        detail=detail,
+        n_bits=grid_of(spec).bits,
+        stored_bits=quantized.stored_bits(),
+        snr_db=snr,
+    )

@@ -1,0 +1,241 @@
+"""Put the modules that observe and round into an annotated graph."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx, nn
+from typing_extensions import override
+
+from graphopt.annotations import (
+    ActivationPoint,
+    input_points,
+    is_fused_norm,
+    output_point,
+    quantization_annotation,
+)
+from graphopt.config.selection import ModuleFrame
+from graphopt.editor import Editor, operands
+from graphopt.errors import CompressionError
+from graphopt.fake_quantize import (
+    ActivationQuantizer,
+    ConvNorm,
+    Origin,
+    TrainableNorm,
+    WeightQuantizer,
+)
+from graphopt.pass_base import Pass
+from graphopt.passes.annotate_quantization import AnnotateQuantization
+from graphopt.passes.fold_batchnorm import conv_state
+from graphopt.schemes.quantize import plan_blocks
+from graphopt.specs import PerChannelGranularity
+from graphopt.weights import find_weights, module_frames
+
+__all__ = ["QUANTIZERS", "InsertFakeQuantize", "place_behind", "places_of", "redirect"]
+
+QUANTIZERS = "_quantizers"
+_aten = torch.ops.aten
+_NORM = _aten._native_batch_norm_legit_no_training.default
+
+
+@dataclass(frozen=True)
+class InsertFakeQuantize(Pass):
+    """Insert a quantizer at every annotated weight and activation.
+
+    Before:
+        %y = conv2d(%x, %w, %b)
+        %n = _native_batch_norm_legit_no_training(%y, …)
+        %i = getitem(%n, 0)
+        %r = relu(%i)
+
+    After:
+        %xq = _quantizers.x(%x)
+        %i = _quantizers.conv_norm_y(%xq, %w, %b, …)
+        %r = relu(%i)
+        %rq = _quantizers.relu(%r)
+
+    A norm that is not folded and a dropout become modules too, so that `train()` reaches them.
+    """
+
+    name: ClassVar[str] = "insert-fake-quantize"
+    after: ClassVar[tuple[type[Pass], ...]] = (AnnotateQuantization,)
+
+    @override
+    def run(self, edit: Editor) -> None:
+        weights = _weight_quantizers(edit)
+        for point, operand, users in places_of(edit.gm):
+            if point.derived:
+                continue
+            path = f"{QUANTIZERS}.at_{point.group}"
+            edit.module(path, _activation_quantizer(edit, path, point, operand))
+            readers = set(operand.users)
+            rounded = edit.run_module(path, operand, place=place_behind(operand), like=operand)
+            redirect(edit, operand, rounded, readers, users)
+        for norm in edit.calls(_NORM):
+            _insert_norm(edit, norm, weights)
+        for node, quantizer in weights.items():
+            _insert_weight(edit, node, quantizer)
+        for node in list(edit.gm.graph.nodes):
+            rate = node.meta.get("graphopt", {}).get("dropout")
+            if rate is not None and node.op == "call_function":
+                path = edit.module(f"{QUANTIZERS}.dropout_{node.name}", nn.Dropout(rate))
+                edit.gm.get_submodule(path).eval()
+                edit.replace(node, edit.run_module(path, node.args[0], place=node, like=node))
+
+
+def places_of(
+    gm: fx.GraphModule,
+) -> list[tuple[ActivationPoint, fx.Node, tuple[tuple[fx.Node, int], ...] | None]]:
+    """Annotated activations: point, value, and who reads it rounded (None: everybody)."""
+    found: list[Any] = []
+    for node in gm.graph.nodes:
+        point = output_point(node)
+        value = node.meta.get("val")
+        if point is not None and isinstance(value, Tensor):
+            found.append((point, node, None))
+    local: dict[tuple[str, fx.Node], tuple[ActivationPoint, list[tuple[fx.Node, int]]]] = {}
+    for node in gm.graph.nodes:
+        for position, point in input_points(node).items():
+            operand = operands(node)[position]
+            entry = local.setdefault((point.group, operand), (point, []))
+            entry[1].append((node, position))
+    found += [(point, operand, tuple(users)) for (_, operand), (point, users) in local.items()]
+    return found
+
+
+def redirect(
+    edit: Editor,
+    operand: fx.Node,
+    rounded: fx.Node,
+    readers: set[fx.Node],
+    users: tuple[tuple[fx.Node, int], ...] | None,
+) -> None:
+    """Let the readers of a value read its rounded form.
+
+    Args:
+        edit: The editor.
+        operand: The value.
+        rounded: Its rounded form.
+        readers: What read it before it was rounded.
+        users: (reader, operand position) of those that are to change; None for all.
+    """
+    if users is None:
+        edit.redirect(operand, rounded, lambda user: user not in readers or _is_shape_query(user))
+        return
+    for node, position in users:
+        edit.set_operand(node, position, rounded)
+
+
+def _is_shape_query(node: fx.Node) -> bool:
+    return str(node.target).startswith("aten.sym_")
+
+
+def place_behind(node: fx.Node) -> fx.Node:
+    """The node before which something that reads `node` can stand."""
+    place = node.next
+    while place.op == "placeholder" or (
+        node.target is not operator.getitem and place.target is operator.getitem
+        and place.args[0] is node
+    ):  # fmt: skip
+        place = place.next
+    return place
+
+
+def _activation_quantizer(
+    edit: Editor, path: str, point: ActivationPoint, operand: fx.Node
+) -> nn.Module:
+    try:
+        return edit.gm.get_submodule(path)
+    except AttributeError:
+        pass
+    groups = 1
+    granularity = point.spec.granularity
+    if isinstance(granularity, PerChannelGranularity) and granularity.axis is not None:
+        shape = operand.meta["val"].shape
+        if not -len(shape) <= granularity.axis < len(shape):
+            raise CompressionError(
+                f"{operand.name}: {point.path} has axis {granularity.axis}, the value has rank"
+                f" {len(shape)}"
+            )
+        extent = shape[granularity.axis]
+        # a symbol here has this value wherever the graph is valid, or the scales will not fit
+        groups = extent if isinstance(extent, int) else int(extent.node.hint)
+    quantizer = ActivationQuantizer(point.spec, groups)
+    quantizer.origin = Origin(point.group, _owner(module_frames(operand)), point.path)
+    quantizer.eval()
+    return quantizer
+
+
+def _owner(frames: tuple[ModuleFrame, ...]) -> str:
+    return frames[-1].name if frames else ""
+
+
+def _weight_quantizers(edit: Editor) -> dict[fx.Node, tuple[WeightQuantizer, str]]:
+    """One quantizer per weight, for all nodes that read it."""
+    found: dict[fx.Node, tuple[WeightQuantizer, str]] = {}
+    for weight in find_weights(edit.gm):
+        annotation = quantization_annotation(weight.nodes[0])
+        if annotation is None:
+            continue
+        blocks, _ = plan_blocks(
+            weight.tensor.shape, annotation.output_axis, annotation.spec.granularity
+        )
+        quantizer = WeightQuantizer(annotation.spec, blocks, weight.tensor.dtype)
+        quantizer.origin = Origin(weight.name, _owner(weight.uses[0].frames), annotation.path)
+        quantizer.eval()
+        for node in weight.nodes:
+            found[node] = (quantizer, f"{QUANTIZERS}.of_{weight.name.replace('.', '_')}")
+    return found
+
+
+def _insert_norm(
+    edit: Editor,
+    norm: fx.Node,
+    weights: dict[fx.Node, tuple[WeightQuantizer, str]],
+) -> None:
+    momentum, eps = float(str(norm.args[5])), float(str(norm.args[6]))
+    conv = norm.args[0]
+    item = next((u for u in norm.users if u.target is operator.getitem and u.args[1] == 0), None)
+    if item is None:
+        return
+    if not is_fused_norm(norm) or not isinstance(conv, fx.Node):
+        path = edit.module(f"{QUANTIZERS}.norm_{norm.name}", TrainableNorm(momentum, eps).eval())
+        made = edit.run_module(path, *norm.args[:5], place=norm, like=item)
+        edit.replace(item, made)
+        _erase(edit, norm)
+        return
+    _, groups = conv_state(edit, norm, conv)
+    x, weight = conv.args[0], conv.args[1]
+    bias = conv.args[2] if len(conv.args) > 2 else None
+    assert isinstance(weight, fx.Node)
+    quantizer = weights[weight][0] if weight in weights else None
+    module = ConvNorm(conv.target, tuple(conv.args[3:]), groups, momentum, eps, quantizer)  # type: ignore[arg-type]
+    module.eval()
+    if quantizer is not None:
+        state, _ = conv_state(edit, norm, conv)
+        stored_bias = None if bias is None else edit.value(bias)  # type: ignore[arg-type]
+        with torch.no_grad():
+            quantizer.start(module.folded(edit.value(weight), stored_bias, state)[0])
+        weights.pop(weight)
+    path = edit.module(f"{QUANTIZERS}.norm_{conv.name}", module)
+    made = edit.run_module(path, x, weight, bias, *norm.args[1:5], place=norm, like=item)
+    edit.replace(item, made)
+    _erase(edit, norm)
+    edit.erase(conv)
+
+
+def _erase(edit: Editor, norm: fx.Node) -> None:
+    for user in list(norm.users):
+        edit.erase(user)
+    edit.erase(norm)
+
+
+def _insert_weight(edit: Editor, node: fx.Node, found: tuple[WeightQuantizer, str]) -> None:
+    quantizer, path = found
+    quantizer.start(edit.value(node))
+    edit.module(path, quantizer)
+    rounded = edit.run_module(path, node, place=node.next, like=node)
+    edit.redirect(node, rounded, lambda _: False)

@@ -1,0 +1,430 @@
+"""Quantized programs on every target: executed or read back, and compared."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+import zoo
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.backends.base import Artifact
+from graphopt.errors import LoweringError
+from graphopt.palettization import (
+    KMeansPalettizer,
+    KMeansPalettizerConfig,
+    ModuleKMeansPalettizerConfig,
+    PalettizationSpec,
+)
+from graphopt.quantization import (
+    ModuleQuantizerConfig,
+    QuantizationFormulation,
+    QuantizationScheme,
+    QuantizationSpec,
+    Quantizer,
+    QuantizerConfig,
+)
+from graphopt.quantization.spec import PerBlockGranularity, PerChannelGranularity
+
+EXECUTED = [
+    pytest.param("coreai", marks=pytest.mark.coreai),
+    pytest.param("coreml", marks=pytest.mark.coreml),
+    pytest.param("executorch", marks=pytest.mark.executorch),
+]
+ALL = [*EXECUTED, "torch"]
+ASYMMETRIC = QuantizationScheme.ASYMMETRIC
+
+
+def saved(program: object, target: str, folder: Path) -> Artifact:
+    options = {"precision": "float32"} if target in ("coreai", "coreml") else {}
+    artifact = graphopt.lower(program, target, **options)  # type: ignore[arg-type]
+    artifact.save(folder / f"net{artifact.suffix}")
+    return artifact
+
+
+def psnr(found: Tensor, wanted: Tensor) -> float:
+    error = (found.double() - wanted.double()).square().mean()
+    return float(10 * torch.log10(wanted.double().abs().max() ** 2 / error.clamp(min=1e-30)))
+
+
+class Weights(nn.Module):
+    """One of every op that has a weight; "lut" is part of a name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(4, 8, 4)
+        self.up = nn.ConvTranspose2d(8, 4, 2, 2)
+        self.embed = nn.Embedding(32, 8)
+        self.fc = nn.Linear(4, 8)
+        self.right = nn.Parameter(torch.randn(8, 8))
+
+    def forward(self, x: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        y = self.up(torch.relu(self.convolution(x)))
+        return self.fc(y.mean((2, 3))) @ self.right + self.embed(ids).mean(1), y
+
+
+ARGS = (torch.randn(1, 4, 7, 7), torch.randint(0, 32, (1, 5)))
+CHANNELS, BLOCKS = PerChannelGranularity(), PerBlockGranularity(block_size=2)
+SPECS = {
+    "int8": QuantizationSpec(granularity=CHANNELS),
+    "int8 one scale": QuantizationSpec(),
+    "int8 affine": QuantizationSpec(granularity=CHANNELS, qscheme=ASYMMETRIC),
+    "uint8": QuantizationSpec(dtype="uint8", granularity=CHANNELS),
+    "int4 blocks": QuantizationSpec(dtype="int4", granularity=BLOCKS),
+    "int4 blocks affine": QuantizationSpec(dtype="int4", granularity=BLOCKS, qscheme=ASYMMETRIC),
+    "uint4": QuantizationSpec(dtype="uint4", granularity=CHANNELS),
+    "int6": QuantizationSpec(dtype="int6", granularity=CHANNELS),
+    "uint6 affine": QuantizationSpec(dtype="uint6", granularity=CHANNELS, qscheme=ASYMMETRIC),
+    "int2": QuantizationSpec(dtype="int2", granularity=BLOCKS),
+    "uint2": QuantizationSpec(dtype="uint2", granularity=BLOCKS, qscheme=ASYMMETRIC),
+    "int4 minimum": QuantizationSpec(
+        dtype="int4", granularity=CHANNELS, qscheme=ASYMMETRIC,
+        qformulation=QuantizationFormulation.MINVAL,
+    ),
+    "fp8 e4m3": QuantizationSpec(dtype="fp8_e4m3", granularity=CHANNELS),
+    "fp8 e5m2 powers of two": QuantizationSpec(
+        dtype="fp8_e5m2", granularity=CHANNELS, scale_dtype="e8m0"
+    ),
+    "fp4": QuantizationSpec(dtype="fp4_e2m1", granularity=BLOCKS),
+}  # fmt: skip
+REFUSED = {
+    "coreml": {"int4 minimum", "fp8 e4m3", "fp8 e5m2 powers of two", "fp4"},
+    "executorch": {"uint6 affine", "uint2", "fp8 e4m3", "fp8 e5m2 powers of two", "fp4"},
+}
+
+
+@cache
+def weight_only(name: str) -> Quantizer:
+    torch.manual_seed(0)
+    config = QuantizerConfig(
+        global_config=ModuleQuantizerConfig(
+            op_input_spec=None, op_output_spec=None, op_state_spec={"weight": SPECS[name]}
+        )
+    )
+    quantizer = Quantizer(Weights().eval(), config)
+    quantizer.prepare(ARGS)
+    return quantizer
+
+
+@pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("name", SPECS)
+def test_every_form_of_weight_is_executed_or_refused(
+    name: str, target: str, tmp_path: Path
+) -> None:
+    program = weight_only(name).program()
+    if name in REFUSED.get(target, ()):
+        with pytest.raises(LoweringError, match=r"convolution\.weight: .*; use"):
+            saved(program, target, tmp_path)
+        return
+    outcome = saved(program, target, tmp_path).verify()
+    assert outcome.complete
+    assert outcome.max_error < 2e-6
+    assert outcome.weights == 5
+
+
+@pytest.mark.coreai
+@pytest.mark.parametrize("name", SPECS)
+def test_weights_finalized_for_core_ai_are_raised_back(name: str) -> None:
+    quantizer = weight_only(name)
+    neutral, finalized = quantizer.program().graph_module, quantizer.finalize(backend="coreai")
+    torch.testing.assert_close(finalized(*ARGS)[0], neutral(*ARGS)[0], rtol=1e-5, atol=1e-5)
+    raised = graphopt.api.as_program(finalized, ARGS).graph_module
+    torch.testing.assert_close(raised(*ARGS)[0], neutral(*ARGS)[0], rtol=1e-5, atol=1e-5)
+    assert not any("coreai" in str(node.target) for node in raised.graph.nodes)
+
+
+ACTIVATIONS = {
+    "int8": QuantizationSpec(),
+    "int8 affine": QuantizationSpec(qscheme=ASYMMETRIC),
+    "uint8": QuantizationSpec(dtype="uint8", qscheme=ASYMMETRIC),
+    "int8 minimum": QuantizationSpec(
+        qscheme=ASYMMETRIC, qformulation=QuantizationFormulation.MINVAL
+    ),
+    "fp8": QuantizationSpec(dtype="fp8_e4m3"),
+    "int4": QuantizationSpec(dtype="int4", qscheme=ASYMMETRIC),
+}
+NOT_HELD = {"coreml": {"fp8", "int4"}, "executorch": {"fp8"}, "coreai": {"int4"}}
+
+
+@pytest.mark.parametrize("target", ALL)
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_every_form_of_activation_is_executed_or_refused(
+    name: str, target: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    spec = ACTIVATIONS[name]
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
+    config = QuantizerConfig(
+        global_config=ModuleQuantizerConfig(op_input_spec={"*": spec}, op_output_spec={"*": spec})
+    )
+    x = torch.randn(2, 3, 10, 10)
+    quantizer = Quantizer(model, config)
+    quantizer.prepare((x,))
+    quantizer.calibrate([x])
+    program = quantizer.program()
+    if name in NOT_HELD.get(target, ()):
+        with pytest.raises(LoweringError, match="activations; use one of"):
+            saved(program, target, tmp_path)
+        return
+    artifact = saved(program, target, tmp_path)
+    with torch.no_grad():
+        wanted = program.graph_module(x)
+    step = max(r.scale for r in quantizer.summary().activations if r.name == "conv2d_1")
+    assert artifact.verify().max_error * float(wanted.abs().max()) <= 1.01 * step
+
+
+@cache
+def digits() -> tuple[nn.Module, tuple[Tensor, Tensor], Tensor]:
+    """A CNN trained for seconds, its held-out images and labels, and calibration images."""
+    import sys
+
+    sys.path.insert(0, str(Path(__file__).parents[2] / "examples/digits"))
+    from model import load, train  # type: ignore[import-not-found]
+
+    train_data, test_data = load()
+    return train(train_data, epochs=3), test_data, train_data[0][:256]
+
+
+@cache
+def quantized_digits() -> Quantizer:
+    model, _, images = digits()
+    quantizer = Quantizer(model)
+    quantizer.prepare((images[:2],))
+    quantizer.calibrate(images.split(64))
+    return quantizer
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+def test_digits_cnn_runs_in_eight_bits(target: str, tmp_path: Path) -> None:
+    model, (images, labels), _ = digits()
+    quantizer = quantized_digits()
+    x = images[:128]
+    program = quantizer.program().with_example((x,))
+    with torch.no_grad():
+        logits = program.graph_module(x)
+        kept = (model(x).argmax(1) == logits.argmax(1)).float().mean()
+    assert kept > 0.97
+    assert (logits.argmax(1) == labels[:128]).float().mean() > 0.9
+    artifact = saved(program, target, tmp_path)
+    records = quantizer.summary().activations
+    step = [r.scale for r in records if r.status == "quantized"][-1]
+    assert step is not None
+    error = artifact.verify().max_error * float(logits.abs().max())
+    assert error <= 1.01 * max(r.scale for r in records if "linear" in r.name)
+
+
+def outside(artifact: Artifact) -> set[str]:
+    """Ops with quantized operands that XNNPACK left to portable kernels."""
+    left = artifact.delegation.outside  # type: ignore[attr-defined]
+    return {op for op in left if any(name in op for name in ("conv", "linear", "addmm", "mm"))}
+
+
+@pytest.mark.executorch
+def test_xnnpack_takes_the_whole_digits_cnn(tmp_path: Path) -> None:
+    artifact = saved(quantized_digits().program(), "executorch", tmp_path)
+    assert artifact.delegation.delegates == 1  # type: ignore[attr-defined]
+    assert not artifact.delegation.outside  # type: ignore[attr-defined]
+    assert not artifact.delegation.notes  # type: ignore[attr-defined]
+
+
+@cache
+def resnet() -> tuple[Quantizer, tuple[Tensor, ...], nn.Module]:
+    """Random weights whose batch norms have seen photographs; calibrated on crops of them."""
+    import skimage.data
+
+    model, _ = zoo.MODELS["resnet"]()
+    photo = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 127.5 - 1
+    crops = torch.stack([photo[:, y : y + 64, x : x + 64]
+                         for y in range(0, 448, 64) for x in range(0, 448, 64)])  # fmt: skip
+    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    model.train()
+    with torch.no_grad():
+        model(crops)
+    for norm in norms:
+        norm.momentum = 0.1
+    model.eval()
+    quantizer = Quantizer(model)
+    quantizer.prepare((crops[:1],))
+    quantizer.calibrate(crops[:32].split(8))
+    return quantizer, (crops[40:41],), model
+
+
+@pytest.mark.parametrize("target", EXECUTED)
+def test_resnet_runs_in_eight_bits(target: str, tmp_path: Path) -> None:
+    quantizer, x, model = resnet()
+    program = quantizer.program().with_example(x)
+    artifact = saved(program, target, tmp_path)
+    with torch.no_grad():
+        wanted = program.graph_module(*x)
+    outcome = artifact.verify()
+    if target == "executorch":
+        from graphopt.backends.executorch.backend import run_program
+
+        assert artifact.path is not None
+        found = run_program(artifact.path, x)[0].reshape(wanted.shape)
+        assert psnr(found, wanted) > 35
+        assert torch.equal(found.argmax(-1), wanted.argmax(-1))
+        assert artifact.delegation.delegates == 1  # type: ignore[attr-defined]
+        assert not outside(artifact)
+    else:
+        last = [r for r in quantizer.summary().activations if r.status == "quantized"]
+        step = next(r.scale for r in last if "linear" in r.name)
+        assert step is not None
+        assert outcome.max_error * float(wanted.abs().max()) <= 1.01 * step
+    with torch.no_grad():
+        assert psnr(wanted, model(*x)) > 20
+
+
+@pytest.mark.executorch
+def test_each_layer_on_xnnpack_is_within_one_step(tmp_path: Path) -> None:
+    """Layer by layer there is nothing that rounding differences could amplify."""
+    torch.manual_seed(0)
+    layers = {
+        "conv": nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU()),
+        "strided": nn.Conv2d(8, 16, 3, stride=2),
+        "depthwise": nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6()),
+        "dilated": nn.Conv2d(8, 8, 3, dilation=2, bias=False),
+        "transposed": nn.ConvTranspose2d(8, 4, 2, stride=2),
+        "normed": nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.Hardtanh()),
+        "pooled": nn.Sequential(nn.Conv2d(8, 8, 1), nn.MaxPool2d(2)),
+        "averaged": nn.Sequential(nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
+        "linear": nn.Linear(10, 7),
+    }
+    for name, layer in layers.items():
+        x = torch.randn(2, 8, 10, 10)
+        quantizer = Quantizer(layer.eval())
+        quantizer.prepare((x,), backend="executorch")
+        quantizer.calibrate([x])
+        program = quantizer.program()
+        artifact = saved(program, "executorch", tmp_path / name)
+        with torch.no_grad():
+            wanted = program.graph_module(x)
+        steps = [r.scale for r in quantizer.summary().activations if r.scale]
+        error = artifact.verify().max_error * float(wanted.abs().max())
+        assert error <= 1.01 * max(steps), name
+        assert not artifact.delegation.outside, name  # type: ignore[attr-defined]
+
+
+@pytest.mark.executorch
+def test_activation_that_xnnpack_does_not_fuse_is_rounded_before_too(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4)).eval()
+    x = torch.randn(4, 8)
+    quantizer = Quantizer(model)
+    quantizer.prepare((x,), backend="executorch")
+    quantizer.calibrate([x])
+    artifact = saved(quantizer.program(), "executorch", tmp_path)
+    assert artifact.verify().max_error < 0.02
+    assert not outside(artifact)
+
+
+@pytest.mark.executorch
+def test_lookup_tables_are_refused_with_what_works() -> None:
+    palettizer = KMeansPalettizer(nn.Linear(64, 64))
+    palettizer.prepare((torch.randn(1, 64),))
+    with pytest.raises(LoweringError, match="weight: lookup tables; quantize the weight, or"):
+        palettizer.finalize(backend="executorch")
+
+
+def llama(config: QuantizerConfig) -> tuple[Quantizer, tuple[Tensor, ...], nn.Module]:
+    model, args = zoo.MODELS["llama"]()
+    quantizer = Quantizer(model, config)
+    quantizer.prepare(args)
+    return quantizer, args, model
+
+
+@pytest.mark.coreai
+@pytest.mark.parametrize("name", ["w4_per_block", "fp8", "mxfp4"])
+def test_llama_weights_run_on_core_ai(name: str, tmp_path: Path) -> None:
+    config = getattr(QuantizerConfig.presets, name)()
+    quantizer, args, model = llama(config)
+    program = quantizer.program()
+    outcome = saved(program, "coreai", tmp_path).verify()
+    assert outcome.max_error < 1e-5
+    assert outcome.weights >= 15
+    with torch.no_grad():
+        assert psnr(program.graph_module(*args), model(*args)) > (25 if name == "fp8" else 12)
+    if name == "w4_per_block":
+        rows = [row for row in quantizer.summary().quantized if "proj" in row.name]
+        assert all(f"blocks of 1×{min(32, row.shape[1])}" in row.detail for row in rows)
+
+
+@pytest.mark.parametrize("target", [EXECUTED[0], EXECUTED[1], "torch"])
+def test_joint_form_keeps_tables_of_integers(target: str, tmp_path: Path) -> None:
+    """4-bit tables of int8 entries with int8 activations, in two steps."""
+    model, (images, _), calibration = digits()
+    spec = PalettizationSpec(n_bits=4, lut_qspec=QuantizationSpec())
+    config = KMeansPalettizerConfig(
+        global_config=ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
+    )
+    palettizer = KMeansPalettizer(model, config)
+    palettizer.prepare((images[:2],))
+    through = target if target == "coreai" else "torch"
+    palettized = palettizer.finalize(backend=through)
+    quantizer = Quantizer(
+        palettized, QuantizerConfig(global_config=ModuleQuantizerConfig(op_state_spec=None))
+    )
+    quantizer.prepare((images[:2],))
+    quantizer.calibrate(calibration.split(64))
+    program = quantizer.program()
+    artifact = saved(program, target, tmp_path)
+    assert artifact.verify().max_error < 0.02
+    with torch.no_grad():
+        kept = (program.graph_module(images).argmax(1) == model(images).argmax(1)).float().mean()
+    assert kept > 0.97
+    if target == "coreai":
+        targets = [str(n.target) for n in quantizer.finalize(backend="coreai").graph.nodes]
+        assert targets.count("coreai.lut_to_dense.default") == spec_count(palettized)
+        first = targets.index("coreai.lut_to_dense.default")
+        assert targets[first + 1 : first + 4].count(
+            "coreai.constexpr_blockwise_shift_scale.default"
+        ) or "coreai.constexpr_blockwise_shift_scale.default" in targets
+    if target == "coreml":
+        text = str(artifact.model._mil_program)  # type: ignore[attr-defined]
+        assert "constexpr_lut_to_dense" in text
+        assert "constexpr_blockwise_shift_scale" in text
+        assert "dequantize" in text
+
+
+def spec_count(module: torch.fx.GraphModule) -> int:
+    return sum("lut_to_dense" in str(node.target) for node in module.graph.nodes)
+
+
+@pytest.mark.coreml
+def test_older_deployment_targets_take_what_they_can(tmp_path: Path) -> None:
+    quantizer = quantized_digits()
+    program = quantizer.program()
+    artifact = graphopt.lower(program, "coreml", minimum_deployment_target="iOS17")
+    artifact.save(tmp_path / "net.mlpackage")
+    assert artifact.verify().max_error < 0.05
+    with pytest.raises(LoweringError, match="raise minimum_deployment_target to iOS17"):
+        graphopt.lower(program, "coreml", minimum_deployment_target="iOS16")
+    weights = weight_only("int4 blocks").program()
+    with pytest.raises(LoweringError, match="int4 weights; use one of"):
+        graphopt.lower(weights, "coreml", minimum_deployment_target="iOS16")
+
+
+def test_sizes_follow_the_bits(tmp_path: Path) -> None:
+    x = (torch.randn(1, 512),)
+    sizes = {}
+    for dtype in ("int2", "int4", "int6", "int8"):
+        spec = QuantizationSpec(dtype=dtype, granularity=CHANNELS)
+        config = QuantizerConfig(
+            global_config=ModuleQuantizerConfig(
+                op_input_spec=None, op_output_spec=None, op_state_spec={"weight": spec}
+            )
+        )
+        for target in ("coreai", "coreml"):
+            quantizer = Quantizer(nn.Linear(512, 512, bias=False), config)
+            quantizer.prepare(x)
+            folder = tmp_path / f"{dtype}-{target}"
+            folder.mkdir()
+            sizes[target, dtype] = saved(quantizer.program(), target, folder).size
+    for (target, dtype), size in sizes.items():
+        ideal = 512 * 512 * int(dtype.removeprefix("int")) / 8
+        assert ideal < size < ideal + 12_000, (target, dtype)
