@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench bench-peer clean
+.PHONY: demo test test-slow lint bench bench-quantization bench-peer clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -29,6 +29,9 @@ bench-peer:
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/palettization.py
+
+bench-quantization: $(STAMP)
+	$(BIN)/python tests/benchmarks/quantization.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

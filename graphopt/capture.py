@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from graphopt.captured_module import CapturedModule, InputGuards, holder_of
 from graphopt.errors import CaptureError, InputError
 from graphopt.export_errors import explain_export_error
+from graphopt.inference_form import dropout_kept, is_plain, to_inference_form
 from graphopt.program import Program, Provenance, share_graph
 
 __all__ = ["capture"]
@@ -113,7 +114,7 @@ def _from_exported(
             backed_size_oblivious=True
         ),
         torch.no_grad(),
-        _dropout_kept(exported),
+        dropout_kept(exported),
     ):
         exported = exported.run_decompositions(_decompositions())
     return _to_program(exported, source, args, kwargs)
@@ -216,38 +217,12 @@ def _attempt(
             backed_size_oblivious=oblivious
         ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-            with _dropout_kept(exported):
+            if is_plain(exported.graph):
+                return exported
+            with dropout_kept(exported):
                 return exported.run_decompositions(_decompositions())
     except Exception as error:
         raise CaptureError(explain_export_error(model, error)) from error
-
-
-@contextmanager
-def _dropout_kept(exported: ExportedProgram) -> Iterator[None]:
-    """Let dropouts pass decomposition, which would turn them into copies without a rate."""
-    import graphopt.ops  # noqa: F401 - registers the stand-in
-
-    kept = []
-    for node in exported.graph.nodes:
-        if node.target is torch.ops.aten.dropout.default and not (
-            len(node.args) > 2 and node.args[2]
-        ):
-            kept.append((node, node.target, node.args))
-            node.target, node.args = torch.ops.graphopt.dropout.default, node.args[:2]
-    try:
-        yield
-    finally:
-        for node, target, args in kept:
-            node.target, node.args = target, args
-
-
-def _mark_dropout(graph: torch.fx.Graph) -> None:
-    """Dropouts in evaluation as copies, whose metadata keeps the rate for training."""
-    for node in graph.nodes:
-        if node.target is torch.ops.graphopt.dropout.default:
-            rate = float(node.args[1])
-            node.target, node.args = torch.ops.aten.clone.default, node.args[:1]
-            node.meta["graphopt"] = {**node.meta.get("graphopt", {}), "dropout": rate}
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
@@ -292,7 +267,7 @@ def _to_program(exported: ExportedProgram, source: str, args: _Args, kwargs: _Kw
     names = _input_names(exported)
     # torch.export's own tracer cannot be constructed again when a saved module is loaded
     unlifted.graph._tracer_cls = None
-    _mark_dropout(unlifted.graph)
+    to_inference_form(unlifted.graph)
     root, constants = _shared_state(unlifted)
     module = CapturedModule(root, unlifted.graph)
     for path in (*exported.graph_signature.non_persistent_buffers, *constants):

@@ -138,6 +138,11 @@ class Editor:
         node.args, node.kwargs = args, kwargs
         self.changed = True
 
+    def substitute(self, reader: fx.Node, old: fx.Node, new: fx.Node) -> None:
+        """Let one node read `new` wherever it read `old`."""
+        reader.replace_input_with(old, new)
+        self.changed = True
+
     def redirect(self, old: fx.Node, new: fx.Node, keep: Callable[[fx.Node], bool]) -> None:
         """Let the users of `old`, but for those that `keep` names, use `new`."""
         old.replace_all_uses_with(

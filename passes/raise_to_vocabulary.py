@@ -11,7 +11,6 @@ from torch import Tensor, fx
 from typing_extensions import override
 
 from graphopt.editor import Editor
-from graphopt.errors import LoweringError
 from graphopt.numerics.packing import pack
 from graphopt.pass_base import Pass
 from graphopt.passes.raise_quantization import raise_activation, raise_weight
@@ -108,9 +107,10 @@ def _raise_quantized(
     zero = edit.value(zero_node) if isinstance(zero_node, fx.Node) else None
     tables = list(lut.shape[:-2])
     on_table = list(scale.shape) == tables
-    if zero is not None and not on_table and not bool((zero == zero.flatten()[0]).all()):
-        raise LoweringError(f"{base}: zero points that differ inside one table cannot be raised")
     table_shape = [*tables, 1, 1]
+    if zero is not None and not on_table and not bool((zero == zero.flatten()[0]).all()):
+        # integers of a width without a type of its own: the scales stay behind the lookup
+        return _raise_integers(edit, scaling, base, packed, lut, n_bits, shape, extra)
     if on_table:
         table_scale = scale.reshape(table_shape)
         offset = None if zero is None else zero.reshape(table_shape)
@@ -139,6 +139,34 @@ def _raise_quantized(
         )  # fmt: skip
     for old in (scale_node, zero_node):
         if isinstance(old, fx.Node) and set(old.users) == {scaling}:
+            scaling.replace_input_with(old, dense)
+            _drop(edit, old)
+    return dense
+
+
+def _raise_integers(
+    edit: Editor,
+    scaling: fx.Node,
+    base: str,
+    packed: fx.Node,
+    lut: Tensor,
+    n_bits: int,
+    shape: list[int],
+    extra: tuple[int, ...],
+) -> fx.Node:
+    scale_node, zero_node = scaling.args[1], scaling.args[2]
+    assert isinstance(scale_node, fx.Node)
+    assert isinstance(zero_node, fx.Node)
+    table = edit.constant(f"{base}_lut", lut.contiguous(), like=scaling)
+    whole = edit.call(_ops.lut_to_dense.default, packed, table, n_bits, shape, *extra, like=scaling)
+    scale = edit.constant(f"{base}_factor", edit.value(scale_node).clone(), like=scaling)
+    zero = edit.constant(f"{base}_zeros", edit.value(zero_node).clone(), like=scaling)
+    dense = edit.call(
+        _ops.shift_scale.default, whole, scale, zero, "float", shape, scaling.meta["val"].dtype,
+        like=scaling,
+    )  # fmt: skip
+    for old in (scale_node, zero_node):
+        if set(old.users) == {scaling}:
             scaling.replace_input_with(old, dense)
             _drop(edit, old)
     return dense

@@ -50,3 +50,33 @@ def test_mnist_example_reads_idx_files(tmp_path: Path) -> None:
     )  # fmt: skip
     assert "4-bit, groups of 2:" in out
     assert (tmp_path / "out" / "2-bit.aimodel").exists()
+
+
+@pytest.mark.coreai
+def test_edsr_example_quantizes_and_runs(tmp_path: Path) -> None:
+    """A network trained for a moment: enough to see that the workflow holds together."""
+    out = run(
+        str(ROOT / "examples/edsr/run.py"), "--steps", "30", "--resblocks", "2", "--feats", "8",
+        "--out", str(tmp_path), cwd=tmp_path,
+    )  # fmt: skip
+    rows = {line.split("│")[1].strip(): line.split("│") for line in out.splitlines() if "│" in line}
+    for name in ("W_INT8_A_INT8", "W_INT8_A_INT8 affine", "W_P4(INT8)_A_INT8"):
+        assert float(rows[name][4]) > (25 if "P4" in name else 35)  # PSNR to FP32
+        assert float(rows[name][7]) < 0.03  # Core AI against PyTorch: at most a few steps
+    assert len(list(tmp_path.glob("*.aimodel"))) == 3
+
+
+def test_edsr_example_reads_a_folder_of_images(tmp_path: Path) -> None:
+    import skimage.io
+
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "B100"
+    folder.mkdir()
+    for number in range(22):
+        image = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
+        skimage.io.imsave(folder / f"{number:03d}.png", image, check_contrast=False)
+    out = run(
+        str(ROOT / "examples/edsr/run.py"), "--steps", "1", "--resblocks", "1", "--feats", "4",
+        "--b100", str(folder), "--out", str(tmp_path / "out"), cwd=tmp_path,
+    )  # fmt: skip
+    assert "2 held-out images" in out

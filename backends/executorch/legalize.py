@@ -207,16 +207,25 @@ def _weight(edit: Editor, weight: QuantizedTensor) -> None:
     for reader in list(weight.node.users):
         reason = _why_not_int8(edit, weight, reader)
         if not reason:
-            made = _int8(edit, weight, reader)
+            edit.substitute(reader, weight.node, _int8(edit, weight, reader))
         elif reader.target is _aten.linear.default and _has_rows(weight):
-            made = _rows(edit, weight, reader)
+            edit.substitute(reader, weight.node, _rows(edit, weight, reader))
+            _bias_apart(edit, reader)
             _note(edit, f"{weight.name}: dequantized when the program runs ({reason})")
         else:
             dense = _dense(edit, weight)
             made = edit.constant(f"{weight.name}_dense", dense, like=weight.node, before=reader)
+            edit.substitute(reader, weight.node, made)
             _note(edit, f"{weight.name}: stored as float32 ({reason})")
-        reader.replace_input_with(weight.node, made)
-        edit.changed = True
+
+
+def _bias_apart(edit: Editor, linear: fx.Node) -> None:
+    """Add a bias behind the layer: XNNPACK crashes on one beside a weight computed at run time."""
+    bias = linear.args[2] if len(linear.args) > 2 else None
+    if not isinstance(bias, fx.Node):
+        return
+    product = edit.call(_aten.linear.default, *linear.args[:2], like=linear)
+    edit.replace(linear, edit.call(_aten.add.Tensor, product, bias, like=linear))
 
 
 def _note(edit: Editor, text: str) -> None:

@@ -108,7 +108,9 @@ def evaluate(
     return sum(scores) / len(scores)
 
 
-def train(model: EDSR, *, steps: int = 2000, batch: int = 16, patch: int = 24, seed: int = 0) -> EDSR:
+def train(
+    model: EDSR, *, steps: int = 2000, batch: int = 16, patch: int = 24, seed: int = 0
+) -> EDSR:
     """L1 on random patches, flipped and turned; cosine schedule with a short warm-up."""
     rng = np.random.default_rng(seed)
     pairs = [(image[0], downsample(image)[0]) for image in photographs(TRAINING)]

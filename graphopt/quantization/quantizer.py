@@ -15,15 +15,19 @@ from torch.export import ExportedProgram
 from graphopt.api import as_program, convert_for, lower_by_suffix
 from graphopt.backends import load_backend
 from graphopt.captured_module import CapturedModule, holder_of
+from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QATSchedule, QuantizerConfig
 from graphopt.errors import CalibrationError, ConfigError, InputError, LoweringError, StateError
 from graphopt.fake_quantize import ActivationQuantizer, WeightQuantizer
+from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
 from graphopt.passes import (
+    AnnotatePalettization,
     AnnotateQuantization,
     ConvertQuantization,
     FoldBatchNorm,
     InsertFakeQuantize,
+    PalettizeWeights,
     RemoveUnused,
 )
 from graphopt.passes.insert_fake_quantize import QUANTIZERS, places_of
@@ -52,12 +56,16 @@ class Quantizer:
         model: A module, an `ExportedProgram`, or a `Program`, palettized before or not; it is never
             changed.
         config: What becomes of which weight and activation; int8 everywhere by default.
+        palettization: Weights to turn into tables in the same `prepare`, batch norms being folded
+            before; `config` then holds for the activations and for the other weights.
     """
 
     def __init__(
         self,
         model: nn.Module | ExportedProgram | Program,
         config: QuantizerConfig | None = None,
+        *,
+        palettization: KMeansPalettizerConfig | None = None,
     ) -> None:
         if not isinstance(model, nn.Module | ExportedProgram | Program):
             raise InputError(
@@ -69,6 +77,7 @@ class Quantizer:
             raise ConfigError(
                 "kv_cache_quant_configs: quantized key-value caches are not there yet; leave it out"
             )
+        self._palettization = palettization
         self._annotated: Program | None = None
         self._prepared: CapturedModule | None = None
         self._step = 0
@@ -111,10 +120,16 @@ class Quantizer:
             raise StateError("prepare() was called before; make a new Quantizer")
         annotated = as_program(self._model, example_inputs, example_kwargs)
         fused = None if backend is None else load_backend(backend).capabilities.fused_activations
-        run_passes(
-            annotated.graph_module,
-            [AnnotateQuantization(self._config, on_unmatched, fused)],
-        )
+        tables: list[Pass] = []
+        if self._palettization is not None:
+            tables = [
+                FoldBatchNorm(),
+                RemoveUnused(),
+                AnnotatePalettization(self._palettization, on_unmatched),
+                PalettizeWeights(),
+            ]
+        annotate = AnnotateQuantization(self._config, on_unmatched, fused)
+        run_passes(annotated.graph_module, [*tables, annotate])
         prepared = copy.deepcopy(annotated.graph_module)
         run_passes(prepared, [InsertFakeQuantize()])
         prepared.eval()

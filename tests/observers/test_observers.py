@@ -25,7 +25,9 @@ AFFINE = QuantizationSpec(qscheme=QuantizationScheme.ASYMMETRIC)
 SPECS = {"symmetric": QuantizationSpec(), "affine": AFFINE}
 
 
-def seen(observer: Observer, batches: list[Tensor], spec: QuantizationSpec) -> tuple[Tensor, Tensor]:
+def seen(
+    observer: Observer, batches: list[Tensor], spec: QuantizationSpec
+) -> tuple[Tensor, Tensor]:
     state = observer.init(batches[0].shape[0])
     for batch in batches:
         state = observer.update(state, batch)
@@ -98,7 +100,11 @@ class TestContract:
 
 
 def test_moving_average_rises_at_once_and_falls_slowly() -> None:
-    batches = [torch.tensor([[-1.0, 1.0]]), torch.tensor([[-3.0, 5.0]]), torch.tensor([[-1.0, 1.0]])]
+    batches = [
+        torch.tensor([[-1.0, 1.0]]),
+        torch.tensor([[-3.0, 5.0]]),
+        torch.tensor([[-1.0, 1.0]]),
+    ]
     low, high = seen(MovingAverageObserver(rate=0.1), batches, AFFINE)
     assert float(high) == pytest.approx(0.9 * 5 + 0.1 * 1)
     assert float(low) == pytest.approx(-(0.9 * 3 + 0.1 * 1))

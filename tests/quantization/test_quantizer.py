@@ -438,7 +438,7 @@ def test_observers_and_rounding_switch_by_module() -> None:
     quantizer = calibrated(Net().eval())
     prepared = quantizer._ready()
     rounded = prepared(X)
-    quantizer.disable_fake_quant("conv")
+    quantizer.disable_fake_quant("fc")
     changed = prepared(X)
     assert not torch.equal(rounded, changed)
     quantizer.disable_fake_quant()
@@ -651,3 +651,27 @@ def test_palettized_model_gets_quantized_activations(through: str) -> None:
     assert targets.count("graphopt.lut_to_dense.default") == 3
     assert sum("quantize_per_tensor" in t for t in targets) >= 6
     assert all(row.status != "quantized" for row in quantizer.summary())
+
+
+def test_tables_and_activations_in_one_prepare_are_those_of_two_steps() -> None:
+    model = Net().eval()
+    tables = KMeansPalettizerConfig.presets.w4(group_size=4)
+    activations = QuantizerConfig(global_config=ModuleQuantizerConfig(op_state_spec=None))
+    combined = Quantizer(model, activations, palettization=tables)
+    combined.prepare((X,))
+    combined.calibrate([X])
+    palettizer = KMeansPalettizer(model, tables)
+    palettizer.prepare((X,), fold_batch_norm=True)
+    two_steps = calibrated(palettizer.program(), activations)  # type: ignore[arg-type]
+    one, two = combined.finalize(backend="torch"), two_steps.finalize(backend="torch")
+    torch.testing.assert_close(one(X), two(X), rtol=0, atol=0)
+    assert len(combined.summary().palettized) == 3
+
+
+def test_weights_without_tables_are_quantized_in_the_same_prepare() -> None:
+    tables = KMeansPalettizerConfig.presets.w4(group_size=4).without("fc")
+    quantizer = Quantizer(Net().eval(), palettization=tables)
+    quantizer.prepare((X,))
+    table = quantizer.summary()
+    assert {row.name for row in table.palettized} == {"conv.weight", "conv2.weight"}
+    assert {row.name for row in table.quantized} == {"fc.weight"}
