@@ -168,9 +168,9 @@ class _Presets:
 
     @staticmethod
     def w8a8_affine() -> QuantizerConfig:
-        """int8 weights; affine int8 activations with ranges of least squared error."""
+        """int8 weights; affine int8 activations with ranges of least error."""
         activation = QuantizationSpec(
-            qscheme=QuantizationScheme.ASYMMETRIC, qparam_calculator_cls="mse"
+            qscheme=QuantizationScheme.ASYMMETRIC, qparam_calculator_cls="lp"
         )
         return _everywhere(activation, default_weight_quantization_spec())
 
@@ -178,7 +178,7 @@ class _Presets:
     def w4a8(*, block_size: int = 32) -> QuantizerConfig:
         """int4 weights, one scale per block of input channels; affine int8 activations."""
         activation = QuantizationSpec(
-            qscheme=QuantizationScheme.ASYMMETRIC, qparam_calculator_cls="mse"
+            qscheme=QuantizationScheme.ASYMMETRIC, qparam_calculator_cls="lp"
         )
         granularity = PerBlockGranularity(block_size=block_size)
         weight = QuantizationSpec(

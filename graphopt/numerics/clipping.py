@@ -101,9 +101,14 @@ def _squared_error(values: Tensor, low: Tensor, high: Tensor, spec: Quantization
 
 
 def clip_by_weight(
-    centres: Tensor, weights: Tensor, low: Tensor, high: Tensor, spec: QuantizationSpec
+    centres: Tensor,
+    weights: Tensor,
+    low: Tensor,
+    high: Tensor,
+    spec: QuantizationSpec,
+    exponent: float = 2.0,
 ) -> tuple[Tensor, Tensor]:
-    """Range of one histogram that minimises its weighted squared error.
+    """Range of one histogram that minimises `Σ weight · |x − x̂|^exponent`.
 
     Args:
         centres: Middle of each bin, [bins].
@@ -111,6 +116,7 @@ def clip_by_weight(
         low: Smallest value, a scalar.
         high: Largest value, a scalar.
         spec: Element type and scheme.
+        exponent: 2 for the squared error; a larger one clips less.
 
     Returns:
         Lower and upper end, scalars.
@@ -121,7 +127,8 @@ def clip_by_weight(
     def errors(lows: Tensor, highs: Tensor) -> Tensor:
         each = values.unsqueeze(0).expand(lows.shape[0], -1)
         squared = _squared_error(each, lows[:, 0], highs[:, 0], spec)
-        return (squared * weights).sum(dim=1, keepdim=True)
+        powers = squared if exponent == 2.0 else squared ** (exponent / 2)
+        return (powers * weights).sum(dim=1, keepdim=True)
 
     ends = low.clamp(max=0).reshape(1), high.clamp(min=0).reshape(1)
     found = _search(*ends, errors, both=scale_limits(spec) == "both")

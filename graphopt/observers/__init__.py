@@ -4,6 +4,7 @@ from graphopt.errors import ConfigError
 from graphopt.observers.base import Observer, State
 from graphopt.observers.entropy import EntropyObserver
 from graphopt.observers.global_minmax import GlobalMinMaxObserver
+from graphopt.observers.lp import LpObserver
 from graphopt.observers.moving_average import MovingAverageObserver
 from graphopt.observers.mse import MSEObserver
 from graphopt.observers.percentile import PercentileObserver
@@ -14,6 +15,7 @@ __all__ = [
     "OBSERVERS",
     "EntropyObserver",
     "GlobalMinMaxObserver",
+    "LpObserver",
     "MSEObserver",
     "MovingAverageObserver",
     "Observer",
@@ -29,6 +31,7 @@ OBSERVERS: tuple[type[Observer], ...] = (
     GlobalMinMaxObserver,
     PercentileObserver,
     MSEObserver,
+    LpObserver,
     EntropyObserver,
 )
 

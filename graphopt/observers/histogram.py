@@ -13,14 +13,14 @@ from graphopt.observers.base import Observer, State, both_ends
 
 __all__ = ["HistogramObserver", "bin_centres"]
 
-_SIDE = 2048  # bins on either side of zero
+_SIDE = 4096  # bins on either side of zero
 _EMPTY = -1000  # exponent of a range that has seen only zeros
 _SMALLEST = -126
 
 
 @dataclass(frozen=True)
 class HistogramObserver(Observer):
-    """Counts in 4096 equal bins over [−2^e, 2^e], e the exponent of the largest magnitude seen.
+    """Counts in 8192 equal bins over [−2^e, 2^e], e the exponent of the largest magnitude seen.
 
     When e grows by k, 2^k bins become one. Bins of all sizes have common edges, so the counts are the
     same in whatever order the tensors come.

