@@ -16,15 +16,24 @@ from typing import Any
 
 import networkx as nx
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graphopt.annotations import ActivationPoint
-from graphopt.captured_module import holder_of
 from graphopt.config.selection import ModuleFrame, OpUse, Selection, Selector
 from graphopt.editor import operands
 from graphopt.errors import ConfigError
 from graphopt.numerics.affine import grid_of
-from graphopt.passes.op_patterns import ACTIVATIONS, NON_NEGATIVE, PATTERNS, Kind, OpPattern
+from graphopt.passes.op_patterns import ACTIVATIONS, PATTERNS, Kind, OpPattern
+from graphopt.passes.value_facts import (
+    attention_scores,
+    bounded_below,
+    data_values,
+    inside_norm,
+    is_float,
+    is_pooling,
+    norm_behind,
+    only_user,
+)
 from graphopt.specs import (
     PerChannelGranularity,
     PerTensorGranularity,
@@ -36,17 +45,8 @@ from graphopt.weights import module_frames
 __all__ = ["ActivationPlan", "Match", "plan_activations"]
 
 _aten = torch.ops.aten
-_NORM = _aten._native_batch_norm_legit_no_training.default
-_SOFTMAX = {_aten.softmax.int, _aten._softmax.default}
-_SCORES = {
-    *(_aten.add.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.sub.Tensor, _aten.add.Scalar),
-    *(_aten.mul.Scalar, _aten.div.Scalar, _aten.masked_fill.Scalar, _aten.where.self),
-    *(_aten.clone.default, _aten.view.default, _aten.expand.default, _aten.slice.Tensor),
-    *(_aten.maximum.default, _aten.unsqueeze.default, _aten._to_copy.default),
-}
 _PRODUCTS = {_aten.matmul.default, _aten.bmm.default, _aten.mm.default, _aten.baddbmm.default}
 _ARITHMETIC = {"add", "sub", "mul", "mean", "div", "pow"}
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
@@ -130,8 +130,8 @@ class _Planner:
         self.selector = selector
         self.fused = fused
         self.order = {node: place for place, node in enumerate(gm.graph.nodes)}
-        self.data = _data_values(gm)
-        self.scores = _attention_scores(gm)
+        self.data = data_values(gm)
+        self.scores = attention_scores(gm)
         self.values: dict[fx.Node, _Value] = {}
         self.sharing: nx.Graph[fx.Node] = nx.Graph()
         self.floats: list[tuple[str, str, str]] = []
@@ -181,7 +181,7 @@ class _Planner:
         wanted = out.spec if pattern.output or out.named_op else None
         if node in self.scores and not named:
             self._note_float(match, "attention scores, which a softmax reads")
-        elif isinstance(wanted, QuantizationSpec) and _is_float(match.output):
+        elif isinstance(wanted, QuantizationSpec) and is_float(match.output):
             self._request_output(match.output, out)
             shared.append(match.output)
         elif pattern.output:
@@ -191,9 +191,9 @@ class _Planner:
 
     def _match(self, node: fx.Node, pattern: OpPattern) -> Match:
         output, norm = node, None
-        if pattern.fuses_norm and (item := _norm_behind(node)) is not None:
+        if pattern.fuses_norm and (item := norm_behind(node)) is not None:
             output, norm = item, item.args[0]
-        user = _only_user(output)
+        user = only_user(output)
         if (
             pattern.kind is Kind.COMPUTE
             and user is not None
@@ -229,7 +229,7 @@ class _Planner:
                 position = first + offset
                 offset += 1
                 assert flat[position] is item
-                if item in self.data and _is_float(item):
+                if item in self.data and is_float(item):
                     place = index if len(items) > 1 else match.pattern.operands.index(slot)
                     found.append(((item, position), (place, str(place), name)))
         return found
@@ -242,9 +242,9 @@ class _Planner:
             return "depends on no float input and no parameter"
         if match.pattern.both_data and len(places) < 2:
             return "one operand is a constant, a scalar or a mask"
-        if name == "mean" and not _is_pooling(node):
+        if name == "mean" and not is_pooling(node):
             return "an average over the last axis"
-        if name in _ARITHMETIC and _inside_norm(match.use.frames):
+        if name in _ARITHMETIC and inside_norm(match.use.frames):
             return f"part of {match.use.frames[-1].type.rpartition('.')[2]}"
         if node in self.scores and node.target not in _PRODUCTS:
             return "attention scores, which a softmax reads"
@@ -264,14 +264,14 @@ class _Planner:
         found = self.selector.select_slot(use, "output", (0, "output"))
         if found.spec is None and found.path.endswith(" is None") and found.named_op:
             return
-        if isinstance(value, Tensor) and not _is_float(node):
+        if isinstance(value, Tensor) and not is_float(node):
             return
         self.values[node] = _Value(known.output, derived=True)
         self.sharing.add_edge(source, node)
 
     def _item(self, node: fx.Node) -> None:
         source = node.args[0]
-        if isinstance(source, fx.Node) and source in self.values and _is_float(node):
+        if isinstance(source, fx.Node) and source in self.values and is_float(node):
             self._pass_on(node, ("getitem",))
 
     def _request_output(self, node: fx.Node, found: Selection) -> None:
@@ -324,7 +324,7 @@ class _Planner:
             entering: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
             for node in inside:
                 for position, operand in enumerate(operands(node)):
-                    if operand not in members and operand in self.data and _is_float(operand):
+                    if operand not in members and operand in self.data and is_float(operand):
                         entering.setdefault(operand, []).append((node, position))
             for index, (operand, places) in enumerate(entering.items()):
                 found = self._boundary_spec(path, slots, index)
@@ -340,7 +340,7 @@ class _Planner:
                 node
                 for node in inside
                 if node in self.data
-                and _is_float(node)
+                and is_float(node)
                 and any(user not in members for user in node.users)
             ]
             for index, node in enumerate(leaving):
@@ -399,7 +399,7 @@ class _Planner:
         """The affine scheme where all values are bounded below, so that half a grid is not wasted."""
         if grid_of(spec).is_float or spec.qscheme is QuantizationScheme.ASYMMETRIC:
             return spec
-        if not nodes or not all(_bounded_below(node) for node in nodes):
+        if not nodes or not all(bounded_below(node) for node in nodes):
             return spec
         return spec.model_copy(update={"qscheme": QuantizationScheme.ASYMMETRIC})
 
@@ -425,109 +425,3 @@ def _flat_nodes(arguments: Any) -> list[fx.Node]:
     found: list[fx.Node] = []
     fx.map_arg(arguments, lambda used: found.append(used) or used)  # type: ignore[func-returns-value]
     return found
-
-
-def _is_float(node: fx.Node) -> bool:
-    value = node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype in _FLOATS
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
-
-
-def _norm_behind(node: fx.Node) -> fx.Node | None:
-    """The item of a batch norm that alone reads a node."""
-    norm = _only_user(node)
-    if norm is None or norm.target is not _NORM or norm.args[0] is not node:
-        return None
-    item = _only_user(norm)
-    if item is None or item.target is not operator.getitem or item.args[1] != 0:
-        return None
-    return item
-
-
-def _data_values(gm: fx.GraphModule) -> set[fx.Node]:
-    """Nodes that depend on a float input or on a parameter: not masks, positions or angles."""
-    found: set[fx.Node] = set()
-    parameters: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" and _is_float(node):
-            found.add(node)
-        elif node.op == "get_attr":
-            holder, name = holder_of(gm, str(node.target))
-            if isinstance(getattr(holder, name), nn.Parameter):
-                parameters.add(node)
-        elif node.op in ("call_function", "call_module"):
-            reads = node.all_input_nodes
-            if str(node.target).startswith(("graphopt.", "quantized_decomposed.dequantize_per_ch")):
-                if all(each.op == "get_attr" for each in reads):
-                    parameters.add(node)
-                continue_data = any(each in found for each in reads)
-                if continue_data:
-                    found.add(node)
-            elif reads and all(each in parameters for each in reads):
-                parameters.add(node)
-            elif any(each in found or each in parameters for each in reads):
-                found.add(node)
-    return found
-
-
-def _attention_scores(gm: fx.GraphModule) -> set[fx.Node]:
-    """Nodes from a matmul to the softmax that reads its result."""
-    found: set[fx.Node] = set()
-    for softmax in gm.graph.nodes:
-        if softmax.target not in _SOFTMAX:
-            continue
-        chain: set[fx.Node] = set()
-        front = [softmax.args[0]]
-        reached = False
-        while front:
-            node = front.pop()
-            if not isinstance(node, fx.Node) or node in chain:
-                continue
-            if node.target in _PRODUCTS:
-                chain.add(node)
-                reached = True
-            elif node.target in _SCORES:
-                chain.add(node)
-                front += node.all_input_nodes
-        if reached:
-            found |= chain
-    return found
-
-
-def _is_pooling(mean: fx.Node) -> bool:
-    value = mean.args[0].meta.get("val") if isinstance(mean.args[0], fx.Node) else None
-    dims = mean.args[1] if len(mean.args) > 1 else None
-    if not isinstance(value, Tensor) or not isinstance(dims, list | tuple):
-        return False
-    return {int(dim) % value.ndim for dim in dims if isinstance(dim, int)} != {value.ndim - 1}
-
-
-def _inside_norm(frames: tuple[ModuleFrame, ...]) -> bool:
-    return bool(frames) and "norm" in frames[-1].type.rpartition(".")[2].lower()
-
-
-def _bounded_below(node: fx.Node) -> bool:
-    """Whether an op's values cannot go far below zero."""
-    if node.target in NON_NEGATIVE:
-        return True
-    known = ACTIVATIONS.get(node.target)
-    if known is not None:
-        if known.low is not None:
-            return True
-        place = known.bounds_from
-        if place is not None and len(node.args) > place:
-            bound = node.args[place]
-            return isinstance(bound, int | float) and bound >= 0
-        return False
-    pattern = PATTERNS.get(node.target)
-    source = node.args[0] if node.args else None
-    if pattern is not None and pattern.kind is Kind.PASS and isinstance(source, fx.Node):
-        return _bounded_below(source)
-    if pattern is not None and pattern.names[0] in ("avg_pool", "adaptive_avg_pool", "mean"):
-        return isinstance(source, fx.Node) and _bounded_below(source)
-    if pattern is not None and pattern.kind is Kind.SHARE:
-        return all(_bounded_below(each) for each in node.all_input_nodes)
-    return False

@@ -17,7 +17,7 @@ from graphopt.backends import load_backend
 from graphopt.captured_module import CapturedModule, holder_of
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QATSchedule, QuantizerConfig
-from graphopt.errors import CalibrationError, ConfigError, InputError, LoweringError, StateError
+from graphopt.errors import ConfigError, InputError, StateError
 from graphopt.fake_quantize import ActivationQuantizer, WeightQuantizer
 from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
@@ -30,11 +30,11 @@ from graphopt.passes import (
     PalettizeWeights,
     RemoveUnused,
 )
-from graphopt.passes.insert_fake_quantize import QUANTIZERS, places_of
 from graphopt.program import CompressedProgram, Program
 from graphopt.progress import track
+from graphopt.quantization.conversion import activation_records, parts_of, scales_of, take_state
 from graphopt.specs import ExportBackend
-from graphopt.table import ActivationRecord, CompressionTable, merged
+from graphopt.table import CompressionTable, merged
 
 __all__ = ["Quantizer"]
 
@@ -133,14 +133,14 @@ class Quantizer:
         prepared = copy.deepcopy(annotated.graph_module)
         run_passes(prepared, [InsertFakeQuantize()])
         prepared.eval()
-        for quantizer in _of(prepared, ActivationQuantizer):
+        for quantizer in parts_of(prepared, ActivationQuantizer):
             # a fixed range needs no data
             quantizer.settle()
             quantizer.rounding = True
         self._annotated, self._prepared = annotated, prepared
         _log.info(
             "%d weights and %d activation scales to quantize",
-            len(_of(prepared, WeightQuantizer)), len(_of(prepared, ActivationQuantizer)),
+            len(parts_of(prepared, WeightQuantizer)), len(parts_of(prepared, ActivationQuantizer)),
         )  # fmt: skip
         return prepared
 
@@ -161,7 +161,7 @@ class Quantizer:
         prepared = self._ready()
         training = prepared.training
         prepared.eval()
-        quantizers = _of(prepared, ActivationQuantizer)
+        quantizers = parts_of(prepared, ActivationQuantizer)
         for quantizer in quantizers:
             quantizer.reset()
             quantizer.observing, quantizer.rounding = True, False
@@ -219,7 +219,7 @@ class Quantizer:
             yield prepared
         finally:
             prepared.eval()
-            for quantizer in _of(prepared, ActivationQuantizer):
+            for quantizer in parts_of(prepared, ActivationQuantizer):
                 if quantizer.observing and not quantizer.learned:
                     quantizer.settle()
                 quantizer.observing = False
@@ -337,17 +337,17 @@ class Quantizer:
                 raise InputError(f"model must come from prepare(), got {type(model).__name__}")
             prepared = model
         assert self._annotated is not None
-        activations = _scales(prepared, on_unobserved)
+        activations = scales_of(prepared, on_unobserved)
         converted = self._annotated.copy()
         gm = converted.graph_module
-        _take_state(gm, prepared)
+        take_state(gm, prepared)
         run_passes(gm, [FoldBatchNorm()])
         weights = {}
-        for quantizer in _of(prepared, WeightQuantizer):
+        for quantizer in parts_of(prepared, WeightQuantizer):
             holder, name = holder_of(gm, quantizer.origin.name)
             weights[quantizer.origin.name] = quantizer.quantized(getattr(holder, name))
         run_passes(gm, [ConvertQuantization(activations, weights), RemoveUnused()])
-        records = tuple(_activation_records(self._annotated, prepared))
+        records = tuple(activation_records(self._annotated, prepared))
         known = gm.meta["graphopt.table"]
         gm.meta["graphopt.table"] = merged(known, CompressionTable((), (), records))
         return CompressedProgram(
@@ -374,75 +374,4 @@ class Quantizer:
 
     def _quantizers(self) -> list[_AnyQuantizer]:
         prepared = self._ready()
-        return [*_of(prepared, ActivationQuantizer), *_of(prepared, WeightQuantizer)]
-
-
-def _of(module: nn.Module, kind: type[Any]) -> list[Any]:
-    return [each for each in module.modules() if isinstance(each, kind)]
-
-
-def _scales(
-    prepared: CapturedModule, on_unobserved: Literal["error", "skip"]
-) -> dict[str, tuple[Tensor, Tensor | None]]:
-    """Sharing group → scale and offset of those with a usable range."""
-    found, problems = {}, []
-    for quantizer in _of(prepared, ActivationQuantizer):
-        if quantizer.dynamic:
-            raise LoweringError(
-                f"{quantizer.origin.name}: no target takes scales that are computed at run time"
-                f" ({quantizer.origin.path}); use another qparam_calculator_cls than 'dynamic'"
-            )
-        if bool(quantizer.known):
-            found[quantizer.origin.name] = quantizer.parameters_of()
-            continue
-        reason = quantizer.problem(*quantizer.observed_range()) or "has no range"
-        problems.append(f"{quantizer.origin.name} (module {quantizer.origin.module!r}) {reason}")
-    if problems and on_unobserved == "error":
-        raise CalibrationError(
-            "activations without a usable range:\n"
-            + "\n".join(problems)
-            + "\nrun data that reaches them through calibration_mode(), exclude them in the config, or"
-            " pass on_unobserved='skip' to leave them in float"
-        )
-    return found
-
-
-def _take_state(gm: CapturedModule, prepared: CapturedModule) -> None:
-    """Let a graph compute with the tensors of the prepared one, which has the same names."""
-    stored = [
-        *prepared.named_parameters(remove_duplicate=False),
-        *prepared.named_buffers(remove_duplicate=False),
-    ]
-    for path, tensor in stored:
-        if path.startswith(f"{QUANTIZERS}."):
-            continue
-        holder, name = holder_of(gm, path)
-        if isinstance(tensor, nn.Parameter):
-            holder.register_parameter(name, tensor)
-        else:
-            holder._buffers[name] = tensor
-
-
-def _activation_records(annotated: Program, prepared: CapturedModule) -> Iterator[ActivationRecord]:
-    values: dict[str, list[str]] = {}
-    for point, operand, _ in places_of(annotated.graph_module):
-        values.setdefault(point.group, []).append(operand.name)
-    for quantizer in _of(prepared, ActivationQuantizer):
-        name = quantizer.origin.name
-        dtype = str(quantizer.spec.dtype).removeprefix("torch.")
-        detail = f"{dtype} {quantizer.spec.qscheme.value}"
-        single = bool(quantizer.known) and quantizer.groups == 1
-        low, high = quantizer.observed_range() if single else (None, None)
-        scale, offset = quantizer.parameters_of() if single else (None, None)
-        yield ActivationRecord(
-            name=name,
-            nodes=tuple(values.get(name, ())),
-            status="quantized" if bool(quantizer.known) else "float",
-            detail=detail if bool(quantizer.known) else "no usable range",
-            path=quantizer.origin.path,
-            scale=None if scale is None else float(scale),
-            offset=None if scale is None else (0.0 if offset is None else float(offset)),
-            low=None if low is None else float(low),
-            high=None if high is None else float(high),
-            seen=int(quantizer.seen),
-        )
+        return [*parts_of(prepared, ActivationQuantizer), *parts_of(prepared, WeightQuantizer)]
