@@ -108,7 +108,8 @@ class CoreMLBackend(Backend):
 
     @override
     def legalize(self) -> tuple[Pass, ...]:
-        register_lowerings()
+        with quiet("coremltools"):
+            register_lowerings()
         tables = frozenset(self.capabilities.table_types)
         return (DequantizeToShiftScale(), IntegersToTables(tables))
 

@@ -26,6 +26,8 @@ _CONVS = {
 _TRANSPOSED = {_aten.conv_transpose1d.default, _aten.conv_transpose2d.input}
 _GROUPS = 6  # argument of a transposed convolution
 _FUSED = {_aten.relu.default, _aten.hardtanh.default, _aten.relu6.default}
+# ops whose weight may be computed when the program runs
+_TAKES_ROWS = {_aten.linear.default, _aten.embedding.default}
 # rounding what these give with the scale of what they read changes nothing
 _LAYOUT = {
     *(_aten.max_pool2d.default, _aten.view.default, _aten.reshape.default, _aten.permute.default),
@@ -51,7 +53,8 @@ class LegalizeForXNNPACK(Pass):
 
     XNNPACK drops the limits of an activation's range and the zero points of weights, so a narrower
     range becomes a clamp, and a weight with zero points float. A weight that it cannot compute with
-    as int8 stays int8 for linear layers (dequantized when the program runs) and is float32 else.
+    as int8 stays int8 for linear layers and embeddings (dequantized when the program runs) and is
+    float32 else.
     """
 
     name: ClassVar[str] = "legalize-for-xnnpack"
@@ -208,9 +211,10 @@ def _weight(edit: Editor, weight: QuantizedTensor) -> None:
         reason = _why_not_int8(edit, weight, reader)
         if not reason:
             edit.substitute(reader, weight.node, _int8(edit, weight, reader))
-        elif reader.target is _aten.linear.default and _has_rows(weight):
+        elif reader.target in _TAKES_ROWS and _has_rows(weight):
             edit.substitute(reader, weight.node, _rows(edit, weight, reader))
-            _bias_apart(edit, reader)
+            if reader.target is _aten.linear.default:
+                _bias_apart(edit, reader)
             _note(edit, f"{weight.name}: dequantized when the program runs ({reason})")
         else:
             dense = _dense(edit, weight)

@@ -7,6 +7,7 @@ from graphopt.config.quantization import (
 from graphopt.specs import (
     PerBlockGranularity,
     PerChannelGranularity,
+    PerGroupedChannelGranularity,
     PerTensorGranularity,
     QuantizationFormulation,
     QuantizationGranularity,
@@ -17,6 +18,7 @@ from graphopt.specs import (
 __all__ = [
     "PerBlockGranularity",
     "PerChannelGranularity",
+    "PerGroupedChannelGranularity",
     "PerTensorGranularity",
     "QuantizationFormulation",
     "QuantizationGranularity",

@@ -180,3 +180,15 @@ def test_observer_of_a_spec_takes_names_and_classes() -> None:
 def test_names_of_classes_round_trip() -> None:
     spec = QuantizationSpec(qparam_calculator_cls=PercentileObserver)
     assert QuantizationSpec(**spec.model_dump(mode="json")) == spec
+
+
+def test_every_observer_has_a_name_that_specs_accept() -> None:
+    from typing import get_args
+
+    from graphopt.specs.quantization import QParamCalculator
+
+    names = [kind.name for kind in OBSERVERS]
+    assert len(set(names)) == len(names)
+    assert set(get_args(QParamCalculator)) == {*names, "default", "dynamic"}
+    for kind in OBSERVERS:
+        assert type(observer_of(QuantizationSpec(qparam_calculator_cls=kind.name))) is kind
