@@ -223,6 +223,10 @@ class Quantizer:
                 if quantizer.observing and not quantizer.learned:
                     quantizer.settle()
                 quantizer.observing = False
+            if not self._by_hand:
+                # a schedule that did not get there must not hide what finalize will do
+                for quantizer in self._quantizers():
+                    quantizer.rounding = True
 
     def step(self) -> None:
         """Count a training step for the schedules.

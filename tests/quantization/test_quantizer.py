@@ -385,6 +385,20 @@ def test_schedule_switches_at_its_steps() -> None:
     assert states == [(False, False), (True, False), (True, True), (False, True)]
 
 
+def test_module_rounds_after_training_that_ended_before_its_schedule() -> None:
+    config = QuantizerConfig(
+        global_config=ModuleQuantizerConfig(qat_schedule=QATSchedule(enable_fake_quant=1000))
+    )
+    quantizer = Quantizer(nn.Linear(4, 4), config)
+    x = torch.randn(8, 4)
+    prepared = quantizer.prepare((x,))
+    with quantizer.training_mode():
+        plain = prepared(x)
+        quantizer.step()
+    assert not torch.equal(prepared(x), plain)
+    assert torch.equal(prepared(x), quantizer.finalize(backend="torch")(x))
+
+
 def test_frozen_ranges_stay_while_weights_move() -> None:
     config = QuantizerConfig(
         global_config=ModuleQuantizerConfig(
