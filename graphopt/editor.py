@@ -10,20 +10,25 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from graphopt.captured_module import holder_of
 
-__all__ = ["Editor", "operands"]
+__all__ = ["Editor", "nodes_in", "operands"]
 
 _INHERITED = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
     """The nodes in a node's arguments, in order and with repetitions."""
+    return nodes_in((node.args, node.kwargs))
+
+
+def nodes_in(arguments: Any) -> list[fx.Node]:
+    """The nodes in arguments of any nesting, in order and with repetitions."""
     found: list[fx.Node] = []
 
     def note(used: fx.Node) -> fx.Node:
         found.append(used)
         return used
 
-    fx.map_arg((node.args, node.kwargs), note)
+    fx.map_arg(arguments, note)
     return found
 
 
@@ -167,6 +172,15 @@ class Editor:
         """Drop a node without users."""
         self.gm.graph.erase_node(node)
         self.changed = True
+
+    def drop(self, node: fx.Node) -> None:
+        """Drop a constant's node if nothing reads it, and its tensor if no other node stands for it."""
+        if node.users or node.op != "get_attr":
+            return
+        path = str(node.target)
+        self.erase(node)
+        if all(str(other.target) != path for other in self.constants()):
+            self.delete_constant(path)
 
     def set_value(self, node: fx.Node, value: Tensor, *, tied: Sequence[fx.Node] = ()) -> None:
         """Replace the tensor behind a `get_attr` node, keeping its name and kind.

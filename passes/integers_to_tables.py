@@ -64,7 +64,4 @@ class IntegersToTables(Pass):
             _ops.shift_scale.default, whole, scale, offset, "float", shape, dtype, like=node
         )
         edit.replace(node, dense)
-        if not data.users:
-            path = str(data.target)
-            edit.erase(data)
-            edit.delete_constant(path)
+        edit.drop(data)

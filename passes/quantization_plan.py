@@ -8,10 +8,9 @@ equals the earliest in the graph; every other is reported.
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import networkx as nx
@@ -20,24 +19,25 @@ from torch import Tensor, fx
 
 from graphopt.annotations import ActivationPoint
 from graphopt.config.selection import ModuleFrame, OpUse, Selection, Selector
-from graphopt.editor import operands
+from graphopt.editor import nodes_in, operands
 from graphopt.errors import ConfigError
 from graphopt.numerics.affine import grid_of
 from graphopt.passes.op_patterns import ACTIVATIONS, PATTERNS, Kind, OpPattern
 from graphopt.passes.value_facts import (
     attention_scores,
-    bounded_below,
     data_values,
+    entering_values,
     inside_norm,
     is_float,
     is_pooling,
+    leaving_values,
     norm_behind,
     only_user,
+    with_known_range,
 )
 from graphopt.specs import (
     PerChannelGranularity,
     PerTensorGranularity,
-    QuantizationScheme,
     QuantizationSpec,
 )
 from graphopt.weights import module_frames
@@ -142,7 +142,7 @@ class _Planner:
             if node.op != "call_function":
                 continue
             if node.target is operator.getitem:
-                self._item(node)
+                self._pass_on(node, ("getitem",))
             elif node.target in ACTIVATIONS and ACTIVATIONS[node.target].keeps_grid:
                 self._pass_on(node, ACTIVATIONS[node.target].names)
             else:
@@ -221,7 +221,7 @@ class _Planner:
             argument = node.args[slot]
             items = argument if isinstance(argument, list | tuple) else [argument]
             name = schema.arguments[slot].name if schema is not None else str(slot)
-            first = len(_flat_nodes(node.args[:slot]))
+            first = len(nodes_in(node.args[:slot]))
             offset = 0
             for index, item in enumerate(items):
                 if not isinstance(item, fx.Node):
@@ -269,11 +269,6 @@ class _Planner:
         self.values[node] = _Value(known.output, derived=True)
         self.sharing.add_edge(source, node)
 
-    def _item(self, node: fx.Node) -> None:
-        source = node.args[0]
-        if isinstance(source, fx.Node) and source in self.values and is_float(node):
-            self._pass_on(node, ("getitem",))
-
     def _request_output(self, node: fx.Node, found: Selection) -> None:
         self.values.setdefault(node, _Value()).output = self._request(node, found)
 
@@ -318,14 +313,9 @@ class _Planner:
             self._boundary(frame, inside.get(name, []))
 
     def _boundary(self, frame: ModuleFrame, inside: list[fx.Node]) -> None:
-        members = set(inside)
         path, slots = self.selector.module_slots(frame, "input")
         if slots:
-            entering: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
-            for node in inside:
-                for position, operand in enumerate(operands(node)):
-                    if operand not in members and operand in self.data and is_float(operand):
-                        entering.setdefault(operand, []).append((node, position))
+            entering = entering_values(inside, self.data)
             for index, (operand, places) in enumerate(entering.items()):
                 found = self._boundary_spec(path, slots, index)
                 value = self.values.setdefault(operand, _Value())
@@ -336,13 +326,7 @@ class _Planner:
                         value.inputs[node, position] = self._request(node, found)
         path, slots = self.selector.module_slots(frame, "output")
         if slots:
-            leaving = [
-                node
-                for node in inside
-                if node in self.data
-                and is_float(node)
-                and any(user not in members for user in node.users)
-            ]
+            leaving = leaving_values(inside, self.data)
             for index, node in enumerate(leaving):
                 found = self._boundary_spec(path, slots, index)
                 value = self.values.setdefault(node, _Value())
@@ -384,24 +368,16 @@ class _Planner:
                 continue  # views of a value that a module boundary has switched off
             chosen = max(requests, key=lambda each: (each.rank, -each.order))
             remarks += _overruled(group[0].name, chosen, requests)
-            spec = self._with_known_range(chosen.spec, [n for n in group if not wanted[n].derived])
+            spec = with_known_range(chosen.spec, [n for n in group if not wanted[n].derived])
             point = ActivationPoint(group[0].name, spec, chosen.path)
             for node in group:
                 value = wanted[node]
                 if value.output is not None:
-                    outputs[node] = dataclasses.replace(point, derived=value.derived)
+                    outputs[node] = replace(point, derived=value.derived)
                 else:
                     inputs.update(dict.fromkeys(value.inputs, point))
         floats = tuple(dict.fromkeys(self.floats))
         return ActivationPlan(outputs, inputs, tuple(self.matches), floats, tuple(remarks))
-
-    def _with_known_range(self, spec: QuantizationSpec, nodes: list[fx.Node]) -> QuantizationSpec:
-        """The affine scheme where all values are bounded below, so that half a grid is not wasted."""
-        if grid_of(spec).is_float or spec.qscheme is QuantizationScheme.ASYMMETRIC:
-            return spec
-        if not nodes or not all(bounded_below(node) for node in nodes):
-            return spec
-        return spec.model_copy(update={"qscheme": QuantizationScheme.ASYMMETRIC})
 
 
 def _overruled(name: str, chosen: _Request, requests: list[_Request]) -> Iterator[str]:
@@ -419,9 +395,3 @@ def _overruled(name: str, chosen: _Request, requests: list[_Request]) -> Iterato
 def _short(spec: QuantizationSpec) -> str:
     dtype = str(spec.dtype).removeprefix("torch.")
     return f"{dtype} {spec.qscheme.value} {spec.granularity.type}"
-
-
-def _flat_nodes(arguments: Any) -> list[fx.Node]:
-    found: list[fx.Node] = []
-    fx.map_arg(arguments, lambda used: found.append(used) or used)  # type: ignore[func-returns-value]
-    return found

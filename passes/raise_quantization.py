@@ -60,7 +60,7 @@ def raise_weight(edit: Editor, node: fx.Node) -> None:
     operands = [each for each in node.args if isinstance(each, fx.Node)]
     edit.replace(node, dense)
     for each in operands:
-        _drop(edit, each)
+        edit.drop(each)
 
 
 def _storage(stored: Tensor, kind: torch.dtype | None, scale: Tensor) -> str:
@@ -152,7 +152,7 @@ def raise_activation(edit: Editor, node: fx.Node) -> None:
     operands = [each for each in node.args[1:] if isinstance(each, fx.Node)]
     edit.replace(node, made)
     for each in operands:
-        _drop(edit, each)
+        edit.drop(each)
 
 
 def _raise_float(edit: Editor, node: fx.Node, scale: float, storage: str) -> None:
@@ -165,12 +165,3 @@ def _raise_float(edit: Editor, node: fx.Node, scale: float, storage: str) -> Non
 
 def _dtype_of(node: object) -> torch.dtype | None:
     return node.meta["val"].dtype if isinstance(node, fx.Node) else None
-
-
-def _drop(edit: Editor, node: fx.Node) -> None:
-    if node.users or node.op != "get_attr":
-        return
-    path = str(node.target)
-    edit.erase(node)
-    if all(str(other.target) != path for other in edit.constants()):
-        edit.delete_constant(path)

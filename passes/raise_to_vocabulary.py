@@ -88,7 +88,7 @@ def _raise_lookup(edit: Editor, node: fx.Node) -> None:
         edit.replace(scaling, dense)
         edit.erase(node)
     for old in (indices_node, lut_node):
-        _drop(edit, old)
+        edit.drop(old)
 
 
 def _raise_quantized(
@@ -140,7 +140,7 @@ def _raise_quantized(
     for old in (scale_node, zero_node):
         if isinstance(old, fx.Node) and set(old.users) == {scaling}:
             scaling.replace_input_with(old, dense)
-            _drop(edit, old)
+            edit.drop(old)
     return dense
 
 
@@ -168,7 +168,7 @@ def _raise_integers(
     for old in (scale_node, zero_node):
         if set(old.users) == {scaling}:
             scaling.replace_input_with(old, dense)
-            _drop(edit, old)
+            edit.drop(old)
     return dense
 
 
@@ -198,12 +198,3 @@ def _unpadded(codes: Tensor, lut: Tensor) -> tuple[int, Tensor]:
         if bool((lut[..., 2**_NARROW :, :].float() == last).all()):
             return _NARROW, lut[..., : 2**_NARROW, :].contiguous()
     return stored, lut
-
-
-def _drop(edit: Editor, node: fx.Node) -> None:
-    if node.users:
-        return
-    path = str(node.target)
-    edit.erase(node)
-    if all(str(other.target) != path for other in edit.constants()):
-        edit.delete_constant(path)

@@ -9,17 +9,23 @@ from torch import Tensor, fx, nn
 
 from graphopt.captured_module import holder_of
 from graphopt.config.selection import ModuleFrame
+from graphopt.editor import operands
+from graphopt.numerics.affine import grid_of
 from graphopt.passes.op_patterns import ACTIVATIONS, NON_NEGATIVE, PATTERNS, Kind
+from graphopt.specs import QuantizationScheme, QuantizationSpec
 
 __all__ = [
     "attention_scores",
     "bounded_below",
     "data_values",
+    "entering_values",
     "inside_norm",
     "is_float",
     "is_pooling",
+    "leaving_values",
     "norm_behind",
     "only_user",
+    "with_known_range",
 ]
 
 _aten = torch.ops.aten
@@ -143,3 +149,35 @@ def bounded_below(node: fx.Node) -> bool:
     if pattern is not None and pattern.kind is Kind.SHARE:
         return all(bounded_below(each) for each in node.all_input_nodes)
     return False
+
+
+def entering_values(
+    inside: list[fx.Node], data: set[fx.Node]
+) -> dict[fx.Node, list[tuple[fx.Node, int]]]:
+    """Data that some nodes read from outside: value → (reader, operand position), by first use."""
+    members = set(inside)
+    found: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
+    for node in inside:
+        for position, operand in enumerate(operands(node)):
+            if operand not in members and operand in data and is_float(operand):
+                found.setdefault(operand, []).append((node, position))
+    return found
+
+
+def leaving_values(inside: list[fx.Node], data: set[fx.Node]) -> list[fx.Node]:
+    """Data of some nodes that others read, in order."""
+    members = set(inside)
+    return [
+        node
+        for node in inside
+        if node in data and is_float(node) and any(user not in members for user in node.users)
+    ]
+
+
+def with_known_range(spec: QuantizationSpec, nodes: list[fx.Node]) -> QuantizationSpec:
+    """The affine scheme where all values are bounded below, so that half a grid is not wasted."""
+    if grid_of(spec).is_float or spec.qscheme is QuantizationScheme.ASYMMETRIC:
+        return spec
+    if not nodes or not all(bounded_below(node) for node in nodes):
+        return spec
+    return spec.model_copy(update={"qscheme": QuantizationScheme.ASYMMETRIC})

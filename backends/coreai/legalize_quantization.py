@@ -92,11 +92,7 @@ def _weight(edit: Editor, weight: QuantizedTensor) -> None:
     readers = [each for each in node.args if isinstance(each, fx.Node)]
     edit.replace(node, dense)
     for each in readers:
-        if not each.users:
-            path = str(each.target)
-            edit.erase(each)
-            if all(str(other.target) != path for other in edit.constants()):
-                edit.delete_constant(path)
+        edit.drop(each)
 
 
 def _integers(stored: Tensor, storage: str, shape: list[int]) -> Tensor:

@@ -91,7 +91,7 @@ def qparams(
 
     - SYMMETRIC: the smallest scale that clips neither end; with the middle m of the grid `scale =
       max(−low / (m − q_min), high / (q_max − m))`. (The frequent `max|x| / 127.5` cuts half a step
-      off the largest value, which cost 2 to 4 dB at the outputs of trained networks.)
+      off the largest value, which cost 2 to 6 dB at the outputs of trained networks.)
     - ASYMMETRIC: the range is widened to hold 0, `scale = (high − low) / (q_max − q_min)`,
       `zero_point = round(q_min − low / scale)`.
     - Scales of type e8m0 are powers of two (OCP Microscaling Formats v1.0, §6.3).

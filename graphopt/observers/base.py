@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["Observer", "State", "both_ends", "empty_range"]
+__all__ = ["Observer", "State", "both_ends", "empty_range", "range_seen"]
 
 State = dict[str, Tensor]
 
@@ -58,6 +58,14 @@ def both_ends(values: Tensor) -> tuple[Tensor, Tensor]:
 def _of_one(values: Tensor) -> tuple[Tensor, Tensor]:
     low, high = torch.aminmax(values)
     return low.reshape(1), high.reshape(1)
+
+
+def range_seen(state: State) -> tuple[Tensor, Tensor]:
+    """Smallest and largest value of a state that keeps both; NaN where there is none."""
+    # false for NaN as for the ends of an empty range
+    seen = state["low"] <= state["high"]
+    nothing = torch.full_like(state["low"], torch.nan)
+    return torch.where(seen, state["low"], nothing), torch.where(seen, state["high"], nothing)
 
 
 def empty_range(groups: int) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from graphopt.observers.base import Observer, State, both_ends
+from graphopt.observers.base import Observer, State, both_ends, range_seen
 from graphopt.specs import QuantizationSpec
 
 __all__ = ["GlobalMinMaxObserver"]
@@ -41,10 +41,4 @@ class GlobalMinMaxObserver(Observer):
 
     @override
     def range(self, state: State, spec: QuantizationSpec) -> tuple[Tensor, Tensor]:
-        seen = state["low"] <= state["high"]
-        nothing = torch.full_like(state["low"], torch.nan)
-        low, high = (
-            torch.where(seen, state["low"], nothing),
-            torch.where(seen, state["high"], nothing),
-        )
-        return low, high
+        return range_seen(state)

@@ -60,17 +60,6 @@ class HistogramObserver(Observer):
             "high": torch.maximum(state["high"], high),
         }
 
-    def seen(self, state: State) -> tuple[Tensor, Tensor]:
-        """Smallest and largest value, NaN where there is none."""
-        # false for NaN as for the ends of an empty range
-        fine = state["low"] <= state["high"]
-        nothing = torch.full_like(state["low"], torch.nan)
-        low, high = (
-            torch.where(fine, state["low"], nothing),
-            torch.where(fine, state["high"], nothing),
-        )
-        return low, high
-
 
 def bin_centres(state: State) -> Tensor:
     """Middle of every bin, float32 [groups, bins]."""

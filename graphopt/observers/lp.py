@@ -15,8 +15,8 @@ class LpObserver(MSEObserver):
     """Range of least `Σ |x − x̂|^p`, with p = 2.4 as block reconstruction uses it (arXiv 2102.05426).
 
     Squared error clips a little too much at 8 bits: a network's output depends on its large values
-    more than on as many small ones. On trained ResNets p = 2.4 was worth 0.8 dB, on transformers it
-    cost 0.2 to 0.4.
+    more than on as many small ones. At the outputs of a trained ResNet p = 2.4 was worth
+    0.6 dB; it cost 0.4 dB on a MobileNetV2 and 0.2 dB on a sentence encoder.
     """
 
     name: ClassVar[str] = "lp"

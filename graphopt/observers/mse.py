@@ -10,7 +10,7 @@ from torch import Tensor
 from typing_extensions import override
 
 from graphopt.numerics.clipping import clip_by_weight
-from graphopt.observers.base import State
+from graphopt.observers.base import State, range_seen
 from graphopt.observers.histogram import HistogramObserver, bin_centres
 from graphopt.specs import QuantizationSpec
 
@@ -30,7 +30,7 @@ class MSEObserver(HistogramObserver):
 
     @override
     def range(self, state: State, spec: QuantizationSpec) -> tuple[Tensor, Tensor]:
-        low, high = self.seen(state)
+        low, high = range_seen(state)
         centres, lows, highs = bin_centres(state), low.clone(), high.clone()
         for group in torch.nonzero(low <= high).flatten().tolist():
             counts = state["counts"][group]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from typing_extensions import override
 
-from graphopt.observers.base import State
+from graphopt.observers.base import State, range_seen
 from graphopt.observers.histogram import HistogramObserver, bin_centres
 from graphopt.specs import QuantizationSpec
 
@@ -29,7 +29,7 @@ class PercentileObserver(HistogramObserver):
 
     @override
     def range(self, state: State, spec: QuantizationSpec) -> tuple[Tensor, Tensor]:
-        low, high = self.seen(state)
+        low, high = range_seen(state)
         centres, counts = bin_centres(state), state["counts"]
         total = counts.sum(dim=1, keepdim=True)
         outside = (1 - self.share) / 2 * total
