@@ -12,7 +12,7 @@ from torch import Tensor, fx
 
 from graphopt.config.selection import ModuleFrame, StateUse
 
-__all__ = ["WeightTensor", "find_weights", "module_frames"]
+__all__ = ["Source", "WeightTensor", "find_weights", "module_frames", "source_of", "state_operands"]
 
 _aten = torch.ops.aten
 _Slot = tuple[int, str, int]  # (argument, role, output-channel axis of the operand)
@@ -80,10 +80,20 @@ _LOOKUPS = ("graphopt.lut_to_dense", "coreai.lut_to_dense", "graphopt.shift_scal
 
 
 @dataclass(frozen=True)
-class _Source:
+class Source:
+    """Where an operand comes from.
+
+    Attributes:
+        node: The `get_attr` node of the stored tensor.
+        axis: Output-channel axis of the stored tensor.
+        compressed: Whether a lookup or dequantize op lies on the way.
+        chain: The views and casts on the way, from the stored tensor to the operand.
+    """
+
     node: fx.Node
-    axis: int  # output-channel axis on the stored tensor
+    axis: int
     compressed: bool = False
+    chain: tuple[fx.Node, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -151,8 +161,8 @@ def find_weights(gm: fx.GraphModule) -> list[WeightTensor]:
     compressed: set[int] = set()
     data_like: set[int] = set()
     for node in gm.graph.nodes:
-        for operand, role, axis in _state_operands(node):
-            source = _trace(operand, axis)
+        for operand, _, role, axis in state_operands(node):
+            source = source_of(operand, axis)
             key = None if source is None else owners.get(source.node)
             if source is None or key is None:
                 continue
@@ -189,7 +199,11 @@ def _attribute(gm: fx.GraphModule, path: str) -> object:
     return value
 
 
-def _state_operands(node: fx.Node) -> Iterator[tuple[fx.Node, str, int]]:
+def state_operands(node: fx.Node) -> Iterator[tuple[fx.Node, int, str, int]]:
+    """Operands that an op takes its state from: node, position, role, output-channel axis.
+
+    The position is -1 for ops that take a list of weights.
+    """
     if node.op != "call_function":
         return
     if node.target in _RECURRENT:
@@ -197,7 +211,7 @@ def _state_operands(node: fx.Node) -> Iterator[tuple[fx.Node, str, int]]:
             if isinstance(operand, fx.Node):
                 value = operand.meta.get("val")
                 role = "weight" if isinstance(value, Tensor) and value.ndim == 2 else "bias"
-                yield operand, role, 0
+                yield operand, -1, role, 0
         return
     slots: tuple[_Slot, ...] = ()
     if node.target is _CONVOLUTION:
@@ -206,7 +220,7 @@ def _state_operands(node: fx.Node) -> Iterator[tuple[fx.Node, str, int]]:
         slots = _OPS[node.target][1]
     for position, role, axis in slots:
         if position < len(node.args) and isinstance(operand := node.args[position], fx.Node):
-            yield operand, role, axis
+            yield operand, position, role, axis
 
 
 def _is_matmul(node: fx.Node) -> bool:
@@ -255,9 +269,10 @@ def _placed(
     return aliases[0], frames if owner in names else (*frames, ModuleFrame(owner, ""))
 
 
-def _trace(node: fx.Node, axis: int) -> _Source | None:
-    """Follow a value back to the constant it comes from."""
+def source_of(node: fx.Node, axis: int) -> Source | None:
+    """Follow an operand back to the constant it comes from; None where it is no constant."""
     compressed = False
+    chain: list[fx.Node] = []
     place: int | None = axis + _rank(node) if axis < 0 else axis
     while node.op != "get_attr":
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
@@ -269,11 +284,13 @@ def _trace(node: fx.Node, axis: int) -> _Source | None:
             place = None if place is None else _axis_before(node, place)
         elif str(node.target) != "<built-in function getitem>":
             return None
+        chain.append(node)
         node = node.args[0]
     rank = _rank(node)
     # where an axis cannot be followed, the first one counts as the output
     known = place is not None and 0 <= place < max(rank, 1)
-    return _Source(node, place if known and place is not None else 0, compressed)
+    axis = place if known and place is not None else 0
+    return Source(node, axis, compressed, tuple(reversed(chain)))
 
 
 def _shape(node: object) -> tuple[int, ...]:

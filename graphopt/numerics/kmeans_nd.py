@@ -1,20 +1,32 @@
 """k-means of short vectors, for tables whose entries span several weights.
 
-k-means++ seeding (Arthur and Vassilvitskii, SODA 2007) on a sample, then Lloyd's iteration with
-distances from one matrix product per block. Deterministic for a seed.
+Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007) on a small importance sample (lightweight
+coreset: Bachem, Lucic and Krause, KDD 2018), over-relaxed Lloyd steps whose centroids are shaken
+by fading noise (stochastic relaxation: Zeger, Vaisey and Gersho, IEEE T-SP 1992), then plain steps
+until the error settles. Deterministic for a seed, whatever the number of threads.
 """
 
 from __future__ import annotations
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from graphopt.errors import CompressionError
+from graphopt.numerics import kernels_vectors as kernels
+from graphopt.numerics.parallel import map_tasks
 
 __all__ = ["cluster_vectors"]
 
-_SEEDING_SAMPLE = 16_384
-_BLOCK = 8_192
+_SEEDING_SAMPLE = 4_096
+_TRIALS = 8  # candidates per seeded centroid
+_SAMPLE = 131_072  # larger groups are annealed on a sample
+_CHUNK = 65_536  # vectors per task; fixes the order of summation
+_RELAXATION = 1.8  # step length relative to Lloyd's
+_NOISE = 0.3  # initial noise relative to the spread of a cluster
+
+_Array = NDArray[np.float32]
 
 
 def cluster_vectors(
@@ -23,8 +35,8 @@ def cluster_vectors(
     *,
     weights: Tensor | None = None,
     seed: int = 0,
-    max_steps: int = 60,
-    tolerance: float = 1e-4,
+    max_steps: int = 100,
+    tolerance: float = 1e-5,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster each group's vectors into `k` centroids.
 
@@ -32,88 +44,113 @@ def cluster_vectors(
         vectors: [groups, n, d], floating point.
         k: Number of centroids, 1 … 256.
         weights: Weight of each vector's squared error, [groups, n].
-        seed: Seed of the initial centroids.
-        max_steps: Largest number of Lloyd steps.
-        tolerance: Stop when a step lowers the error by a smaller fraction.
+        seed: Seed of the initial centroids and of the noise.
+        max_steps: Number of steps with noise, and the largest number of those without.
+        tolerance: Stop when a step without noise changes the error by a smaller fraction.
 
     Returns:
         Tables [groups, k, d] in the dtype of `vectors`, indices [groups, n] uint8, and the sum of
         squared errors [groups] float64.
 
     Raises:
-        CompressionError: A value is NaN or infinite.
+        CompressionError: A value is NaN or infinite, or a weight is that or negative.
     """
     if not torch.isfinite(vectors).all():
         raise CompressionError("values contain NaN or Inf")
-    tables, indices, errors = [], [], []
-    for number, group in enumerate(vectors):
-        mass = None if weights is None else weights[number].float()
-        generator = torch.Generator(device="cpu").manual_seed(seed + number)
-        raw = group.detach().to(torch.float64)
+    if weights is not None and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
+        raise CompressionError("sensitivities must be finite and not negative")
+
+    def cluster(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        raw = vectors[number].detach().cpu().double()
         unit = raw.abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
-        x = (raw / unit).float()
-        table = _lloyd(x, _seed_centroids(x, k, mass, generator), mass, max_steps, tolerance)
-        stored = (table.double() * unit).to(vectors.dtype)
-        index, _ = _nearest(x, (stored.double() / unit).float())
+        x = np.ascontiguousarray((raw / unit).float().T.numpy())
+        given = torch.ones(len(raw)) if weights is None else weights[number].detach().cpu()
+        mass = given.double() / given.amax() if given.amax() > 0 else torch.ones(len(raw)).double()
+        w = mass.float().numpy()
+        random = np.random.default_rng([seed, number])
+        xs, ws = _sample(x, w, _SAMPLE, random)
+        start = _initial(xs, ws, k, random)
+        table = _anneal(xs, ws, start, max_steps, max_steps, tolerance, random)
+        if xs is not x:
+            table = _anneal(x, w, table, 0, max_steps // 8, tolerance, random)
+        stored = (torch.from_numpy(table).double() * unit).to(vectors.dtype)
+        index = torch.from_numpy(_nearest(x, w, (stored.double() / unit).float().numpy())[0])
         distance = (raw - stored.double()[index]).square().sum(1)
-        tables.append(stored)
-        indices.append(index.to(torch.uint8))
-        total = distance.double() if mass is None else distance.double() * mass.double()
-        errors.append(total.sum())
-    return torch.stack(tables), torch.stack(indices), torch.stack(errors)
+        error = (distance * given.double()).numpy().sum()  # torch's sum depends on the threads
+        return stored, index.to(torch.uint8), torch.tensor(error)
+
+    tables, indices, errors = zip(*map_tasks(cluster, range(len(vectors))), strict=True)
+    device = vectors.device
+    return torch.stack(tables).to(device), torch.stack(indices).to(device), torch.stack(errors)
 
 
-def _seed_centroids(x: Tensor, k: int, mass: Tensor | None, generator: torch.Generator) -> Tensor:
-    n = x.shape[0]
-    if n > _SEEDING_SAMPLE:
-        chosen = torch.randperm(n, generator=generator)[:_SEEDING_SAMPLE].to(x.device)
-        x = x[chosen]
-        mass = None if mass is None else mass[chosen]
-    first = int(torch.randint(x.shape[0], (1,), generator=generator))
-    centroids = [x[first]]
-    distance = (x - x[first]).square().sum(1)
-    draws = torch.rand(k, generator=generator)
-    for step in range(1, k):
-        score = distance if mass is None else distance * mass
-        total = score.double().cumsum(0)
-        if total[-1] <= 0:
-            centroids.extend([x[first]] * (k - step))
+def _sample(x: _Array, w: _Array, size: int, random: np.random.Generator) -> tuple[_Array, _Array]:
+    """A reweighted sample, half drawn by weight, half by error; it keeps tables' expected error."""
+    if x.shape[1] <= size:
+        return x, w
+    mass = w.astype(np.float64)
+    spread = np.square(x - ((x * w).sum(1) / w.sum())[:, None]).sum(0) * mass
+    chance = mass / mass.sum() + spread / max(spread.sum(), 1e-300)
+    cumulative = chance.cumsum()
+    draws = (np.arange(size) + random.random(size)) / size
+    at = np.searchsorted(cumulative, draws * cumulative[-1])
+    at = np.minimum(at, len(w) - 1)
+    return np.ascontiguousarray(x[:, at]), (mass[at] / chance[at]).astype(np.float32)
+
+
+def _initial(x: _Array, w: _Array, k: int, random: np.random.Generator) -> _Array:
+    xs, ws = _sample(x, w, _SEEDING_SAMPLE, random)
+    return xs[:, kernels.seed_vectors((0,) * len(x), xs, ws, k, random.random((k, _TRIALS)))].T
+
+
+def _nearest(
+    x: _Array, w: _Array, table: _Array
+) -> tuple[NDArray[np.int32], _Array, NDArray[np.float64]]:
+    """Index and squared distance of each vector's nearest centroid, and the clusters' moments."""
+    (d, n), k = x.shape, len(table)
+    padded = np.full((-(-k // 4) * 4, d), np.inf, np.float32)
+    padded[:k] = table
+    index, distance = np.empty(n, np.int32), np.empty(n, np.float32)
+
+    def run(low: int) -> NDArray[np.float64]:
+        moments = np.zeros((k, d + 2))
+        high = min(low + _CHUNK, n)
+        kernels.assign_vectors((0,) * d, x, w, padded, low, high, index, distance, moments)
+        return moments
+
+    return index, distance, sum(map_tasks(run, range(0, n, _CHUNK)), np.zeros((k, d + 2)))
+
+
+def _anneal(
+    x: _Array,
+    w: _Array,
+    table: _Array,
+    noisy: int,
+    plain: int,
+    tolerance: float,
+    random: np.random.Generator,
+) -> _Array:
+    """The best table after `noisy` steps with fading noise and up to `plain` without."""
+    d = len(x)
+    best, lowest, before = table, np.inf, np.inf
+    for step in range(noisy + plain):
+        _, distance, moments = _nearest(x, w, table)
+        mass, error = moments[:, d], moments[:, d + 1].sum()
+        safe = np.maximum(mass, 1e-300)[:, None]
+        mean = np.where(mass[:, None] > 0, moments[:, :d] / safe, table)
+        if error < lowest:
+            best, lowest = mean.astype(np.float32), error
+        if step > noisy and abs(before - error) <= tolerance * error:
             break
-        at = int(torch.searchsorted(total, total[-1] * draws[step].double()))
-        at = min(at, x.shape[0] - 1)
-        centroids.append(x[at])
-        distance = torch.minimum(distance, (x - x[at]).square().sum(1))
-    return torch.stack(centroids)
-
-
-def _lloyd(
-    x: Tensor, table: Tensor, mass: Tensor | None, max_steps: int, tolerance: float
-) -> Tensor:
-    k = table.shape[0]
-    weight = torch.ones(x.shape[0], device=x.device) if mass is None else mass
-    weighted = x * weight[:, None]
-    before = float("inf")
-    for _ in range(max_steps):
-        index, distance = _nearest(x, table)
-        total = torch.zeros(k, device=x.device).index_add_(0, index, weight)
-        moment = torch.zeros_like(table).index_add_(0, index, weighted)
-        table = torch.where(total[:, None] > 0, moment / total.clamp_min(1e-30)[:, None], table)
-        empty = (total <= 0).nonzero()[:, 0]
-        if empty.numel():
-            # an empty cluster takes over the worst-fitted vectors
-            worst = (distance * weight).topk(min(empty.numel(), x.shape[0])).indices
-            table[empty[: worst.numel()]] = x[worst]
-        error = float((distance * weight).sum())
-        if error >= before * (1 - tolerance):
-            break
-        before = error
-    return table
-
-
-def _nearest(x: Tensor, table: Tensor) -> tuple[Tensor, Tensor]:
-    """Index of and squared distance to the nearest centroid of each vector."""
-    half_norm = 0.5 * table.square().sum(1)
-    index = torch.cat(
-        [torch.addmm(half_norm, part, table.T, alpha=-1).argmin(1) for part in x.split(_BLOCK)]
-    )
-    return index, (x - table[index]).square().sum(1)
+        length = _RELAXATION if step < noisy or error < before else 1.0
+        moved = table + length * (mean - table)
+        if step < noisy:
+            spread = np.sqrt(moments[:, d + 1 :] / safe / d)
+            fade = _NOISE * (1.0 - step / noisy) ** 0.5
+            moved += fade * spread * random.standard_normal(moved.shape)
+        empty = np.flatnonzero(mass <= 0)
+        if empty.size:  # an empty cluster takes over the worst-fitted vectors
+            worst = np.argsort(-distance * w, kind="stable")[: empty.size]
+            moved[empty[: worst.size]] = x[:, worst].T
+        table, before = moved.astype(np.float32), error
+    return best

@@ -1,0 +1,266 @@
+"""Lookup tables fitted to a layer's outputs: error feedback and least squares over the tables.
+
+Minimises `Σ_rows f_r (w_r − q_r)ᵀ H (w_r − q_r)` where H is the second moment of the layer's inputs
+and q takes values of the tables. Codes come from column-wise error feedback (Frantar et al., GPTQ,
+arXiv 2210.17323, algorithm 1; with codebooks van Baalen et al., GPTVQ, arXiv 2402.15319); for given
+codes the best entries solve one linear system per table, and coordinate descent refines the codes
+(Kim et al., GuidedQuant, arXiv 2505.07004, "LNQ", section 4).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from graphopt.numerics import kernels_feedback as kernels
+from graphopt.numerics.parallel import map_tasks
+
+__all__ = ["Feedback", "TableMap", "fit_tables", "inverse_factor"]
+
+_TASK_ROWS = 64
+_PRODUCTS_UP_TO = 32  # entries per table
+_Indices = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class TableMap:
+    """Which table serves which weight of a matrix [rows, columns].
+
+    Attributes:
+        rows: Table of each unit of rows, int64.
+        columns: Offset that each column adds, int64.
+        size: Rows per unit, the length of a table entry.
+    """
+
+    rows: _Indices
+    columns: _Indices
+    size: int
+
+    @property
+    def by_rows(self) -> bool:
+        """Whether every row has one table."""
+        return not self.columns.any()
+
+
+@dataclass(frozen=True)
+class Feedback:
+    """A fit.
+
+    Attributes:
+        tables: [tables, k, size] float32.
+        codes: [units, columns] uint8.
+        dense: The chosen values, [rows, columns] float32.
+        error: The objective, relative to that of q = 0.
+    """
+
+    tables: Tensor
+    codes: Tensor
+    dense: Tensor
+    error: float
+
+
+def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
+    """Upper Cholesky factor U with UᵀU = (H + damping · mean(diag H) · I)⁻¹, float32.
+
+    Args:
+        hessian: [columns, columns], symmetric, positive semidefinite.
+        damping: Share of the mean diagonal to add; raised tenfold until the matrix is definite.
+    """
+    wide = hessian.double()
+    mean = wide.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    identity = torch.eye(wide.shape[0], dtype=torch.float64, device=wide.device)
+    while True:
+        lower, failed = torch.linalg.cholesky_ex(wide + damping * mean * identity)
+        if not int(failed):
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+            if not int(failed):
+                return upper.float().contiguous()
+        damping *= 10
+
+
+def fit_tables(
+    weight: Tensor,
+    hessian: Tensor,
+    tables: Tensor,
+    where: TableMap,
+    *,
+    importance: Tensor | None = None,
+    damping: float = 0.01,
+    rounds: int = 3,
+    cycles: int = 1,
+    move_tables: bool = True,
+) -> Feedback:
+    """Choose codes, and tables if wanted, for one matrix.
+
+    Args:
+        weight: [rows, columns], any float type.
+        hessian: Second moment of the inputs, [columns, columns].
+        tables: Tables to start from, [tables, k, size]; scalar ones increasing.
+        where: Which table serves which weight.
+        importance: Weight of each row's error when tables are fitted, [rows]; None is 1.
+        damping: See `inverse_factor`.
+        rounds: Alternations of tables and codes; the best one is kept.
+        cycles: Cycles of coordinate descent after each feedback pass.
+        move_tables: False keeps the tables (for quantized ones).
+
+    Returns:
+        Codes, tables and the relative error reached.
+    """
+    h = hessian.float()
+    order = torch.argsort(h.diagonal(), descending=True, stable=True)
+    w = weight.float()[:, order].T.contiguous()  # columns × rows
+    h = h[order][:, order].contiguous()
+    mean = h.diagonal().mean()
+    h_used = h + damping * float(mean if mean > 0 else 1.0) * torch.eye(h.shape[0])
+    factor = inverse_factor(h, damping)
+    columns = where.columns[order.numpy()]
+    rows_weight = torch.ones(w.shape[1]) if importance is None else importance.float()
+    unit_weight = rows_weight.reshape(-1, where.size).mean(1).double()
+    target = h_used @ w
+    scale = float((w * target).sum(0).double() @ rows_weight.double())
+
+    def loss(q: Tensor) -> float:
+        gap = w - q
+        return float((gap * (h_used @ gap)).sum(0).double() @ rows_weight.double())
+
+    best: tuple[float, Tensor, Tensor, Tensor] | None = None
+    current = tables.float().contiguous()
+    for number in range(max(rounds, 1)):
+        q, codes = _pass(w, factor, current, where.rows, columns, where.size)
+        for _ in range(cycles):
+            if not _descend(q, codes, w, h_used, current, where.rows, columns, where.size):
+                break
+        reached = loss(q)
+        if best is None or reached < best[0]:
+            best = (reached, current, q, codes)
+        elif number:
+            break
+        if not move_tables or not where.by_rows or number + 1 == rounds:
+            break
+        current = _solve(codes, target, h_used, unit_weight, where.rows, current)
+    assert best is not None
+    reached, current, q, codes = best
+    back = torch.argsort(order)
+    return Feedback(
+        current, codes[back].T.contiguous(), q[back].T.contiguous(), reached / max(scale, 1e-300)
+    )
+
+
+def _tasks(rows: int, size: int) -> list[tuple[slice, slice]]:
+    step = max(_TASK_ROWS // size, 1)
+    return [
+        (slice(u * size, min((u + step) * size, rows)), slice(u, min(u + step, rows // size)))
+        for u in range(0, rows // size, step)
+    ]
+
+
+def _pass(
+    w: Tensor, factor: Tensor, tables: Tensor, row_table: _Indices,
+    col_table: _Indices, size: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    q = torch.empty_like(w)
+    codes = torch.empty((w.shape[0], w.shape[1] // size), dtype=torch.uint8)
+
+    def run(task: tuple[slice, slice]) -> None:
+        rows, units = task
+        part = np.ascontiguousarray(w[:, rows].numpy())
+        chosen = np.empty((part.shape[0], part.shape[1] // size), dtype=np.uint8)
+        kernels.feedback(part, factor.numpy(), tables.numpy(), row_table[units], col_table, chosen)
+        q[:, rows] = torch.from_numpy(part)
+        codes[:, units] = torch.from_numpy(chosen)
+
+    for _ in map_tasks(run, _tasks(w.shape[1], size)):
+        pass
+    return q, codes
+
+
+def _descend(
+    q: Tensor, codes: Tensor, w: Tensor, hessian: Tensor, tables: Tensor,
+    row_table: _Indices, col_table: _Indices, size: int,
+) -> int:  # fmt: skip
+    slope = hessian @ (w - q)
+
+    def run(task: tuple[slice, slice]) -> int:
+        rows, units = task
+        part = np.ascontiguousarray(q[:, rows].numpy())
+        gradient = np.ascontiguousarray(slope[:, rows].numpy())
+        chosen = np.ascontiguousarray(codes[:, units].numpy())
+        changes = kernels.descend(
+            part, gradient, hessian.numpy(), tables.numpy(), row_table[units], col_table, chosen
+        )
+        q[:, rows] = torch.from_numpy(part)
+        codes[:, units] = torch.from_numpy(chosen)
+        return int(changes)
+
+    return sum(map_tasks(run, _tasks(w.shape[1], size)))
+
+
+def _solve(
+    codes: Tensor, target: Tensor, hessian: Tensor, weight: Tensor, row_table: _Indices,
+    tables: Tensor,
+) -> Tensor:  # fmt: skip
+    """Entries that minimise the objective for given codes; scalar tables stay increasing."""
+    accumulate = _by_products if tables.shape[1] <= _PRODUCTS_UP_TO else _by_scatter
+    left, right = accumulate(codes, target, hessian, weight, row_table, tables)
+    diagonal = left.diagonal(dim1=1, dim2=2)
+    # an unused entry keeps its value
+    ridge = 1e-6 * diagonal.amax(1, keepdim=True).clamp_min(1e-30)
+    left = left + torch.diag_embed(ridge.expand_as(diagonal))
+    solved = torch.linalg.solve(left, right + ridge[..., None] * tables.double()).float()
+    if tables.shape[2] == 1:
+        solved = solved.sort(dim=1).values
+    return solved.contiguous()
+
+
+def _by_products(
+    codes: Tensor, target: Tensor, hessian: Tensor, weight: Tensor, row_table: _Indices,
+    tables: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Normal equations from products with one-hot codes: the fastest way for small tables."""
+    (count, k, size), (columns, units) = tables.shape, codes.shape
+    left = torch.zeros(count, k, k, dtype=torch.float64)
+    right = torch.zeros(count, k, size, dtype=torch.float64)
+    step = max(1, 2048 // k)
+    for start in range(0, units, step):
+        part = slice(start, min(start + step, units))
+        own = torch.from_numpy(row_table[part])
+        width = len(own)
+        hot = torch.zeros(columns, width, k)
+        hot.scatter_(2, codes[:, part, None].long(), 1.0)
+        moved = (hessian @ hot.reshape(columns, -1)).reshape(columns, width, k)
+        wanted = target[:, start * size : part.stop * size].reshape(columns, width, size)
+        hot = hot.permute(1, 2, 0)
+        factor = weight[part, None, None]
+        left.index_add_(0, own, torch.bmm(hot, moved.transpose(0, 1)).double() * factor)
+        right.index_add_(0, own, torch.bmm(hot, wanted.transpose(0, 1)).double() * factor)
+    return left, right
+
+
+def _by_scatter(
+    codes: Tensor, target: Tensor, hessian: Tensor, weight: Tensor, row_table: _Indices,
+    tables: Tensor,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    count, k, size = tables.shape
+
+    def run(task: tuple[slice, slice]) -> tuple[Tensor, Tensor, int]:
+        rows, units = task
+        own = row_table[units]
+        low, high = int(own.min()), int(own.max()) + 1
+        left, right = np.zeros((high - low, k, k)), np.zeros((high - low, k, size))
+        kernels.normal_equations(
+            np.ascontiguousarray(codes[:, units].numpy()),
+            np.ascontiguousarray(target[:, rows].numpy()),
+            hessian.numpy(), weight[units].numpy(), own - low, left, right,
+        )  # fmt: skip
+        return torch.from_numpy(left), torch.from_numpy(right), low
+
+    left = torch.zeros(count, k, k, dtype=torch.float64)
+    right = torch.zeros(count, k, size, dtype=torch.float64)
+    for part_left, part_right, low in map_tasks(run, _tasks(target.shape[1], size)):
+        left[low : low + len(part_left)] += part_left
+        right[low : low + len(part_left)] += part_right
+    return left, right

@@ -1,0 +1,161 @@
+"""Compiled inner loops of error feedback with lookup tables; all release the GIL.
+
+Weights are held column-major, `w[column, row]`, in tasks of a few dozen rows, so that one column of
+the inverse Hessian's factor serves all rows of a task from the cache. A code belongs to `size`
+consecutive rows (the length of a table entry) and one column; its table is
+`row_table[unit] + col_table[column]`. Tables of scalars are increasing.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numba import njit
+
+__all__ = ["descend", "feedback", "normal_equations"]
+
+_jit = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+
+
+@_jit
+def _code(x, at, size, table):
+    """Index of the nearest table entry to `x[at : at + size]`."""
+    if size == 1:
+        value = x[at]
+        k = table.shape[0]
+        if k <= 16:
+            found = 0
+            for i in range(1, k):
+                found += value > 0.5 * (table[i - 1, 0] + table[i, 0])
+            return found
+        low = 0
+        high = k - 1
+        while low < high:
+            middle = (low + high) // 2
+            if value > 0.5 * (table[middle, 0] + table[middle + 1, 0]):
+                low = middle + 1
+            else:
+                high = middle
+        return low
+    best = np.inf
+    found = 0
+    for i in range(table.shape[0]):
+        distance = 0.0
+        for j in range(size):
+            gap = x[at + j] - table[i, j]
+            distance += gap * gap
+        if distance < best:
+            best = distance
+            found = i
+    return found
+
+
+@_jit
+def feedback(w, factor, tables, row_table, col_table, codes):
+    """Choose codes column by column and hand each column's error on to the later ones.
+
+    Args:
+        w: [columns, rows] float32, replaced by the table values that were chosen.
+        factor: Upper Cholesky factor of the inverse Hessian, [columns, columns] float32.
+        tables: [tables, k, size] float32.
+        row_table: Table of each unit of rows.
+        col_table: Table offset of each column.
+        codes: Result, [columns, units] uint8.
+    """
+    columns, rows = w.shape
+    size = tables.shape[2]
+    units = rows // size
+    error = np.empty(rows, dtype=np.float32)
+    for j in range(columns):
+        inverse = np.float32(1.0) / factor[j, j]
+        for u in range(units):
+            table = tables[row_table[u] + col_table[j]]
+            found = _code(w[j], u * size, size, table)
+            codes[j, u] = found
+            for i in range(size):
+                at = u * size + i
+                error[at] = (w[j, at] - table[found, i]) * inverse
+                w[j, at] = table[found, i]
+        for k in range(j + 1, columns):
+            gain = factor[j, k]
+            for r in range(rows):
+                w[k, r] -= gain * error[r]
+
+
+@_jit
+def descend(q, slope, hessian, tables, row_table, col_table, codes):
+    """One cycle of coordinate descent over the codes; never raises the error.
+
+    Args:
+        q: [columns, rows] float32, the current values; updated.
+        slope: H (w − q), [columns, rows] float32; updated.
+        hessian: [columns, columns] float32 with a positive diagonal.
+        tables: [tables, k, size] float32.
+        row_table: Table of each unit of rows.
+        col_table: Table offset of each column.
+        codes: [columns, units] uint8; updated.
+
+    Returns:
+        Number of codes that changed.
+    """
+    columns, rows = q.shape
+    size = tables.shape[2]
+    units = rows // size
+    wanted = np.empty(rows, dtype=np.float32)
+    move = np.empty(rows, dtype=np.float32)
+    changes = 0
+    for j in range(columns):
+        inverse = np.float32(1.0) / hessian[j, j]
+        for r in range(rows):
+            wanted[r] = q[j, r] + slope[j, r] * inverse
+            move[r] = 0.0
+        moved = False
+        for u in range(units):
+            table = tables[row_table[u] + col_table[j]]
+            found = _code(wanted, u * size, size, table)
+            if found == codes[j, u]:
+                continue
+            codes[j, u] = found
+            changes += 1
+            moved = True
+            for i in range(size):
+                at = u * size + i
+                move[at] = table[found, i] - q[j, at]
+                q[j, at] = table[found, i]
+        if moved:
+            for k in range(columns):
+                gain = hessian[j, k]
+                for r in range(rows):
+                    slope[k, r] -= gain * move[r]
+    return changes
+
+
+@_jit
+def normal_equations(codes, target, hessian, weight, first, left, right):
+    """Add one task's part of the least-squares problem for the entries of its tables.
+
+    For rows with the one table t: `left[t] += f · PᵀHP`, `right[t] += f · PᵀH w`.
+
+    Args:
+        codes: [columns, units] uint8.
+        target: H w, [columns, rows] float32.
+        hessian: [columns, columns] float32.
+        weight: Importance f of each unit.
+        first: Table of each unit.
+        left: [tables, k, k] float64; added to.
+        right: [tables, k, size] float64; added to.
+    """
+    columns, units = codes.shape
+    k, size = right.shape[1], right.shape[2]
+    part = np.empty(k)
+    for u in range(units):
+        t = first[u]
+        f = weight[u]
+        for i in range(columns):
+            part[:] = 0.0
+            for j in range(columns):
+                part[codes[j, u]] += hessian[i, j]
+            a = codes[i, u]
+            for b in range(k):
+                left[t, a, b] += f * part[b]
+            for s in range(size):
+                right[t, a, s] += f * target[i, u * size + s]
