@@ -15,7 +15,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from graphopt.errors import InputError
 
-__all__ = ["CapturedModule", "InputGuards", "holder_of"]
+__all__ = ["CapturedModule", "InputGuards", "holder_of", "set_tensor"]
 
 _ALLOWED = (
     *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare),
@@ -222,3 +222,12 @@ def holder_of(module: nn.Module, path: str, *, create: bool = False) -> tuple[nn
             module.add_module(part, child)
         module = child
     return module, name
+
+
+def set_tensor(holder: nn.Module, name: str, value: Tensor) -> None:
+    """Replace an attribute by another tensor, as the parameter or buffer that it was."""
+    old = getattr(holder, name)
+    if isinstance(old, nn.Parameter):
+        holder.register_parameter(name, nn.Parameter(value, old.requires_grad))
+    else:
+        holder._buffers[name] = value

@@ -10,6 +10,7 @@ from graphopt.passes.dequantize_to_shift_scale import DequantizeToShiftScale
 from graphopt.passes.fake_palettize import FakePalettize
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
 from graphopt.passes.insert_fake_quantize import InsertFakeQuantize
+from graphopt.passes.insert_taps import InsertTaps
 from graphopt.passes.integers_to_tables import IntegersToTables
 from graphopt.passes.palettize_weights import PalettizeWeights, cluster_annotated
 from graphopt.passes.raise_to_vocabulary import RaiseToVocabulary
@@ -23,6 +24,7 @@ __all__ = [
     "FakePalettize",
     "FoldBatchNorm",
     "InsertFakeQuantize",
+    "InsertTaps",
     "IntegersToTables",
     "PalettizeWeights",
     "RaiseToVocabulary",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -25,10 +25,16 @@ from graphopt.weights import WeightTensor, find_weights
 __all__ = ["PalettizeWeights", "cluster_annotated"]
 
 _ops = torch.ops.graphopt
+_FLOOR = 1e-3  # of the mean importance
 
 
 def cluster_annotated(
-    gm: fx.GraphModule, *, progress: bool | None = None, seed: int = 0
+    gm: fx.GraphModule,
+    *,
+    progress: bool | None = None,
+    seed: int = 0,
+    importance: Mapping[str, Tensor] | None = None,
+    names: Collection[str] | None = None,
 ) -> dict[str, PalettizedWeight]:
     """Cluster every annotated weight of a graph, layers side by side.
 
@@ -36,6 +42,9 @@ def cluster_annotated(
         gm: A graph that `AnnotatePalettization` has seen.
         progress: Show a bar; None shows it on a terminal.
         seed: Seed of vector tables.
+        importance: Name → weight of each element's squared error; others weigh all alike, and so
+            do elements without any beside a thousandth of the mean.
+        names: Weights to cluster; None is all.
 
     Returns:
         Name of the tensor → its palettized form, in the order of the graph.
@@ -44,14 +53,17 @@ def cluster_annotated(
         CompressionError: A weight contains NaN or Inf; the message names it.
     """
     found = _annotated(gm)
+    if names is not None:
+        found = {name: found[name] for name in found if name in set(names)}
     order = sorted(found, key=lambda name: -found[name][0].numel())
 
     def cluster(name: str) -> tuple[str, PalettizedWeight]:
         tensor, annotation = found[name]
         try:
             return name, palettize(
-                tensor, annotation.spec, output_axis=annotation.output_axis, seed=seed
-            )
+                tensor, annotation.spec, output_axis=annotation.output_axis, seed=seed,
+                importance=_smoothed((importance or {}).get(name)),
+            )  # fmt: skip
         except CompressionError as error:
             raise CompressionError(
                 f"{name}: {error}; exclude it in the config or repair the model"
@@ -59,6 +71,13 @@ def cluster_annotated(
 
     done = dict(track(map_tasks(cluster, order), "palettizing", len(order), enabled=progress))
     return {name: done[name] for name in found}
+
+
+def _smoothed(importance: Tensor | None) -> Tensor | None:
+    """Importance with a floor, so that what the data did not reach keeps its place."""
+    if importance is None or not bool(importance.any()):
+        return None
+    return importance + _FLOOR * importance.mean()
 
 
 def _annotated(gm: fx.GraphModule) -> dict[str, tuple[Tensor, WeightAnnotation[PalettizationSpec]]]:

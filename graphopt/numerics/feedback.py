@@ -19,7 +19,7 @@ from torch import Tensor
 from graphopt.numerics import kernels_feedback as kernels
 from graphopt.numerics.parallel import map_tasks
 
-__all__ = ["Feedback", "TableMap", "fit_tables", "inverse_factor"]
+__all__ = ["Feedback", "TableMap", "feedback_grouped", "fit_tables", "inverse_factor"]
 
 _TASK_ROWS = 64
 _PRODUCTS_UP_TO = 32  # entries per table
@@ -150,6 +150,39 @@ def fit_tables(
     )
 
 
+def feedback_grouped(
+    weight: Tensor, hessian: Tensor, tables: Tensor, where: TableMap, damping: float = 0.01
+) -> Tensor:
+    """Codes of a grouped convolution, whose groups have inputs of their own; tables stay.
+
+    Args:
+        weight: [groups, rows, columns].
+        hessian: [groups, columns, columns].
+        tables: [tables, k, size].
+        where: Tables of the rows of all groups together.
+        damping: See `inverse_factor`.
+
+    Returns:
+        [groups · rows / size, columns] uint8.
+    """
+    groups, rows, columns = weight.shape
+    units = rows // where.size
+    codes = torch.empty((groups * units, columns), dtype=torch.uint8)
+    entries = tables.float().contiguous().numpy()
+
+    def run(group: int) -> None:
+        mine = slice(group * units, (group + 1) * units)
+        part = np.array(weight[group].float().T.numpy(), order="C")  # the kernel works in place
+        chosen = np.empty((columns, units), dtype=np.uint8)
+        factor = inverse_factor(hessian[group], damping).numpy()
+        kernels.feedback(part, factor, entries, where.rows[mine], where.columns, chosen)
+        codes[mine] = torch.from_numpy(chosen.T.copy())
+
+    for _ in map_tasks(run, range(groups)):
+        pass
+    return codes
+
+
 def _tasks(rows: int, size: int) -> list[tuple[slice, slice]]:
     step = max(_TASK_ROWS // size, 1)
     return [
@@ -167,7 +200,7 @@ def _pass(
 
     def run(task: tuple[slice, slice]) -> None:
         rows, units = task
-        part = np.ascontiguousarray(w[:, rows].numpy())
+        part = np.array(w[:, rows].numpy(), order="C")  # the kernel works in place
         chosen = np.empty((part.shape[0], part.shape[1] // size), dtype=np.uint8)
         kernels.feedback(part, factor.numpy(), tables.numpy(), row_table[units], col_table, chosen)
         q[:, rows] = torch.from_numpy(part)

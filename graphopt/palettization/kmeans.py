@@ -1,22 +1,28 @@
-"""KMeansPalettizer: the compressor class of data-free k-means palettization."""
+"""KMeansPalettizer: the compressor class of palettization, without data or calibrated."""
 
 from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from graphopt.annotations import palette_annotation
 from graphopt.api import convert_for
 from graphopt.backends import load_backend
 from graphopt.capture import capture
-from graphopt.captured_module import CapturedModule
+from graphopt.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.errors import InputError, StateError
+from graphopt.layerwise import as_batch
+from graphopt.palettization.calibration import Calibrator
 from graphopt.pass_manager import run_passes
 from graphopt.passes import (
     AnnotatePalettization,
@@ -28,8 +34,10 @@ from graphopt.passes import (
 )
 from graphopt.program import CompressedProgram, Program
 from graphopt.schemes.palettize import PalettizedWeight
+from graphopt.sensitivity import LossFn, load_sensitivities, save_sensitivities
 from graphopt.specs import ExportBackend
 from graphopt.table import CompressionTable
+from graphopt.weights import find_weights
 
 __all__ = ["KMeansPalettizer"]
 
@@ -37,10 +45,13 @@ _log = logging.getLogger(__name__)
 
 
 class KMeansPalettizer:
-    """Replace weights by tables of centroids and indices, without data.
+    """Replace weights by tables of centroids and indices.
 
     >>> palettizer = KMeansPalettizer(model, KMeansPalettizerConfig.presets.w4())
     >>> prepared = palettizer.prepare(example_inputs)     # computes with the palettes
+    >>> with palettizer.calibration_mode(loss_fn=F.cross_entropy) as skm:    # optional
+    ...     for x, y in batches:
+    ...         skm.step(prepared(x), y)
     >>> finalized = palettizer.finalize(backend=ExportBackend.CoreAI)
 
     Args:
@@ -60,6 +71,10 @@ class KMeansPalettizer:
         self._model = model
         self._config = KMeansPalettizerConfig() if config is None else config
         self._annotated: Program | None = None
+        self._fitted: Program | None = None
+        self._prepared: CapturedModule | None = None
+        self._sensitivities: dict[str, Tensor] = {}
+        self._seed = 0
         self._palettes: dict[str, PalettizedWeight] = {}
         self._summary = CompressionTable(())
 
@@ -70,6 +85,7 @@ class KMeansPalettizer:
         *,
         dynamic_shapes: Any = "auto",
         fold_batch_norm: bool = False,
+        sensitivity_path: str | Path | None = None,
         on_unmatched: Literal["error", "warn"] = "error",
         num_workers: int = 1,
         progress: bool | None = None,
@@ -84,6 +100,7 @@ class KMeansPalettizer:
             fold_batch_norm: Fold batch norms into the convolutions before them first. Artifacts
                 get smaller and faster by one op per norm, but the norms' names leave the state
                 dict, and one table has to serve channels of different gains.
+            sensitivity_path: File of `save_sensitivities`, by which errors are weighed.
             on_unmatched: Whether a config key that matches no module, op or state raises or warns.
             num_workers: Accepted for compatibility; clustering uses torch's threads.
             progress: Show a bar; None shows it on a terminal.
@@ -97,6 +114,7 @@ class KMeansPalettizer:
             CaptureError: The model cannot be exported.
             ConfigError: A config key matches nothing.
             CompressionError: A weight contains NaN or Inf.
+            InputError: `sensitivity_path` cannot be read or belongs to another model.
             StateError: `prepare` was called before.
         """
         if self._annotated is not None:
@@ -114,18 +132,144 @@ class KMeansPalettizer:
         if fold_batch_norm:
             run_passes(gm, [FoldBatchNorm(), RemoveUnused()])
         run_passes(gm, [AnnotatePalettization(self._config, on_unmatched)])
-        self._palettes = cluster_annotated(gm, progress=progress, seed=seed)
-        prepared = annotated.copy().graph_module
-        run_passes(prepared, [FakePalettize(self._palettes)])
-        self._annotated = annotated
-        self._summary = prepared.meta["graphopt.table"]
+        self._annotated, self._seed = annotated, seed
+        if sensitivity_path is not None:
+            self._sensitivities = load_sensitivities(sensitivity_path, self._shapes())
+        self._palettes = cluster_annotated(
+            gm, progress=progress, seed=seed, importance=self._sensitivities
+        )
+        fake = annotated.copy().graph_module
+        run_passes(fake, [FakePalettize(self._palettes)])
+        self._summary = fake.meta["graphopt.table"]
         _log.info(
             "palettized %d of %d tensors to %.3f bits per weight",
             len(self._summary.palettized), len(self._summary), self._summary.bits_per_weight,
         )  # fmt: skip
         for row in self._summary.skipped:
             _log.info("left %s as it is: %s", row.name, row.detail)
-        return copy.deepcopy(prepared)
+        self._prepared = copy.deepcopy(fake)
+        return self._prepared
+
+    @contextmanager
+    def calibration_mode(
+        self,
+        model: nn.Module | None = None,
+        *,
+        loss_fn: LossFn | None = None,
+        sensitivity_path: str | Path | None = None,
+        label_free: Literal["mse", "kl"] = "mse",
+        per_sample: bool = True,
+        correct_bias: bool = True,
+        mmap_dir: str | Path | None = None,
+        progress: bool | None = None,
+    ) -> Iterator[Calibrator]:
+        """Weigh the weights by data; tables and codes are found anew when the context exits.
+
+        Inside, the prepared module computes with the original weights. Call it on each batch and
+        hand its output to `step`; or only call it, and the label-free loss runs on the same inputs
+        at the exit. What is done depends on the spec's `algorithm`: "auto" and "skm" weigh squared
+        errors by the mean squared gradient of a sample's loss (Kim et al., SqueezeLLM, arXiv
+        2306.07629, equation 3), "gptq" fits the outputs layer by layer, "kmeans" stays as it is.
+        If the context is left by an exception, everything stays as before.
+
+        Args:
+            model: Accepted for compatibility: None, or what `prepare` returned.
+            loss_fn: `loss_fn(output, target)`: mean over the batch, or one value per sample. None
+                takes a label-free loss.
+            sensitivity_path: Where to save the sensitivities at the exit.
+            label_free: "mse", or "kl" for models that return logits.
+            per_sample: Square the gradients of single samples, as the source does; False takes
+                `E[δ²]·E[x²]`.
+            correct_bias: With "gptq", let biases take up the mean error of their layer.
+            mmap_dir: Folder for the sums of squares, one file per weight; None keeps them in memory.
+            progress: Show bars; None shows them on a terminal.
+
+        Yields:
+            An object with `step(output, target)`.
+
+        Raises:
+            StateError: `prepare` was not called.
+            CalibrationError: No data ran inside the context.
+            InputError: The loss has no gradient.
+        """
+        del model
+        annotated, prepared = self._ready()
+        calibrator = Calibrator(
+            annotated, loss_fn=loss_fn, label_free=label_free, per_sample=per_sample,
+            folder=None if mmap_dir is None else Path(mmap_dir), seed=self._seed,
+        )  # fmt: skip
+        with calibrator.watching(prepared):
+            yield calibrator
+        calibrator.collect(prepared, progress)
+        found, biases, remarks = calibrator.palettes(
+            self._seed, progress, correct_bias=correct_bias
+        )
+        self._sensitivities = calibrator.collector.sums
+        if sensitivity_path is not None:
+            self.save_sensitivities(sensitivity_path)
+        self._take(found, biases, remarks)
+
+    def calibrate(
+        self, data: Iterable[Any], *, progress: bool | None = None, **options: Any
+    ) -> CapturedModule:
+        """Run `data`, inputs of one call each, through `calibration_mode` without labels.
+
+        Args:
+            data: Each a tensor, a tuple or list of positional inputs, or a dict of keyword inputs.
+            progress: Show bars; None shows them on a terminal.
+            options: Further options of `calibration_mode`.
+        """
+        _, prepared = self._ready()
+        with self.calibration_mode(progress=progress, **options), torch.no_grad():
+            for inputs in data:
+                args, kwargs = as_batch(inputs)
+                prepared(*args, **kwargs)
+        return prepared
+
+    def save_sensitivities(self, path: str | Path) -> Path:
+        """Write the sensitivities of the last calibration as safetensors.
+
+        Raises:
+            StateError: There was no calibration that collected any.
+        """
+        if not self._sensitivities:
+            raise StateError("there are no sensitivities; run calibration_mode() first")
+        return save_sensitivities(path, self._sensitivities)
+
+    def _take(
+        self, found: dict[str, PalettizedWeight], biases: dict[str, Tensor], remarks: list[str]
+    ) -> None:
+        """Let the programs hold new palettes and biases."""
+        annotated, prepared = self._ready()
+        fitted = annotated.copy()
+        for path, value in biases.items():
+            holder, name = holder_of(fitted.graph_module, path)
+            set_tensor(holder, name, value)
+            target, name = holder_of(prepared, path)
+            getattr(target, name).data = value.clone()
+        self._fitted = fitted
+        fake = fitted.copy().graph_module
+        run_passes(fake, [FakePalettize(found)])
+        for name in found:
+            holder, attribute = holder_of(fake, name)
+            target, attribute = holder_of(prepared, name)
+            getattr(target, attribute).data = getattr(holder, attribute).detach().clone()
+        table = fake.meta["graphopt.table"]
+        self._palettes = found
+        self._summary = CompressionTable(table.rows, (*table.warnings, *remarks))
+
+    def _shapes(self) -> dict[str, torch.Size]:
+        assert self._annotated is not None
+        return {
+            weight.name: weight.tensor.shape
+            for weight in find_weights(self._annotated.graph_module)
+            if palette_annotation(weight.nodes[0]) is not None
+        }
+
+    def _ready(self) -> tuple[Program, CapturedModule]:
+        if self._annotated is None or self._prepared is None:
+            raise StateError("call prepare(example_inputs) first")
+        return self._annotated, self._prepared
 
     def finalize(
         self,
@@ -156,9 +300,8 @@ class KMeansPalettizer:
         """
         from graphopt.api import lower_by_suffix
 
-        if self._annotated is None:
-            raise StateError("call prepare(example_inputs) first")
-        converted = self._annotated.copy()
+        annotated, _ = self._ready()
+        converted = (self._fitted or annotated).copy()
         run_passes(converted.graph_module, [PalettizeWeights(self._palettes)])
         return CompressedProgram(
             # the original weights are gone by now; what is copied here is small
@@ -179,8 +322,7 @@ class KMeansPalettizer:
         Raises:
             StateError: `prepare` was not called.
         """
-        if self._annotated is None:
-            raise StateError("call prepare(example_inputs) first")
+        self._ready()
         if backend is None:
             return self._summary
         capabilities = load_backend(backend).capabilities

@@ -10,27 +10,26 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import CompressionError
-from graphopt.numerics.kmeans1d import (
-    Clustering,
-    IntGrid,
-    assign_1d,
-    cluster_1d,
-    look_up,
-    sum_of_squares,
-)
+from graphopt.numerics.kmeans1d import cluster_1d, look_up, sum_of_squares
 from graphopt.numerics.kmeans_nd import cluster_vectors
 from graphopt.numerics.packing import pack, packed_size, unpack
-from graphopt.ops import STORAGE_BITS, lut_to_dense, shift_scale
+from graphopt.ops import lut_to_dense, shift_scale
+from graphopt.schemes.tables import StoredTables, nearest_codes, quantize_tables
 from graphopt.specs import (
     PalettizationSpec,
     PerGroupedChannelGranularity,
-    QuantizationScheme,
-    QuantizationSpec,
 )
 
-__all__ = ["Layout", "PalettizedWeight", "palettize", "plan_layout", "resolve_group_size"]
-
-_FP8_STORAGE = {torch.float8_e4m3fn: "fp8_e4m3", torch.float8_e5m2: "fp8_e5m2"}
+__all__ = [
+    "Arranged",
+    "Layout",
+    "PalettizedWeight",
+    "arrange",
+    "assemble",
+    "palettize",
+    "plan_layout",
+    "resolve_group_size",
+]
 
 
 @dataclass(frozen=True)
@@ -128,6 +127,19 @@ class PalettizedWeight:
         """Logical shape of the tables."""
         return self.layout.lut_shape(2**self.n_bits)
 
+    def table_values(self) -> Tensor:
+        """Tables in the weight's type, of `lut_shape`."""
+        if self.lut_storage is None or self.lut_scale is None:
+            return self.lut
+        return shift_scale(
+            self.lut,
+            self.lut_scale,
+            self.lut_offset,
+            self.lut_storage,
+            self.lut_shape(),
+            self.dtype,
+        )
+
     def dense(self) -> Tensor:
         """The weight that this stands for, of `layout.shape` and `dtype`."""
         layout = self.layout
@@ -137,12 +149,7 @@ class PalettizedWeight:
             codes = unpack(self.indices, self.n_bits, math.prod(layout.shape))
             tables = self.lut.reshape(layout.n_groups, -1)
             return look_up(codes.reshape(layout.n_groups, -1), tables).reshape(layout.shape)
-        lut = self.lut
-        if self.lut_storage is not None and self.lut_scale is not None:
-            lut = shift_scale(
-                lut, self.lut_scale, self.lut_offset, self.lut_storage, self.lut_shape(), self.dtype
-            )
-        shape = self.layout.shape
+        shape, lut = self.layout.shape, self.table_values()
         weight = lut_to_dense(self.indices, lut, self.n_bits, shape, self.op_vector_axis)
         if self.channel_scale is not None:
             weight = shift_scale(weight, self.channel_scale, None, "float", shape, self.dtype)
@@ -240,6 +247,39 @@ def palettize(
     Raises:
         CompressionError: NaN or Inf in the weight, or a layout that cannot be built.
     """
+    parts = arrange(weight, spec, output_axis, importance)
+    tables, codes, sse = _cluster(parts, spec, seed)
+    stored = None
+    if spec.lut_qspec is not None:
+        stored = quantize_tables(parts.vectors, parts.weights, tables, spec.lut_qspec)
+        codes = nearest_codes(parts.vectors, stored.decoded, parts.weights)
+    plain = parts.channel_scale is None and parts.weights is None and stored is None
+    return assemble(weight, spec, parts, stored or tables, codes, sse if plain else None)
+
+
+@dataclass(frozen=True)
+class Arranged:
+    """A weight laid out for its tables.
+
+    Attributes:
+        layout: Which elements share a table.
+        scaled: The weight, divided by its channel scales if there are any.
+        channel_scale: Per-output-channel scale, rank K, or None.
+        vectors: [groups, vectors per group, cluster_dim].
+        weights: Importance of each vector, [groups, vectors per group], or None.
+    """
+
+    layout: Layout
+    scaled: Tensor
+    channel_scale: Tensor | None
+    vectors: Tensor
+    weights: Tensor | None
+
+
+def arrange(
+    weight: Tensor, spec: PalettizationSpec, output_axis: int, importance: Tensor | None
+) -> Arranged:
+    """Lay a weight out for its tables; arguments as for `palettize`."""
     layout = plan_layout(weight.shape, output_axis, spec)
     source = weight.detach()
     scaled, mass, channel_scale = source, importance, None
@@ -252,111 +292,67 @@ def palettize(
         relative = channel_scale.double() / channel_scale.double().max()
         mass = relative.square().float().expand_as(source)
         mass = mass if importance is None else mass * importance
-    vectors = layout.split(scaled)
     weights = None if mass is None else layout.split(mass).mean(-1)
-    if layout.cluster_dim > 1:
-        tables, codes, _ = cluster_vectors(vectors, spec.n_entries, weights=weights, seed=seed)
-        scalar = None
-    else:
-        scalar = cluster_1d(vectors[..., 0], [spec.n_entries], weights=weights)[spec.n_entries]
-        tables, codes = scalar.tables[..., None], scalar.indices
-    lut_scale = lut_offset = None
-    storage = None
-    lut = tables
-    if spec.lut_qspec is not None:
-        quantized = _quantize_tables(vectors, weights, tables, spec, spec.lut_qspec)
-        lut, lut_scale, lut_offset, storage, codes = quantized
+    return Arranged(layout, scaled, channel_scale, layout.split(scaled), weights)
+
+
+def _cluster(
+    parts: Arranged, spec: PalettizationSpec, seed: int
+) -> tuple[Tensor, Tensor, float | None]:
+    if parts.layout.cluster_dim > 1:
+        tables, codes, _ = cluster_vectors(
+            parts.vectors, spec.n_entries, weights=parts.weights, seed=seed
+        )
+        return tables, codes, None
+    values = parts.vectors[..., 0]
+    found = cluster_1d(values, [spec.n_entries], weights=parts.weights)[spec.n_entries]
+    return found.tables[..., None], found.indices, float(found.sse.sum())
+
+
+def assemble(
+    weight: Tensor,
+    spec: PalettizationSpec,
+    parts: Arranged,
+    tables: Tensor | StoredTables,
+    codes: Tensor,
+    sse: float | None = None,
+) -> PalettizedWeight:
+    """The stored form for given tables and codes.
+
+    Args:
+        weight: What they stand for.
+        spec: What was asked for.
+        parts: How it was laid out.
+        tables: [groups, k, cluster_dim], or quantized ones.
+        codes: [groups, vectors per group].
+        sse: Squared error, where it is known.
+    """
+    layout = parts.layout
     shape = layout.lut_shape(spec.n_entries)
-    if storage is None:
-        lut = lut.reshape(shape).contiguous()
     scale_shape = [*shape[:-2], 1, 1]
+    stored = tables if isinstance(tables, StoredTables) else None
+    lut_scale = None if stored is None else stored.scale.reshape(scale_shape)
+    lut_offset = None
+    if stored is not None and stored.offset is not None:
+        lut_offset = stored.offset.reshape(scale_shape)
     result = PalettizedWeight(
         indices=pack(layout.join_indices(codes).contiguous(), spec.n_bits),
-        lut=lut,
-        lut_scale=None if lut_scale is None else lut_scale.reshape(scale_shape),
-        lut_offset=None if lut_offset is None else lut_offset.reshape(scale_shape),
-        lut_storage=storage,
-        channel_scale=channel_scale,
+        lut=tables.data if isinstance(tables, StoredTables) else tables.reshape(shape).contiguous(),
+        lut_scale=lut_scale,
+        lut_offset=lut_offset,
+        lut_storage=None if stored is None else stored.storage,
+        channel_scale=parts.channel_scale,
         layout=layout,
         n_bits=spec.n_bits,
         dtype=weight.dtype,
         sse=0.0,
-        energy=sum_of_squares(source),
+        energy=sum_of_squares(weight.detach()),
     )
-    plain = scalar is not None and storage is None and channel_scale is None and importance is None
-    sse = scalar.sse.sum() if plain and scalar is not None else _squared_error(source, result)
-    return replace(result, sse=float(sse))
+    if sse is None:
+        sse = float(_squared_error(weight.detach(), result))
+    return replace(result, sse=sse)
 
 
 def _squared_error(weight: Tensor, palettized: PalettizedWeight) -> Tensor:
     error = weight.float() - palettized.dense().float()
     return torch.linalg.vector_norm(error, dtype=torch.float64).square()
-
-
-def _quantize_tables(
-    vectors: Tensor,
-    weights: Tensor | None,
-    tables: Tensor,
-    spec: PalettizationSpec,
-    qspec: QuantizationSpec,
-) -> tuple[Tensor, Tensor, Tensor | None, str, Tensor]:
-    """Quantize tables with one scale each and choose the codes anew.
-
-    Scalar integer tables are solved on the integer grid, so that rounding is part of the optimum.
-
-    Returns:
-        Packed table bytes, scales [groups], zero points [groups] or None, storage name, codes.
-    """
-    flat = tables.float().reshape(tables.shape[0], -1)
-    storage = _FP8_STORAGE.get(qspec.dtype, str(qspec.dtype).removeprefix("torch."))
-    if storage.startswith("fp8"):
-        scale = _stored_scale(flat.abs().amax(1) / torch.finfo(qspec.dtype).max, tables.dtype)
-        narrow = (flat / scale[:, None]).to(qspec.dtype)
-        decoded = (narrow.float() * scale[:, None]).to(tables.dtype).reshape(tables.shape)
-        codes = _assign(vectors, decoded, weights)
-        return narrow.reshape(-1).view(torch.uint8), scale.to(tables.dtype), None, storage, codes
-    low, high = (0, 255) if storage == "uint8" else (-128, 127)
-    if qspec.qscheme is QuantizationScheme.ASYMMETRIC:
-        smallest, largest = flat.amin(1).clamp_max(0), flat.amax(1).clamp_min(0)
-        scale = _stored_scale(largest / 255 - smallest / 255, tables.dtype)
-        zero = (low - smallest / scale).round().clamp(low, high)
-        zero_point = zero if zero.any() else None
-    else:
-        scale = _stored_scale(flat.abs().amax(1) / 127, tables.dtype)
-        zero_point = torch.full_like(scale, 128.0) if storage == "uint8" else None
-        if qspec.qscheme is QuantizationScheme.SYMMETRIC_WITH_CLIPPING:
-            low, high = (1, 255) if storage == "uint8" else (-127, 127)
-    shared = zero_point is None or bool((zero_point == zero_point[0]).all())
-    offset = torch.zeros_like(scale) if zero_point is None else zero_point
-    if vectors.shape[-1] == 1 and shared:
-        start = int(offset[0])
-        grid = IntGrid(scale.double(), low - start, high - start)
-        values = vectors[..., 0].float()
-        best = cluster_1d(values, [spec.n_entries], weights=weights, grid=grid)
-        flat = best[spec.n_entries].tables
-    levels = (flat / scale[:, None] + offset[:, None]).round().clamp(low, high)
-    decoded = ((levels - offset[:, None]) * scale[:, None]).to(tables.dtype).reshape(tables.shape)
-    codes = _assign(vectors, decoded, weights)
-    container = torch.uint8 if storage == "uint8" else torch.int8
-    data = levels.to(container).reshape(-1).view(torch.uint8)
-    stored_offset = None if zero_point is None else zero_point.to(container)
-    assert STORAGE_BITS[storage] == 8
-    return data, scale.to(tables.dtype), stored_offset, storage, codes
-
-
-def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Scales as `dtype` stores them, at least its smallest number, in float32."""
-    info = torch.finfo(torch.float32 if dtype is torch.float64 else dtype)
-    return scale.to(dtype).float().clamp_min(info.smallest_normal * info.eps)
-
-
-def _assign(vectors: Tensor, tables: Tensor, weights: Tensor | None) -> Tensor:
-    """Codes of the nearest entries; scalar tables must be increasing."""
-    if vectors.shape[-1] == 1:
-        found: Clustering = assign_1d(vectors[..., 0], tables[..., 0], weights)
-        return found.indices
-    codes = [
-        torch.cdist(group.float(), table.float()).argmin(1)
-        for group, table in zip(vectors, tables, strict=True)
-    ]
-    return torch.stack(codes).to(torch.uint8)

@@ -48,6 +48,11 @@ class PalettizationSpec(SpecModel):
         enable_per_channel_scale: Divide each output channel by its largest magnitude first and
             store the scales beside the indices.
         training_strategy_spec: Behaviour in training.
+        algorithm: How tables and codes are found. "kmeans" minimises the error of the weights;
+            "skm" weighs it by the loss's squared gradients (SqueezeLLM, arXiv 2306.07629); "gptq"
+            minimises the error of the layer's outputs, by error feedback with tables (arXiv
+            2210.17323). The last two need `calibration_mode()`. "auto" is "skm" where there was a
+            calibration and "kmeans" where not.
     """
 
     n_bits: Bits = 4
@@ -56,6 +61,7 @@ class PalettizationSpec(SpecModel):
     cluster_dim: Annotated[int, Field(ge=1)] = 1
     enable_per_channel_scale: bool = False
     training_strategy_spec: DefaultTrainingSpec = Field(default_factory=DefaultTrainingSpec)
+    algorithm: Literal["auto", "kmeans", "skm", "gptq"] = "auto"
 
     @model_validator(mode="after")
     def _lut_qspec_fits_a_table(self) -> PalettizationSpec:

@@ -1,0 +1,177 @@
+"""Collect squared gradients per sample while a user's own forward and backward passes run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.matrix_form import WeightUse
+from graphopt.sensitivity.storage import allocate
+
+__all__ = ["GradientCollector", "GradientTap", "WeightTap"]
+
+_CHUNK = 1 << 24  # elements of per-sample gradients that exist at a time
+
+
+class GradientCollector:
+    """Sums over samples of the squared gradient of every weight, and of the positions of every op.
+
+    Attributes:
+        sums: Name of the weight → Σ over samples of squared gradients, of the weight's shape.
+        saliency: Name of the op's node → one tensor [batch, positions] per call: mean squared
+            gradient of the output at each position, with mean 1 over each sample.
+        rows: Name of the node → Σ squared gradients of each output row, [groups, rows].
+        samples: Number of samples seen.
+        scale: Factor that turns gradients of the loss into gradients of one sample's loss.
+    """
+
+    def __init__(
+        self,
+        *,
+        per_sample: bool = True,
+        squares: bool = True,
+        positions: bool = False,
+        folder: Path | None = None,
+    ) -> None:
+        self.per_sample = per_sample
+        self.squares = squares
+        self.positions = positions
+        self.folder = folder
+        self.sums: dict[str, Tensor] = {}
+        self.saliency: dict[str, list[Tensor]] = {}
+        self.rows: dict[str, Tensor] = {}
+        self.samples = 0
+        self.scale = 1.0
+        self._factors: dict[tuple[str, WeightUse], tuple[torch.Size, Tensor, Tensor]] = {}
+
+    @torch.no_grad()
+    def record(
+        self, name: str, use: WeightUse, shape: torch.Size, x: Tensor, gradient: Tensor
+    ) -> None:
+        """Take in one backward pass through one op.
+
+        Args:
+            name: Name of the weight.
+            use: The op.
+            shape: Shape of the stored weight.
+            x: Its input.
+            gradient: Gradient of the loss at its output.
+        """
+        rows = use.form.rows(gradient.float() * self.scale, x)  # batch, groups, positions, rows
+        if self.positions:
+            squared = rows.square().mean((1, 3))
+            level = squared.mean(1, keepdim=True)
+            relative = torch.where(level > 0, squared / level.clamp_min(1e-38), 0.0)
+            self.saliency.setdefault(use.node.name, []).append(relative)
+            total = rows.square().sum((0, 2))
+            self.rows[use.node.name] = self.rows.get(use.node.name, 0) + total
+        if not self.squares:
+            return
+        if use.form.kind == "lookup":
+            self._add(name, shape, _lookup_squares(x, rows[:, 0], shape))
+            return
+        columns = use.form.columns(x.float())
+        if self.per_sample:
+            self._add(name, shape, use.pull_back(_squares(rows, columns), shape))
+            return
+        sums = (shape, rows.square().sum((0, 2)), columns.square().sum((0, 2)))
+        old = self._factors.get((name, use))
+        if old is not None:
+            sums = (shape, sums[1] + old[1], sums[2] + old[2])
+        self._factors[name, use] = sums
+
+    @torch.no_grad()
+    def record_batch(self, name: str, gradient: Tensor) -> None:
+        """Take in the gradient of a weight whose samples cannot be told apart."""
+        if self.squares:
+            self._add(name, gradient.shape, (gradient.float() * self.scale).square())
+
+    def finish(self) -> dict[str, Tensor]:
+        """Mean squared gradient of every weight that was reached."""
+        for (name, use), (shape, rows, columns) in self._factors.items():
+            product = rows[:, :, None] * columns[:, None, :] / max(self.samples, 1)
+            self._add(name, shape, use.pull_back(product, shape))
+        self._factors.clear()
+        for value in self.sums.values():
+            value /= max(self.samples, 1)
+        return self.sums
+
+    def _add(self, name: str, shape: torch.Size, value: Tensor) -> None:
+        if name not in self.sums:
+            self.sums[name] = allocate(name, shape, self.folder)
+        self.sums[name] += value.to(self.sums[name].device)
+
+
+def _squares(rows: Tensor, columns: Tensor) -> Tensor:
+    """Σ over samples of (Σ over positions of row · column)², [groups, rows, columns]."""
+    batch, groups, positions, height = rows.shape
+    width = columns.shape[-1]
+    if positions == 1:
+        left = rows[:, :, 0].square().permute(1, 2, 0)
+        return left @ columns[:, :, 0].square().transpose(0, 1)
+    total = rows.new_zeros(groups, height, width)
+    step = max(1, _CHUNK // (groups * height * width))
+    for start in range(0, batch, step):
+        part = slice(start, start + step)
+        total += (rows[part].mT @ columns[part]).square_().sum(0)
+    return total
+
+
+def _lookup_squares(indices: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
+    """The same for a table of rows: a sample's gradient of a row sums over its occurrences."""
+    batch = rows.shape[0]
+    ids = indices.reshape(batch, -1) + torch.arange(batch)[:, None] * shape[0]
+    unique, places = ids.reshape(-1).unique(return_inverse=True)
+    sums = rows.new_zeros(len(unique), shape[1])
+    sums.index_add_(0, places, rows.reshape(-1, shape[1]))
+    return rows.new_zeros(list(shape)).index_add_(0, unique % shape[0], sums.square_())
+
+
+class GradientTap(nn.Module):
+    """Stands behind an op and hands its input and the gradient of its output to a collector."""
+
+    def __init__(
+        self, collector: GradientCollector, name: str, use: WeightUse, shape: torch.Size
+    ) -> None:
+        super().__init__()
+        self.collector = collector
+        self.name = name
+        self.use = use
+        self.shape = shape
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        """`y`, watched."""
+        if not torch.is_grad_enabled():
+            return y
+        watched = y if y.requires_grad else y.detach().requires_grad_()
+        seen = x.detach()
+
+        def hook(gradient: Tensor) -> None:
+            self.collector.record(self.name, self.use, self.shape, seen, gradient)
+
+        watched.register_hook(hook)
+        return watched
+
+
+class WeightTap(nn.Module):
+    """Stands behind a weight whose op has no matrix form, such as a recurrent layer's."""
+
+    def __init__(self, collector: GradientCollector, name: str) -> None:
+        super().__init__()
+        self.collector = collector
+        self.name = name
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """`weight`, watched."""
+        if not torch.is_grad_enabled():
+            return weight
+        watched = weight.detach().requires_grad_()
+
+        def hook(gradient: Tensor) -> None:
+            self.collector.record_batch(self.name, gradient)
+
+        watched.register_hook(hook)
+        return watched
