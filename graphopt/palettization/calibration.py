@@ -186,7 +186,7 @@ class Calibrator:
             count = len(self.batches)
             saliency = {k: v for k, v in self.collector.saliency.items() if len(v) == count}
             fit = fit_to_outputs(
-                self.annotated, self.batches, found, saliency, self.collector.rows,
+                self.annotated, self.batches, found, saliency,
                 names=names["gptq"], correct_bias=correct_bias, seed=seed, progress=progress,
             )  # fmt: skip
             found |= fit.palettes

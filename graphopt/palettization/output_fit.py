@@ -59,7 +59,6 @@ def fit_to_outputs(
     batches: Sequence[Batch],
     known: Mapping[str, PalettizedWeight],
     saliency: Mapping[str, Sequence[Tensor]],
-    rows: Mapping[str, Tensor],
     *,
     names: Sequence[str],
     correct_bias: bool = True,
@@ -73,7 +72,6 @@ def fit_to_outputs(
         batches: Calibration inputs.
         known: Palettes of other weights, which count as compressed before.
         saliency: Node → [batch, positions] per batch; nodes without one weigh all positions alike.
-        rows: Node → importance of the op's output rows, [groups, rows].
         names: Weights to fit.
         correct_bias: Let the op's own bias take up the mean of the error.
         seed: Seed of vector tables.
@@ -102,7 +100,7 @@ def fit_to_outputs(
     for node in track(steps, "fitting layers", len(steps), enabled=progress):
         if node in ops:
             weight, use = weights[ops[node]], uses[ops[node]][0]
-            _fit(edit, weight, use, run, reference, twins[node], saliency, rows, result,
+            _fit(edit, weight, use, run, reference, twins[node], saliency, result,
                  correct_bias, seed)  # fmt: skip
         run.step(node)
         reference.step(twins[node])
@@ -111,8 +109,7 @@ def fit_to_outputs(
 
 def _fit(
     edit: Editor, weight: WeightTensor, use: WeightUse, run: LayerwiseRun, reference: LayerwiseRun,
-    twin: fx.Node, saliency: Mapping[str, Sequence[Tensor]], rows: Mapping[str, Tensor],
-    result: OutputFit, correct_bias: bool, seed: int,
+    twin: fx.Node, saliency: Mapping[str, Sequence[Tensor]], result: OutputFit, correct_bias: bool, seed: int,
 ) -> None:  # fmt: skip
     annotation = palette_annotation(weight.nodes[0])
     assert annotation is not None
@@ -121,8 +118,8 @@ def _fit(
     assert isinstance(wanted, fx.Node)
     original = weight.tensor.detach()
     if use.form.kind == "lookup":
-        importance = _row_counts(run.values(inputs), original, rows.get(use.node.name))
-        _keep(edit, weight, _plain(weight, importance, seed), result)
+        # how often a row was seen says little about the text to come: all rows count alike
+        _keep(edit, weight, _plain(weight, None, seed), result)
         return
     bias = _own_bias(use.node) if correct_bias else None
     moments = _moments(
@@ -132,7 +129,7 @@ def _fit(
     target = _compensated(use, original, moments)
     found = palettize_to_outputs(
         target, annotation.spec, use, moments.hessian, output_axis=annotation.output_axis,
-        row_importance=rows.get(use.node.name), seed=seed,
+        seed=seed,
     )  # fmt: skip
     if found is None:
         result.fallbacks[weight.name] = (
@@ -176,16 +173,6 @@ def _plain(weight: WeightTensor, importance: Tensor | None, seed: int) -> Palett
         weight.tensor, annotation.spec, output_axis=annotation.output_axis, importance=importance,
         seed=seed,
     )  # fmt: skip
-
-
-def _row_counts(indices: Sequence[Tensor], weight: Tensor, sensitivity: Tensor | None) -> Tensor:
-    """Importance of a table's entries: how often its row is looked up, smoothed by the mean."""
-    counts = torch.zeros(weight.shape[0])
-    for each in indices:
-        counts += torch.bincount(each.reshape(-1).cpu(), minlength=len(counts))
-    counts = counts + counts.mean()
-    columns = torch.ones(weight.shape[1]) if sensitivity is None else sensitivity.reshape(-1)
-    return counts[:, None] * columns[None, :]
 
 
 def _own_bias(node: fx.Node) -> fx.Node | None:

@@ -23,7 +23,6 @@ class GradientCollector:
         sums: Name of the weight → Σ over samples of squared gradients, of the weight's shape.
         saliency: Name of the op's node → one tensor [batch, positions] per call: mean squared
             gradient of the output at each position, with mean 1 over each sample.
-        rows: Name of the node → Σ squared gradients of each output row, [groups, rows].
         samples: Number of samples seen.
         scale: Factor that turns gradients of the loss into gradients of one sample's loss.
     """
@@ -42,7 +41,6 @@ class GradientCollector:
         self.folder = folder
         self.sums: dict[str, Tensor] = {}
         self.saliency: dict[str, list[Tensor]] = {}
-        self.rows: dict[str, Tensor] = {}
         self.samples = 0
         self.scale = 1.0
         self._factors: dict[tuple[str, WeightUse], tuple[torch.Size, Tensor, Tensor]] = {}
@@ -66,8 +64,6 @@ class GradientCollector:
             level = squared.mean(1, keepdim=True)
             relative = torch.where(level > 0, squared / level.clamp_min(1e-38), 0.0)
             self.saliency.setdefault(use.node.name, []).append(relative)
-            total = rows.square().sum((0, 2))
-            self.rows[use.node.name] = self.rows.get(use.node.name, 0) + total
         if not self.squares:
             return
         if use.form.kind == "lookup":
