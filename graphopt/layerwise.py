@@ -59,6 +59,7 @@ class LayerwiseRun:
         self._count = len(batches)
         self._readers = {node: len(node.users) for node in gm.graph.nodes}
         self._constant: set[fx.Node] = set()
+        self._done: set[fx.Node] = set()
         for node in gm.graph.nodes:
             if node.op == "get_attr":
                 self._constant.add(node)
@@ -92,11 +93,21 @@ class LayerwiseRun:
         """Let the readers of a node see other values."""
         self._values[node] = values
 
+    def has_run(self, node: fx.Node) -> bool:
+        """Whether a node's values are known, or need not be."""
+        return node in self._done or node.op == "placeholder" or node in self._constant
+
     @torch.no_grad()
-    def step(self, node: fx.Node) -> None:
-        """Run one node on all batches and drop what nobody reads any more."""
+    def step(self, node: fx.Node, *, keep_inputs: bool = False) -> None:
+        """Run one node on all batches and drop what nobody reads any more.
+
+        Args:
+            node: The next node of the graph.
+            keep_inputs: Keep what it reads, because it will run again.
+        """
         if node.op == "placeholder" or node in self._constant:
             return
+        self._done.add(node)
         used = set(operands(node))
         fixed = {each: self.constant(each) for each in used if each in self._constant}
         results = []
@@ -104,6 +115,8 @@ class LayerwiseRun:
             given = {each: self._values[each][number] for each in used if each not in fixed}
             results.append(self._call(node, {**fixed, **given}))
         self._values[node] = results
+        if keep_inputs:
+            return
         for each in used:
             self._readers[each] -= 1
             if not self._readers[each] and each not in fixed:

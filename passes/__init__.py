@@ -3,9 +3,11 @@
 if __name__ != "graphopt.passes":
     raise ImportError("import graphopt.passes, not passes")
 
+from graphopt.passes.absorb_channel_scale import AbsorbChannelScale
 from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.convert_quantization import ConvertQuantization
+from graphopt.passes.correct_bias import CorrectBias
 from graphopt.passes.dequantize_to_shift_scale import DequantizeToShiftScale
 from graphopt.passes.fake_palettize import FakePalettize
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
@@ -14,12 +16,15 @@ from graphopt.passes.insert_taps import InsertTaps
 from graphopt.passes.integers_to_tables import IntegersToTables
 from graphopt.passes.palettize_weights import PalettizeWeights, cluster_annotated
 from graphopt.passes.raise_to_vocabulary import RaiseToVocabulary
+from graphopt.passes.reestimate_batchnorm import ReestimateBatchNorm
 from graphopt.passes.remove_unused import RemoveUnused
 
 __all__ = [
+    "AbsorbChannelScale",
     "AnnotatePalettization",
     "AnnotateQuantization",
     "ConvertQuantization",
+    "CorrectBias",
     "DequantizeToShiftScale",
     "FakePalettize",
     "FoldBatchNorm",
@@ -28,6 +33,7 @@ __all__ = [
     "IntegersToTables",
     "PalettizeWeights",
     "RaiseToVocabulary",
+    "ReestimateBatchNorm",
     "RemoveUnused",
     "cluster_annotated",
 ]
