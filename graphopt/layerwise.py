@@ -81,7 +81,7 @@ class LayerwiseRun:
         if node.op == "get_attr":
             holder, name = holder_of(self.gm, str(node.target))
             return getattr(holder, name)
-        return self._call(node, {each: self.constant(each) for each in operands(node)})
+        return self.call(node, {each: self.constant(each) for each in operands(node)})
 
     def values(self, node: fx.Node) -> list[Any]:
         """A node's value for each batch; the node must have run and still have readers."""
@@ -113,7 +113,7 @@ class LayerwiseRun:
         results = []
         for number in range(self._count):
             given = {each: self._values[each][number] for each in used if each not in fixed}
-            results.append(self._call(node, {**fixed, **given}))
+            results.append(self.call(node, {**fixed, **given}))
         self._values[node] = results
         if keep_inputs:
             return
@@ -122,7 +122,8 @@ class LayerwiseRun:
             if not self._readers[each] and each not in fixed:
                 del self._values[each]
 
-    def _call(self, node: fx.Node, given: dict[fx.Node, Any]) -> Any:
+    def call(self, node: fx.Node, given: Mapping[fx.Node, Any]) -> Any:
+        """Compute one node from the values of what it reads."""
         args = fx.map_arg(node.args, given.__getitem__)
         kwargs = fx.map_arg(node.kwargs, given.__getitem__)
         if node.op == "output":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -33,6 +33,7 @@ from graphopt.passes import (
     cluster_annotated,
 )
 from graphopt.program import CompressedProgram, Program
+from graphopt.progress import track
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.sensitivity import LossFn, load_sensitivities, save_sensitivities
 from graphopt.specs import ExportBackend
@@ -220,10 +221,11 @@ class KMeansPalettizer:
             options: Further options of `calibration_mode`.
         """
         _, prepared = self._ready()
-        with self.calibration_mode(progress=progress, **options), torch.no_grad():
-            for inputs in data:
+        with self.calibration_mode(progress=progress, **options) as calibrator:
+            total = len(data) if isinstance(data, Sized) else 0
+            for inputs in track(data, "gradients", total, enabled=progress):
                 args, kwargs = as_batch(inputs)
-                prepared(*args, **kwargs)
+                calibrator.step(prepared(*args, **kwargs))
         return prepared
 
     def save_sensitivities(self, path: str | Path) -> Path:

@@ -9,6 +9,7 @@ the mean. Positions count by the square root of their saliency, so that padding 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -28,6 +29,8 @@ from graphopt.weights import WeightTensor, find_weights
 __all__ = ["OutputFit", "fit_to_outputs"]
 
 _RIDGE = 0.3  # λ relative to the mean diagonal
+_POSITIONS = 16_384  # sampled for a layer's moments, or more for long columns
+_POSITIONS_PER_COLUMN = 8
 _aten = torch.ops.aten
 
 
@@ -124,7 +127,7 @@ def _fit(
     bias = _own_bias(use.node) if correct_bias else None
     moments = _moments(
         use, run.values(inputs), reference.values(wanted), saliency.get(use.node.name),
-        centred=bias is not None,
+        centred=bias is not None, seed=seed,
     )  # fmt: skip
     target = _compensated(use, original, moments)
     found = palettize_to_outputs(
@@ -190,18 +193,25 @@ def _own_bias(node: fx.Node) -> fx.Node | None:
 
 def _moments(
     use: WeightUse, inputs: Sequence[Tensor], wanted: Sequence[Tensor],
-    saliency: Sequence[Tensor] | None, *, centred: bool,
+    saliency: Sequence[Tensor] | None, *, centred: bool, seed: int,
 ) -> _Moments:  # fmt: skip
     hessian = shift = mean = aim = torch.zeros(())
     total = 0.0
+    generator = torch.Generator().manual_seed(seed)
     for number, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
         columns, exact = use.form.columns(x.float()), use.form.columns(y.float())
         weight = torch.ones(columns.shape[0], columns.shape[2])
         if saliency is not None and saliency[number].shape == weight.shape:
             weight = saliency[number].float().sqrt()
-        total += float(weight.double().sum())
         columns, exact = columns.transpose(0, 1).flatten(1, 2), exact.transpose(0, 1).flatten(1, 2)
-        flat = weight.reshape(1, -1, 1)
+        used = weight.reshape(-1).nonzero()[:, 0]
+        share = max(_POSITIONS, _POSITIONS_PER_COLUMN * columns.shape[2]) / len(inputs)
+        if len(used) > share:
+            # neighbouring positions say the same: a sample of them suffices
+            used = used[torch.randperm(len(used), generator=generator)[: math.ceil(share)]]
+        columns, exact = columns[:, used], exact[:, used]
+        flat = weight.reshape(-1)[used].reshape(1, -1, 1)
+        total += float(flat.double().sum())
         weighted = columns * flat
         hessian = hessian + weighted.mT @ columns
         shift = shift + (exact - columns).mT @ weighted

@@ -1,0 +1,328 @@
+"""Tune tables, biases and norms of a compressed program to reproduce the uncompressed one.
+
+Codes stay. Block by block in the order of the graph, with the inputs that the tuned blocks before
+give, the outputs of the uncompressed block are the target (Li et al., BRECQ, arXiv 2102.05426,
+section 3.2, with table entries in place of roundings); no labels are needed.
+"""
+
+from __future__ import annotations
+
+import copy
+import logging
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphopt.captured_module import CapturedModule, holder_of, set_tensor
+from graphopt.editor import operands
+from graphopt.errors import CalibrationError
+from graphopt.layerwise import LayerwiseRun, as_batch
+from graphopt.numerics.packing import unpack
+from graphopt.partition import Block, find_blocks
+from graphopt.program import Program
+from graphopt.progress import track
+
+__all__ = ["tune"]
+
+_log = logging.getLogger(__name__)
+_LOOKUP = torch.ops.graphopt.lut_to_dense.default
+_COMPRESSED = (_LOOKUP, torch.ops.graphopt.shift_scale.default)
+_NORMS = ("layer_norm", "batch_norm", "group_norm", "rms_norm")
+ProgramT = TypeVar("ProgramT", bound=Program)
+
+
+def tune(
+    program: ProgramT,
+    reference: Program,
+    data: Sequence[Any],
+    *,
+    steps: int = 200,
+    blocks: Literal["auto", "whole"] = "auto",
+    width: int = 1,
+    learning_rate: float = 0.02,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> ProgramT:
+    """Tune a compressed program on unlabelled data.
+
+    Args:
+        program: What a compressor made of `reference`; it is not changed.
+        reference: The uncompressed program.
+        data: Inputs of one call each, as for `as_batch`: one step of Adam takes one of them.
+        steps: Steps per block.
+        blocks: "auto" cuts the graph where at most `width` compressed values are alive, "whole"
+            tunes everything against the outputs of the network.
+        width: See `graphopt.partition.find_blocks`.
+        learning_rate: Step of a table's entries relative to their median distance; biases and
+            norms move a fifth as far, relative to their spread.
+        seed: Seed of the order of the data.
+        progress: Show a bar; None shows it on a terminal.
+
+    Returns:
+        A program with the same codes. A block whose error did not fall keeps its values.
+
+    Raises:
+        CalibrationError: There is no data.
+        InputError: Data do not fit the program.
+    """
+    if not data:
+        raise CalibrationError("no data: there is nothing to tune on")
+    tuned = replace(program, graph_module=copy.deepcopy(program.graph_module))
+    gm, exact = tuned.graph_module, reference.graph_module
+    batches = [as_batch(each) for each in data]
+    targets = _compressed_ops(gm)
+    twins = {node.name: node for node in exact.graph.nodes}
+    found = [
+        block
+        for block in _blocks(gm, targets, blocks, width)
+        if all(node.name in twins or node.op == "output" for node in block.outputs)
+    ]
+    runs = (LayerwiseRun(gm, batches), LayerwiseRun(exact, batches))
+    generator = torch.Generator().manual_seed(seed)
+    order = iter(exact.graph.nodes)
+    total = steps * len(found)
+    work = _all_blocks(found, runs, twins, order, steps, learning_rate, generator)
+    for _ in track(work, "tuning blocks", total, enabled=progress):
+        pass
+    return tuned
+
+
+def _all_blocks(
+    found: list[Block], runs: tuple[LayerwiseRun, LayerwiseRun], twins: dict[str, fx.Node],
+    order: Iterator[fx.Node], steps: int, learning_rate: float, generator: torch.Generator,
+) -> Iterator[None]:  # fmt: skip
+    run, exact = runs
+    for block in found:
+        wanted = [twins[node.name] for node in block.outputs]
+        for node in order:
+            if node.op != "output":
+                exact.step(node)
+            if all(exact.has_run(each) for each in wanted):
+                break
+        goals = [list(map(torch.Tensor.detach, exact.values(each))) for each in wanted]
+        yield from _tune_block(run, block, goals, steps, learning_rate, generator)
+        for node in block.nodes:
+            run.step(node)
+
+
+def _compressed_ops(gm: CapturedModule) -> set[fx.Node]:
+    """Ops that read a compressed constant."""
+    derived: set[fx.Node] = set()
+    found: set[fx.Node] = set()
+    for node in gm.graph.nodes:
+        used = operands(node)
+        from_constants = bool(used) and all(
+            each.op == "get_attr" or each in derived for each in used
+        )
+        compressed = node.target in _COMPRESSED or any(each in derived for each in used)
+        if from_constants and compressed:
+            derived.add(node)
+        elif any(each in derived for each in used) and node.op != "output":
+            found.add(node)
+    return found
+
+
+def _blocks(gm: CapturedModule, targets: set[fx.Node], kind: str, width: int) -> list[Block]:
+    if kind == "auto":
+        return find_blocks(gm.graph, targets.__contains__, width=width)
+    nodes = tuple(n for n in gm.graph.nodes if n.op not in ("placeholder", "get_attr", "output"))
+    result = next(node for node in gm.graph.nodes if node.op == "output")
+    return [Block(nodes, (), tuple(dict.fromkeys(operands(result))), tuple(targets))]
+
+
+@dataclass
+class _Trained:
+    """One tensor that a block trains.
+
+    Attributes:
+        path: Its dotted name.
+        value: What the optimizer moves.
+        step: Unit of its learning rate.
+    """
+
+    path: str
+    value: nn.Parameter
+    step: float
+
+
+class _Gather(torch.autograd.Function):
+    """`table[codes]` whose backward pass sums by code."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, codes: Tensor) -> Tensor:
+        ctx.save_for_backward(codes)
+        ctx.length = table.shape[0]
+        return table.index_select(0, codes)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        (codes,) = ctx.saved_tensors
+        (gradient,) = gradients
+        total = gradient.new_zeros(ctx.length, *gradient.shape[1:])
+        return total.index_add_(0, codes, gradient), None
+
+
+class _BlockForward:
+    """Runs the nodes of a block with the tensors that it trains in place of the stored ones."""
+
+    def __init__(self, run: LayerwiseRun, block: Block) -> None:
+        self.run, self.block = run, block
+        self.trained: dict[str, _Trained] = {}
+        self._codes: dict[fx.Node, Tensor] = {}
+        inside = set(block.nodes)
+        self.inputs = {
+            each for node in block.nodes if not run.is_constant(node)
+            for each in operands(node) if each not in inside and not run.is_constant(each)
+        }  # fmt: skip
+        for node in self._needed():
+            if node.target is _LOOKUP:
+                self._codes[node] = _element_numbers(run, node)
+            if node.op == "get_attr" and (step := _step_of(node, run)) > 0:
+                value = nn.Parameter(run.constant(node).detach().clone())
+                self.trained[str(node.target)] = _Trained(str(node.target), value, step)
+
+    def _needed(self) -> list[fx.Node]:
+        """Constants that the block reads, in the order of the graph."""
+        found: set[fx.Node] = set()
+        pending = [node for node in self.block.nodes if not self.run.is_constant(node)]
+        while pending:
+            for each in operands(pending.pop()):
+                if self.run.is_constant(each) and each not in found:
+                    found.add(each)
+                    pending.append(each)
+        return [node for node in self.run.gm.graph.nodes if node in found]
+
+    def constants(self) -> dict[fx.Node, Any]:
+        """Values of the constants, once for a step."""
+        values: dict[fx.Node, Any] = {}
+        for node in self._needed():
+            if node.op == "get_attr":
+                trained = self.trained.get(str(node.target))
+                values[node] = self.run.constant(node) if trained is None else trained.value
+            elif node in self._codes:
+                lut = values[node.args[1]]  # type: ignore[index]
+                values[node] = _dense(lut, self._codes[node], node)
+            else:
+                values[node] = self.run.call(node, {each: values[each] for each in operands(node)})
+        return values
+
+    def __call__(self, constants: dict[fx.Node, Any], number: int) -> list[Tensor]:
+        """Outputs of the block for one batch."""
+        values = dict(constants)
+        for node in self.inputs:
+            values[node] = self.run.values(node)[number]
+        for node in self.block.nodes:
+            if node not in values and not self.run.is_constant(node):
+                values[node] = self.run.call(node, values)
+        return [values[node] for node in self.block.outputs]
+
+
+def _tune_block(
+    run: LayerwiseRun, block: Block, goals: list[list[Tensor]], steps: int, learning_rate: float,
+    generator: torch.Generator,
+) -> Iterator[None]:  # fmt: skip
+    forward = _BlockForward(run, block)
+    if not forward.trained:
+        yield from (None for _ in range(steps))
+        return
+    scales = [
+        max(float(torch.cat([each.float().reshape(-1) for each in goal]).var()), 1e-30)
+        for goal in goals
+    ]
+    count = len(goals[0])
+
+    def loss(constants: dict[fx.Node, Any], number: int) -> Tensor:
+        made = forward(constants, number)
+        parts = [
+            (each.float() - goal[number].float()).square().mean() / scale
+            for each, goal, scale in zip(made, goals, scales, strict=True)
+            if each.is_floating_point()
+        ]
+        return torch.stack(parts).sum()
+
+    def whole() -> float:
+        with torch.no_grad():
+            constants = forward.constants()
+            return sum(float(loss(constants, number)) for number in range(count)) / count
+
+    before = whole()
+    groups = [
+        {"params": [each.value], "lr": learning_rate * each.step}
+        for each in forward.trained.values()
+    ]
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer,
+        lambda step: min(1.0, (step + 1) / 10) * (1 + math.cos(math.pi * step / steps)) / 2,
+    )
+    order: list[int] = []
+    for _ in range(steps):
+        order = order or torch.randperm(count, generator=generator).tolist()
+        optimizer.zero_grad()
+        loss(forward.constants(), order.pop()).backward()
+        optimizer.step()
+        schedule.step()
+        yield
+    after = whole()
+    _log.info("block of %d ops: error %.3g before, %.3g after", len(block.targets), before, after)
+    if after < before:
+        for path, trained in forward.trained.items():
+            holder, name = holder_of(run.gm, path)
+            set_tensor(holder, name, trained.value.detach())
+
+
+def _step_of(node: fx.Node, run: LayerwiseRun) -> float:
+    """Unit by which a constant may move; 0 for what stays."""
+    value = run.constant(node)
+    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
+        return 0.0
+    for user in node.users:
+        place = user.args.index(node) if node in user.args else -1
+        if user.target is _LOOKUP and place == 1:
+            gaps = value.float().sort(dim=-2).values.diff(dim=-2)
+            return float(gaps[gaps > 0].median()) if bool((gaps > 0).any()) else 0.0
+        name = str(user.target)
+        is_norm = any(each in name for each in _NORMS) and place in (1, 2, 3)
+        statistics = "batch_norm" in name and place == 3
+        is_bias = place == 2 and any(each in name for each in ("conv", "linear"))
+        is_bias |= place == 0 and "addmm" in name
+        if (is_norm and not statistics) or is_bias:
+            return 0.2 * max(float(value.float().std()) if value.numel() > 1 else 0.0, 1e-2)
+        return 0.0
+    return 0.0
+
+
+def _element_numbers(run: LayerwiseRun, node: fx.Node) -> Tensor:
+    """For each code of a lookup, the row of the flattened tables that it reads, int32."""
+    indices, lut = (run.constant(each) for each in operands(node)[:2])
+    n_bits, shape = node.args[2], list(node.args[3])  # type: ignore[arg-type]
+    assert isinstance(n_bits, int)
+    axis = node.args[4] if len(node.args) > 4 else None
+    if isinstance(axis, int):
+        shape[axis] //= lut.shape[-1]
+    codes = unpack(indices, n_bits, math.prod(shape)).reshape(shape).int()
+    counts = lut.shape[:-2]
+    offset = torch.zeros([1] * len(shape), dtype=torch.int32)
+    stride = 1
+    for place in reversed(range(len(shape))):
+        number = torch.arange(shape[place], dtype=torch.int32) // (shape[place] // counts[place])
+        offset = offset + stride * number.reshape(
+            [-1 if i == place else 1 for i in range(len(shape))]
+        )
+        stride *= counts[place]
+    return (offset * lut.shape[-2] + codes).reshape(-1)
+
+
+def _dense(lut: Tensor, codes: Tensor, node: fx.Node) -> Tensor:
+    shape: list[int] = list(node.args[3])  # type: ignore[arg-type]
+    axis = node.args[4] if len(node.args) > 4 else None
+    found = _Gather.apply(lut.reshape(-1, lut.shape[-1]), codes)
+    if not isinstance(axis, int):
+        return found.reshape(shape)
+    length = lut.shape[-1]
+    folded = [size // length if place == axis else size for place, size in enumerate(shape)]
+    return found.reshape(*folded, length).movedim(-1, axis + 1).reshape(shape)
