@@ -12,12 +12,14 @@ from graphopt.passes.dequantize_to_shift_scale import DequantizeToShiftScale
 from graphopt.passes.fake_palettize import FakePalettize
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
 from graphopt.passes.insert_fake_quantize import InsertFakeQuantize
+from graphopt.passes.insert_palettizers import InsertPalettizers
 from graphopt.passes.insert_taps import InsertTaps
 from graphopt.passes.integers_to_tables import IntegersToTables
 from graphopt.passes.palettize_weights import PalettizeWeights, cluster_annotated
 from graphopt.passes.raise_to_vocabulary import RaiseToVocabulary
 from graphopt.passes.reestimate_batchnorm import ReestimateBatchNorm
 from graphopt.passes.remove_unused import RemoveUnused
+from graphopt.passes.restore_training import RestoreTraining
 
 __all__ = [
     "AbsorbChannelScale",
@@ -29,11 +31,13 @@ __all__ = [
     "FakePalettize",
     "FoldBatchNorm",
     "InsertFakeQuantize",
+    "InsertPalettizers",
     "InsertTaps",
     "IntegersToTables",
     "PalettizeWeights",
     "RaiseToVocabulary",
     "ReestimateBatchNorm",
     "RemoveUnused",
+    "RestoreTraining",
     "cluster_annotated",
 ]

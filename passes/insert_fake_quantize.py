@@ -24,19 +24,18 @@ from graphopt.fake_quantize import (
     ActivationQuantizer,
     ConvNorm,
     Origin,
-    TrainableNorm,
     WeightQuantizer,
 )
 from graphopt.pass_base import Pass
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.fold_batchnorm import conv_state
+from graphopt.passes.restore_training import QUANTIZERS, RestoreTraining
 from graphopt.schemes.quantize import plan_blocks
 from graphopt.specs import PerChannelGranularity
 from graphopt.weights import find_weights, module_frames
 
-__all__ = ["QUANTIZERS", "InsertFakeQuantize", "place_behind", "places_of", "redirect"]
+__all__ = ["InsertFakeQuantize", "place_behind", "places_of", "redirect"]
 
-QUANTIZERS = "_quantizers"
 _aten = torch.ops.aten
 _NORM = _aten._native_batch_norm_legit_no_training.default
 
@@ -78,12 +77,7 @@ class InsertFakeQuantize(Pass):
             _insert_norm(edit, norm, weights)
         for node, quantizer in weights.items():
             _insert_weight(edit, node, quantizer)
-        for node in list(edit.gm.graph.nodes):
-            rate = node.meta.get("graphopt", {}).get("dropout")
-            if rate is not None and node.op == "call_function":
-                path = edit.module(f"{QUANTIZERS}.dropout_{node.name}", nn.Dropout(rate))
-                edit.gm.get_submodule(path).eval()
-                edit.replace(node, edit.run_module(path, node.args[0], place=node, like=node))
+        RestoreTraining().run(edit)
 
 
 def places_of(
@@ -202,10 +196,6 @@ def _insert_norm(
     if item is None:
         return
     if not is_fused_norm(norm) or not isinstance(conv, fx.Node):
-        path = edit.module(f"{QUANTIZERS}.norm_{norm.name}", TrainableNorm(momentum, eps).eval())
-        made = edit.run_module(path, *norm.args[:5], place=norm, like=item)
-        edit.replace(item, made)
-        _erase(edit, norm)
         return
     _, groups = conv_state(edit, norm, conv)
     x, weight = conv.args[0], conv.args[1]

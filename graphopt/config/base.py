@@ -173,6 +173,17 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
             return {type_name(key): config for key, config in value.items()}
         return value
 
+    def schedule_at(self, path: str, field: str) -> Any:
+        """A field of the module config in which a config path begins, or None."""
+        sections = [("global_config", self.global_config)]
+        for name in ("module_type_configs", "module_name_configs"):
+            found = getattr(self, name)
+            sections += [(f"{name}[{key!r}]", value) for key, value in found.items()]
+        for key, config in sections:
+            if path.startswith(f"{key}.") and config is not None:
+                return getattr(config, field)
+        return None
+
     def set_global(self, config: ModuleT | None) -> Self:
         """Replace the global config; returns self."""
         self.global_config = config

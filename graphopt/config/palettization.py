@@ -21,8 +21,11 @@ from graphopt.specs.model import SpecModel
 from graphopt.specs.palettization import Bits
 
 __all__ = [
+    "DKMPalettizerConfig",
     "KMeansPalettizerConfig",
+    "ModuleDKMPalettizerConfig",
     "ModuleKMeansPalettizerConfig",
+    "OpDKMPalettizerConfig",
     "OpKMeansPalettizerConfig",
     "PATSchedule",
 ]
@@ -35,9 +38,15 @@ def _default_slots() -> dict[str, dict[Any, Any]]:
 
 
 class PATSchedule(SpecModel):
-    """When palettization-aware training starts to palettize, in steps."""
+    """When palettization-aware training palettizes, counted in calls of `step`.
+
+    Attributes:
+        enable_fake_palettize: First step with palettes; before it weights train as they are.
+        freeze_codes: Step from which codes stay and only tables, biases and norms train, or None.
+    """
 
     enable_fake_palettize: Annotated[int, Field(ge=0)] = 0
+    freeze_codes: Annotated[int, Field(ge=0)] | None = None
 
 
 class OpKMeansPalettizerConfig(OpCompressionConfig[PalettizationSpec]):
@@ -152,6 +161,24 @@ class _Presets:
     def w8() -> KMeansPalettizerConfig:
         """8-bit weights, one table per tensor."""
         return KMeansPalettizerConfig(global_config=_ModulePresets.w8())
+
+
+class OpDKMPalettizerConfig(OpKMeansPalettizerConfig):
+    """Palettization of one op's state by differentiable k-means."""
+
+
+class ModuleDKMPalettizerConfig(ModuleKMeansPalettizerConfig):
+    """Palettization of everything inside a module by differentiable k-means."""
+
+
+class DKMPalettizerConfig(KMeansPalettizerConfig):
+    """What `DKMPalettizer` does to a model; 4 bits per tensor everywhere by default.
+
+    The fields are those of `KMeansPalettizerConfig`; temperature and iterations are in a spec's
+    `training_strategy_spec=DKMTrainingSpec(...)`, the schedule in `pat_schedule`.
+    """
+
+    root_key: ClassVar[str] = "dkm_palettization_config"
 
 
 ModuleKMeansPalettizerConfig.presets = _ModulePresets

@@ -1,17 +1,25 @@
 """Palettization of weights: table lookups instead of floats."""
 
 from graphopt.config.palettization import (
+    DKMPalettizerConfig,
     KMeansPalettizerConfig,
+    ModuleDKMPalettizerConfig,
     ModuleKMeansPalettizerConfig,
+    OpDKMPalettizerConfig,
     OpKMeansPalettizerConfig,
 )
+from graphopt.palettization.dkm import DKMPalettizer
 from graphopt.palettization.kmeans import KMeansPalettizer
 from graphopt.specs import PalettizationSpec
 
 __all__ = [
+    "DKMPalettizer",
+    "DKMPalettizerConfig",
     "KMeansPalettizer",
     "KMeansPalettizerConfig",
+    "ModuleDKMPalettizerConfig",
     "ModuleKMeansPalettizerConfig",
+    "OpDKMPalettizerConfig",
     "OpKMeansPalettizerConfig",
     "PalettizationSpec",
 ]

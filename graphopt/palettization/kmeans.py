@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.errors import InputError, StateError
 from graphopt.layerwise import as_batch
 from graphopt.palettization.calibration import Calibrator
+from graphopt.palettization.training import PaletteTraining
 from graphopt.pass_manager import run_passes
 from graphopt.passes import (
     AnnotatePalettization,
@@ -36,7 +37,7 @@ from graphopt.program import CompressedProgram, Program
 from graphopt.progress import track
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.sensitivity import LossFn, load_sensitivities, save_sensitivities
-from graphopt.specs import ExportBackend
+from graphopt.specs import DKMTrainingSpec, ExportBackend
 from graphopt.table import CompressionTable
 from graphopt.weights import find_weights
 
@@ -60,6 +61,8 @@ class KMeansPalettizer:
         config: What becomes of which weight; 4 bits per tensor everywhere by default.
     """
 
+    _strategy: ClassVar[DKMTrainingSpec | None] = None
+
     def __init__(
         self,
         model: nn.Module | ExportedProgram | Program,
@@ -75,6 +78,7 @@ class KMeansPalettizer:
         self._fitted: Program | None = None
         self._prepared: CapturedModule | None = None
         self._sensitivities: dict[str, Tensor] = {}
+        self._training: PaletteTraining | None = None
         self._seed = 0
         self._palettes: dict[str, PalettizedWeight] = {}
         self._summary = CompressionTable(())
@@ -228,6 +232,48 @@ class KMeansPalettizer:
                 calibrator.step(prepared(*args, **kwargs))
         return prepared
 
+    @contextmanager
+    def training_mode(self, model: nn.Module | None = None) -> Iterator[CapturedModule]:
+        """Train with palettes; any optimizer and loop will do.
+
+        From the first call on, the prepared module holds trainable weights under the model's names
+        and computes with palettes that follow them: in training as the spec's
+        `training_strategy_spec` says (gradients pass straight through by default), in evaluation
+        with the nearest table entries. Batch norms and dropouts train as well.
+
+        Args:
+            model: Accepted for compatibility: None, or what `prepare` returned.
+
+        Raises:
+            StateError: `prepare` was not called.
+        """
+        del model
+        training = self._train()
+        training.prepared.train()
+        training.follow()
+        try:
+            yield training.prepared
+        finally:
+            training.leave()
+
+    def step(self) -> None:
+        """Count a training step for the schedules.
+
+        Raises:
+            StateError: `prepare` was not called.
+        """
+        training = self._train()
+        training.steps += 1
+        training.follow()
+
+    def _train(self) -> PaletteTraining:
+        annotated, prepared = self._ready()
+        if self._training is None:
+            self._training = PaletteTraining(
+                self._fitted or annotated, prepared, self._palettes, self._config, self._strategy
+            )
+        return self._training
+
     def save_sensitivities(self, path: str | Path) -> Path:
         """Write the sensitivities of the last calibration as safetensors.
 
@@ -281,7 +327,7 @@ class KMeansPalettizer:
         """Turn the palettes into indices, tables and lookup ops.
 
         Args:
-            model: Accepted for compatibility: None, or what `prepare` returned.
+            model: None, or what `prepare` returned (after training, or a trained copy of it).
             backend: Whose ops the module holds; `ExportBackend.Torch` keeps our neutral ones.
 
         Returns:
@@ -291,20 +337,26 @@ class KMeansPalettizer:
             StateError: `prepare` was not called.
             LoweringError: The backend cannot hold a palette; the message says which and why.
         """
-        del model
-        return convert_for(self.program(), backend)
+        return convert_for(self.program(model), backend)
 
-    def program(self) -> CompressedProgram:
+    def program(self, model: nn.Module | None = None) -> CompressedProgram:
         """The compressed program in our neutral vocabulary.
 
+        Args:
+            model: None, or what `prepare` returned (after training, or a trained copy of it).
+
         Raises:
+            InputError: `model` is something else.
             StateError: `prepare` was not called.
         """
         from graphopt.api import lower_by_suffix
 
         annotated, _ = self._ready()
-        converted = (self._fitted or annotated).copy()
-        run_passes(converted.graph_module, [PalettizeWeights(self._palettes)])
+        source, palettes = self._fitted or annotated, self._palettes
+        if self._training is not None:
+            source, palettes = self._training.fitted(model)
+        converted = source.copy()
+        run_passes(converted.graph_module, [PalettizeWeights(palettes)])
         return CompressedProgram(
             # the original weights are gone by now; what is copied here is small
             graph_module=copy.deepcopy(converted.graph_module),
@@ -325,11 +377,12 @@ class KMeansPalettizer:
             StateError: `prepare` was not called.
         """
         self._ready()
+        summary = self._summary if self._training is None else self.program().report()
         if backend is None:
-            return self._summary
+            return summary
         capabilities = load_backend(backend).capabilities
         rows = []
-        for row in self._summary:
+        for row in summary:
             width = None if row.n_bits is None else capabilities.stored_bits(row.n_bits)
             if width is None or width == row.n_bits:
                 rows.append(row)
@@ -337,4 +390,4 @@ class KMeansPalettizer:
             bits = self._palettes[row.name].stored_bits(width)
             note = f"{row.note}; " if row.note else ""
             rows.append(replace(row, stored_bits=bits, note=f"{note}stored as {width}-bit codes"))
-        return CompressionTable(tuple(rows), self._summary.warnings)
+        return CompressionTable(tuple(rows), summary.warnings)

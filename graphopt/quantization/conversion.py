@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Literal
 
-from torch import Tensor, nn
+from torch import Tensor
 
-from graphopt.captured_module import CapturedModule, holder_of
+from graphopt.captured_module import CapturedModule
 from graphopt.errors import CalibrationError, LoweringError
 from graphopt.fake_quantize import ActivationQuantizer
-from graphopt.passes.insert_fake_quantize import QUANTIZERS, places_of
+from graphopt.passes.insert_fake_quantize import places_of
 from graphopt.program import Program
+from graphopt.quantized_state import parts_of
 from graphopt.table import ActivationRecord
 
-__all__ = ["activation_records", "parts_of", "scales_of", "take_state"]
-
-
-def parts_of(module: nn.Module, kind: type[Any]) -> list[Any]:
-    """The submodules of one type."""
-    return [each for each in module.modules() if isinstance(each, kind)]
+__all__ = ["activation_records", "scales_of"]
 
 
 def scales_of(
@@ -46,22 +42,6 @@ def scales_of(
             " pass on_unobserved='skip' to leave them in float"
         )
     return found
-
-
-def take_state(gm: CapturedModule, prepared: CapturedModule) -> None:
-    """Let a graph compute with the tensors of the prepared one, which has the same names."""
-    stored = [
-        *prepared.named_parameters(remove_duplicate=False),
-        *prepared.named_buffers(remove_duplicate=False),
-    ]
-    for path, tensor in stored:
-        if path.startswith(f"{QUANTIZERS}."):
-            continue
-        holder, name = holder_of(gm, path)
-        if isinstance(tensor, nn.Parameter):
-            holder.register_parameter(name, tensor)
-        else:
-            holder._buffers[name] = tensor
 
 
 def activation_records(annotated: Program, prepared: CapturedModule) -> Iterator[ActivationRecord]:

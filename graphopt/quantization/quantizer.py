@@ -32,7 +32,8 @@ from graphopt.passes import (
 )
 from graphopt.program import CompressedProgram, Program
 from graphopt.progress import track
-from graphopt.quantization.conversion import activation_records, parts_of, scales_of, take_state
+from graphopt.quantization.conversion import activation_records, scales_of
+from graphopt.quantized_state import parts_of, take_state
 from graphopt.specs import ExportBackend
 from graphopt.table import CompressionTable, merged
 
@@ -251,15 +252,7 @@ class Quantizer:
                 quantizer.forget()
 
     def _schedule(self, path: str) -> QATSchedule:
-        config = self._config
-        sections = [("global_config", config.global_config)]
-        for name in ("module_type_configs", "module_name_configs"):
-            found = getattr(config, name)
-            sections += [(f"{name}[{key!r}]", value) for key, value in found.items()]
-        for key, module_config in sections:
-            if path.startswith(f"{key}.") and module_config is not None:
-                return module_config.qat_schedule or QATSchedule()
-        return QATSchedule()
+        return self._config.schedule_at(path, "qat_schedule") or QATSchedule()
 
     def enable_observer(self, module: str | None = None) -> None:
         """Let ranges follow the data, everywhere or in the module of that name.

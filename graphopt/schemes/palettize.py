@@ -65,6 +65,13 @@ class Layout:
         ).movedim(axis + 1, -1)
         return folded.movedim(self.group_axis, 0).reshape(self.n_groups, -1, length)
 
+    def join(self, vectors: Tensor) -> Tensor:
+        """Inverse of `split`."""
+        shape = list(self.index_shape())
+        moved = [shape.pop(self.group_axis), *shape, self.cluster_dim]
+        folded = vectors.reshape(moved).movedim(0, self.group_axis)
+        return folded.movedim(-1, self.vector_axis + 1).reshape(self.shape)
+
     def index_shape(self) -> tuple[int, ...]:
         """Shape of the indices: one per vector."""
         return tuple(

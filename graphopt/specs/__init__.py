@@ -10,7 +10,9 @@ from graphopt.specs.granularity import (
 )
 from graphopt.specs.palettization import (
     DefaultTrainingSpec,
+    DKMTrainingSpec,
     PalettizationSpec,
+    STETrainingSpec,
     TrainingStrategySpec,
     default_weight_palettization_spec,
 )
@@ -23,6 +25,7 @@ from graphopt.specs.quantization import (
 from graphopt.specs.targets import ExportBackend
 
 __all__ = [
+    "DKMTrainingSpec",
     "DefaultTrainingSpec",
     "ExportBackend",
     "PalettizationGranularity",
@@ -36,6 +39,7 @@ __all__ = [
     "QuantizationGranularity",
     "QuantizationScheme",
     "QuantizationSpec",
+    "STETrainingSpec",
     "TrainingStrategySpec",
     "default_weight_palettization_spec",
 ]

@@ -14,8 +14,10 @@ from graphopt.specs.quantization import QuantizationFormulation, QuantizationSpe
 
 __all__ = [
     "Bits",
+    "DKMTrainingSpec",
     "DefaultTrainingSpec",
     "PalettizationSpec",
+    "STETrainingSpec",
     "TrainingStrategySpec",
     "default_weight_palettization_spec",
 ]
@@ -30,9 +32,35 @@ class TrainingStrategySpec(SpecModel):
 
 
 class DefaultTrainingSpec(TrainingStrategySpec):
-    """Weights are clustered again at the step that the schedule names."""
+    """The compressor's own way: straight-through for k-means, differentiable k-means for DKM."""
 
     type: Literal["default"] = Field(default="default", repr=False)
+
+
+class STETrainingSpec(TrainingStrategySpec):
+    """Nearest table entries, which follow the weights; gradients pass straight through."""
+
+    type: Literal["ste"] = Field(default="ste", repr=False)
+
+
+class DKMTrainingSpec(TrainingStrategySpec):
+    """Differentiable k-means: soft mixtures of table entries (arXiv 2108.12659).
+
+    Attributes:
+        temperature: τ of the attention relative to the mean squared error of the first clustering;
+            small values approach the nearest entry. A value relative to the weights' own scale
+            serves layers of any magnitude.
+        iterations: Soft k-means steps of each training step.
+    """
+
+    type: Literal["dkm"] = Field(default="dkm", repr=False)
+    temperature: Annotated[float, Field(gt=0)] = 0.5
+    iterations: Annotated[int, Field(ge=1)] = 2
+
+
+TrainingStrategy = Annotated[
+    DefaultTrainingSpec | STETrainingSpec | DKMTrainingSpec, Field(discriminator="type")
+]
 
 
 class PalettizationSpec(SpecModel):
@@ -60,7 +88,7 @@ class PalettizationSpec(SpecModel):
     granularity: PalettizationGranularity = Field(default_factory=PerTensorGranularity)
     cluster_dim: Annotated[int, Field(ge=1)] = 1
     enable_per_channel_scale: bool = False
-    training_strategy_spec: DefaultTrainingSpec = Field(default_factory=DefaultTrainingSpec)
+    training_strategy_spec: TrainingStrategy = Field(default_factory=DefaultTrainingSpec)
     algorithm: Literal["auto", "kmeans", "skm", "gptq"] = "auto"
 
     @model_validator(mode="after")

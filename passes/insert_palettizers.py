@@ -1,0 +1,69 @@
+"""Put the modules through which palettes train into an annotated graph."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar
+
+from typing_extensions import override
+
+from graphopt.annotations import palette_annotation
+from graphopt.editor import Editor
+from graphopt.fake_quantize import Origin, WeightPalettizer
+from graphopt.pass_base import Pass
+from graphopt.passes.restore_training import QUANTIZERS
+from graphopt.schemes.palettize import PalettizedWeight
+from graphopt.specs import DefaultTrainingSpec, DKMTrainingSpec, TrainingStrategySpec
+from graphopt.weights import find_weights
+
+__all__ = ["InsertPalettizers"]
+
+
+@dataclass(frozen=True)
+class InsertPalettizers(Pass):
+    """Insert a `WeightPalettizer` behind every annotated weight.
+
+    Before:
+        %w = get_attr[fc.weight]
+        %y = linear(%x, %w)
+
+    After:
+        %w = get_attr[fc.weight]
+        %p = _quantizers.of_fc_weight(%w)
+        %y = linear(%x, %p)
+
+    Attributes:
+        palettes: Name of the weight → clustering to start from.
+        default: What a spec's default strategy stands for; None is the straight-through estimator.
+    """
+
+    name: ClassVar[str] = "insert-palettizers"
+    palettes: Mapping[str, PalettizedWeight]
+    default: DKMTrainingSpec | None = None
+
+    @override
+    def run(self, edit: Editor) -> None:
+        for weight in find_weights(edit.gm):
+            annotation = palette_annotation(weight.nodes[0])
+            if annotation is None:
+                continue
+            strategy = self._strategy(annotation.spec.training_strategy_spec)
+            palettizer = WeightPalettizer(
+                weight.tensor, self.palettes[weight.name], annotation.spec, annotation.output_axis,
+                strategy,
+            )  # fmt: skip
+            frames = weight.uses[0].frames
+            owner = frames[-1].name if frames else ""
+            palettizer.origin = Origin(weight.name, owner, annotation.path)
+            path = edit.module(
+                f"{QUANTIZERS}.of_{weight.name.replace('.', '_')}", palettizer.eval()
+            )
+            for node in weight.nodes:
+                made = edit.run_module(path, node, place=node.next, like=node)
+                edit.redirect(node, made, lambda _: False)
+
+    def _strategy(self, spec: TrainingStrategySpec) -> DKMTrainingSpec | None:
+        if isinstance(spec, DKMTrainingSpec):
+            return spec
+        return self.default if isinstance(spec, DefaultTrainingSpec) else None

@@ -1,0 +1,59 @@
+"""Let norms and dropouts of an exported graph follow train() and eval() again."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import nn
+from typing_extensions import override
+
+from graphopt.editor import Editor
+from graphopt.fake_quantize import TrainableNorm
+from graphopt.pass_base import Pass
+
+__all__ = ["QUANTIZERS", "RestoreTraining"]
+
+QUANTIZERS = "_quantizers"
+_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+
+
+@dataclass(frozen=True)
+class RestoreTraining(Pass):
+    """Replace batch norms and dropouts by modules.
+
+    Before:
+        %n = _native_batch_norm_legit_no_training(%y, %gamma, %beta, %mean, %var, …)
+        %i = getitem(%n, 0)
+        %d = clone(%i)                          # was a dropout
+
+    After:
+        %i = _quantizers.norm_n(%y, %gamma, %beta, %mean, %var)
+        %d = _quantizers.dropout_d(%i)
+    """
+
+    name: ClassVar[str] = "restore-training"
+
+    @override
+    def run(self, edit: Editor) -> None:
+        for norm in edit.calls(_NORM):
+            momentum, eps = float(str(norm.args[5])), float(str(norm.args[6]))
+            item = next(
+                (u for u in norm.users if u.target is operator.getitem and u.args[1] == 0), None
+            )
+            if item is None:
+                continue
+            path = f"{QUANTIZERS}.norm_{norm.name}"
+            edit.module(path, TrainableNorm(momentum, eps).eval())
+            edit.replace(item, edit.run_module(path, *norm.args[:5], place=norm, like=item))
+            for user in list(norm.users):
+                edit.erase(user)
+            edit.erase(norm)
+        for node in list(edit.gm.graph.nodes):
+            rate = node.meta.get("graphopt", {}).get("dropout")
+            if rate is not None and node.op == "call_function":
+                path = edit.module(f"{QUANTIZERS}.dropout_{node.name}", nn.Dropout(rate))
+                edit.gm.get_submodule(path).eval()
+                edit.replace(node, edit.run_module(path, node.args[0], place=node, like=node))
