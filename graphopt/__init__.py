@@ -4,9 +4,12 @@ from graphopt import casting, errors, ops
 from graphopt.api import lower
 from graphopt.capture import capture
 from graphopt.captured_module import CapturedModule
+from graphopt.config.joint import JointConfig
+from graphopt.joint import compress
 from graphopt.program import CompressedProgram, Program
 from graphopt.specs import ExportBackend
 from graphopt.table import CompressionTable, TensorRecord
+from graphopt.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -15,12 +18,15 @@ __all__ = [
     "CompressedProgram",
     "CompressionTable",
     "ExportBackend",
+    "JointConfig",
     "Program",
     "TensorRecord",
     "__version__",
     "capture",
     "casting",
+    "compress",
     "errors",
     "lower",
     "ops",
+    "tune",
 ]

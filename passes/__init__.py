@@ -9,6 +9,7 @@ from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.convert_quantization import ConvertQuantization
 from graphopt.passes.correct_bias import CorrectBias
 from graphopt.passes.dequantize_to_shift_scale import DequantizeToShiftScale
+from graphopt.passes.expand_tables import ExpandTables
 from graphopt.passes.fake_palettize import FakePalettize
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
 from graphopt.passes.insert_fake_quantize import InsertFakeQuantize
@@ -28,6 +29,7 @@ __all__ = [
     "ConvertQuantization",
     "CorrectBias",
     "DequantizeToShiftScale",
+    "ExpandTables",
     "FakePalettize",
     "FoldBatchNorm",
     "InsertFakeQuantize",

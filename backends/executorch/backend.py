@@ -30,10 +30,9 @@ from graphopt.backends.quiet import silent
 from graphopt.captured_module import CapturedModule
 from graphopt.errors import LoweringError, VerificationError
 from graphopt.extras import require
-from graphopt.lookups import find_lookups
 from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
-from graphopt.passes import DequantizeToShiftScale, RemoveUnused
+from graphopt.passes import DequantizeToShiftScale, ExpandTables, RemoveUnused
 from graphopt.program import Program, export_graph
 
 __all__ = ["Delegation", "ExecuTorchArtifact", "ExecuTorchBackend", "run_program"]
@@ -127,16 +126,12 @@ class ExecuTorchBackend(Backend):
 
     @override
     def unsupported(self, program: Program) -> list[str]:
-        gm = program.graph_module
-        reasons = [
-            f"{lookup.name}: lookup tables; quantize the weight, or lower to Core AI or Core ML"
-            for lookup in find_lookups(gm)
-        ]
-        return [*reasons, *quantization_refusals(gm, self.capabilities)]
+        return quantization_refusals(program.graph_module, self.capabilities)
 
     @override
     def legalize(self) -> tuple[Pass, ...]:
         return (
+            ExpandTables(),
             DequantizeToShiftScale(),
             LegalizeForXNNPACK(),
             RemoveUnused(),

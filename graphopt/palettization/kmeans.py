@@ -22,7 +22,7 @@ from graphopt.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.errors import InputError, StateError
 from graphopt.layerwise import as_batch
-from graphopt.palettization.calibration import Calibrator
+from graphopt.palettization.calibration import Calibrator, algorithms_of
 from graphopt.palettization.training import PaletteTraining
 from graphopt.pass_manager import run_passes
 from graphopt.passes import (
@@ -305,6 +305,11 @@ class KMeansPalettizer:
         table = fake.meta["graphopt.table"]
         self._palettes = found
         self._summary = CompressionTable(table.rows, (*table.warnings, *remarks))
+
+    @property
+    def algorithms(self) -> dict[str, str]:
+        """Name of each weight to be palettized → what a calibration does for it."""
+        return algorithms_of(self._ready()[0])
 
     def _shapes(self) -> dict[str, torch.Size]:
         assert self._annotated is not None

@@ -324,11 +324,25 @@ def test_activation_that_xnnpack_does_not_fuse_is_rounded_before_too(tmp_path: P
 
 
 @pytest.mark.executorch
-def test_lookup_tables_are_refused_with_what_works() -> None:
-    palettizer = KMeansPalettizer(nn.Linear(64, 64))
-    palettizer.prepare((torch.randn(1, 64),))
-    with pytest.raises(LoweringError, match="weight: lookup tables; quantize the weight, or"):
-        palettizer.finalize(backend="executorch")
+@pytest.mark.parametrize(
+    "spec",
+    [
+        PalettizationSpec(n_bits=4),
+        PalettizationSpec(n_bits=2, lut_qspec=QuantizationSpec(dtype=torch.int8)),
+        PalettizationSpec(n_bits=4, cluster_dim=2, enable_per_channel_scale=True),
+    ],
+    ids=["table", "int8 table", "vectors and scale"],
+)
+def test_tables_are_expanded_where_the_target_has_none(
+    spec: PalettizationSpec, tmp_path: Path
+) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 4)).eval()
+    config = ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
+    palettizer = KMeansPalettizer(model, KMeansPalettizerConfig(global_config=config))
+    palettizer.prepare((torch.randn(1, 3, 8, 8),))
+    artifact = saved(palettizer.program(), "executorch", tmp_path)
+    assert artifact.verify().max_error < 1e-5
+    assert any("stored as a dense weight" in note for note in artifact.delegation.notes)
 
 
 def llama(config: QuantizerConfig) -> tuple[Quantizer, tuple[Tensor, ...], nn.Module]:

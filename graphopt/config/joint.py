@@ -1,0 +1,78 @@
+"""One config for palettization and quantization together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import IO, Any, Self
+
+import yaml
+from pydantic import model_validator
+
+from graphopt.config.base import CompressionConfig
+from graphopt.config.palettization import KMeansPalettizerConfig
+from graphopt.config.quantization import QuantizerConfig
+from graphopt.errors import ConfigError
+from graphopt.specs.model import SpecModel
+
+__all__ = ["JointConfig"]
+
+
+class JointConfig(SpecModel):
+    """What `compress` does to a model.
+
+    A weight that both parts select is palettized; quantization then holds for activations and for
+    the other weights.
+
+    Attributes:
+        palettization: Weights that become tables, or None.
+        quantization: Activations and weights that are quantized, or None.
+    """
+
+    palettization: KMeansPalettizerConfig | None = None
+    quantization: QuantizerConfig | None = None
+
+    @model_validator(mode="after")
+    def _asks_for_something(self) -> Self:
+        if self.palettization is None and self.quantization is None:
+            raise ValueError("nothing to do: give palettization, quantization or both")
+        return self
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> Self:
+        """Read a config from plain values.
+
+        The keys are "palettization" and "quantization" or the parts' own root keys; a mapping of one
+        part alone will do.
+
+        Raises:
+            ConfigError: A key is unknown or a value is wrong.
+        """
+        if not isinstance(data, dict):
+            raise ConfigError(f"{cls.__name__}: expected a mapping, got {type(data).__name__}")
+        parts: dict[str, Any] = {}
+        kinds: dict[str, type[CompressionConfig[Any]]] = {
+            "palettization": KMeansPalettizerConfig,
+            "quantization": QuantizerConfig,
+        }
+        for name, kind in kinds.items():
+            for key in (name, kind.root_key):
+                if data.get(key) is not None:
+                    parts[name] = kind.from_dict(data[key])
+        known = {*kinds, *(kind.root_key for kind in kinds.values())}
+        unknown = sorted(set(data) - known)
+        if unknown:
+            raise ConfigError(f"{cls.__name__}: unknown keys {unknown}; known are {sorted(known)}")
+        return cls(**parts)
+
+    @classmethod
+    def from_yaml(cls, source: str | Path | IO[Any]) -> Self:
+        """Read a config from a YAML file or stream.
+
+        Raises:
+            ConfigError: The file is no YAML mapping, or see `from_dict`.
+        """
+        text = Path(source).read_text() if isinstance(source, str | Path) else source.read()
+        try:
+            return cls.from_dict(yaml.safe_load(text))
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{cls.__name__}: not valid YAML: {error}") from None

@@ -1,0 +1,66 @@
+"""Replace table lookups by the dense weights that they stand for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor, fx
+from typing_extensions import override
+
+from graphopt.editor import Editor, operands
+from graphopt.lookups import find_lookups
+from graphopt.pass_base import Pass
+
+__all__ = ["ExpandTables"]
+
+
+@dataclass(frozen=True)
+class ExpandTables(Pass):
+    """Compute every lookup, for targets that have none.
+
+    Before:
+        %w = graphopt.lut_to_dense(%indices, %lut, n_bits, shape)
+
+    After:
+        %w = get_attr[fc.weight]
+
+    The values are those of the tables; only the storage is that of a dense weight. What was expanded
+    is noted in `gm.meta["graphopt.notes"]`.
+    """
+
+    name: ClassVar[str] = "expand-tables"
+
+    @override
+    def run(self, edit: Editor) -> None:
+        for lookup in find_lookups(edit.gm):
+            node = lookup.node
+            if lookup.channel_scale and len(node.users) == 1:
+                node = next(iter(node.users))
+            made = edit.constant(lookup.name, _value(edit, node), like=node)
+            read = operands(node)
+            edit.replace(node, made)
+            _drop(edit, read)
+            note = f"{lookup.name}: {lookup.n_bits}-bit table stored as a dense weight"
+            edit.gm.meta["graphopt.notes"] = (*edit.gm.meta.get("graphopt.notes", ()), note)
+
+
+def _value(edit: Editor, node: fx.Node) -> Tensor:
+    if node.op == "get_attr":
+        return edit.value(node).detach()
+    args = fx.map_arg(node.args, lambda used: _value(edit, used))
+    found: Tensor = node.target(*args, **node.kwargs)  # type: ignore[operator]
+    return found
+
+
+def _drop(edit: Editor, nodes: list[fx.Node]) -> None:
+    """Drop what nothing reads any more."""
+    for node in nodes:
+        if node.users:
+            continue
+        if node.op == "get_attr":
+            edit.drop(node)
+            continue
+        read = operands(node)
+        edit.erase(node)
+        _drop(edit, read)
