@@ -120,7 +120,8 @@ class WeightPalettizer(nn.Module):
         return _taken(stored, self._codes)
 
     def _keep(self, tables: Tensor) -> None:
-        self.tables.copy_(tables)
+        # not in place: the backward pass still needs the old ones
+        self.tables = tables.detach().to(self.tables.dtype)
 
     def _sorted(self) -> Tensor:
         tables = self.tables

@@ -120,9 +120,12 @@ def _spread(values: Tensor, inverse: Tensor) -> Tensor:
 
 
 def _attention(points: Tensor, tables: Tensor, temperature: Tensor) -> Tensor:
-    scalar = points.shape[2] == 1
-    gaps = points - tables.mT if scalar else torch.cdist(points, tables)
-    return torch.softmax(-gaps.square() / temperature[:, None, None], dim=2)
+    # one dimension after the other: a matrix product would cancel where distances are small
+    distance = sum(
+        (points[:, :, axis, None] - tables[:, None, :, axis]).square()
+        for axis in range(points.shape[2])
+    )
+    return torch.softmax(-distance / temperature[:, None, None], dim=2)
 
 
 def _moments(

@@ -254,7 +254,7 @@ def palettize(
     Raises:
         CompressionError: NaN or Inf in the weight, or a layout that cannot be built.
     """
-    parts = arrange(weight, spec, output_axis, importance)
+    parts = arrange(weight.detach(), spec, output_axis, importance)
     tables, codes, sse = _cluster(parts, spec, seed)
     stored = None
     if spec.lut_qspec is not None:
@@ -286,18 +286,18 @@ class Arranged:
 def arrange(
     weight: Tensor, spec: PalettizationSpec, output_axis: int, importance: Tensor | None
 ) -> Arranged:
-    """Lay a weight out for its tables; arguments as for `palettize`."""
+    """Lay a weight out for its tables; arguments as for `palettize`. Gradients pass."""
     layout = plan_layout(weight.shape, output_axis, spec)
-    source = weight.detach()
-    scaled, mass, channel_scale = source, importance, None
+    scaled, mass, channel_scale = weight, importance, None
     if spec.enable_per_channel_scale:
-        others = [axis for axis in range(source.ndim) if axis != output_axis]
-        largest = source.abs().amax(dim=others, keepdim=True) if others else source.abs()
+        others = [axis for axis in range(weight.ndim) if axis != output_axis]
+        largest = weight.detach().abs()
+        largest = largest.amax(dim=others, keepdim=True) if others else largest
         channel_scale = torch.where(largest > 0, largest, torch.ones_like(largest))
-        scaled = source / channel_scale
+        scaled = weight / channel_scale
         # errors count in the weight's own units
         relative = channel_scale.double() / channel_scale.double().max()
-        mass = relative.square().float().expand_as(source)
+        mass = relative.square().float().expand_as(weight)
         mass = mass if importance is None else mass * importance
     weights = None if mass is None else layout.split(mass).mean(-1)
     return Arranged(layout, scaled, channel_scale, layout.split(scaled), weights)
