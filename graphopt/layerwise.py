@@ -39,10 +39,24 @@ def flat_inputs(gm: CapturedModule, batch: Batch) -> list[Any]:
         InputError: The structure differs from the captured one.
     """
     try:
-        found = gm.graph._codegen.process_inputs(*batch[0], **batch[1])
+        args, kwargs = _in_captured_form(gm, batch)
+        found = gm.graph._codegen.process_inputs(*args, **kwargs)
     except (AssertionError, RuntimeError, TypeError, ValueError) as error:
         raise InputError(f"calibration inputs do not fit the captured call: {error}") from None
     return list(found)
+
+
+def _in_captured_form(gm: CapturedModule, batch: Batch) -> Batch:
+    """Inputs that were captured by position by position, and the others by name."""
+    args, kwargs = batch
+    info = getattr(gm.graph._codegen, "pytree_info", None)
+    if info is None or not kwargs or info.in_spec.num_children != 2:
+        return batch
+    missing = info.orig_args[len(args) : info.in_spec.child(0).num_children]
+    if not all(name in kwargs for name in missing):
+        return batch
+    rest = {name: value for name, value in kwargs.items() if name not in missing}
+    return (*args, *(kwargs[name] for name in missing)), rest
 
 
 class LayerwiseRun:

@@ -11,11 +11,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import fx
+import torch
+from torch import Tensor, fx
 
 from graphopt.editor import operands
 
 __all__ = ["Block", "cut_points", "find_blocks"]
+
+_ANY = torch.empty(0)  # a node whose value is not described counts as a tensor
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,8 @@ def cut_points(
             last[node] = max((place[user] for user in node.users), default=-1)
             if last[node] > number:
                 live.append(node)
-        if live and len(live) <= width and node in dirty:
+        whole = all(isinstance(value.meta.get("val", _ANY), Tensor) for value in live)
+        if live and whole and len(live) <= width and node in dirty:
             cuts.append((node, tuple(live)))
     return cuts
 

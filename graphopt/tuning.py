@@ -18,11 +18,13 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphopt.captured_module import CapturedModule, holder_of, set_tensor
-from graphopt.editor import operands
+from graphopt.editor import Editor, operands
 from graphopt.errors import CalibrationError
 from graphopt.layerwise import LayerwiseRun, as_batch
 from graphopt.numerics.packing import unpack
 from graphopt.partition import Block, find_blocks
+from graphopt.pass_manager import run_passes
+from graphopt.passes import FoldBatchNorm
 from graphopt.program import Program
 from graphopt.progress import track
 
@@ -31,6 +33,7 @@ __all__ = ["tune"]
 _log = logging.getLogger(__name__)
 _LOOKUP = torch.ops.graphopt.lut_to_dense.default
 _COMPRESSED = (_LOOKUP, torch.ops.graphopt.shift_scale.default)
+_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 _NORMS = ("layer_norm", "batch_norm", "group_norm", "rms_norm")
 ProgramT = TypeVar("ProgramT", bound=Program)
 
@@ -69,19 +72,21 @@ def tune(
         CalibrationError: There is no data.
         InputError: Data do not fit the program.
     """
+    if steps < 1:
+        return replace(program, graph_module=copy.deepcopy(program.graph_module))
     if not data:
         raise CalibrationError("no data: there is nothing to tune on")
     tuned = replace(program, graph_module=copy.deepcopy(program.graph_module))
     gm, exact = tuned.graph_module, reference.graph_module
     batches = [as_batch(each) for each in data]
+    if len(list(Editor(gm).calls(_NORM))) < len(list(Editor(exact).calls(_NORM))):
+        # the program's convolutions stand for the norms behind them, too
+        exact = reference.copy().graph_module
+        run_passes(exact, [FoldBatchNorm()])
     targets = _compressed_ops(gm)
     twins = {node.name: node for node in exact.graph.nodes}
-    found = [
-        block
-        for block in _blocks(gm, targets, blocks, width)
-        if all(node.name in twins or node.op == "output" for node in block.outputs)
-    ]
     runs = (LayerwiseRun(gm, batches), LayerwiseRun(exact, batches))
+    found = _merged(runs[0], _blocks(gm, targets, blocks, width), twins)
     generator = torch.Generator().manual_seed(seed)
     order = iter(exact.graph.nodes)
     total = steps * len(found)
@@ -123,6 +128,49 @@ def _compressed_ops(gm: CapturedModule) -> set[fx.Node]:
             derived.add(node)
         elif any(each in derived for each in used) and node.op != "output":
             found.add(node)
+    return found
+
+
+def _merged(run: LayerwiseRun, blocks: list[Block], twins: dict[str, fx.Node]) -> list[Block]:
+    """Blocks whose ends exist in the reference, and which share no constant with another one."""
+    readers: dict[str, list[int]] = {}
+    for number, block in enumerate(blocks):
+        for node in _constants_of(block.nodes, run):
+            readers.setdefault(str(node.target), []).append(number)
+    open_until = list(range(len(blocks)))
+    for found in readers.values():
+        for number in range(min(found), max(found)):
+            open_until[number] = max(open_until[number], max(found))
+    result: list[Block] = []
+    pending: list[Block] = []
+    reach = -1
+    for number, block in enumerate(blocks):
+        pending.append(block)
+        reach = max(reach, open_until[number])
+        last = number + 1 == len(blocks)
+        known = all(node.name in twins for node in block.outputs)
+        if (number < reach or not known) and not last:
+            continue
+        nodes = tuple(node for each in pending for node in each.nodes)
+        targets = tuple(node for each in pending for node in each.targets)
+        if known:
+            result.append(Block(nodes, pending[0].inputs, block.outputs, targets))
+        pending = []
+    return result
+
+
+def _constants_of(nodes: tuple[fx.Node, ...], run: LayerwiseRun) -> set[fx.Node]:
+    """`get_attr` nodes that nodes read, directly or through ops on constants."""
+    found: set[fx.Node] = set()
+    pending = list(nodes)
+    seen: set[fx.Node] = set()
+    while pending:
+        for each in operands(pending.pop()):
+            if each.op == "get_attr":
+                found.add(each)
+            elif each not in seen and run.is_constant(each):
+                seen.add(each)
+                pending.append(each)
     return found
 
 
@@ -263,7 +311,8 @@ def _tune_block(
     for _ in range(steps):
         order = order or torch.randperm(count, generator=generator).tolist()
         optimizer.zero_grad()
-        loss(forward.constants(), order.pop()).backward()
+        with torch.enable_grad():
+            loss(forward.constants(), order.pop()).backward()
         optimizer.step()
         schedule.step()
         yield
@@ -278,6 +327,7 @@ def _tune_block(
 def _step_of(node: fx.Node, run: LayerwiseRun) -> float:
     """Unit by which a constant may move; 0 for what stays."""
     value = run.constant(node)
+    value = value.detach() if isinstance(value, Tensor) else value
     if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
         return 0.0
     for user in node.users:

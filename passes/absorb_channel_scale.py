@@ -40,8 +40,18 @@ class AbsorbChannelScale(Pass):
     def run(self, edit: Editor) -> None:
         for norm in edit.calls(_NORM):
             conv = norm.args[0]
-            if isinstance(conv, fx.Node) and is_foldable(edit, norm, conv):
+            if isinstance(conv, fx.Node) and is_foldable(edit, norm, conv) and _is_own(edit, norm):
                 _absorb(edit, norm, conv)
+
+
+def _is_own(edit: Editor, norm: fx.Node) -> bool:
+    """Whether no other norm reads the same statistics."""
+    mine = [each for each in norm.args[3:5] if isinstance(each, fx.Node)]
+    if any(set(each.users) != {norm} for each in mine):
+        return False
+    values = [edit.value(each) for each in mine]
+    others = [edit.value(each) for each in edit.constants() if each not in mine]
+    return not any(value is other for value in values for other in others)
 
 
 def _absorb(edit: Editor, norm: fx.Node, conv: fx.Node) -> None:

@@ -25,7 +25,7 @@ from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.sensitivity import GradientCollector, LossFn, label_free_loss
 from graphopt.weights import find_weights
 
-__all__ = ["Calibrator", "algorithms_of"]
+__all__ = ["Calibrator", "algorithms_of", "shapes_to_weigh"]
 
 _log = logging.getLogger(__name__)
 _TAPS = "_taps"
@@ -42,6 +42,16 @@ def algorithms_of(annotated: Program) -> dict[str, str]:
     return found
 
 
+def shapes_to_weigh(annotated: Program) -> dict[str, torch.Size]:
+    """Name → shape of the weights whose errors sensitivities weigh."""
+    algorithms = algorithms_of(annotated)
+    return {
+        weight.name: weight.tensor.shape
+        for weight in find_weights(annotated.graph_module)
+        if algorithms.get(weight.name, "kmeans") != "kmeans"
+    }
+
+
 class Calibrator:
     """Collects while the prepared module runs inside `calibration_mode`.
 
@@ -51,6 +61,7 @@ class Calibrator:
         label_free: "mse" or "kl", see `graphopt.sensitivity.label_free_loss`.
         per_sample: Square the gradient of every sample; False takes `E[δ²]·E[x²]`, cheaper and with
             less variance from few samples, but blind to which inputs and gradients come together.
+        squares: Collect sensitivities even where no algorithm uses them, to save them.
         folder: Folder for the sums, which are mapped into memory; None keeps them there.
         seed: Seed of the label-free loss.
     """
@@ -62,6 +73,7 @@ class Calibrator:
         loss_fn: LossFn | None = None,
         label_free: str = "mse",
         per_sample: bool = True,
+        squares: bool = False,
         folder: Path | None = None,
         seed: int = 0,
     ) -> None:
@@ -76,7 +88,7 @@ class Calibrator:
         self._watched = [name for name, each in self.algorithms.items() if each != "kmeans"]
         self.collector = GradientCollector(
             per_sample=per_sample,
-            squares="skm" in self.algorithms.values(),
+            squares=squares or "skm" in self.algorithms.values(),
             positions=self._layerwise,
             folder=folder,
         )
@@ -94,6 +106,8 @@ class Calibrator:
         Raises:
             InputError: The loss depends on no watched weight.
         """
+        if not self._watched:
+            return torch.zeros(())
         batch = _batch_size(output)
         if self._loss_fn is None:
             loss, scale = label_free_loss(output, self._generator, self._label_free), 1.0

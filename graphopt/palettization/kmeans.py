@@ -10,11 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from graphopt.annotations import palette_annotation
 from graphopt.api import convert_for
 from graphopt.backends import load_backend
 from graphopt.capture import capture
@@ -22,7 +20,7 @@ from graphopt.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.errors import InputError, StateError
 from graphopt.layerwise import as_batch
-from graphopt.palettization.calibration import Calibrator, algorithms_of
+from graphopt.palettization.calibration import Calibrator, algorithms_of, shapes_to_weigh
 from graphopt.palettization.training import PaletteTraining
 from graphopt.pass_manager import run_passes
 from graphopt.passes import (
@@ -39,7 +37,6 @@ from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.sensitivity import LossFn, load_sensitivities, save_sensitivities
 from graphopt.specs import DKMTrainingSpec, ExportBackend
 from graphopt.table import CompressionTable
-from graphopt.weights import find_weights
 
 __all__ = ["KMeansPalettizer"]
 
@@ -139,7 +136,7 @@ class KMeansPalettizer:
         run_passes(gm, [AnnotatePalettization(self._config, on_unmatched)])
         self._annotated, self._seed = annotated, seed
         if sensitivity_path is not None:
-            self._sensitivities = load_sensitivities(sensitivity_path, self._shapes())
+            self._sensitivities = load_sensitivities(sensitivity_path, shapes_to_weigh(annotated))
         self._palettes = cluster_annotated(
             gm, progress=progress, seed=seed, importance=self._sensitivities
         )
@@ -201,6 +198,7 @@ class KMeansPalettizer:
         annotated, prepared = self._ready()
         calibrator = Calibrator(
             annotated, loss_fn=loss_fn, label_free=label_free, per_sample=per_sample,
+            squares=sensitivity_path is not None,
             folder=None if mmap_dir is None else Path(mmap_dir), seed=self._seed,
         )  # fmt: skip
         with calibrator.watching(prepared):
@@ -210,9 +208,9 @@ class KMeansPalettizer:
             self._seed, progress, correct_bias=correct_bias
         )
         self._sensitivities = calibrator.collector.sums
+        self._take(found, biases, remarks)
         if sensitivity_path is not None:
             self.save_sensitivities(sensitivity_path)
-        self._take(found, biases, remarks)
 
     def calibrate(
         self, data: Iterable[Any], *, progress: bool | None = None, **options: Any
@@ -293,8 +291,9 @@ class KMeansPalettizer:
         for path, value in biases.items():
             holder, name = holder_of(fitted.graph_module, path)
             set_tensor(holder, name, value)
-            target, name = holder_of(prepared, path)
-            getattr(target, name).data = value.clone()
+        for path, tensor in prepared.named_parameters():
+            holder, name = holder_of(fitted.graph_module, path)
+            tensor.data = getattr(holder, name).detach().clone()
         self._fitted = fitted
         fake = fitted.copy().graph_module
         run_passes(fake, [FakePalettize(found)])
@@ -310,14 +309,6 @@ class KMeansPalettizer:
     def algorithms(self) -> dict[str, str]:
         """Name of each weight to be palettized → what a calibration does for it."""
         return algorithms_of(self._ready()[0])
-
-    def _shapes(self) -> dict[str, torch.Size]:
-        assert self._annotated is not None
-        return {
-            weight.name: weight.tensor.shape
-            for weight in find_weights(self._annotated.graph_module)
-            if palette_annotation(weight.nodes[0]) is not None
-        }
 
     def _ready(self) -> tuple[Program, CapturedModule]:
         if self._annotated is None or self._prepared is None:

@@ -19,6 +19,10 @@ _CHUNK = 1 << 24  # elements of per-sample gradients that exist at a time
 class GradientCollector:
     """Sums over samples of the squared gradient of every weight, and of the positions of every op.
 
+    The first dimension of an op's input counts samples. A model that merges it with another one
+    inside (as attention with `batch_first=False` does) has more, smaller samples there, and a weight
+    that several ops read adds up the squares of each.
+
     Attributes:
         sums: Name of the weight → Σ over samples of squared gradients, of the weight's shape.
         saliency: Name of the op's node → one tensor [batch, positions] per call: mean squared
