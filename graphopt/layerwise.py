@@ -8,11 +8,13 @@ for everything behind it.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from graphopt.captured_module import CapturedModule, holder_of
 from graphopt.editor import operands
@@ -39,24 +41,24 @@ def flat_inputs(gm: CapturedModule, batch: Batch) -> list[Any]:
         InputError: The structure differs from the captured one.
     """
     try:
-        args, kwargs = _in_captured_form(gm, batch)
-        found = gm.graph._codegen.process_inputs(*args, **kwargs)
-    except (AssertionError, RuntimeError, TypeError, ValueError) as error:
+        given = inspect.signature(gm.forward).bind(*batch[0], **batch[1]).arguments
+    except TypeError as error:
         raise InputError(f"calibration inputs do not fit the captured call: {error}") from None
-    return list(found)
+    info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
+    positional, keyword = info.in_spec.children()
+    names, count = info.orig_args, positional.num_children
+    by_name = {name: given[name] for name in keyword.context}
+    leaves, spec = pytree.tree_flatten((tuple(given[name] for name in names[:count]), by_name))
+    if spec != info.in_spec:
+        raise InputError(
+            f"calibration inputs do not fit the captured call: {spec}, captured {info.in_spec}"
+        )
+    return leaves
 
 
-def _in_captured_form(gm: CapturedModule, batch: Batch) -> Batch:
-    """Inputs that were captured by position by position, and the others by name."""
-    args, kwargs = batch
-    info = getattr(gm.graph._codegen, "pytree_info", None)
-    if info is None or not kwargs or info.in_spec.num_children != 2:
-        return batch
-    missing = info.orig_args[len(args) : info.in_spec.child(0).num_children]
-    if not all(name in kwargs for name in missing):
-        return batch
-    rest = {name: value for name, value in kwargs.items() if name not in missing}
-    return (*args, *(kwargs[name] for name in missing)), rest
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
 
 
 class LayerwiseRun:
@@ -84,7 +86,10 @@ class LayerwiseRun:
         placeholders = gm.graph.find_nodes(op="placeholder")
         flat = [flat_inputs(gm, batch) for batch in batches]
         for place, node in enumerate(placeholders):
-            self._values[node] = [inputs[place] for inputs in flat]
+            values = [inputs[place] for inputs in flat]
+            if any(_writes(user) for user in node.users):
+                values = [value.clone() for value in values]
+            self._values[node] = values
 
     def is_constant(self, node: fx.Node) -> bool:
         """Whether a node's value is the same for all inputs."""

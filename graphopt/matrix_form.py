@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
+from graphopt.editor import operands
 from graphopt.weights import WeightTensor, source_of, state_operands
 
 __all__ = ["MatrixForm", "WeightUse", "matrix_form", "weight_uses"]
@@ -290,4 +291,18 @@ def weight_uses(gm: fx.GraphModule, weights: Sequence[WeightTensor]) -> dict[str
                 unknown.add(name)
             else:
                 found[name].append(WeightUse(node, position, form, source.chain))
-    return {name: uses for name, uses in found.items() if uses and name not in unknown}
+    by_name = {weight.name: weight for weight in weights}
+    return {
+        name: uses
+        for name, uses in found.items()
+        if uses and name not in unknown and _only_these(by_name[name].nodes, uses)
+    }
+
+
+def _only_these(nodes: Sequence[fx.Node], uses: Sequence[WeightUse]) -> bool:
+    """Whether nothing else reads the weight, and its views do not depend on the inputs."""
+    chains = {node for use in uses for node in use.chain}
+    if any(used not in {*nodes, *chains} for node in chains for used in operands(node)):
+        return False
+    known = chains | {use.node for use in uses}
+    return all(user in known or not user.users for node in (*nodes, *chains) for user in node.users)

@@ -3,7 +3,7 @@
 In topological order, the boundary behind a node is a cut where at most `width` *dirty* values are
 still needed, a dirty value being one that depends on a compressed op. Values that do not (masks,
 position tables) are exact in both models, so any block may read them. With width 1 these are the
-nodes that dominate and post-dominate everything dirty, found in one scan.
+nodes that post-dominate everything dirty before them, found in one scan.
 """
 
 from __future__ import annotations
@@ -109,7 +109,15 @@ def find_blocks(
             ends.pop()
             continue
         targets = 0
-    return _build(graph, order, starts, ends, is_target)
+    return _build(graph, order, starts, ends, is_target, min_targets)
+
+
+def _dirty(graph: fx.Graph, is_target: Callable[[fx.Node], bool]) -> set[fx.Node]:
+    found: set[fx.Node] = set()
+    for node in graph.nodes:
+        if is_target(node) or any(each in found for each in operands(node)):
+            found.add(node)
+    return found
 
 
 def _build(
@@ -118,12 +126,15 @@ def _build(
     starts: list[int],
     ends: list[tuple[fx.Node, ...]],
     is_target: Callable[[fx.Node], bool],
+    min_targets: int,
 ) -> list[Block]:
+    dirty = _dirty(graph, is_target)
     result = next(node for node in graph.nodes if node.op == "output")
-    returned = tuple(dict.fromkeys(operands(result)))
+    returned = tuple(dict.fromkeys(node for node in operands(result) if node in dirty))
     if not starts or starts[-1] < len(order) - 1:
         remaining = order[(starts[-1] + 1 if starts else 0) :]
-        if any(map(is_target, remaining)) or not starts:
+        targets = sum(map(is_target, remaining))
+        if not starts or targets >= min_targets:
             starts.append(len(order) - 1)
             ends.append(returned)
         else:

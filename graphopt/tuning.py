@@ -84,6 +84,8 @@ def tune(
         exact = reference.copy().graph_module
         run_passes(exact, [FoldBatchNorm()])
     targets = _compressed_ops(gm)
+    if not targets:
+        return tuned
     twins = {node.name: node for node in exact.graph.nodes}
     runs = (LayerwiseRun(gm, batches), LayerwiseRun(exact, batches))
     found = _merged(runs[0], _blocks(gm, targets, blocks, width), twins)
@@ -162,7 +164,7 @@ def _merged(run: LayerwiseRun, blocks: list[Block], twins: dict[str, fx.Node]) -
 def _constants_of(nodes: tuple[fx.Node, ...], run: LayerwiseRun) -> set[fx.Node]:
     """`get_attr` nodes that nodes read, directly or through ops on constants."""
     found: set[fx.Node] = set()
-    pending = list(nodes)
+    pending = [node for node in nodes if not run.is_constant(node)]
     seen: set[fx.Node] = set()
     while pending:
         for each in operands(pending.pop()):

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from graphopt.errors import CalibrationError
 from graphopt.numerics import kernels_feedback as kernels
 from graphopt.numerics.parallel import map_tasks
 
@@ -71,6 +72,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         damping: Share of the mean diagonal to add; raised tenfold until the matrix is definite.
     """
     wide = hessian.double()
+    if not bool(torch.isfinite(wide).all()):
+        raise CalibrationError("the inputs of a layer hold NaN or Inf, or overflow when squared")
     mean = wide.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     identity = torch.eye(wide.shape[0], dtype=torch.float64, device=wide.device)
     while True:
@@ -79,7 +82,7 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
             upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
             if not int(failed):
                 return upper.float().contiguous()
-        damping *= 10
+        damping = max(10 * damping, 1e-8)
 
 
 def fit_tables(

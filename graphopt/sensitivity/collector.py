@@ -97,6 +97,7 @@ class GradientCollector:
         self._factors.clear()
         for value in self.sums.values():
             value /= max(self.samples, 1)
+        self.samples = 1 if self.sums else 0
         return self.sums
 
     def _add(self, name: str, shape: torch.Size, value: Tensor) -> None:

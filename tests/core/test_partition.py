@@ -117,6 +117,10 @@ def post_dominating(graph: fx.Graph, is_target: IsTarget) -> set[fx.Node]:
     }
 
 
+def holds_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val", torch.empty(0)), Tensor)
+
+
 def cuts_of(graph: fx.Graph, is_target: IsTarget, width: int = 1) -> dict[fx.Node, set[fx.Node]]:
     found = cut_points(graph, is_target, width=width)
     assert len({node for node, _ in found}) == len(found)
@@ -132,7 +136,7 @@ def by_definition(graph: fx.Graph, is_target: IsTarget, width: int) -> dict[fx.N
     for number, node in enumerate(order):
         behind = set(order[number + 1 :])
         live = {each for each in order[: number + 1] if each in dirty and behind & set(each.users)}
-        if node in dirty and 1 <= len(live) <= width:
+        if node in dirty and 1 <= len(live) <= width and all(map(holds_tensor, live)):
             found[node] = live
     return found
 
@@ -168,15 +172,6 @@ def test_a_cut_post_dominates_what_is_dirty_before_it() -> None:
     for seed in range(200):
         graph = random_graph(seed, roots=4)
         assert set(cuts_of(graph, is_compressed)) == post_dominating(graph, is_compressed), seed
-
-
-@pytest.mark.xfail(
-    strict=True, reason="a cut may lie before a later root, which reads exact values only"
-)
-def test_with_several_roots_cuts_still_dominate_all_that_is_dirty() -> None:
-    for seed in range(200):
-        graph = random_graph(seed, roots=4)
-        assert set(cuts_of(graph, is_compressed)) == dominating(graph, is_compressed), seed
 
 
 @pytest.mark.parametrize("width", [1, 2, 3])
@@ -301,7 +296,8 @@ NAMES = ["resnet", "edsr", "llama", "lstm"]
 def test_cuts_of_models_are_the_dominators(name: str) -> None:
     graph = zoo_graph(name)
     found = cuts_of(graph, is_layer)
-    assert set(found) == dominating(graph, is_layer)
+    # between an op with several results and the one that is read, nothing is cut
+    assert set(found) == set(filter(holds_tensor, dominating(graph, is_layer)))
     assert found == by_definition(graph, is_layer, 1)
 
 

@@ -277,13 +277,6 @@ class Flat(nn.Module):
         return rows.reshape(x.shape[0], -1, 3).mean(1)
 
 
-@pytest.mark.xfail(strict=True, reason="every row of an op's input counts as one sample")
-def test_a_sample_that_an_op_sees_as_several_rows_counts_as_one() -> None:
-    model, data = Flat(), vectors()
-    found = collect(prepared(model, data[0]), data, [4, 2], GradientCollector())
-    assert_close(found, one_by_one(model, data))
-
-
 def test_a_weight_that_the_loss_reads_in_another_way_counts_in_full() -> None:
     class Scaled(nn.Module):
         def __init__(self) -> None:

@@ -29,6 +29,7 @@ from graphopt.specs import (
     QuantizationSpec,
     STETrainingSpec,
 )
+from graphopt.specs.palettization import Bits
 
 
 class Net(nn.Module):
@@ -174,28 +175,32 @@ def test_trained_palettes_run_on_the_target(name: str, tmp_path: object) -> None
     assert artifact.verify().max_error < 1e-5
 
 
-@pytest.mark.parametrize("strategy", [DKMTrainingSpec(), STETrainingSpec()], ids=["dkm", "ste"])
+@pytest.mark.parametrize(
+    ("strategy", "n_bits", "rate"),
+    [(DKMTrainingSpec(), 1, 5e-3), (STETrainingSpec(), 2, 3e-3)],
+    ids=["dkm", "ste"],
+)
 def test_training_lowers_the_loss_of_the_palettized_model(
-    strategy: DKMTrainingSpec | STETrainingSpec,
+    strategy: DKMTrainingSpec | STETrainingSpec, n_bits: Bits, rate: float
 ) -> None:
     torch.manual_seed(0)
     teacher = nn.Sequential(nn.Linear(16, 64), nn.ReLU(), nn.Linear(64, 4))
     x = torch.randn(512, 16)
     with torch.no_grad():
         y = teacher(x)
-    spec = PalettizationSpec(n_bits=1, training_strategy_spec=strategy)
+    spec = PalettizationSpec(n_bits=n_bits, training_strategy_spec=strategy)
     palettizer = DKMPalettizer(teacher.eval(), config(spec))
     prepared = palettizer.prepare((x,))
     before = F.mse_loss(prepared(x), y)
-    optimizer = torch.optim.Adam(prepared.parameters(), lr=1e-2)
+    optimizer = torch.optim.Adam(prepared.parameters(), lr=rate)
     with palettizer.training_mode():
-        for _ in range(150):
+        for _ in range(60):
             optimizer.zero_grad()
             F.mse_loss(prepared(x), y).backward()
             optimizer.step()
             palettizer.step()
     after = F.mse_loss(palettizer.program().module()(x), y)
-    assert after < 0.8 * before
+    assert after < 0.85 * before
 
 
 def test_every_parameter_gets_a_gradient_and_norms_and_dropout_train() -> None:
