@@ -1,8 +1,8 @@
 """Tune tables, biases and norms of a compressed program to reproduce the uncompressed one.
 
-Codes stay. Block by block in the order of the graph, with the inputs that the tuned blocks before
-give, the outputs of the uncompressed block are the target (Li et al., BRECQ, arXiv 2102.05426,
-section 3.2, with table entries in place of roundings); no labels are needed.
+Codes stay. The target are the outputs of the uncompressed network, or of one block after the other
+in the order of the graph, with the inputs that the tuned blocks before give (Li et al., BRECQ, arXiv
+2102.05426, section 3.2, with table entries in place of roundings); no labels are needed.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def tune(
     data: Sequence[Any],
     *,
     steps: int = 200,
-    blocks: Literal["auto", "whole"] = "auto",
+    blocks: Literal["auto", "whole"] = "whole",
     width: int = 1,
     learning_rate: float = 0.02,
     seed: int = 0,
@@ -57,8 +57,9 @@ def tune(
         reference: The uncompressed program.
         data: Inputs of one call each, as for `as_batch`: one step of Adam takes one of them.
         steps: Steps per block.
-        blocks: "auto" cuts the graph where at most `width` compressed values are alive, "whole"
-            tunes everything against the outputs of the network.
+        blocks: "whole" tunes everything against the outputs of the network, which gave the better
+            outputs wherever both were tried; "auto" cuts the graph where at most `width` compressed
+            values are alive and needs the memory of one block.
         width: See `graphopt.partition.find_blocks`.
         learning_rate: Step of a table's entries relative to their median distance; biases and
             norms move a fifth as far, relative to their spread.
@@ -190,7 +191,7 @@ class _Trained:
 
     Attributes:
         path: Its dotted name.
-        value: What the optimizer moves.
+        value: What the optimizer moves, float32.
         step: Unit of its learning rate.
     """
 
@@ -232,7 +233,7 @@ class _BlockForward:
             if node.target is _LOOKUP:
                 self._codes[node] = _element_numbers(run, node)
             if node.op == "get_attr" and (step := _step_of(node, run)) > 0:
-                value = nn.Parameter(run.constant(node).detach().clone())
+                value = nn.Parameter(run.constant(node).detach().float().clone())
                 self.trained[str(node.target)] = _Trained(str(node.target), value, step)
 
     def _needed(self) -> list[fx.Node]:
@@ -252,7 +253,8 @@ class _BlockForward:
         for node in self._needed():
             if node.op == "get_attr":
                 trained = self.trained.get(str(node.target))
-                values[node] = self.run.constant(node) if trained is None else trained.value
+                stored = self.run.constant(node)
+                values[node] = stored if trained is None else trained.value.to(stored.dtype)
             elif node in self._codes:
                 lut = values[node.args[1]]  # type: ignore[index]
                 values[node] = _dense(lut, self._codes[node], node)
@@ -323,7 +325,8 @@ def _tune_block(
     if after < before:
         for path, trained in forward.trained.items():
             holder, name = holder_of(run.gm, path)
-            set_tensor(holder, name, trained.value.detach())
+            kept = getattr(holder, name).dtype
+            set_tensor(holder, name, trained.value.detach().to(kept))
 
 
 def _step_of(node: fx.Node, run: LayerwiseRun) -> float:
