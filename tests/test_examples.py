@@ -80,3 +80,33 @@ def test_edsr_example_reads_a_folder_of_images(tmp_path: Path) -> None:
         "--b100", str(folder), "--out", str(tmp_path / "out"), cwd=tmp_path,
     )  # fmt: skip
     assert "2 held-out images" in out
+
+
+@pytest.mark.coreai
+@pytest.mark.coreml
+def test_digits_algorithms_keep_accuracy_where_they_have_data(tmp_path: Path) -> None:
+    out = run(
+        str(ROOT / "examples/digits/algorithms.py"), "--bits", "2", "--epochs", "4", "--trials", "2",
+        "--out", str(tmp_path), cwd=tmp_path,
+    )  # fmt: skip
+    rows = [line.split("│") for line in out.splitlines() if "│" in line]
+    scores = {row[2].strip(): float(row[4].split()[0]) for row in rows}
+    ratios = {row[2].strip(): float(row[3]) for row in rows}
+    for name in ("k-means, norms re-estimated", "output feedback", "DKM"):
+        assert scores[name] > 98.0
+    assert min(ratios.values()) > 3.5
+
+
+@pytest.mark.coreai
+def test_sentence_encoder_example_gains_from_unlabelled_text(tmp_path: Path) -> None:
+    """A small part of the text, at one width: the workflow, and that it beats k-means."""
+    out = run(
+        str(ROOT / "examples/sentence_encoder/run.py"), "--sentences", "64", "--bits", "3",
+        "--tune-steps", "2", "--out", str(tmp_path), cwd=tmp_path,
+    )  # fmt: skip
+    row = next(line.split("│") for line in out.splitlines() if line.startswith("│"))
+    plain, fitted, tuned = (float(row[place]) for place in (4, 5, 6))
+    assert fitted > plain + 0.02
+    assert tuned > fitted - 0.01
+    assert float(row[9]) < 1e-3  # Core AI against PyTorch
+    assert (tmp_path / "accuracy.png").exists()
