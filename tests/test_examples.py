@@ -82,6 +82,7 @@ def test_edsr_example_reads_a_folder_of_images(tmp_path: Path) -> None:
     assert "2 held-out images" in out
 
 
+@pytest.mark.slow
 @pytest.mark.coreai
 @pytest.mark.coreml
 def test_digits_algorithms_keep_accuracy_where_they_have_data(tmp_path: Path) -> None:
@@ -97,6 +98,7 @@ def test_digits_algorithms_keep_accuracy_where_they_have_data(tmp_path: Path) ->
     assert min(ratios.values()) > 3.5
 
 
+@pytest.mark.slow
 @pytest.mark.coreai
 def test_sentence_encoder_example_gains_from_unlabelled_text(tmp_path: Path) -> None:
     """A small part of the text, at one width: the workflow, and that it beats k-means."""
