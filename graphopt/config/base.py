@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import copy
 import importlib
-import io
 import json
 import logging
 from pathlib import Path
@@ -23,7 +22,13 @@ from torch import nn
 from graphopt.errors import ConfigError
 from graphopt.specs.model import SpecModel
 
-__all__ = ["CompressionConfig", "ModuleCompressionConfig", "OpCompressionConfig", "type_name"]
+__all__ = [
+    "CompressionConfig",
+    "ModuleCompressionConfig",
+    "OpCompressionConfig",
+    "read_yaml",
+    "type_name",
+]
 
 SpecT = TypeVar("SpecT", bound=SpecModel)
 OpT = TypeVar("OpT", bound="OpCompressionConfig[Any]")
@@ -279,12 +284,7 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
         Raises:
             ConfigError: The file is no YAML mapping, or see `from_dict`.
         """
-        text = Path(source).read_text() if isinstance(source, str | Path) else source.read()
-        try:
-            data = yaml.safe_load(io.StringIO(text) if isinstance(text, str) else text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{cls.__name__}: not valid YAML: {error}") from None
-        return cls.from_dict(data)
+        return cls.from_dict(read_yaml(source, cls.__name__))
 
     @classmethod
     def from_json(cls, source: str | Path | IO[Any]) -> Self:
@@ -298,6 +298,19 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
             return cls.from_dict(json.loads(text))
         except json.JSONDecodeError as error:
             raise ConfigError(f"{cls.__name__}: not valid JSON: {error}") from None
+
+
+def read_yaml(source: str | Path | IO[Any], owner: str) -> Any:
+    """The values of a YAML file or stream.
+
+    Raises:
+        ConfigError: It is no YAML; the message begins with `owner`.
+    """
+    text = Path(source).read_text() if isinstance(source, str | Path) else source.read()
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{owner}: not valid YAML: {error}") from None
 
 
 def _targets(targets: tuple[Any, ...]) -> list[Any]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import IO, Any, Self
 
-import yaml
 from pydantic import model_validator
 
-from graphopt.config.base import CompressionConfig
+from graphopt.config.base import CompressionConfig, read_yaml
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import ConfigError
@@ -71,8 +70,4 @@ class JointConfig(SpecModel):
         Raises:
             ConfigError: The file is no YAML mapping, or see `from_dict`.
         """
-        text = Path(source).read_text() if isinstance(source, str | Path) else source.read()
-        try:
-            return cls.from_dict(yaml.safe_load(text))
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{cls.__name__}: not valid YAML: {error}") from None
+        return cls.from_dict(read_yaml(source, cls.__name__))

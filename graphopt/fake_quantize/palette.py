@@ -105,7 +105,7 @@ class WeightPalettizer(nn.Module):
     def _straight_through(self, parts: Arranged) -> Tensor:
         vectors = parts.vectors
         with torch.no_grad():
-            codes = nearest_codes(vectors, self._sorted(), None)
+            codes = nearest_codes(vectors, self.tables, None)
             self._keep(_means(vectors.float(), codes, self.tables.float()))
             stored = self._stored()
             nearest = _taken(stored, nearest_codes(vectors, stored, None))
@@ -113,19 +113,19 @@ class WeightPalettizer(nn.Module):
 
     def _frozen(self, parts: Arranged) -> Tensor:
         if self._codes is None:
-            self._codes = nearest_codes(parts.vectors.detach(), self._sorted(), None)
+            self._codes = nearest_codes(parts.vectors.detach(), self.tables, None)
         means = _means(parts.vectors, self._codes, self.tables)
         self._keep(means.detach())
         stored = means + (self._stored() - means).detach()
         return _taken(stored, self._codes)
 
     def _keep(self, tables: Tensor) -> None:
+        """Take over tables; scalar ones stay increasing as long as codes may change."""
+        kept = tables.detach().to(self.tables.dtype)
+        if self.spec.cluster_dim == 1 and not self.frozen:
+            kept = kept.sort(dim=1).values
         # not in place: the backward pass still needs the old ones
-        self.tables = tables.detach().to(self.tables.dtype)
-
-    def _sorted(self) -> Tensor:
-        tables = self.tables
-        return tables.sort(dim=1).values if self.spec.cluster_dim == 1 else tables
+        self.tables = kept
 
     def _stored(self) -> Tensor:
         """Entries as they will be stored."""
@@ -150,9 +150,7 @@ class WeightPalettizer(nn.Module):
         source = weight.detach()
         parts = self._arranged(source)
         tables = self.tables.to(source.dtype)
-        codes = self._codes
-        if codes is None or not self.frozen:
-            tables, codes = self._sorted().to(source.dtype), None
+        codes = self._codes if self.frozen else None
         stored: Tensor | StoredTables = tables
         decoded = tables
         if self.spec.lut_qspec is not None:

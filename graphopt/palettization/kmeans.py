@@ -291,16 +291,15 @@ class KMeansPalettizer:
         for path, value in biases.items():
             holder, name = holder_of(fitted.graph_module, path)
             set_tensor(holder, name, value)
-        for path, tensor in prepared.named_parameters():
-            holder, name = holder_of(fitted.graph_module, path)
-            tensor.data = getattr(holder, name).detach().clone()
         self._fitted = fitted
         fake = fitted.copy().graph_module
         run_passes(fake, [FakePalettize(found)])
-        for name in found:
-            holder, attribute = holder_of(fake, name)
-            target, attribute = holder_of(prepared, name)
-            getattr(target, attribute).data = getattr(holder, attribute).detach().clone()
+        for path in {**dict(prepared.named_parameters()), **found}:
+            holder, name = holder_of(fake, path)
+            target, name = holder_of(prepared, path)
+            value = getattr(holder, name).detach()
+            # dense palettes are the pass's own, everything else is shared with the program
+            getattr(target, name).data = value if path in found else value.clone()
         table = fake.meta["graphopt.table"]
         self._palettes = found
         self._summary = CompressionTable(table.rows, (*table.warnings, *remarks))

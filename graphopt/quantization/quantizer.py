@@ -19,6 +19,7 @@ from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QATSchedule, QuantizerConfig
 from graphopt.errors import ConfigError, InputError, StateError
 from graphopt.fake_quantize import ActivationQuantizer, WeightQuantizer
+from graphopt.layerwise import as_batch
 from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
 from graphopt.passes import (
@@ -190,12 +191,8 @@ class Quantizer:
         total = len(data) if isinstance(data, Sized) else 0
         with self.calibration_mode() as prepared:
             for inputs in track(data, "calibrating", total, enabled=progress):
-                if isinstance(inputs, Mapping):
-                    prepared(**inputs)
-                elif isinstance(inputs, tuple | list):
-                    prepared(*inputs)
-                else:
-                    prepared(inputs)
+                args, kwargs = as_batch(inputs)
+                prepared(*args, **kwargs)
         return prepared
 
     @contextmanager
