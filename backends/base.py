@@ -48,6 +48,7 @@ class Capabilities:
         vector: Whether table entries may be longer than one.
         lut_dtypes: Element types of tables.
         channel_scale: Whether a scale may follow the lookup.
+        sparse: Whether there is an op for sparse outliers.
         weight_types: Element types of quantized weights, by `shift_scale`'s names; () for none.
         table_types: Element types that are stored as lookups of int8 entries, exactly.
         weight_blocks: Whether scales may run over blocks, not only over channels.
@@ -64,6 +65,7 @@ class Capabilities:
     vector: bool = True
     lut_dtypes: tuple[str, ...] = ("float32", "float16")
     channel_scale: bool = True
+    sparse: bool = True
     weight_types: tuple[str, ...] = ()
     table_types: tuple[str, ...] = ()
     weight_blocks: bool = True

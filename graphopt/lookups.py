@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, fx
 
+from graphopt.weights import is_with_outliers
+
 __all__ = ["Lookup", "find_lookups"]
 
 _ops = torch.ops.graphopt
@@ -25,6 +27,7 @@ class Lookup:
         entries: Length of a table entry.
         lut_dtype: Element type of the stored tables.
         channel_scale: Whether a scale follows the lookup.
+        dense: The node that gives the dense weight: the lookup, its scale, or what adds outliers.
     """
 
     name: str
@@ -35,6 +38,12 @@ class Lookup:
     entries: int
     lut_dtype: str
     channel_scale: bool
+    dense: fx.Node
+
+    @property
+    def outliers(self) -> bool:
+        """Whether outliers are added."""
+        return is_with_outliers(self.dense)
 
     @property
     def grouped(self) -> bool:
@@ -55,11 +64,17 @@ def find_lookups(gm: fx.GraphModule) -> list[Lookup]:
         quantized = lut.target is _ops.shift_scale.default
         dtype = str(lut.args[3]) if quantized else str(value.dtype).removeprefix("torch.")
         name = str(indices.target).removesuffix("_indices")
-        scaled = any(user.target is _ops.shift_scale.default for user in node.users)
+        dense, scaled = node, False
+        if len(node.users) == 1 and next(iter(node.users)).target is _ops.shift_scale.default:
+            dense, scaled = next(iter(node.users)), True
+        if len(dense.users) == 1 and is_with_outliers(next(iter(dense.users))):
+            dense = next(iter(dense.users))
         tables = tuple(int(size) for size in value.shape[:-2])
         shape = tuple(int(size) for size in node.args[3])
         found.append(
-            Lookup(name, node, node.args[2], shape, tables, int(value.shape[-1]), dtype, scaled)
+            Lookup(
+                name, node, node.args[2], shape, tables, int(value.shape[-1]), dtype, scaled, dense
+            )
         )
     return found
 

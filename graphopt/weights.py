@@ -73,9 +73,9 @@ _RESHAPING = {
     *(_aten.flatten.using_ints, _aten.unflatten.int, _aten.squeeze.default),
     *(_aten.squeeze.dim, _aten.squeeze.dims),
 }
+_SPARSE = ("graphopt.sparse_to_dense", "coreai.sparse_to_dense")
 _LOOKUPS = ("graphopt.lut_to_dense", "coreai.lut_to_dense", "graphopt.shift_scale",
-            "coreai.constexpr_blockwise_shift_scale", "graphopt.sparse_to_dense",
-            "coreai.sparse_to_dense", "quantized_decomposed.dequantize_per_tensor",
+            "coreai.constexpr_blockwise_shift_scale", *_SPARSE, "quantized_decomposed.dequantize_per_tensor",
             "quantized_decomposed.dequantize_per_channel")  # fmt: skip
 
 
@@ -278,7 +278,7 @@ def source_of(node: fx.Node, axis: int) -> Source | None:
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             return None
         name = str(node.target).rpartition(".")[0]
-        if name in _LOOKUPS:
+        if name in _LOOKUPS or is_with_outliers(node):
             compressed = True
         elif node.target in _PRESERVING or node.target in _PERMUTING:
             place = None if place is None else _axis_before(node, place)
@@ -291,6 +291,13 @@ def source_of(node: fx.Node, axis: int) -> Source | None:
     known = place is not None and 0 <= place < max(rank, 1)
     axis = place if known and place is not None else 0
     return Source(node, axis, compressed, tuple(reversed(chain)))
+
+
+def is_with_outliers(node: fx.Node) -> bool:
+    """Whether a node adds sparse outliers to a weight from tables."""
+    if node.target is not _aten.add.Tensor or len(node.args) < 2:
+        return False
+    return str(getattr(node.args[1], "target", "")).rpartition(".")[0] in _SPARSE
 
 
 def _shape(node: object) -> tuple[int, ...]:

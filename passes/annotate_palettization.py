@@ -22,7 +22,7 @@ from graphopt.passes.select_weights import (
     skipped_row,
     touch_modules,
 )
-from graphopt.schemes.palettize import plan_layout
+from graphopt.schemes.layout import plan_layout
 from graphopt.specs import PalettizationSpec
 from graphopt.specs.model import SpecModel
 from graphopt.table import CompressionTable, merged

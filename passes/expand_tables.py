@@ -34,9 +34,7 @@ class ExpandTables(Pass):
     @override
     def run(self, edit: Editor) -> None:
         for lookup in find_lookups(edit.gm):
-            node = lookup.node
-            if lookup.channel_scale and len(node.users) == 1:
-                node = next(iter(node.users))
+            node = lookup.dense
             made = edit.constant(lookup.name, _value(edit, node), like=node)
             read = operands(node)
             edit.replace(node, made)

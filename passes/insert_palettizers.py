@@ -10,6 +10,7 @@ from typing_extensions import override
 
 from graphopt.annotations import palette_annotation
 from graphopt.editor import Editor
+from graphopt.errors import CompressionError
 from graphopt.fake_quantize import Origin, WeightPalettizer
 from graphopt.pass_base import Pass
 from graphopt.passes.restore_training import QUANTIZERS
@@ -36,6 +37,9 @@ class InsertPalettizers(Pass):
     Attributes:
         palettes: Name of the weight → clustering to start from.
         default: What a spec's default strategy stands for; None is the straight-through estimator.
+
+    Raises:
+        CompressionError: A weight is to keep sparse outliers.
     """
 
     name: ClassVar[str] = "insert-palettizers"
@@ -48,6 +52,11 @@ class InsertPalettizers(Pass):
             annotation = palette_annotation(weight.nodes[0])
             if annotation is None:
                 continue
+            if annotation.spec.outlier_fraction:
+                raise CompressionError(
+                    f"{weight.name}: sparse outliers cannot be trained; use outlier_fraction=0 for"
+                    " training, or calibrate"
+                )
             strategy = self._strategy(annotation.spec.training_strategy_spec)
             palettizer = WeightPalettizer(
                 weight.tensor, self.palettes[weight.name], annotation.spec, annotation.output_axis,

@@ -109,8 +109,9 @@ class PalettizeWeights(Pass):
         %w = graphopt.lut_to_dense(%indices, %lut, n_bits, shape)
         %y = linear(%x, %w)
 
-    A quantized table goes through `graphopt.shift_scale` first, and a per-channel scale through
-    another one behind the lookup. A tied weight gets one lookup, which all its users share.
+    A quantized table goes through `graphopt.shift_scale` first, a per-channel scale through another
+    one behind the lookup, and outliers (`graphopt.sparse_to_dense`) are added last. A tied weight
+    gets one lookup, which all its users share.
 
     Attributes:
         palettes: Clusterings made before (`cluster_annotated`); weights without one are clustered
@@ -174,7 +175,12 @@ def _emit(edit: Editor, name: str, palettized: PalettizedWeight, like: fx.Node) 
             _ops.shift_scale.default, dense, scale, None, "float", shape, palettized.dtype,
             like=like,
         )  # fmt: skip
-    return dense
+    if palettized.outliers is None or palettized.outlier_mask is None:
+        return dense
+    values = edit.constant(f"{name}_outliers", palettized.outliers, like=like)
+    mask = edit.constant(f"{name}_outlier_mask", palettized.outlier_mask, like=like)
+    sparse = edit.call(_ops.sparse_to_dense.default, values, mask, shape, like=like)
+    return edit.call(torch.ops.aten.add.Tensor, dense, sparse, like=like)
 
 
 def record_of(
@@ -193,6 +199,8 @@ def record_of(
         parts.append(f"{palettized.lut_storage} table")
     if palettized.channel_scale is not None:
         parts.append("per-channel scale")
+    if palettized.outliers is not None:
+        parts.append(f"{palettized.outliers.numel()} outliers")
     snr = None
     if palettized.energy > 0:
         snr = (

@@ -60,6 +60,9 @@ class RaiseToVocabulary(Pass):
             else:
                 raise_weight(edit, node)
         for node in list(edit.gm.graph.nodes):
+            if str(node.target) == "coreai.sparse_to_dense.default":
+                _raise_sparse(edit, node)
+        for node in list(edit.gm.graph.nodes):
             if str(node.target) in ("coreai.quantize.default", "coreai.dequantize.default"):
                 raise_activation(edit, node)
 
@@ -170,6 +173,16 @@ def _raise_integers(
             scaling.replace_input_with(old, dense)
             edit.drop(old)
     return dense
+
+
+def _raise_sparse(edit: Editor, node: fx.Node) -> None:
+    values, mask_node = node.args
+    assert isinstance(mask_node, fx.Node)
+    mask = edit.value(mask_node)
+    packed = edit.constant(f"{mask_node.target}_bits", pack(mask.to(torch.uint8), 1), like=node)
+    dense = edit.call(_ops.sparse_to_dense.default, values, packed, list(mask.shape), like=node)
+    edit.replace(node, dense)
+    edit.drop(mask_node)
 
 
 def _raise_channel_scale(edit: Editor, node: fx.Node) -> None:

@@ -52,6 +52,8 @@ class LegalizeForCoreAI(Pass):
             require("coreai_torch", "coreai")
         for lookup in edit.calls(_ops.lut_to_dense.default):
             _legalize(edit, lookup)
+        for sparse in edit.calls(_ops.sparse_to_dense.default):
+            _legalize_sparse(edit, sparse)
 
 
 def _legalize(edit: Editor, lookup: fx.Node) -> None:
@@ -99,6 +101,18 @@ def _legalize(edit: Editor, lookup: fx.Node) -> None:
         if node is not None and not node.users:
             edit.erase(node)
     _drop_scales(edit)
+
+
+def _legalize_sparse(edit: Editor, node: fx.Node) -> None:
+    values, packed, shape = node.args
+    assert isinstance(packed, fx.Node)
+    assert isinstance(shape, list | tuple)
+    sizes = [int(size) for size in shape]  # type: ignore[arg-type]
+    mask = unpack(edit.value(packed), 1, math.prod(sizes)).reshape(sizes).bool()
+    edit.set_value(packed, mask)
+    packed.meta["val"] = edit.fake(mask)
+    coreai: Any = torch.ops.coreai
+    edit.replace(node, edit.call(coreai.sparse_to_dense.default, values, packed, like=node))
 
 
 def _behind_lookup(

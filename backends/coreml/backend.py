@@ -97,7 +97,8 @@ class CoreMLBackend(Backend):
     )  # fmt: skip
     packed_capabilities: ClassVar[Capabilities] = Capabilities(
         index_bits=(1, 2, 4, 6, 8), padded_bits=(), grouped=False, vector=False,
-        lut_dtypes=("float32", "float16"), channel_scale=False, weight_types=("int8", "uint8"),
+        lut_dtypes=("float32", "float16"), channel_scale=False, sparse=False,
+        weight_types=("int8", "uint8"),
         weight_blocks=False, minimum=False, activation_types=("int8", "uint8"),
         activation_channels=False,
     )  # fmt: skip
@@ -242,3 +243,5 @@ def _reasons(lookup: Lookup, allowed: Capabilities, where: str) -> Iterator[str]
         )
     if lookup.channel_scale and not allowed.channel_scale:
         yield f"{lookup.name}: a per-channel scale{suffix} use enable_per_channel_scale=False"
+    if lookup.outliers and not allowed.sparse:
+        yield f"{lookup.name}: sparse outliers{suffix} use outlier_fraction=0"

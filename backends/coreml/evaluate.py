@@ -118,17 +118,23 @@ def evaluate(program: Any, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:
         elif op.op_type.startswith("constexpr_"):
             for var in op.outputs:
                 _set(var, dense_value(var))
-            constexprs += any(
-                not user.op_type.startswith("constexpr_")
-                for var in op.outputs
-                for user in var.child_ops
-            )
+            constexprs += _is_a_weight(op)
         elif not missing:
             _run(op)
     if missing:
         return Evaluation({}, constexprs, tuple(missing))
     outputs = {var.name: np.asarray(var.val) for var in main.outputs}
     return Evaluation(outputs, constexprs)
+
+
+def _is_a_weight(op: Any) -> bool:
+    """Whether a constexpr op gives a whole weight, not part of one or outliers added to one."""
+    users = [user for var in op.outputs for user in var.child_ops]
+    if op.op_type == "constexpr_sparse_to_dense" and all(each.op_type == "add" for each in users):
+        others = [var.op for each in users for var in (each.x, each.y) if var.op is not op]
+        if all(each is not None and each.op_type.startswith("constexpr_") for each in others):
+            return False
+    return any(not user.op_type.startswith("constexpr_") for user in users)
 
 
 def _run(op: Any) -> None:

@@ -29,7 +29,7 @@ def register_lowerings() -> None:
 
     if "graphopt::lut_to_dense" in _TORCH_OPS_REGISTRY.name_to_func_mapping:
         return
-    for function in (graphopt_lut_to_dense, graphopt_shift_scale):
+    for function in (graphopt_lut_to_dense, graphopt_shift_scale, graphopt_sparse_to_dense):
         name = function.__name__.removeprefix("graphopt_")
         aliases = [f"graphopt::{name}", f"graphopt.{name}"]
         register_torch_op(function, torch_alias=aliases)
@@ -112,6 +112,16 @@ def graphopt_shift_scale(context: Any, node: Any) -> None:
     result = Builder.constexpr_blockwise_shift_scale(
         data=stored, scale=np.asarray(scale.val), name=node.name, **options
     )
+    context.add(result, node.name)
+
+
+def graphopt_sparse_to_dense(context: Any, node: Any) -> None:
+    """`constexpr_sparse_to_dense` with its mask as bits."""
+    from coremltools.converters.mil.mil import Builder
+
+    values, mask, shape = _inputs(context, node)[:3]
+    bits = _unpacked(mask, 1, _ints(shape)).astype(_numpy_type("uint1"))
+    result = Builder.constexpr_sparse_to_dense(nonzero_data=values.val, mask=bits, name=node.name)
     context.add(result, node.name)
 
 

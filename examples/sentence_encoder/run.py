@@ -29,8 +29,6 @@ from graphopt.palettization import (
 )
 from graphopt.palettization.spec import PerGroupedChannelGranularity
 
-TUNE_STEPS = {4: 0, 3: 0, 2: 256}
-
 
 def config(bits: int, algorithm: str) -> KMeansPalettizerConfig:
     groups = PerGroupedChannelGranularity(axis=0, group_size=16)
@@ -66,7 +64,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("out/sentence_encoder"))
     parser.add_argument("--sentences", type=int, default=None, help="calibrate on fewer sentences")
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3, 2])
-    parser.add_argument("--tune-steps", type=int, default=None, help="the same at every width")
+    parser.add_argument("--tune-steps", type=int, default=0, help="tune tables and biases as well")
     args = parser.parse_args()
     console = Console(width=110)
     warnings.simplefilter("ignore", FutureWarning)
@@ -92,10 +90,9 @@ def main() -> None:
         palettizer.calibrate(calibration)
         fitted = cosine(prepared, evaluation, wanted)
         program, best, tuned = palettizer.program(), fitted, "-"
-        steps = TUNE_STEPS.get(bits, 0) if args.tune_steps is None else args.tune_steps
-        if steps:
+        if args.tune_steps:
             program = graphopt.tune(
-                program, reference, calibration, steps=steps, blocks="whole", learning_rate=0.04
+                program, reference, calibration, steps=args.tune_steps, learning_rate=0.04
             )
             best = cosine(program.module(), evaluation, wanted)
             tuned = f"{best:.4f}"

@@ -136,7 +136,8 @@ def _product(shape: tuple[int, ...]) -> int:
 
 
 def _stored_bits(gm: torch.fx.GraphModule, base: str) -> int:
-    suffixes = ("_indices", "_lut", "_lut_scale", "_lut_offset", "_channel_scale")
+    suffixes = ("_indices", "_lut", "_lut_scale", "_lut_offset", "_channel_scale",
+                "_outliers", "_outlier_mask")  # fmt: skip
     buffers = dict(gm.named_buffers())
     found = [buffers[base + suffix] for suffix in suffixes if base + suffix in buffers]
     return sum(8 * tensor.numel() * tensor.element_size() for tensor in found)

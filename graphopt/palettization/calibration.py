@@ -200,7 +200,7 @@ class Calibrator:
             count = len(self.batches)
             saliency = {k: v for k, v in self.collector.saliency.items() if len(v) == count}
             fit = fit_to_outputs(
-                self.annotated, self.batches, found, saliency,
+                self.annotated, self.batches, found, saliency, self.collector.spread,
                 names=names["gptq"], correct_bias=correct_bias, seed=seed, progress=progress,
             )  # fmt: skip
             found |= fit.palettes

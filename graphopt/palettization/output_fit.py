@@ -4,7 +4,9 @@ Every layer is fitted with the inputs that it will get, those of the already com
 before it. Its target is the output of the uncompressed layer on the uncompressed inputs: the
 regression `W* = W + α·W·E[(x − x̂)x̂ᵀ]·(E[x̂x̂ᵀ] + λI)⁻¹` (the asymmetric calibration of GPTAQ, Li et al.,
 arXiv 2504.02692, equation 6, with a ridge) makes up for what the inputs have lost, and a bias for
-the mean. Positions count by the square root of their saliency, so that padding does not count.
+the mean. What the other operand of the sum behind a layer has lost (a residual stream, another
+embedding) is added to the target, as far as the layer's inputs can tell it. Positions count by the
+square root of their saliency, so that padding does not count.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ from torch import Tensor, fx
 from graphopt.annotations import palette_annotation
 from graphopt.editor import Editor
 from graphopt.layerwise import Batch, LayerwiseRun
-from graphopt.matrix_form import WeightUse, weight_uses
+from graphopt.matrix_form import MatrixForm, WeightUse, weight_uses
 from graphopt.program import Program
 from graphopt.progress import track
 from graphopt.schemes.palettize import PalettizedWeight, palettize
@@ -29,9 +31,12 @@ from graphopt.weights import WeightTensor, find_weights
 __all__ = ["OutputFit", "fit_to_outputs"]
 
 _RIDGE = 0.3  # λ relative to the mean diagonal
+_LOOKUP_DAMPING = 0.3
 _POSITIONS = 16_384  # sampled for a layer's moments, or more for long columns
 _POSITIONS_PER_COLUMN = 8
 _aten = torch.ops.aten
+_SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
+_COPIES = (_aten.clone.default, _aten.alias.default, torch.ops.graphopt.dropout.default)
 
 
 @dataclass(frozen=True)
@@ -55,6 +60,8 @@ class _Moments:
     shift: Tensor  # E[(x − x̂)x̂ᵀ]
     mean: Tensor  # E[x̂]
     wanted: Tensor  # E[x]
+    beside: Tensor  # E[(r − r̂)x̂ᵀ] of what is added to the outputs
+    beside_mean: Tensor  # E[r − r̂]
 
 
 def fit_to_outputs(
@@ -62,6 +69,7 @@ def fit_to_outputs(
     batches: Sequence[Batch],
     known: Mapping[str, PalettizedWeight],
     saliency: Mapping[str, Sequence[Tensor]],
+    spread: Mapping[str, Tensor],
     *,
     names: Sequence[str],
     correct_bias: bool = True,
@@ -75,6 +83,7 @@ def fit_to_outputs(
         batches: Calibration inputs.
         known: Palettes of other weights, which count as compressed before.
         saliency: Node → [batch, positions] per batch; nodes without one weigh all positions alike.
+        spread: Node of a lookup → second moment of the gradient of its output, [rows, rows].
         names: Weights to fit.
         correct_bias: Let the op's own bias take up the mean of the error.
         seed: Seed of vector tables.
@@ -103,8 +112,8 @@ def fit_to_outputs(
     for node in track(steps, "fitting layers", len(steps), enabled=progress):
         if node in ops:
             weight, use = weights[ops[node]], uses[ops[node]][0]
-            _fit(edit, weight, use, run, reference, twins[node], saliency, result,
-                 correct_bias, seed)  # fmt: skip
+            _fit(edit, weight, use, run, reference, twins, saliency, spread,
+                 result, correct_bias, seed)  # fmt: skip
         run.step(node)
         reference.step(twins[node])
     return result
@@ -112,22 +121,27 @@ def fit_to_outputs(
 
 def _fit(
     edit: Editor, weight: WeightTensor, use: WeightUse, run: LayerwiseRun, reference: LayerwiseRun,
-    twin: fx.Node, saliency: Mapping[str, Sequence[Tensor]], result: OutputFit, correct_bias: bool, seed: int,
+    twins: dict[fx.Node, fx.Node], saliency: Mapping[str, Sequence[Tensor]],
+    spread: Mapping[str, Tensor], result: OutputFit, correct_bias: bool, seed: int,
 ) -> None:  # fmt: skip
     annotation = palette_annotation(weight.nodes[0])
     assert annotation is not None
-    inputs, wanted = use.node.args[use.form.data], twin.args[use.form.data]
+    inputs = use.node.args[use.form.data]
     assert isinstance(inputs, fx.Node)
-    assert isinstance(wanted, fx.Node)
-    original = weight.tensor.detach()
+    wanted = twins[inputs]
+    missing = _missing_beside(use, run, reference, twins)
     if use.form.kind == "lookup":
-        # how often a row was seen says little about the text to come: all rows count alike
-        _keep(edit, weight, _plain(weight, None, seed), result)
+        table = _fit_lookup(
+            weight, use, run.values(inputs), missing, saliency.get(use.node.name),
+            spread.get(use.node.name), seed,
+        )  # fmt: skip
+        _keep(edit, weight, table, result)
         return
+    original = weight.tensor.detach()
     bias = _own_bias(use.node) if correct_bias else None
     moments = _moments(
         use, run.values(inputs), reference.values(wanted), saliency.get(use.node.name),
-        centred=bias is not None, seed=seed,
+        missing, centred=bias is not None, seed=seed,
     )  # fmt: skip
     target = _compensated(use, original, moments)
     found = palettize_to_outputs(
@@ -138,10 +152,8 @@ def _fit(
         result.fallbacks[weight.name] = (
             "its tables do not follow the rows and columns of its matrix"
         )
-        spread = moments.hessian.diagonal(dim1=1, dim2=2)[:, None, :].expand_as(
-            use.matrix(original)
-        )
-        importance = use.pull_back(spread.contiguous(), original.shape).contiguous()
+        level = moments.hessian.diagonal(dim1=1, dim2=2)[:, None, :].expand_as(use.matrix(original))
+        importance = use.pull_back(level.contiguous(), original.shape).contiguous()
         found = _plain(weight, importance, seed)
     _keep(edit, weight, found, result)
     if bias is not None:
@@ -150,10 +162,94 @@ def _fit(
         change = (
             exact @ moments.wanted.double()[..., None] - dense @ moments.mean.double()[..., None]
         )
+        change = change.reshape(-1) + moments.beside_mean.double().reshape(-1)
         old = edit.value(bias).detach()
         corrected = (old.double() + change.reshape(-1)).to(old.dtype)
         edit.set_value(bias, corrected)
         result.biases[str(bias.target)] = corrected
+
+
+def _fit_lookup(
+    weight: WeightTensor, use: WeightUse, indices: Sequence[Tensor],
+    missing: Sequence[Tensor] | None, saliency: Sequence[Tensor] | None, spread: Tensor | None,
+    seed: int,
+) -> PalettizedWeight:  # fmt: skip
+    """Palettize a table of vectors: errors go on along each vector, weighed by the gradients there.
+
+    A vector counts by the saliency of the positions that took it, plus as much as the mean one: what
+    calibration did not see will come.
+    """
+    annotation = palette_annotation(weight.nodes[0])
+    assert annotation is not None
+    original = weight.tensor.detach()
+    taken = torch.zeros(use.matrix(original, casts=False).shape[2])
+    gap, total = torch.zeros(()), 0.0
+    for number, ids in enumerate(indices):
+        counted = torch.ones(ids.numel())
+        if saliency is not None and saliency[number].numel() == ids.numel():
+            counted = saliency[number].reshape(-1).float().sqrt()
+        taken.index_add_(0, ids.reshape(-1), counted)
+        if missing is None:
+            continue
+        lacks = missing[number].float()
+        if lacks.numel() // lacks.shape[-1] != ids.numel():
+            counted = torch.ones(lacks.numel() // lacks.shape[-1])
+        gap = gap + counted @ lacks.reshape(-1, lacks.shape[-1])
+        total += float(counted.sum())
+    importance = 1 + taken / taken.mean().clamp_min(1e-30)
+    target = original
+    if total > 0:
+        moved = use.matrix(original, casts=False) + (gap / total)[None, :, None]
+        target = use.pull_back(moved, original.shape).to(original.dtype).contiguous()
+    along = replace(use, form=MatrixForm("linear"))
+    if spread is not None and bool(spread.any()):
+        found = palettize_to_outputs(
+            target, annotation.spec, along, spread[None], output_axis=annotation.output_axis,
+            row_importance=importance[None], damping=_LOOKUP_DAMPING, seed=seed,
+        )  # fmt: skip
+        if found is not None:
+            return found
+    spread_rows = importance[None, :, None].expand_as(along.matrix(original, casts=False))
+    return _plain(
+        replace(weight, tensor=target),
+        along.pull_back(spread_rows.contiguous(), original.shape).contiguous(), seed,
+    )  # fmt: skip
+
+
+def _missing_beside(
+    use: WeightUse, run: LayerwiseRun, reference: LayerwiseRun, twins: Mapping[fx.Node, fx.Node]
+) -> list[Tensor] | None:
+    """What the other operand of the sum behind the op lacks, where it is known already."""
+    node, shape = use.node, _shape(use.node)
+    if use.form.kind == "transposed":
+        return None
+    while len(node.users) == 1:
+        reader = next(iter(node.users))
+        if reader.target in _SUMS:
+            left, right = reader.args[:2]
+            other = right if left is node else left
+            if not isinstance(other, fx.Node) or reader.kwargs:
+                return None
+            if not run.has_run(other) or node is other or not _fits(_shape(other), shape, use):
+                return None
+            pairs = zip(reference.values(twins[other]), run.values(other), strict=True)
+            return [exact - found for exact, found in pairs]
+        if reader.target not in _COPIES:
+            return None
+        node = reader
+    return None
+
+
+def _fits(other: tuple[object, ...] | None, own: tuple[object, ...] | None, use: WeightUse) -> bool:
+    """Whether an operand's error can be told for each row of the op's matrix."""
+    if use.form.kind == "lookup":
+        return bool(other and own and other[-1] == own[-1])
+    return other == own
+
+
+def _shape(node: fx.Node) -> tuple[object, ...] | None:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
 def _keep(
@@ -193,9 +289,9 @@ def _own_bias(node: fx.Node) -> fx.Node | None:
 
 def _moments(
     use: WeightUse, inputs: Sequence[Tensor], wanted: Sequence[Tensor],
-    saliency: Sequence[Tensor] | None, *, centred: bool, seed: int,
+    saliency: Sequence[Tensor] | None, missing: Sequence[Tensor] | None, *, centred: bool, seed: int,
 ) -> _Moments:  # fmt: skip
-    hessian = shift = mean = aim = torch.zeros(())
+    hessian = shift = mean = aim = beside = beside_mean = torch.zeros(())
     total = 0.0
     generator = torch.Generator().manual_seed(seed)
     for number, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
@@ -217,12 +313,19 @@ def _moments(
         shift = shift + (exact - columns).mT @ weighted
         mean = mean + weighted.sum(1)
         aim = aim + (exact * flat).sum(1)
+        if missing is not None:
+            rest = use.form.rows(missing[number].float(), x).transpose(0, 1).flatten(1, 2)[:, used]
+            beside = beside + rest.mT @ weighted
+            beside_mean = beside_mean + (rest * flat).sum(1)
     scale = max(total, 1e-30)
     hessian, shift, mean, aim = hessian / scale, shift / scale, mean / scale, aim / scale
+    beside, beside_mean = beside / scale, beside_mean / scale
     if centred:
         hessian = hessian - mean[:, :, None] * mean[:, None, :]
         shift = shift - (aim - mean)[:, :, None] * mean[:, None, :]
-    return _Moments(hessian, shift, mean, aim)
+        if missing is not None:
+            beside = beside - beside_mean[:, :, None] * mean[:, None, :]
+    return _Moments(hessian, shift, mean, aim, beside, beside_mean)
 
 
 def _compensated(use: WeightUse, weight: Tensor, moments: _Moments) -> Tensor:
@@ -231,5 +334,7 @@ def _compensated(use: WeightUse, weight: Tensor, moments: _Moments) -> Tensor:
     hessian = moments.hessian.double()
     ridge = _RIDGE * hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     damped = hessian + torch.diag_embed(ridge[:, None].expand(-1, hessian.shape[1]))
-    moved = torch.linalg.solve(damped, (matrix @ moments.shift.double()).mT).mT
+    moved = torch.linalg.solve(
+        damped, (matrix @ moments.shift.double() + moments.beside.double()).mT
+    ).mT
     return use.pull_back(matrix + moved, weight.shape).to(weight.dtype).contiguous()

@@ -3,100 +3,33 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from graphopt.errors import CompressionError
 from graphopt.numerics.kmeans1d import cluster_1d, look_up, sum_of_squares
 from graphopt.numerics.kmeans_nd import cluster_vectors
 from graphopt.numerics.packing import pack, packed_size, unpack
-from graphopt.ops import lut_to_dense, shift_scale
+from graphopt.ops import lut_to_dense, shift_scale, sparse_to_dense
+from graphopt.schemes.layout import Layout, plan_layout
 from graphopt.schemes.tables import StoredTables, nearest_codes, quantize_tables
-from graphopt.specs import (
-    PalettizationSpec,
-    PerGroupedChannelGranularity,
-)
+from graphopt.specs import PalettizationSpec
 
 __all__ = [
     "Arranged",
-    "Layout",
     "PalettizedWeight",
     "arrange",
     "assemble",
     "palettize",
-    "plan_layout",
-    "resolve_group_size",
 ]
-
-
-@dataclass(frozen=True)
-class Layout:
-    """How the elements of one weight are divided among tables.
-
-    Attributes:
-        shape: Shape of the weight.
-        group_axis: Axis that is cut into groups.
-        group_size: Channels per table.
-        vector_axis: Axis along which table entries lie, the output-channel axis.
-        cluster_dim: Length of a table entry.
-        note: What was changed against the spec, or "".
-    """
-
-    shape: tuple[int, ...]
-    group_axis: int
-    group_size: int
-    vector_axis: int
-    cluster_dim: int
-    note: str = ""
-
-    @property
-    def n_groups(self) -> int:
-        """Number of tables."""
-        return self.shape[self.group_axis] // self.group_size
-
-    def split(self, weight: Tensor) -> Tensor:
-        """Arrange a tensor of `shape` as [groups, vectors per group, cluster_dim]."""
-        axis, length = self.vector_axis, self.cluster_dim
-        folded = weight.reshape(
-            [*self.shape[:axis], self.shape[axis] // length, length, *self.shape[axis + 1 :]]
-        ).movedim(axis + 1, -1)
-        return folded.movedim(self.group_axis, 0).reshape(self.n_groups, -1, length)
-
-    def join(self, vectors: Tensor) -> Tensor:
-        """Inverse of `split`."""
-        shape = list(self.index_shape())
-        moved = [shape.pop(self.group_axis), *shape, self.cluster_dim]
-        folded = vectors.reshape(moved).movedim(0, self.group_axis)
-        return folded.movedim(-1, self.vector_axis + 1).reshape(self.shape)
-
-    def index_shape(self) -> tuple[int, ...]:
-        """Shape of the indices: one per vector."""
-        return tuple(
-            size // self.cluster_dim if axis == self.vector_axis else size
-            for axis, size in enumerate(self.shape)
-        )
-
-    def join_indices(self, grouped: Tensor) -> Tensor:
-        """Inverse of `split` for one code per vector, [groups, vectors] → `index_shape`."""
-        shape = list(self.index_shape())
-        moved = [shape.pop(self.group_axis), *shape]
-        return grouped.reshape(moved).movedim(0, self.group_axis)
-
-    def lut_shape(self, n_entries: int) -> list[int]:
-        """[n_lut_0 … n_lut_{K-1}, entries, cluster_dim]."""
-        axes = range(len(self.shape))
-        groups = [self.n_groups if axis == self.group_axis else 1 for axis in axes]
-        return [*groups, n_entries, self.cluster_dim]
 
 
 @dataclass(frozen=True)
 class PalettizedWeight:
     """The stored form of one palettized weight.
 
-    `dense = channel_scale · lut_to_dense(indices, lut_scale · (lut − lut_offset))`
+    `dense = channel_scale · lut_to_dense(indices, lut_scale · (lut − lut_offset)) + outliers`
 
     Attributes:
         indices: Packed codes, uint8 1-D.
@@ -111,6 +44,9 @@ class PalettizedWeight:
         dtype: Type of the dense weight.
         sse: Sum of squared errors against the weight, float64.
         energy: Sum of squares of the weight.
+        outliers: What a few weights have beyond their table entries, 1-D in row-major order, in
+            `dtype`; None without any.
+        outlier_mask: Packed bits of their places, uint8 1-D, or None.
     """
 
     indices: Tensor
@@ -124,6 +60,8 @@ class PalettizedWeight:
     dtype: torch.dtype
     sse: float
     energy: float
+    outliers: Tensor | None = None
+    outlier_mask: Tensor | None = None
 
     @property
     def op_vector_axis(self) -> int | None:
@@ -149,6 +87,12 @@ class PalettizedWeight:
 
     def dense(self) -> Tensor:
         """The weight that this stands for, of `layout.shape` and `dtype`."""
+        weight = self._from_tables()
+        if self.outliers is None or self.outlier_mask is None:
+            return weight
+        return weight + sparse_to_dense(self.outliers, self.outlier_mask, self.layout.shape)
+
+    def _from_tables(self) -> Tensor:
         layout = self.layout
         plain = self.lut_storage is None and self.channel_scale is None and layout.cluster_dim == 1
         if plain and (layout.group_axis == 0 or layout.n_groups == 1):
@@ -171,64 +115,10 @@ class PalettizedWeight:
         width = self.n_bits if width is None else width
         total = 8 * packed_size(math.prod(self.layout.index_shape()), width)
         total += 8 * self.lut.numel() * self.lut.element_size() * 2 ** (width - self.n_bits)
-        for tensor in (self.lut_scale, self.lut_offset, self.channel_scale):
+        scales = (self.lut_scale, self.lut_offset, self.channel_scale)
+        for tensor in (*scales, self.outliers, self.outlier_mask):
             total += 0 if tensor is None else 8 * tensor.numel() * tensor.element_size()
         return total
-
-
-def resolve_group_size(
-    channels: int, group_size: int, elements_per_channel: int, spec: PalettizationSpec
-) -> int:
-    """The group size to use where the asked one does not divide the channel count.
-
-    It is the divisor of `channels` with the nearest ratio to `group_size` (the smaller one at a
-    tie). If its tables would take more bits than the indices they serve, one table serves the
-    whole tensor.
-    """
-    if channels % group_size == 0:
-        return group_size
-    divisors = [size for size in range(1, channels + 1) if channels % size == 0]
-    best = min(divisors, key=lambda size: (abs(math.log(size / group_size)), size))
-    table_bits = spec.n_entries * spec.cluster_dim * 16
-    index_bits = best * elements_per_channel * spec.n_bits // spec.cluster_dim
-    return best if table_bits <= index_bits else channels
-
-
-def plan_layout(shape: Sequence[int], output_axis: int, spec: PalettizationSpec) -> Layout:
-    """Divide a weight among tables as the spec asks, with the documented fallback.
-
-    Args:
-        shape: Shape of the stored weight.
-        output_axis: Its output-channel axis, used where the spec gives no axis.
-        spec: What is asked for.
-
-    Raises:
-        CompressionError: The axis does not exist, or `cluster_dim` divides neither the channels nor
-            the group.
-    """
-    dims = tuple(int(size) for size in shape)
-    granularity = spec.granularity
-    axis, size, note = output_axis, dims[output_axis], ""
-    if isinstance(granularity, PerGroupedChannelGranularity):
-        axis = output_axis if granularity.axis is None else granularity.axis
-        if axis >= len(dims):
-            raise CompressionError(f"granularity.axis={axis}, but the weight has shape {dims}")
-        channels = dims[axis]
-        per_channel = math.prod(dims) // channels
-        size = resolve_group_size(channels, granularity.group_size, per_channel, spec)
-        if size != granularity.group_size:
-            note = (
-                f"group_size {granularity.group_size} does not divide {channels} channels of axis"
-                f" {axis}; {'one table per tensor' if size == channels else f'groups of {size}'}"
-            )
-    length = spec.cluster_dim
-    unit = size if axis == output_axis else dims[output_axis]
-    if unit % length:
-        raise CompressionError(
-            f"cluster_dim={length} does not divide the {unit} channels that share a table on axis"
-            f" {output_axis}"
-        )
-    return Layout(dims, axis, size, output_axis, length, note)
 
 
 def palettize(
@@ -254,6 +144,8 @@ def palettize(
     Raises:
         CompressionError: NaN or Inf in the weight, or a layout that cannot be built.
     """
+    if spec.outlier_fraction:
+        return _palettize_around_outliers(weight.detach(), spec, output_axis, importance, seed)
     parts = arrange(weight.detach(), spec, output_axis, importance)
     tables, codes, sse = _cluster(parts, spec, seed)
     stored = None
@@ -262,6 +154,35 @@ def palettize(
         codes = nearest_codes(parts.vectors, stored.decoded, parts.weights)
     plain = parts.channel_scale is None and parts.weights is None and stored is None
     return assemble(weight, spec, parts, stored or tables, codes, sse if plain else None)
+
+
+def _palettize_around_outliers(
+    weight: Tensor, spec: PalettizationSpec, output_axis: int, importance: Tensor | None, seed: int
+) -> PalettizedWeight:
+    """Cluster what is no outlier, and keep the outliers' differences to their table entries."""
+    plain = spec.model_copy(update={"outlier_fraction": 0.0})
+    count = round(spec.outlier_fraction * weight.numel())
+    if count == 0:
+        return palettize(weight, plain, output_axis=output_axis, importance=importance, seed=seed)
+    layout = plan_layout(weight.shape, output_axis, spec)
+    grouped = layout.split(weight.float())
+    distance = layout.join((grouped - grouped.mean(1, keepdim=True)).square())
+    if importance is not None:
+        distance = distance * importance
+    places = distance.reshape(-1).topk(count).indices
+    kept = torch.ones(weight.numel(), dtype=torch.bool, device=weight.device)
+    kept[places] = False
+    kept = kept.reshape(weight.shape)
+    counted = kept.float() if importance is None else importance * kept
+    found = palettize(
+        weight.masked_fill(~kept, 0), plain, output_axis=output_axis, importance=counted, seed=seed
+    )
+    rest = (weight - found.dense())[~kept]
+    found = replace(
+        found, outliers=rest.contiguous(), outlier_mask=pack((~kept).to(torch.uint8), 1),
+        energy=sum_of_squares(weight),
+    )  # fmt: skip
+    return replace(found, sse=float(_squared_error(weight, found)))
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class GradientCollector:
         sums: Name of the weight → Σ over samples of squared gradients, of the weight's shape.
         saliency: Name of the op's node → one tensor [batch, positions] per call: mean squared
             gradient of the output at each position, with mean 1 over each sample.
+        spread: Name of a lookup's node → Σ g gᵀ over positions of the output's gradient, [rows, rows].
         samples: Number of samples seen.
         scale: Factor that turns gradients of the loss into gradients of one sample's loss.
     """
@@ -45,6 +46,7 @@ class GradientCollector:
         self.folder = folder
         self.sums: dict[str, Tensor] = {}
         self.saliency: dict[str, list[Tensor]] = {}
+        self.spread: dict[str, Tensor] = {}
         self.samples = 0
         self.scale = 1.0
         self._factors: dict[tuple[str, WeightUse], tuple[torch.Size, Tensor, Tensor]] = {}
@@ -68,6 +70,9 @@ class GradientCollector:
             level = squared.mean(1, keepdim=True)
             relative = torch.where(level > 0, squared / level.clamp_min(1e-38), 0.0)
             self.saliency.setdefault(use.node.name, []).append(relative)
+            if use.form.kind == "lookup":
+                flat = rows.flatten(0, 2)
+                self.spread[use.node.name] = self.spread.get(use.node.name, 0) + flat.mT @ flat
         if not self.squares:
             return
         if use.form.kind == "lookup":

@@ -81,6 +81,10 @@ class PalettizationSpec(SpecModel):
             minimises the error of the layer's outputs, by error feedback with tables (arXiv
             2210.17323). The last two need `calibration_mode()`. "auto" is "skm" where there was a
             calibration and "kmeans" where not.
+        outlier_fraction: Share of the weights that stay as they are, in a sparse tensor beside the
+            tables: those farthest from their group's mean, by importance where there is any (the
+            dense-and-sparse form of SqueezeLLM, section 4.2). The targets' sparse ops store a mask
+            of one bit per weight besides the values.
     """
 
     n_bits: Bits = 4
@@ -90,6 +94,17 @@ class PalettizationSpec(SpecModel):
     enable_per_channel_scale: bool = False
     training_strategy_spec: TrainingStrategy = Field(default_factory=DefaultTrainingSpec)
     algorithm: Literal["auto", "kmeans", "skm", "gptq"] = "auto"
+    outlier_fraction: Annotated[float, Field(ge=0, le=0.1)] = 0.0
+
+    @model_validator(mode="after")
+    def _outliers_have_a_place(self) -> PalettizationSpec:
+        if not self.outlier_fraction:
+            return self
+        if self.algorithm == "gptq":
+            raise ValueError("outlier_fraction needs algorithm 'kmeans' or 'skm', got 'gptq'")
+        if self.cluster_dim > 1:
+            raise ValueError(f"outlier_fraction needs cluster_dim=1, got {self.cluster_dim}")
+        return self
 
     @model_validator(mode="after")
     def _lut_qspec_fits_a_table(self) -> PalettizationSpec:

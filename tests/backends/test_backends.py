@@ -56,6 +56,10 @@ SPECS = {
     "int8 table": PalettizationSpec(lut_qspec=QuantizationSpec()),
     "uint8 tables in groups": PalettizationSpec(lut_qspec=UINT8, granularity=GROUPS, n_bits=3),
     "channel scale": PalettizationSpec(enable_per_channel_scale=True),
+    "outliers": PalettizationSpec(outlier_fraction=0.05),
+    "outliers, scales and int8 tables": PalettizationSpec(
+        outlier_fraction=0.05, enable_per_channel_scale=True, lut_qspec=QuantizationSpec()
+    ),
     "everything": PalettizationSpec(
         enable_per_channel_scale=True,
         lut_qspec=QuantizationSpec(),
@@ -100,6 +104,7 @@ def test_module_finalized_for_core_ai_goes_to_every_other_target(name: str) -> N
     before, after = find_lookups(neutral.graph_module), find_lookups(raised.graph_module)
     assert [lookup.n_bits for lookup in before] == [lookup.n_bits for lookup in after]
     assert [lookup.lut_dtype for lookup in before] == [lookup.lut_dtype for lookup in after]
+    assert [lookup.outliers for lookup in before] == [lookup.outliers for lookup in after]
     assert not any("coreai" in str(n.target) for n in raised.graph_module.graph.nodes)
 
 
@@ -143,6 +148,7 @@ def test_size_follows_the_bits(target: str, tmp_path: Path) -> None:
         ("vectors", "cluster_dim=2 for iOS16"),
         ("int8 table", "tables of int8 for iOS16"),
         ("channel scale", "per-channel scale for iOS16"),
+        ("outliers", "sparse outliers for iOS16"),
     ],
 )
 def test_older_core_ml_refuses_what_it_cannot_hold(name: str, message: str) -> None:

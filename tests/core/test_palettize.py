@@ -5,7 +5,8 @@ import torch
 
 from graphopt.errors import CompressionError
 from graphopt.numerics.kmeans1d import cluster_1d
-from graphopt.schemes.palettize import palettize, plan_layout, resolve_group_size
+from graphopt.schemes.layout import plan_layout, resolve_group_size
+from graphopt.schemes.palettize import palettize
 from graphopt.specs import (
     PalettizationSpec,
     PerGroupedChannelGranularity,
@@ -30,6 +31,10 @@ SPECS = {
     ),
     "fp8 table": PalettizationSpec(lut_qspec=QuantizationSpec(dtype=torch.float8_e4m3fn)),
     "channel scale": PalettizationSpec(enable_per_channel_scale=True),
+    "outliers": PalettizationSpec(outlier_fraction=0.01),
+    "outliers and channel scale": PalettizationSpec(
+        outlier_fraction=0.01, enable_per_channel_scale=True
+    ),
 }
 
 
@@ -49,8 +54,8 @@ def test_reported_error_is_the_error_of_what_is_stored(name: str, dtype: torch.d
 @pytest.mark.parametrize("name", SPECS)
 def test_dense_weight_holds_no_more_values_than_its_tables(name: str) -> None:
     spec = SPECS[name]
-    if spec.enable_per_channel_scale or spec.cluster_dim > 1:
-        spec = spec.model_copy(update={"enable_per_channel_scale": False, "cluster_dim": 1})
+    plain = {"enable_per_channel_scale": False, "cluster_dim": 1, "outlier_fraction": 0.0}
+    spec = spec.model_copy(update=plain)
     found = palettize(torch.randn(16, 8, 3, 3), spec)
     groups = found.layout.split(found.dense())
     for group in groups:
@@ -174,3 +179,34 @@ def test_vector_tables_beat_scalar_ones_of_the_same_size_on_correlated_weights()
     vectors = palettize(weight, PalettizationSpec(n_bits=4, cluster_dim=2))
     scalars = palettize(weight, PalettizationSpec(n_bits=2))
     assert vectors.sse < 0.5 * scalars.sse
+
+
+def test_outliers_are_kept_exactly_and_cost_a_mask_and_their_values() -> None:
+    weight = torch.randn(32, 64) * 0.02
+    weight[3, 5], weight[17, 60] = 3.0, -2.0
+    spec = PalettizationSpec(n_bits=4, outlier_fraction=2 / weight.numel())
+    found, plain = palettize(weight, spec), palettize(weight, PalettizationSpec(n_bits=4))
+    assert found.outliers is not None
+    assert found.outliers.numel() == 2
+    torch.testing.assert_close(found.dense()[[3, 17], [5, 60]], torch.tensor([3.0, -2.0]))
+    # without them, the tables serve the others as if these had never been there
+    rest = weight.clone()
+    rest[3, 5] = rest[17, 60] = 0.0
+    assert found.sse == pytest.approx(palettize(rest, PalettizationSpec(n_bits=4)).sse, rel=0.02)
+    assert found.sse < 0.85 * plain.sse  # two of 16 entries are free for the others
+    assert found.stored_bits() == plain.stored_bits() + weight.numel() + 2 * 32
+
+
+def test_importance_decides_which_weights_are_outliers() -> None:
+    weight = torch.randn(16, 16)
+    importance = torch.ones_like(weight)
+    importance[4, 4] = 1e6
+    spec = PalettizationSpec(n_bits=2, outlier_fraction=1 / weight.numel())
+    found = palettize(weight, spec, importance=importance)
+    assert float(found.dense()[4, 4]) == pytest.approx(float(weight[4, 4]), abs=1e-6)
+
+
+@pytest.mark.parametrize("other", [{"algorithm": "gptq"}, {"cluster_dim": 2}])
+def test_outliers_are_refused_where_they_have_no_meaning(other: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="outlier_fraction needs"):
+        PalettizationSpec(outlier_fraction=0.01, **other)

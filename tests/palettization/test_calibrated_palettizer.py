@@ -752,3 +752,69 @@ def test_half_precision_models_are_calibrated_in_their_type(algorithm: str) -> N
     palettizer.calibrate([x.float() for x in data], progress=False)
     x = torch.cat(data)
     torch.testing.assert_close(prepared(x).float(), wide(x.float()), rtol=0.1, atol=0.1)
+
+
+class Sum(nn.Module):
+    """Two branches that see the same inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.first(x) + self.second(x)
+
+
+def test_a_layer_makes_up_for_what_the_other_side_of_its_sum_lost() -> None:
+    torch.manual_seed(0)
+    model = Sum().eval()
+    x = torch.randn(256, 8)
+
+    def section(n_bits: int) -> ModuleKMeansPalettizerConfig:
+        spec = PalettizationSpec(n_bits=n_bits, algorithm="gptq")
+        return ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
+
+    setup = KMeansPalettizerConfig(
+        global_config=section(8), module_name_configs={"first": section(1)}
+    )
+    palettizer, prepared = prepared_for(model, setup, (x[:2],))
+    palettizer.calibrate([x])
+    with torch.no_grad():
+        alone = F.linear(x, prepared.first.weight - model.first.weight)  # type: ignore[union-attr]
+        error = prepared(x) - model(x)
+    # with a ridge of 0.3 an isotropic input keeps (0.3 / 1.3)² of the error
+    assert float(error.var()) < 0.1 * float(alone.var())
+
+
+class Reader(nn.Module):
+    """Words and places, of which a narrow head reads a few directions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.places = nn.Embedding(200, 32), nn.Embedding(12, 32)
+        self.head = nn.Linear(32, 4, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.words(ids) + self.places(torch.arange(ids.shape[1])))
+
+
+def test_errors_of_embeddings_go_where_nothing_reads_them() -> None:
+    torch.manual_seed(0)
+    model = Reader().eval()
+    chance = 1 / torch.arange(1, 201).float()
+    seen, unseen = (torch.multinomial(chance, 64 * 12, replacement=True).reshape(64, 12)
+                    for _ in range(2))  # fmt: skip
+    errors = {}
+    for algorithm in ("kmeans", "gptq"):
+        setup = KMeansPalettizerConfig(
+            global_config=None, module_name_configs={
+                name: ModuleKMeansPalettizerConfig(
+                    op_state_spec={"weight": PalettizationSpec(n_bits=2, algorithm=algorithm)}
+                ) for name in ("words", "places")
+            },
+        )  # fmt: skip
+        palettizer, prepared = prepared_for(model, setup, (seen[:2],))
+        palettizer.calibrate([seen[:32], seen[32:]])
+        with torch.no_grad():
+            errors[algorithm] = float((prepared(unseen) - model(unseen)).square().mean())
+    assert errors["gptq"] < 0.4 * errors["kmeans"], errors

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.errors import InputError, StateError
+from graphopt.errors import CompressionError, InputError, StateError
 from graphopt.fake_quantize import WeightPalettizer
 from graphopt.numerics import soft_palette as soft
 from graphopt.palettization import (
@@ -316,3 +316,9 @@ def test_training_is_the_same_for_the_same_seed() -> None:
     first, second = (trained(PalettizationSpec(n_bits=2)).program() for _ in range(2))
     for a, b in zip(first.graph_module.buffers(), second.graph_module.buffers(), strict=True):
         assert torch.equal(a, b)
+
+
+def test_sparse_outliers_are_refused_in_training_by_name() -> None:
+    palettizer = DKMPalettizer(Net(), config(PalettizationSpec(outlier_fraction=0.05)))
+    with pytest.raises(CompressionError, match=r"conv\.weight.*outlier_fraction=0"):
+        palettizer.prepare(example())
