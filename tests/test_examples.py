@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,8 +94,9 @@ def test_digits_algorithms_keep_accuracy_where_they_have_data(tmp_path: Path) ->
     rows = [line.split("│") for line in out.splitlines() if "│" in line]
     scores = {row[2].strip(): float(row[4].split()[0]) for row in rows}
     ratios = {row[2].strip(): float(row[3]) for row in rows}
-    for name in ("k-means, norms re-estimated", "output feedback", "DKM"):
-        assert scores[name] > 98.0
+    uncompressed = float(re.search(r"float: ([\d.]+) %", out)[1])  # type: ignore[index]
+    for name in ("k-means, norms re-estimated", "SKM, no labels", "output feedback", "DKM"):
+        assert scores[name] >= uncompressed - 1.0, name
     assert min(ratios.values()) > 3.5
 
 

@@ -13,7 +13,7 @@ from graphopt.sensitivity.storage import allocate
 
 __all__ = ["GradientCollector", "GradientTap", "WeightTap"]
 
-_CHUNK = 1 << 24  # elements of per-sample gradients that exist at a time
+_CHUNK = 1 << 21  # elements of per-sample gradients that exist at a time
 
 
 class GradientCollector:

@@ -80,11 +80,15 @@ def prepare(folder: Path) -> None:
     model = Net()
     optimizer = torch.optim.AdamW(model.parameters(), 3e-3)
     x, y = images[~held], labels[~held]
-    for _ in range(8):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, 3e-3, epochs=16, steps_per_epoch=-(-len(y) // BATCH)
+    )
+    for _ in range(16):
         for batch in torch.randperm(len(y)).split(BATCH):
             optimizer.zero_grad()
             F.cross_entropy(model(x[batch]), y[batch]).backward()
             optimizer.step()
+            schedule.step()
     torch.save({"state": model.state_dict(), "train": (x, y), "test": (images[held], labels[held])},
                folder / "net.pt")  # fmt: skip
 
