@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +13,7 @@ from graphopt.sensitivity.storage import allocate
 
 __all__ = ["GradientCollector", "GradientTap", "WeightTap"]
 
-_CHUNK = 1 << 21  # elements of per-sample gradients that exist at a time
+_CHUNK = 1 << 21  # elements of columns and per-sample gradients that exist at a time
 
 
 class GradientCollector:
@@ -78,10 +78,10 @@ class GradientCollector:
         if use.form.kind == "lookup":
             self._add(name, shape, _lookup_squares(x, rows[:, 0], shape))
             return
-        columns = use.form.columns(x.float())
         if self.per_sample:
-            self._add(name, shape, use.pull_back(_squares(rows, columns), shape))
+            self._add(name, shape, use.pull_back(_squares(rows, use, x), shape))
             return
+        columns = use.form.columns(x.float())
         sums = (shape, rows.square().sum((0, 2)), columns.square().sum((0, 2)))
         old = self._factors.get((name, use))
         if old is not None:
@@ -111,19 +111,30 @@ class GradientCollector:
         self.sums[name] += value.to(self.sums[name].device)
 
 
-def _squares(rows: Tensor, columns: Tensor) -> Tensor:
+def _squares(rows: Tensor, use: WeightUse, x: Tensor) -> Tensor:
     """Σ over samples of (Σ over positions of row · column)², [groups, rows, columns]."""
-    batch, groups, positions, height = rows.shape
-    width = columns.shape[-1]
-    if positions == 1:
+    if rows.shape[2] == 1:
+        columns = use.form.columns(x.float())
         left = rows[:, :, 0].square().permute(1, 2, 0)
         return left @ columns[:, :, 0].square().transpose(0, 1)
-    total = rows.new_zeros(groups, height, width)
-    step = max(1, _CHUNK // (groups * height * width))
-    for start in range(0, batch, step):
-        part = slice(start, start + step)
-        total += (rows[part].mT @ columns[part]).square_().sum(0)
+    total = rows.new_zeros(())
+    for start, samples in _samples(rows, use, x):
+        columns = use.form.columns(samples.float())
+        part = rows[start : start + columns.shape[0]]
+        total = total + (part.mT @ columns).square_().sum(0)
     return total
+
+
+def _samples(rows: Tensor, use: WeightUse, x: Tensor) -> Iterator[tuple[int, Tensor]]:
+    """Parts of an input whose columns and gradients are small enough."""
+    batch, groups, positions, height = rows.shape
+    if x.shape[0] != batch:
+        yield 0, x
+        return
+    width = use.form.columns(x[:1].float()).shape[-1]
+    step = max(1, _CHUNK // (groups * width * (height + positions)))
+    for start in range(0, batch, step):
+        yield start, x[start : start + step]
 
 
 def _lookup_squares(indices: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
