@@ -24,6 +24,7 @@ from graphopt.palettization import (
     PalettizationSpec,
 )
 from graphopt.palettization.spec import PerGroupedChannelGranularity
+from graphopt.quantization import QuantizationSpec
 
 
 @pytest.fixture(autouse=True)
@@ -818,3 +819,40 @@ def test_errors_of_embeddings_go_where_nothing_reads_them() -> None:
         with torch.no_grad():
             errors[algorithm] = float((prepared(unseen) - model(unseen)).square().mean())
     assert errors["gptq"] < 0.4 * errors["kmeans"], errors
+
+
+FORMS: dict[str, dict[str, Any]] = {
+    "vectors": {"cluster_dim": 2},
+    "int8 tables": {"lut_qspec": QuantizationSpec()},
+    "channel scales": {"enable_per_channel_scale": True},
+    "groups": {"granularity": PerGroupedChannelGranularity(group_size=4)},
+}
+
+
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param("coreai", marks=pytest.mark.coreai),
+        pytest.param("coreml", marks=pytest.mark.coreml),
+    ],
+)
+@pytest.mark.parametrize("algorithm", CALIBRATED)
+@pytest.mark.parametrize("form", FORMS)
+def test_calibrated_palettes_of_every_form_are_what_the_target_computes(
+    form: str, algorithm: str, target: str, tmp_path: Path
+) -> None:
+    spec = PalettizationSpec(n_bits=2, algorithm=algorithm, **FORMS[form])
+    setup = KMeansPalettizerConfig(
+        global_config=ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
+    )
+    palettizer, prepared = prepared_for(captured(), setup)
+    palettizer.calibrate(DATA)
+    program = palettizer.program()
+    x = DATA[0][:2]
+    torch.testing.assert_close(program.module()(x), prepared(x), rtol=1e-5, atol=1e-6)
+    artifact = graphopt.lower(program, target, precision="float32")
+    artifact.save(tmp_path / f"net{artifact.suffix}")
+    outcome = artifact.verify(x)
+    assert outcome.complete
+    assert outcome.weights == 3
+    assert outcome.max_error < 1e-5
