@@ -9,6 +9,7 @@ weights × entries outlives a chunk: the backward pass computes it again.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,16 +75,16 @@ class _SoftPalette(torch.autograd.Function):
                     near, far = torch.autograd.grad(mixed, (own, moving), gradient[part])
                     result[part] = near + far
                     continue
-                total = torch.bincount(
-                    inverse, gradient[part].reshape(-1).double(), minlength=points.shape[1]
-                )
+                total = _sums(inverse, gradient[part].reshape(-1), points.shape[1])
                 weighted = (mixed[0, :, 0] * total.to(mixed.dtype)).sum()
                 (slopes,) = torch.autograd.grad(mixed.sum(), own, retain_graph=True)
                 (far,) = torch.autograd.grad(weighted, moving)
             assert mass is not None
             pull = far[0, :, 0] / mass[0]
-            flat = gradient[part].reshape(-1) * slopes[0, :, 0][inverse] + pull[inverse]
-            result[part] = flat.reshape(result[part].shape)
+            flat, given = result[part].view(-1), gradient[part].reshape(-1)
+            for where in _pieces(len(inverse)):
+                index = inverse[where]
+                flat[where] = given[where] * slopes[0, :, 0][index] + pull[index]
         return result, None, None, None
 
 
@@ -104,15 +105,34 @@ def _distinct(vectors: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         return vectors, None, None
     flat = vectors.reshape(-1)
     unit = flat.abs().max().clamp_min(torch.finfo(torch.float32).tiny)
-    keys = (flat / unit).to(torch.float16).view(torch.int16).int() + 32_768
-    count = torch.bincount(keys, minlength=65_536)
+    inverse = torch.empty(len(flat), dtype=torch.int32, device=flat.device)
+    count = torch.zeros(65_536, dtype=torch.int64, device=flat.device)
+    for where in _pieces(len(flat)):
+        keys = (flat[where] / unit).to(torch.float16).view(torch.int16).int() + 32_768
+        inverse[where] = keys
+        count += torch.bincount(keys, minlength=65_536)
     used = count > 0
     number = used.cumsum(0).int() - 1
-    inverse = number[keys]
+    for where in _pieces(len(flat)):
+        inverse[where] = number[inverse[where]]
     mass = count[used].to(vectors.dtype)
-    total = torch.bincount(inverse, flat.double(), minlength=len(mass))
+    total = _sums(inverse, flat, len(mass))
     points = (total / mass.double()).to(vectors.dtype)
     return points[None, :, None], mass[None], inverse
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    """Slices of a long tensor, so that temporaries stay small."""
+    for start in range(0, count, _CHUNK // 4):
+        yield slice(start, start + _CHUNK // 4)
+
+
+def _sums(index: Tensor, values: Tensor, length: int) -> Tensor:
+    """Σ of the values of each index, float64 [length]."""
+    total = torch.zeros(length, dtype=torch.float64, device=values.device)
+    for where in _pieces(len(index)):
+        total += torch.bincount(index[where], values[where].double(), minlength=length)
+    return total
 
 
 def _spread(values: Tensor, inverse: Tensor) -> Tensor:
