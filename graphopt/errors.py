@@ -10,6 +10,7 @@ __all__ = [
     "ConfigError",
     "ConfigWarning",
     "GraphOptError",
+    "InfeasibleError",
     "InputError",
     "LoweringError",
     "MissingDependencyError",
@@ -51,6 +52,10 @@ class CompressionError(GraphOptError, ValueError):
 
 class CalibrationError(GraphOptError, RuntimeError):
     """Activations have no usable range: never observed, NaN or Inf, or empty; the message names them."""
+
+
+class InfeasibleError(GraphOptError, ValueError):
+    """No choice meets the budget."""
 
 
 class StateError(GraphOptError, RuntimeError):
