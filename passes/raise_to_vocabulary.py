@@ -179,10 +179,11 @@ def _raise_sparse(edit: Editor, node: fx.Node) -> None:
     values, mask_node = node.args
     assert isinstance(mask_node, fx.Node)
     mask = edit.value(mask_node)
-    packed = edit.constant(f"{mask_node.target}_bits", pack(mask.to(torch.uint8), 1), like=node)
-    dense = edit.call(_ops.sparse_to_dense.default, values, packed, list(mask.shape), like=node)
-    edit.replace(node, dense)
-    edit.drop(mask_node)
+    packed = pack(mask.to(torch.uint8), 1)
+    edit.set_value(mask_node, packed)
+    mask_node.meta["val"] = edit.fake(packed)
+    shape = list(mask.shape)
+    edit.replace(node, edit.call(_ops.sparse_to_dense.default, values, mask_node, shape, like=node))
 
 
 def _raise_channel_scale(edit: Editor, node: fx.Node) -> None:

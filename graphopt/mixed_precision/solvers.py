@@ -221,12 +221,12 @@ def solve_exactly(
     loss = np.array([problem.losses[layer][candidate] for layer, candidate in pairs])
     size = np.array([problem.sizes[layer][candidate] for layer, candidate in pairs])
     # losses above the hull's are no help; differences keep small ones visible beside large ones
-    base = np.array([loss[layers == layer].min() for layer in range(len(problem.losses))])
+    first = np.flatnonzero(np.r_[True, np.diff(layers) > 0])
+    base, least = np.minimum.reduceat(loss, first), np.minimum.reduceat(size, first)
     extra = loss - base[layers]
     scale = max(float(start.loss - base.sum()), 1e-300)
     ones = csr_array((np.ones(len(pairs)), (layers, np.arange(len(pairs)))))
-    slack = budget - sum(float(size[layers == layer].min()) for layer in range(len(base)))
-    least = np.array([size[layers == layer].min() for layer in range(len(base))])
+    slack = budget - float(least.sum())
     above = (size - least[layers]) / max(slack, 1.0)
     solved = milp(
         extra / scale,

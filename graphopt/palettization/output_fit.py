@@ -34,6 +34,7 @@ _RIDGE = 0.3  # λ relative to the mean diagonal
 _LOOKUP_DAMPING = 0.3
 _POSITIONS = 16_384  # sampled for a layer's moments, or more for long columns
 _POSITIONS_PER_COLUMN = 8
+_NO_ORDER = "its tables do not follow the rows and columns of its matrix"
 _aten = torch.ops.aten
 _SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
 _COPIES = (_aten.clone.default, _aten.alias.default, torch.ops.graphopt.dropout.default)
@@ -131,10 +132,12 @@ def _fit(
     wanted = twins[inputs]
     missing = _missing_beside(use, run, reference, twins)
     if use.form.kind == "lookup":
-        table = _fit_lookup(
+        table, reason = _fit_lookup(
             weight, use, run.values(inputs), missing, saliency.get(use.node.name),
             spread.get(use.node.name), seed,
         )  # fmt: skip
+        if reason:
+            result.fallbacks[weight.name] = reason
         _keep(edit, weight, table, result)
         return
     original = weight.tensor.detach()
@@ -149,9 +152,7 @@ def _fit(
         seed=seed,
     )  # fmt: skip
     if found is None:
-        result.fallbacks[weight.name] = (
-            "its tables do not follow the rows and columns of its matrix"
-        )
+        result.fallbacks[weight.name] = _NO_ORDER
         level = moments.hessian.diagonal(dim1=1, dim2=2)[:, None, :].expand_as(use.matrix(original))
         importance = use.pull_back(level.contiguous(), original.shape).contiguous()
         found = _plain(weight, importance, seed)
@@ -171,13 +172,16 @@ def _fit(
 
 def _fit_lookup(
     weight: WeightTensor, use: WeightUse, indices: Sequence[Tensor],
-    missing: Sequence[Tensor] | None, saliency: Sequence[Tensor] | None, spread: Tensor | None,
-    seed: int,
-) -> PalettizedWeight:  # fmt: skip
+    missing: Sequence[tuple[Tensor, Tensor]] | None, saliency: Sequence[Tensor] | None,
+    spread: Tensor | None, seed: int,
+) -> tuple[PalettizedWeight, str]:  # fmt: skip
     """Palettize a table of vectors: errors go on along each vector, weighed by the gradients there.
 
     A vector counts by the saliency of the positions that took it, plus as much as the mean one: what
     calibration did not see will come.
+
+    Returns:
+        The stored form, and why errors could not go on, or "".
     """
     annotation = palette_annotation(weight.nodes[0])
     assert annotation is not None
@@ -191,7 +195,8 @@ def _fit_lookup(
         taken.index_add_(0, ids.reshape(-1), counted)
         if missing is None:
             continue
-        lacks = missing[number].float()
+        exact, found = missing[number]
+        lacks = exact.float() - found.float()
         if lacks.numel() // lacks.shape[-1] != ids.numel():
             counted = torch.ones(lacks.numel() // lacks.shape[-1])
         gap = gap + counted @ lacks.reshape(-1, lacks.shape[-1])
@@ -203,23 +208,24 @@ def _fit_lookup(
         target = use.pull_back(moved, original.shape).to(original.dtype).contiguous()
     along = replace(use, form=MatrixForm("linear"))
     if spread is not None and bool(spread.any()):
-        found = palettize_to_outputs(
+        fitted = palettize_to_outputs(
             target, annotation.spec, along, spread[None], output_axis=annotation.output_axis,
             row_importance=importance[None], damping=_LOOKUP_DAMPING, seed=seed,
         )  # fmt: skip
-        if found is not None:
-            return found
-    spread_rows = importance[None, :, None].expand_as(along.matrix(original, casts=False))
-    return _plain(
-        replace(weight, tensor=target),
-        along.pull_back(spread_rows.contiguous(), original.shape).contiguous(), seed,
-    )  # fmt: skip
+        if fitted is not None:
+            return fitted, ""
+        reason = _NO_ORDER
+    else:
+        reason = "no gradient reached it"
+    by_row = importance[None, :, None].expand_as(along.matrix(original, casts=False))
+    weighed = along.pull_back(by_row.contiguous(), original.shape).contiguous()
+    return _plain(replace(weight, tensor=target), weighed, seed), reason
 
 
 def _missing_beside(
     use: WeightUse, run: LayerwiseRun, reference: LayerwiseRun, twins: Mapping[fx.Node, fx.Node]
-) -> list[Tensor] | None:
-    """What the other operand of the sum behind the op lacks, where it is known already."""
+) -> list[tuple[Tensor, Tensor]] | None:
+    """The other operand of the sum behind the op, as it should be and as it is, where known already."""
     node, shape = use.node, _shape(use.node)
     if use.form.kind == "transposed":
         return None
@@ -232,8 +238,7 @@ def _missing_beside(
                 return None
             if not run.has_run(other) or node is other or not _fits(_shape(other), shape, use):
                 return None
-            pairs = zip(reference.values(twins[other]), run.values(other), strict=True)
-            return [exact - found for exact, found in pairs]
+            return list(zip(reference.values(twins[other]), run.values(other), strict=True))
         if reader.target not in _COPIES:
             return None
         node = reader
@@ -289,7 +294,8 @@ def _own_bias(node: fx.Node) -> fx.Node | None:
 
 def _moments(
     use: WeightUse, inputs: Sequence[Tensor], wanted: Sequence[Tensor],
-    saliency: Sequence[Tensor] | None, missing: Sequence[Tensor] | None, *, centred: bool, seed: int,
+    saliency: Sequence[Tensor] | None, missing: Sequence[tuple[Tensor, Tensor]] | None, *,
+    centred: bool, seed: int,
 ) -> _Moments:  # fmt: skip
     hessian = shift = mean = aim = beside = beside_mean = torch.zeros(())
     total = 0.0
@@ -314,7 +320,8 @@ def _moments(
         mean = mean + weighted.sum(1)
         aim = aim + (exact * flat).sum(1)
         if missing is not None:
-            rest = use.form.rows(missing[number].float(), x).transpose(0, 1).flatten(1, 2)[:, used]
+            lacks = missing[number][0].float() - missing[number][1].float()
+            rest = use.form.rows(lacks, x).transpose(0, 1).flatten(1, 2)[:, used]
             beside = beside + rest.mT @ weighted
             beside_mean = beside_mean + (rest * flat).sum(1)
     scale = max(total, 1e-30)

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from graphopt.errors import CompressionError
 from graphopt.numerics.kmeans1d import cluster_1d, look_up, sum_of_squares
 from graphopt.numerics.kmeans_nd import cluster_vectors
 from graphopt.numerics.packing import pack, packed_size, unpack
@@ -164,6 +165,9 @@ def _palettize_around_outliers(
     count = round(spec.outlier_fraction * weight.numel())
     if count == 0:
         return palettize(weight, plain, output_axis=output_axis, importance=importance, seed=seed)
+    if not bool(torch.isfinite(weight).all()):
+        # they would be taken for outliers and kept
+        raise CompressionError("values contain NaN or Inf")
     layout = plan_layout(weight.shape, output_axis, spec)
     grouped = layout.split(weight.float())
     distance = layout.join((grouped - grouped.mean(1, keepdim=True)).square())

@@ -105,6 +105,11 @@ def test_module_finalized_for_core_ai_goes_to_every_other_target(name: str) -> N
     assert [lookup.n_bits for lookup in before] == [lookup.n_bits for lookup in after]
     assert [lookup.lut_dtype for lookup in before] == [lookup.lut_dtype for lookup in after]
     assert [lookup.outliers for lookup in before] == [lookup.outliers for lookup in after]
+    masks = [
+        {name for name, _ in each.graph_module.named_buffers() if name.endswith("_outlier_mask")}
+        for each in (neutral, raised)
+    ]
+    assert masks[0] == masks[1]
     assert not any("coreai" in str(n.target) for n in raised.graph_module.graph.nodes)
 
 

@@ -144,6 +144,13 @@ def calibration(train: tuple[Tensor, Tensor]) -> list[tuple[Tensor, Tensor]]:
     return list(zip(x.split(BATCH), y.split(BATCH), strict=True))
 
 
+def with_labels(palettizer: Any, prepared: nn.Module, train: tuple[Tensor, Tensor]) -> nn.Module:
+    with palettizer.calibration_mode(loss_fn=F.cross_entropy) as skm:
+        for x, y in calibration(train):
+            skm.step(prepared(x), y)
+    return prepared
+
+
 def our_skm(model: nn.Module, train: tuple[Tensor, Tensor], bits: int, algorithm: str) -> Any:
     from graphopt.palettization import (
         KMeansPalettizer,
@@ -161,10 +168,7 @@ def our_skm(model: nn.Module, train: tuple[Tensor, Tensor], bits: int, algorithm
         if algorithm == "gptq":
             palettizer.calibrate([x for x, _ in calibration(train)])
             return prepared
-        with palettizer.calibration_mode(loss_fn=F.cross_entropy) as skm:
-            for x, y in calibration(train):
-                skm.step(prepared(x), y)
-        return prepared
+        return with_labels(palettizer, prepared, train)
 
     return work
 
@@ -184,13 +188,7 @@ def coreai_skm(model: nn.Module, train: tuple[Tensor, Tensor], bits: int) -> Any
     palettizer = KMeansPalettizer(model, KMeansPalettizerConfig(global_config=config))
     prepared = palettizer.prepare((train[0][:1],))
 
-    def work() -> nn.Module:
-        with palettizer.calibration_mode(loss_fn=F.cross_entropy) as skm:
-            for x, y in calibration(train):
-                skm.step(prepared(x), y)
-        return prepared
-
-    return work
+    return lambda: with_labels(palettizer, prepared, train)
 
 
 def coreml_skm(model: nn.Module, train: tuple[Tensor, Tensor], bits: int) -> Any:

@@ -29,13 +29,7 @@ from graphopt.weights import find_weights
 Array = npt.NDArray[np.float64]
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """The problems here are too small for more."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def second_moment(columns: int, samples: int = 0, seed: int = 1) -> Tensor:

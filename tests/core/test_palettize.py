@@ -210,3 +210,11 @@ def test_importance_decides_which_weights_are_outliers() -> None:
 def test_outliers_are_refused_where_they_have_no_meaning(other: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="outlier_fraction needs"):
         PalettizationSpec(outlier_fraction=0.01, **other)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_no_outliers(value: float) -> None:
+    weight = torch.randn(16, 16)
+    weight[2, 3] = value
+    with pytest.raises(CompressionError, match="NaN or Inf"):
+        palettize(weight, PalettizationSpec(outlier_fraction=0.01))

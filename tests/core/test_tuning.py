@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,14 +24,7 @@ from graphopt.program import CompressedProgram, Program
 from graphopt.specs import QuantizationSpec
 from graphopt.tuning import tune
 
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Nets this small only lose by more, on a busy machine by far."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 BLOCKS: tuple[Literal["auto", "whole"], ...] = ("auto", "whole")
