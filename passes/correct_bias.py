@@ -16,7 +16,7 @@ from graphopt.errors import CalibrationError
 from graphopt.layerwise import LayerwiseRun, as_batch
 from graphopt.pass_base import Pass
 
-__all__ = ["CorrectBias"]
+__all__ = ["CorrectBias", "channel_axis"]
 
 _aten = torch.ops.aten
 _CHANNELS_LAST = (_aten.linear.default,)
@@ -39,11 +39,13 @@ class CorrectBias(Pass):
     Attributes:
         data: Inputs of one call each, as for `as_batch`.
         reference: The uncompressed graph.
+        dense: Names of stored tensors that count as compressed, though no lookup produces them.
     """
 
     name: ClassVar[str] = "correct-bias"
     data: Sequence[Any]
     reference: CapturedModule
+    dense: frozenset[str] = frozenset()
 
     @override
     def run(self, edit: Editor) -> None:
@@ -52,7 +54,7 @@ class CorrectBias(Pass):
         exact_nodes = {node.name: node for node in self.reference.graph.nodes}
         layers = [
             node for node in edit.calls(*_CHANNELS_LAST, *_CHANNELS_SECOND)
-            if _is_correctable(edit, node) and node.name in exact_nodes
+            if _is_correctable(edit, node, self.dense) and node.name in exact_nodes
         ]  # fmt: skip
         if not layers:
             return
@@ -86,12 +88,21 @@ class CorrectBias(Pass):
             run.step(node)
 
 
-def _is_correctable(edit: Editor, node: fx.Node) -> bool:
+def channel_axis(node: fx.Node) -> int | None:
+    """Channel axis of the output of an op whose bias can be corrected, None for others."""
+    if node.target in _CHANNELS_LAST:
+        return -1
+    return 1 if node.target in _CHANNELS_SECOND else None
+
+
+def _is_correctable(edit: Editor, node: fx.Node, dense: frozenset[str]) -> bool:
     if any(user.target is _NORM for user in node.users):
         return False
     weight = node.args[1]
     bias = node.args[2] if len(node.args) > 2 else None
-    if not isinstance(weight, fx.Node) or weight.op == "get_attr":
+    if not isinstance(weight, fx.Node):
+        return False
+    if weight.op == "get_attr" and str(weight.target) not in dense:
         return False  # not compressed
     if bias is None:
         return True
@@ -121,7 +132,8 @@ def _sources(node: fx.Node) -> list[fx.Node]:
 
 def _means(values: Sequence[Tensor], node: fx.Node) -> Tensor:
     """Mean of each channel over all batches, float64."""
-    axis = -1 if node.target in _CHANNELS_LAST else 1
+    axis = channel_axis(node)
+    assert axis is not None
     total = sum(value.double().movedim(axis, 0).flatten(1).sum(1) for value in values)
     count = sum(value.numel() // value.shape[axis] for value in values)
     return torch.as_tensor(total) / count
