@@ -15,7 +15,15 @@ import numpy.typing as npt
 
 from graphopt.errors import InfeasibleError
 
-__all__ = ["Problem", "Solution", "front", "solve_exactly", "solve_greedily", "solve_on_hull"]
+__all__ = [
+    "Problem",
+    "Solution",
+    "front",
+    "solve_exactly",
+    "solve_greedily",
+    "solve_near",
+    "solve_on_hull",
+]
 
 Floats = npt.NDArray[np.float64]
 
@@ -208,48 +216,104 @@ def solve_exactly(
     Raises:
         InfeasibleError: Even the smallest choice is too large; the message has the range.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     start = solve_on_hull(problem, budget)
     pairs = [
         (layer, int(candidate))
         for layer in range(len(problem.losses))
         for candidate in problem.usable(layer)
     ]
+    choice, found = _branch_and_bound(problem, pairs, budget, start.loss, gap, seconds)
+    bound = start.bound if found is None else max(start.bound, found)
+    if choice is None:
+        return Solution(start.choice, start.loss, start.size, min(bound, start.loss))
+    value, total = problem.value(choice)
+    if total > budget or value > start.loss:
+        return Solution(start.choice, start.loss, start.size, min(bound, start.loss))
+    return Solution(choice, value, total, min(bound, value))
+
+
+def solve_near(
+    problem: Problem, budget: float, choice: Sequence[int], changes: int, *, seconds: float = 60.0
+) -> Solution | None:
+    """The best choice that differs from a given one in at most `changes` layers.
+
+    Args:
+        problem: Candidates; losses may be negative, as changes against the given choice.
+        budget: Bits of all layers together.
+        choice: The given choice.
+        changes: Layers that may differ.
+        seconds: Time after which the best choice so far is taken.
+
+    Returns:
+        The choice, or None where none was found.
+    """
+    pairs = [
+        (layer, int(candidate))
+        for layer in range(len(problem.losses))
+        for candidate in np.flatnonzero(np.isfinite(problem.losses[layer]))
+    ]
+    other = np.array([float(choice[layer] != candidate) for layer, candidate in pairs])
+    scale = sum(float(np.ptp(loss[np.isfinite(loss)])) for loss in problem.losses)
+    base = sum(float(loss[np.isfinite(loss)].min()) for loss in problem.losses)
+    found, bound = _branch_and_bound(
+        problem, pairs, budget, base + scale, 1e-6, seconds, (other, changes)
+    )
+    if found is None:
+        return None
+    value, total = problem.value(found)
+    if total > budget:
+        return None
+    return Solution(found, value, total, value if bound is None else min(bound, value))
+
+
+def _branch_and_bound(
+    problem: Problem, pairs: Sequence[tuple[int, int]], budget: float, level: float, gap: float,
+    seconds: float, limit: tuple[Floats, int] | None = None,
+) -> tuple[tuple[int, ...] | None, float | None]:  # fmt: skip
+    """Choice and lower bound of the knapsack over some (layer, candidate) pairs.
+
+    Args:
+        problem: Candidates.
+        pairs: Those that may be chosen, layer by layer.
+        budget: Bits.
+        level: A loss that is attained, to scale by.
+        gap: Relative gap at which the search may end.
+        seconds: Time limit.
+        limit: Weight of each pair and the most that chosen ones may weigh.
+    """
+    from scipy.optimize import Bounds, LinearConstraint, milp
+    from scipy.sparse import csr_array
+
     layers = np.array([layer for layer, _ in pairs])
     loss = np.array([problem.losses[layer][candidate] for layer, candidate in pairs])
     size = np.array([problem.sizes[layer][candidate] for layer, candidate in pairs])
-    # losses above the hull's are no help; differences keep small ones visible beside large ones
+    # losses above the least are what can be saved: differences keep small ones visible
     first = np.flatnonzero(np.r_[True, np.diff(layers) > 0])
     base, least = np.minimum.reduceat(loss, first), np.minimum.reduceat(size, first)
-    extra = loss - base[layers]
-    scale = max(float(start.loss - base.sum()), 1e-300)
+    scale = max(float(level - base.sum()), 1e-300)
     ones = csr_array((np.ones(len(pairs)), (layers, np.arange(len(pairs)))))
     slack = budget - float(least.sum())
     above = (size - least[layers]) / max(slack, 1.0)
+    constraints = [
+        LinearConstraint(ones, 1.0, 1.0),
+        LinearConstraint(above[None, :], -np.inf, slack / max(slack, 1.0)),
+    ]
+    if limit is not None:
+        constraints.append(LinearConstraint(limit[0][None, :], -np.inf, limit[1]))
     solved = milp(
-        extra / scale,
-        constraints=[
-            LinearConstraint(ones, 1.0, 1.0),
-            LinearConstraint(above[None, :], -np.inf, slack / max(slack, 1.0)),
-        ],
-        integrality=np.ones(len(pairs)), bounds=Bounds(0, 1),
-        options={"mip_rel_gap": gap, "time_limit": seconds},
+        (loss - base[layers]) / scale, constraints=constraints, integrality=np.ones(len(pairs)),
+        bounds=Bounds(0, 1), options={"mip_rel_gap": gap, "time_limit": seconds},
     )  # fmt: skip
-    bound = start.bound
+    bound = None
     if solved.mip_dual_bound is not None:
-        bound = max(bound, float(solved.mip_dual_bound) * scale + float(base.sum()))
+        bound = float(solved.mip_dual_bound) * scale + float(base.sum())
     if solved.x is None:
-        return Solution(start.choice, start.loss, start.size, min(bound, start.loss))
+        return None, bound
     choice = [0] * len(base)
     for (layer, candidate), taken in zip(pairs, solved.x, strict=True):
         if taken > 0.5:
             choice[layer] = candidate
-    value, total = problem.value(choice)
-    if total > budget or value > start.loss:
-        return Solution(start.choice, start.loss, start.size, min(bound, start.loss))
-    return Solution(tuple(choice), value, total, min(bound, value))
+    return tuple(choice), bound
 
 
 def _require(problem: Problem, smallest: float, budget: float) -> None:

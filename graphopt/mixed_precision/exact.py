@@ -1,0 +1,113 @@
+"""Exact sensitivities: each candidate of each layer alone, measured at the model's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from graphopt.layerwise import Batch
+from graphopt.mixed_precision.candidates import Candidate
+from graphopt.mixed_precision.layers import Layer, Stored, stored_forms, weights_of
+from graphopt.mixed_precision.metrics import Metric, measure
+from graphopt.mixed_precision.records import Header
+from graphopt.mixed_precision.suffix import Downstream, GraphPlan, SuffixRun
+from graphopt.mixed_precision.survey import Correction, Survey, site_of, survey
+from graphopt.program import Program
+
+__all__ = ["Bench", "Values", "make_bench", "measure_batch"]
+
+Values = dict[str, dict[str, float]]  # candidate → metric → value
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that measuring a batch needs.
+
+    Attributes:
+        plan: The uncompressed graph.
+        layers: Layers in the order of the graph.
+        candidates: Candidates by name.
+        forms: Layer → candidate → stored form.
+        belows: Layer → what depends on it.
+        survey: Ranges and corrections over all data.
+        metrics: What is measured.
+        correction: What will be corrected afterwards, or None.
+    """
+
+    plan: GraphPlan
+    layers: tuple[Layer, ...]
+    candidates: Mapping[str, Candidate]
+    forms: Mapping[str, Mapping[str, Stored | None]]
+    belows: Mapping[str, Downstream]
+    survey: Survey
+    metrics: tuple[Metric, ...]
+    correction: Correction | None = None
+
+
+def make_bench(
+    program: Program,
+    header: Header,
+    metrics: tuple[Metric, ...],
+    batches: Sequence[Batch],
+    *,
+    surveyed: Survey | None = None,
+    progress: bool | None = None,
+) -> Bench:
+    """Everything that measuring needs: stored forms, dependents, ranges and corrections."""
+    gm = program.graph_module
+    plan = GraphPlan(gm)
+    forms = stored_forms(gm, header.layers, header.candidates, seed=header.seed, progress=progress)
+    found = {weight.name: weight for weight in weights_of(gm)}
+    belows = {layer.name: plan.downstream(found[layer.name].nodes) for layer in header.layers}
+    # a program that was saved and loaded may call its ops otherwise
+    layers = tuple(
+        replace(layer, nodes=tuple(dict.fromkeys(use.node for use in found[layer.name].uses)))
+        for layer in header.layers
+    )
+    correction: Any = header.correction
+    if surveyed is None:
+        surveyed = survey(
+            plan, layers, header.candidates, forms, belows, batches, correction, progress=progress
+        )
+    return Bench(plan, layers, header.candidates, forms, belows, surveyed, metrics, correction)
+
+
+def measure_batch(
+    bench: Bench, batch: Batch, skip: Collection[str] = ()
+) -> Iterator[tuple[str, Values]]:
+    """Measure every layer on one batch.
+
+    The result is that of compressing the layer in a copy of the model and running it all; only what
+    depends on the layer is run, though.
+
+    Args:
+        bench: What to measure.
+        batch: Inputs of one call.
+        skip: Layers that are known already.
+
+    Yields:
+        Layer, and candidate → metric → value.
+    """
+    layers: Sequence[Layer] = [layer for layer in bench.layers if layer.name not in skip]
+    if not layers:
+        return
+    run = SuffixRun(bench.plan, batch)
+    reference = run.reference()
+    for layer in layers:
+        below = bench.belows[layer.name]
+        run.advance(below.first)
+        site = site_of(bench.plan, layer, bench.correction)
+        values: Values = {}
+        for name in layer.candidates:
+            candidate, form = bench.candidates[name], bench.forms[layer.name][name]
+            found = reference
+            if not candidate.is_kept:
+                dense = run.exact(below.sources[0]) if form is None else form.dense()
+                weights = dict.fromkeys(below.sources, dense)
+                hooks = bench.survey.hooks(layer, candidate, site, bench.plan)
+                found = run.outputs(below, weights, **hooks)
+            values[name] = {
+                metric.name: measure(metric, found, reference) for metric in bench.metrics
+            }
+        yield layer.name, values

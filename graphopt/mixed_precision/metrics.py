@@ -1,0 +1,134 @@
+"""Metrics: how far a compressed model's outputs are from the uncompressed one's."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import InputError
+
+__all__ = ["METRICS", "Metric", "as_metric", "measure"]
+
+Compare = Callable[[Tensor, Tensor], float]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A comparison of one output with its reference, and what it means for a sum over layers.
+
+    Attributes:
+        name: Its name in tables.
+        compare: `(found, reference) → value` on one output of a batch.
+        larger_is_better: Direction of the value.
+        loss: Value → a loss of 0 for equal outputs that adds up over layers. Decibels do not add
+            up, the noise that they stand for does.
+        value: Inverse of `loss`.
+    """
+
+    name: str
+    compare: Compare
+    larger_is_better: bool
+    loss: Callable[[float], float]
+    value: Callable[[float], float]
+
+
+def _psnr(found: Tensor, reference: Tensor) -> float:
+    """10·log10(max(reference²) / mean((reference − found)²)), in dB; the peak is the reference's."""
+    error = float((found.double() - reference.double()).square().mean())
+    peak = float(reference.double().square().max())
+    if error == 0:
+        return math.inf
+    return 10 * math.log10(peak / error) if peak > 0 else -math.inf
+
+
+def _mse(found: Tensor, reference: Tensor) -> float:
+    return float((found.double() - reference.double()).square().mean())
+
+
+def _kl(found: Tensor, reference: Tensor) -> float:
+    """Mean KL(reference ‖ found) in nats; logits along the last axis."""
+    wanted = reference.double().log_softmax(-1)
+    got = found.double().log_softmax(-1)
+    return float((wanted.exp() * (wanted - got)).sum(-1).mean())
+
+
+def _cosine(found: Tensor, reference: Tensor) -> float:
+    """Mean cosine similarity along the last axis."""
+    return float(torch.cosine_similarity(found.double(), reference.double(), dim=-1).mean())
+
+
+def _top1(found: Tensor, reference: Tensor) -> float:
+    """Share of positions with the same largest entry along the last axis."""
+    return float((found.argmax(-1) == reference.argmax(-1)).double().mean())
+
+
+def _noise(decibels: float) -> float:
+    return 0.0 if decibels == math.inf else 10 ** (-decibels / 10)
+
+
+def _decibels(noise: float) -> float:
+    return math.inf if noise <= 0 else -10 * math.log10(noise)
+
+
+def _same(value: float) -> float:
+    return value
+
+
+def _rest(value: float) -> float:
+    return 1 - value
+
+
+METRICS: dict[str, Metric] = {
+    "psnr": Metric("psnr", _psnr, True, _noise, _decibels),
+    "mse": Metric("mse", _mse, False, _same, _same),
+    "kl": Metric("kl", _kl, False, _same, _same),
+    "cosine": Metric("cosine", _cosine, True, _rest, _rest),
+    "top1": Metric("top1", _top1, True, _rest, _rest),
+}
+
+
+def as_metric(given: str | Compare | Metric) -> Metric:
+    """A metric by its name, or from the user's `(found, reference) → float`.
+
+    A callable counts as better when larger unless it has an attribute `larger_is_better = False`;
+    its loss is its distance from the value of equal outputs, which is taken to be 1 where larger is
+    better and 0 where smaller is, or its attribute `best`.
+
+    Raises:
+        InputError: The name is unknown.
+    """
+    if isinstance(given, Metric):
+        return given
+    if isinstance(given, str):
+        if given not in METRICS:
+            raise InputError(f"no metric {given!r}; use one of {sorted(METRICS)} or a callable")
+        return METRICS[given]
+    if not callable(given):
+        raise InputError(f"a metric is a name or a callable, got {type(given).__name__}")
+    larger = bool(getattr(given, "larger_is_better", True))
+    best = float(getattr(given, "best", 1.0 if larger else 0.0))
+    sign = -1.0 if larger else 1.0
+    name = str(getattr(given, "__name__", type(given).__name__))
+    return Metric(name, given, larger, lambda value: sign * (value - best),
+                  lambda loss: best + sign * loss)  # fmt: skip
+
+
+def measure(metric: Metric, found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+    """The metric's mean over the floating-point outputs of a batch.
+
+    Raises:
+        InputError: There is no such output.
+    """
+    pairs = [
+        (got, want)
+        for got, want in zip(found, reference, strict=True)
+        if want.is_floating_point() and want.numel()
+    ]
+    if not pairs:
+        raise InputError("the model returns no floating-point tensor to compare")
+    values = [float(metric.compare(got, want)) for got, want in pairs]
+    return sum(values) / len(values)

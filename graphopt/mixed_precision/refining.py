@@ -1,0 +1,83 @@
+"""Refine a recipe of a table: gather what the search needs, and make a recipe of its outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from graphopt.errors import InputError
+from graphopt.layerwise import as_batch
+from graphopt.mixed_precision.choose import make_recipe, options_of
+from graphopt.mixed_precision.combined import Combined
+from graphopt.mixed_precision.exact import make_bench
+from graphopt.mixed_precision.fast import FAST_METRICS, draw_vectors
+from graphopt.mixed_precision.measurements import Matrix, Measurements, hybrid
+from graphopt.mixed_precision.recipe import Recipe
+from graphopt.mixed_precision.refine import refine_choice
+
+__all__ = ["combined_of", "refined"]
+
+
+def combined_of(
+    table: Measurements, data: Iterable[Any], *, progress: bool | None = None
+) -> Combined:
+    """Something that measures whole recipes of a table on data.
+
+    Raises:
+        StateError: The table has no model.
+        InputError: There are no data.
+    """
+    batches = [as_batch(each) for each in data]
+    if not batches:
+        raise InputError("there are no data to measure recipes on")
+    program = table.program
+    bench = make_bench(program, table.header, (table.metric,), batches, progress=progress)
+    return Combined(program, bench, batches)
+
+
+def refined(
+    table: Measurements,
+    recipe: Recipe,
+    data: Iterable[Any],
+    *,
+    evaluations: int,
+    rounds: int,
+    pin: Mapping[str, str] | None,
+    seed: int,
+    progress: bool | None,
+) -> Recipe:
+    """The refined recipe; arguments as for `SensitivityTable.refine`."""
+    recipe.check(table.program)
+    if evaluations < 1:
+        raise InputError(f"evaluations must be at least 1, got {evaluations}")
+    combined = combined_of(table, data, progress=progress)
+    start = [recipe.choice[layer.name] for layer in table.layers]
+    allowed = options_of(table, pin).names
+    budget = recipe.bits if recipe.budget is None else max(recipe.budget, recipe.bits)
+    found, _ = refine_choice(
+        combined, _matrix(table, combined), start, budget, allowed,
+        evaluations=evaluations, rounds=rounds, seed=seed,
+    )  # fmt: skip
+    made = make_recipe(
+        table, found, f"{recipe.solver}, refined", budget=recipe.budget,
+        measured=combined.measure(found),
+    )  # fmt: skip
+    return replace(made, loss=table.predict(made.choice)) if table.has_interactions else made
+
+
+def _matrix(table: Measurements, combined: Combined) -> Matrix:
+    """Cross terms: the table's, or measured losses with correlations drawn here."""
+    if table.has_interactions:
+        return table.interactions()
+    losses = table.losses()
+    if table.metric.name not in FAST_METRICS:
+        flat = np.array([loss for layer in losses for loss in layer])
+        return np.diag(2 * np.clip(np.nan_to_num(flat, posinf=1e300), 0, None))
+    drawn = [
+        draw_vectors(combined.bench, batch, draws=1, seed=seed)
+        for seed, batch in enumerate(combined.batches)
+    ]
+    return hybrid(np.concatenate(drawn).astype(np.float64), losses)
