@@ -124,7 +124,7 @@ class Exchange:
 def refine_choice(
     combined: Combined,
     matrix: Floats,
-    start: Sequence[str],
+    starts: Sequence[Sequence[str]],
     budget: float,
     fixed: Sequence[Sequence[str]],
     *,
@@ -132,12 +132,12 @@ def refine_choice(
     rounds: int = 2,
     seed: int = 0,
 ) -> tuple[list[str], float]:
-    """A choice at least as good as `start` on the whole model.
+    """A choice at least as good as each of `starts` on the whole model.
 
     Args:
         combined: Measures choices.
         matrix: Cross terms of all candidates of all layers in order.
-        start: Candidate of each layer.
+        starts: Choices to begin with, the candidate of each layer; the first one comes first.
         budget: Bits of all layers together.
         fixed: Candidates that each layer may have.
         evaluations: Choices that may be measured, the first one included.
@@ -152,7 +152,7 @@ def refine_choice(
     keep = [number for number, (place, name) in enumerate(columns) if name in fixed[place]]
     kept = [columns[number] for number in keep]
     where = {pair: number for number, pair in enumerate(kept)}
-    if any((place, name) not in where for place, name in enumerate(start)):
+    if any((place, name) not in where for place, name in enumerate(starts[0])):
         raise InputError("the recipe leaves layers uncompressed that no 'keep' candidate is for")
     sizes = [
         float(layers[place].bits[layers[place].candidates.index(name)]) for place, name in kept
@@ -160,17 +160,25 @@ def refine_choice(
     exchange = Exchange(
         matrix[np.ix_(keep, keep)], np.array([place for place, _ in kept]), np.array(sizes), budget
     )
-    state = np.array([where[place, name] for place, name in enumerate(start)])
+    states = [
+        np.array([where[pair] for pair in enumerate(start)])
+        for start in starts
+        if all(pair in where for pair in enumerate(start))
+    ]
     limit = combined.count + evaluations
 
     def names(own: npt.NDArray[np.int64]) -> list[str]:
         return [kept[column][1] for column in own]
 
-    best, lowest = state, combined.loss(names(state))
+    measured = [
+        (combined.loss(names(own)), place) for place, own in enumerate(states[:evaluations])
+    ]
+    lowest, first = min(measured)
+    best = states[first]
     generator = np.random.default_rng(seed)
-    starts = [state, *(exchange.perturbed(state, 0.2, generator) for _ in range(_RESTARTS))]
-    optima = {tuple(own): exchange.value(own) for own in map(exchange.search, starts)}
-    share = max(1, (evaluations - 1) // 2)
+    seeds = [*states, *(exchange.perturbed(best, 0.2, generator) for _ in range(_RESTARTS))]
+    optima = {tuple(own): exchange.value(own) for own in map(exchange.search, seeds)}
+    share = max(1, (evaluations - len(states)) // 2)
     for found, _ in sorted(optima.items(), key=lambda each: each[1])[:share]:
         if combined.count >= limit:
             break

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 
-from graphopt.errors import InputError
+from graphopt.errors import InfeasibleError, InputError
 from graphopt.layerwise import as_batch
-from graphopt.mixed_precision.choose import make_recipe, options_of
+from graphopt.mixed_precision.choose import choose, make_recipe, options_of
 from graphopt.mixed_precision.combined import Combined
 from graphopt.mixed_precision.exact import make_bench
 from graphopt.mixed_precision.fast import FAST_METRICS, draw_vectors
@@ -54,11 +55,15 @@ def refined(
     if evaluations < 1:
         raise InputError(f"evaluations must be at least 1, got {evaluations}")
     combined = combined_of(table, data, progress=progress)
-    start = [recipe.choice[layer.name] for layer in table.layers]
+    starts = [[recipe.choice[layer.name] for layer in table.layers]]
     allowed = options_of(table, pin).names
     budget = recipe.bits if recipe.budget is None else max(recipe.budget, recipe.bits)
+    for solver in ("greedy", "lagrangian"):
+        with suppress(InfeasibleError):
+            other = choose(table, target_bpw=budget / table.weights, solver=solver, pin=pin)
+            starts.append([other.choice[layer.name] for layer in table.layers])
     found, _ = refine_choice(
-        combined, _matrix(table, combined), start, budget, allowed,
+        combined, _matrix(table, combined), starts, budget, allowed,
         evaluations=evaluations, rounds=rounds, seed=seed,
     )  # fmt: skip
     made = make_recipe(

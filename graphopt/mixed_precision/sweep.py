@@ -144,13 +144,13 @@ def run_sweep(
     """Apply and evaluate a recipe per target; arguments as for `SensitivityTable.sweep`."""
     known = _Known(table, None if path is None else Path(path))
     failed, planned = [], []
-    for target in targets:
+    for asked in map(float, targets):
         try:
-            planned.append((float(target), recipe_for(float(target))))
+            planned.append((asked, recipe_for(asked)))
         except InfeasibleError:
-            failed.append(float(target))
+            failed.append(asked)
     if not planned:
-        raise InfeasibleError(f"none of the targets {[float(t) for t in targets]} is attainable")
+        raise InfeasibleError(f"none of the targets {failed} is attainable")
     plain = [
         name for name in table.candidates
         if uniform_points and all(name in layer.candidates for layer in table.layers)
@@ -163,7 +163,7 @@ def run_sweep(
     points: list[Point] = []
     recipes: list[Recipe] = []
     for kind, target, recipe in track(work, "sweeping", len(work), enabled=progress):
-        value: float | None = known.get(kind, recipe)
+        value = known.get(kind, recipe)
         if value is None:
             module = table.program.module() if kind == "uncompressed" else apply(recipe)
             value = float(torch.as_tensor(evaluate(module)).double().mean())
