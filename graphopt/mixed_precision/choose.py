@@ -44,12 +44,15 @@ class Options:
         return [names[place] for names, place in zip(self.names, choice, strict=True)]
 
 
-def options_of(table: Measurements, pin: Mapping[str, str] | None = None) -> Options:
+def options_of(
+    table: Measurements, pin: Mapping[str, str] | None = None, *, keep: bool = True
+) -> Options:
     """Losses and sizes of what every layer may become.
 
     Args:
         table: Measurements.
         pin: Regular expression over layer names → the candidate (or "keep") that they must have.
+        keep: Every layer may stay uncompressed, too.
 
     Raises:
         ConfigError: A pattern matches nothing, or a layer does not have the candidate.
@@ -61,12 +64,15 @@ def options_of(table: Measurements, pin: Mapping[str, str] | None = None) -> Opt
             (name, loss, float(bits))
             for name, loss, bits in zip(layer.candidates, own, layer.bits, strict=True)
         ]
+        kept = (KEEP.name, 0.0, float(layer.kept_bits))
+        if keep and KEEP.name not in layer.candidates:
+            rows.append(kept)
         for pattern, wanted in (pin or {}).items():
             if not re.fullmatch(pattern, layer.name):
                 continue
             matched.add(pattern)
             if wanted == KEEP.name and wanted not in layer.candidates:
-                rows = [(wanted, 0.0, float(layer.kept_bits))]
+                rows = [kept]
                 continue
             rows = [row for row in rows if row[0] == wanted]
             if not rows:
@@ -95,6 +101,7 @@ def choose(
     max_loss: float | None = None,
     solver: Solver = "milp",
     pin: Mapping[str, str] | None = None,
+    keep: bool = True,
     seconds: float = 60.0,
 ) -> Recipe:
     """The recipe for one target; arguments as for `SensitivityTable.recipe`."""
@@ -103,7 +110,7 @@ def choose(
         raise InputError("give one of target_bpw, target_bytes, max_loss and max_drop")
     if solver not in ("milp", "lagrangian", "greedy"):
         raise InputError(f"solver must be 'milp', 'lagrangian' or 'greedy', got {solver!r}")
-    options = options_of(table, pin)
+    options = options_of(table, pin, keep=keep and solver != "greedy")
     if max_loss is not None:
         return _smallest(table, options, max_loss, solver, seconds)
     budget = 0.0
@@ -213,9 +220,11 @@ def uniform(table: Measurements, candidate: str) -> Recipe:
     return make_recipe(table, [candidate] * len(table.layers), "uniform")
 
 
-def every_recipe(table: Measurements, pin: Mapping[str, str] | None = None) -> list[Recipe]:
+def every_recipe(
+    table: Measurements, pin: Mapping[str, str] | None = None, *, keep: bool = True
+) -> list[Recipe]:
     """Recipes that are each optimal for their own size, from the smallest to the largest."""
-    options = options_of(table, pin)
+    options = options_of(table, pin, keep=keep)
     return [
         make_recipe(table, options.named(each.choice), "lagrangian", bound=each.loss)
         for each in front(options.problem)

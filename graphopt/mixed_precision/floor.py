@@ -47,6 +47,8 @@ def within_drop(
     evaluate: Callable[[Any], Scores],
     apply: Callable[[Recipe], Any],
     pin: Mapping[str, str] | None = None,
+    *,
+    keep: bool = True,
 ) -> Recipe:
     """The smallest recipe of the front whose drop is certainly at most `max_drop`.
 
@@ -56,11 +58,12 @@ def within_drop(
         evaluate: Module → score, larger is better, or one score per sample.
         apply: Recipe → compressed module.
         pin: As for `SensitivityTable.recipe`.
+        keep: As for `SensitivityTable.recipe`.
 
     Raises:
         InfeasibleError: Even the largest recipe falls by more.
     """
-    recipes = every_recipe(table, pin)
+    recipes = every_recipe(table, pin, keep=keep)
     reference = evaluate(table.program.module())
     known: dict[int, tuple[float, float]] = {}
 

@@ -65,6 +65,12 @@ class Layer:
         """Number of weights."""
         return math.prod(self.shape)
 
+    def bits_of(self, candidate: str) -> int:
+        """Stored bits of a candidate, those of the uncompressed weight where it is none."""
+        if candidate in self.candidates:
+            return self.bits[self.candidates.index(candidate)]
+        return self.kept_bits
+
 
 def weights_of(gm: fx.GraphModule, threshold: int = 0) -> list[WeightTensor]:
     """Weights that a search may choose for, in the order of their first use."""

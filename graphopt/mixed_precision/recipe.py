@@ -60,14 +60,7 @@ class Recipe:
     @property
     def bits(self) -> int:
         """Stored bits of all layers."""
-        total = 0
-        for layer in self.layers:
-            name = self.choice[layer.name]
-            if name in layer.candidates:
-                total += layer.bits[layer.candidates.index(name)]
-            else:
-                total += layer.kept_bits
-        return total
+        return sum(layer.bits_of(self.choice[layer.name]) for layer in self.layers)
 
     @property
     def bits_per_weight(self) -> float:
@@ -90,7 +83,7 @@ class Recipe:
     def distribution(self) -> dict[str, tuple[int, int]]:
         """Candidate → number of layers and of weights that have it."""
         found: dict[str, tuple[int, int]] = {}
-        for name in (*self.candidates, KEEP.name):
+        for name in dict.fromkeys((*self.candidates, KEEP.name)):
             own = [layer.numel for layer in self.layers if self.choice[layer.name] == name]
             if own:
                 found[name] = (len(own), sum(own))
@@ -142,7 +135,7 @@ class Recipe:
             },
             "layers": {
                 layer.name: {
-                    "candidate": self.choice[layer.name], "bits": self._bits(layer),
+                    "candidate": self.choice[layer.name], "bits": layer.bits_of(self.choice[layer.name]),
                     "shape": list(layer.shape), "output_axis": layer.output_axis,
                     "module_type": layer.module_type, "nodes": list(layer.nodes),
                     "kept_bits": layer.kept_bits,
@@ -150,10 +143,6 @@ class Recipe:
                 for layer in self.layers
             },
         }  # fmt: skip
-
-    def _bits(self, layer: Layer) -> int:
-        name = self.choice[layer.name]
-        return dict(zip(layer.candidates, layer.bits, strict=True)).get(name, layer.kept_bits)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Write it as YAML.

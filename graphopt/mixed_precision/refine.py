@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import InputError
+from graphopt.mixed_precision.candidates import KEEP
 from graphopt.mixed_precision.combined import Combined
 from graphopt.mixed_precision.fast import FAST_METRICS
 from graphopt.mixed_precision.layers import weights_of
@@ -148,18 +149,24 @@ def refine_choice(
         Candidate of each layer, and the loss measured.
     """
     layers = combined.bench.layers
-    columns = [(place, name) for place, layer in enumerate(layers) for name in layer.candidates]
-    keep = [number for number, (place, name) in enumerate(columns) if name in fixed[place]]
-    kept = [columns[number] for number in keep]
+    known = {
+        pair: number
+        for number, pair in enumerate(
+            (place, name) for place, layer in enumerate(layers) for name in layer.candidates
+        )
+    }
+    kept = [(place, name) for place, names in enumerate(fixed) for name in names]
     where = {pair: number for number, pair in enumerate(kept)}
     if any((place, name) not in where for place, name in enumerate(starts[0])):
-        raise InputError("the recipe leaves layers uncompressed that no 'keep' candidate is for")
-    sizes = [
-        float(layers[place].bits[layers[place].candidates.index(name)]) for place, name in kept
-    ]
-    exchange = Exchange(
-        matrix[np.ix_(keep, keep)], np.array([place for place, _ in kept]), np.array(sizes), budget
-    )
+        raise InputError(
+            "the recipe has a candidate that its layer may not have; see pin= and keep="
+        )
+    # a layer that stays uncompressed has a row of zeros
+    matrix = np.pad(matrix, (0, 1))
+    rows = [known.get(pair, len(known)) for pair in kept]
+    sizes = np.array([float(layers[place].bits_of(name)) for place, name in kept])
+    owners = np.array([place for place, _ in kept])
+    exchange = Exchange(matrix[np.ix_(rows, rows)], owners, sizes, budget)
     states = [
         np.array([where[pair] for pair in enumerate(start)])
         for start in starts
@@ -269,7 +276,7 @@ def _slopes(combined: Combined, names: Sequence[str]) -> list[dict[str, float]]:
         own: dict[str, float] = {}
         if gradient is not None:
             current = leaves[layer.name].detach()
-            for name in layer.candidates:
+            for name in (*layer.candidates, KEEP.name):
                 dense = combined.dense(layer, name)
                 other = exact[layer.name].tensor.detach() if dense is None else dense
                 own[name] = float((gradient * (other - current)).sum(dtype=torch.float64))

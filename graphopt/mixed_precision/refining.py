@@ -47,6 +47,7 @@ def refined(
     evaluations: int,
     rounds: int,
     pin: Mapping[str, str] | None,
+    keep: bool,
     seed: int,
     progress: bool | None,
 ) -> Recipe:
@@ -56,11 +57,13 @@ def refined(
         raise InputError(f"evaluations must be at least 1, got {evaluations}")
     combined = combined_of(table, data, progress=progress)
     starts = [[recipe.choice[layer.name] for layer in table.layers]]
-    allowed = options_of(table, pin).names
+    allowed = options_of(table, pin, keep=keep).names
     budget = recipe.bits if recipe.budget is None else max(recipe.budget, recipe.bits)
     for solver in ("greedy", "lagrangian"):
         with suppress(InfeasibleError):
-            other = choose(table, target_bpw=budget / table.weights, solver=solver, pin=pin)
+            other = choose(
+                table, target_bpw=budget / table.weights, solver=solver, pin=pin, keep=keep
+            )
             starts.append([other.choice[layer.name] for layer in table.layers])
     found, _ = refine_choice(
         combined, _matrix(table, combined), starts, budget, allowed,

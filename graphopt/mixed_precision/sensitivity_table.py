@@ -35,6 +35,7 @@ class SensitivityTable(Measurements):
         max_drop: float | None = None,
         solver: Solver = "milp",
         pin: Mapping[str, str] | None = None,
+        keep: bool = True,
         evaluate: Callable[[Any], Any] | None = None,
         apply: Callable[[Recipe], Any] | None = None,
         seconds: float = 60.0,
@@ -55,6 +56,8 @@ class SensitivityTable(Measurements):
                 bisection with `evaluate`.
             solver: See above; `max_drop` takes the hull's recipes.
             pin: Regular expression over layer names → the candidate, or "keep", that they must have.
+            keep: Every layer may stay uncompressed, whether or not that is among its candidates
+                (in the greedy walk the layers that it does not reach always do).
             evaluate: For `max_drop`: module → score, larger is better, or one score per sample, with
                 which the drop is judged by paired differences (one-sided, 95 %).
             apply: For `max_drop`: recipe → compressed module; k-means palettes by default.
@@ -68,13 +71,13 @@ class SensitivityTable(Measurements):
         if max_drop is None:
             return choose(
                 self, target_bpw=target_bpw, target_bytes=target_bytes, max_loss=max_loss,
-                solver=solver, pin=pin, seconds=seconds,
+                solver=solver, pin=pin, keep=keep, seconds=seconds,
             )  # fmt: skip
         if evaluate is None or any(
             each is not None for each in (target_bpw, target_bytes, max_loss)
         ):
             raise InputError("max_drop needs evaluate=, and no other target")
-        return within_drop(self, max_drop, evaluate, apply or self.apply, pin)
+        return within_drop(self, max_drop, evaluate, apply or self.apply, pin, keep=keep)
 
     def refine(
         self,
@@ -84,6 +87,7 @@ class SensitivityTable(Measurements):
         evaluations: int = 16,
         rounds: int = 2,
         pin: Mapping[str, str] | None = None,
+        keep: bool = True,
         seed: int = 0,
         progress: bool | None = None,
     ) -> Recipe:
@@ -99,6 +103,7 @@ class SensitivityTable(Measurements):
             evaluations: Whole models that may be measured, the recipe's own included.
             rounds: Times that the local model is built anew.
             pin: As for `recipe`.
+            keep: As for `recipe`.
             seed: Seed of restarts.
             progress: Show bars; None shows them on a terminal.
 
@@ -107,7 +112,7 @@ class SensitivityTable(Measurements):
             InputError: The recipe is for another model, or there are no data.
         """
         return refined(
-            self, recipe, data, evaluations=evaluations, rounds=rounds, pin=pin, seed=seed,
+            self, recipe, data, evaluations=evaluations, rounds=rounds, pin=pin, keep=keep, seed=seed,
             progress=progress,
         )  # fmt: skip
 
@@ -118,6 +123,7 @@ class SensitivityTable(Measurements):
         *,
         solver: Solver = "milp",
         pin: Mapping[str, str] | None = None,
+        keep: bool = True,
         refine_with: Iterable[Any] | None = None,
         apply: Callable[[Recipe], Any] | None = None,
         uniform: bool = True,
@@ -135,6 +141,7 @@ class SensitivityTable(Measurements):
             evaluate: Module → score, larger is better, or one score per sample.
             solver: As for `recipe`.
             pin: As for `recipe`.
+            keep: As for `recipe`.
             refine_with: Data with which each recipe is refined first.
             apply: Recipe → compressed module; k-means palettes by default.
             uniform: Evaluate every candidate for all layers as well.
@@ -149,8 +156,10 @@ class SensitivityTable(Measurements):
         data = None if refine_with is None else list(refine_with)
 
         def recipe_for(target: float) -> Recipe:
-            found = self.recipe(target_bpw=target, solver=solver, pin=pin)
-            return found if data is None else self.refine(found, data, pin=pin, progress=False)
+            found = self.recipe(target_bpw=target, solver=solver, pin=pin, keep=keep)
+            if data is None:
+                return found
+            return self.refine(found, data, pin=pin, keep=keep, progress=False)
 
         return run_sweep(
             self, list(targets), evaluate, apply or self.apply, recipe_for,
