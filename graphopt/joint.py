@@ -103,7 +103,7 @@ def _palettized(
     program: Program, joint: JointConfig, data: list[Any] | None, inputs: list[Any] | None,
     loss_fn: LossFn | None, correct: bool, tune_steps: int, seed: int, progress: bool | None,
 ) -> CompressedProgram:  # fmt: skip
-    if joint.quantization is not None:
+    if joint.quantization is not None and joint.quantization.has_activations:
         # targets fuse a convolution with its activation, not with a norm between them
         run_passes(program.graph_module, [FoldBatchNorm(), RemoveUnused()])
     reference = program.copy()

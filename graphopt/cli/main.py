@@ -1,14 +1,14 @@
-"""graphopt compress, inspect, verify.
+"""graphopt compress, inspect, verify; analyze, recipe, sweep.
 
 Exit codes: 0 done; 1 an unexpected failure; 2 wrong usage; 3 the model cannot be captured; 4 the
 config is wrong or does not fit the model; 5 a tensor cannot be compressed; 6 the target cannot hold
 the program; 7 the output exists; 8 the artifact differs from PyTorch by more than `--max-error`, or
-could be checked only in part where that was given; 9 an optional package is missing.
+could be checked only in part where that was given; 9 an optional package is missing; 10 no recipe
+meets the target.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import sys
 import time
@@ -17,16 +17,21 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
 from graphopt import errors
 from graphopt.api import as_program, lower
 from graphopt.backends import BACKENDS, load_backend
 from graphopt.backends.base import Verification
 from graphopt.capture import capture
+from graphopt.cli import mixed_precision
+from graphopt.cli.common import ERR, OUT, Json, Model, print_json
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.inspection import inspect_program
+from graphopt.joint import compress as graph_compress
+from graphopt.mixed_precision import Recipe
 from graphopt.palettization import KMeansPalettizer
+from graphopt.program import Program
+from graphopt.table import CompressionTable
 
 __all__ = ["app", "run"]
 
@@ -36,9 +41,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_out = Console()
-_err = Console(stderr=True)
-
 _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.CaptureError, 3),
     (errors.ConfigError, 4),
@@ -48,12 +50,11 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
     (errors.VerificationError, 8),
     (errors.MissingDependencyError, 9),
     (errors.InputError, 3),
+    (errors.InfeasibleError, 10),
 )
 _SUFFIX = {"coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte", "torch": ".pt2"}
 BackendName = Literal["coreai", "coreml", "executorch", "torch"]
 
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
-Model = Annotated[Path, typer.Argument(help="A .pt2 file of torch.export.save.", exists=True)]
 Limit = Annotated[
     float | None,
     typer.Option(help="Fail (exit code 8) above this max|a−b|/max|b| of the outputs."),
@@ -63,7 +64,9 @@ Limit = Annotated[
 @app.command()
 def compress(
     model: Model,
-    config: Annotated[Path, typer.Option(help="YAML or JSON palettization config.", exists=True)],
+    config: Annotated[
+        Path, typer.Option(help="YAML or JSON palettization config, or a recipe.", exists=True)
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", help="Where to write.")],
     backend: Annotated[
         BackendName | None, typer.Option(help="Target; the output's suffix decides when omitted.")
@@ -80,32 +83,23 @@ def compress(
     max_error: Limit = None,
     as_json: Json = False,
 ) -> None:
-    """Palettize a program as a config says and write it for a target."""
+    """Compress a program as a config or a recipe says and write it for a target."""
     started = time.perf_counter()
     target = backend or _backend_of(output)
     if output.suffix != _SUFFIX[target]:
         raise errors.LoweringError(f"{output.name} must end in {_SUFFIX[target]} for {target}")
     if output.exists() and not overwrite:
         raise errors.ArtifactExistsError(f"{output} exists; pass --overwrite to replace it")
-    read = (
-        KMeansPalettizerConfig.from_json
-        if config.suffix == ".json"
-        else KMeansPalettizerConfig.from_yaml
-    )
-    palettizer = KMeansPalettizer(capture(model), read(config))
-    palettizer.prepare(
-        on_unmatched="warn" if lenient else "error", progress=False if as_json else None
-    )
+    program, table = _compressed(model, config, lenient=lenient, target=target, as_json=as_json)
     options: dict[str, Any] = {} if precision is None else {"precision": precision}
     if target in ("torch", "executorch"):
         options = {}
-    artifact = lower(palettizer.program(), target, **options)
+    artifact = lower(program, target, **options)
     artifact.save(output, overwrite=overwrite)
     outcome = artifact.verify() if verify else None
-    table = palettizer.summary(target)
     seconds = time.perf_counter() - started
     if as_json:
-        _print_json(
+        print_json(
             {
                 "output": str(output),
                 "bytes": artifact.size,
@@ -116,14 +110,36 @@ def compress(
             }
         )
     else:
-        _out.print(table)
-        _out.print(
+        OUT.print(table)
+        OUT.print(
             f"{output}: {artifact.size:,} bytes, {table.bits_per_weight:.3f} bits per palettized"
             f" weight, {seconds:.1f} s"
         )
         if outcome is not None:
-            _out.print(_sentence(outcome))
+            OUT.print(_sentence(outcome))
     _check(outcome, max_error)
+
+
+def _compressed(
+    model: Path, config: Path, *, lenient: bool, target: str, as_json: bool
+) -> tuple[Program, CompressionTable]:
+    """The compressed program and the table of what was done, as the target stores it."""
+    if mixed_precision.is_recipe(config):
+        recipe = Recipe.load(config)
+        program = as_program(model)
+        recipe.check(program)
+        done = graph_compress(program, None, recipe.to_config(), backend=target)
+        return done, done.report()
+    read = (
+        KMeansPalettizerConfig.from_json
+        if config.suffix == ".json"
+        else KMeansPalettizerConfig.from_yaml
+    )
+    palettizer = KMeansPalettizer(capture(model), read(config))
+    palettizer.prepare(
+        on_unmatched="warn" if lenient else "error", progress=False if as_json else None
+    )
+    return palettizer.program(), palettizer.summary(target)
 
 
 @app.command()
@@ -131,12 +147,12 @@ def inspect(model: Model, as_json: Json = False) -> None:
     """Show modules, ops and sizes by the names that configs use."""
     report = inspect_program(as_program(model))
     if as_json:
-        _print_json(report.to_dict())
+        print_json(report.to_dict())
         return
-    _out.print(report.tree())
-    _out.print(report.table())
+    OUT.print(report.tree())
+    OUT.print(report.table())
     if report.static_dims:
-        _out.print(f"fixed input dimensions: {', '.join(report.static_dims)}")
+        OUT.print(f"fixed input dimensions: {', '.join(report.static_dims)}")
 
 
 @app.command()
@@ -153,10 +169,15 @@ def verify(
     backend = load_backend(_backend_of(artifact))
     outcome = backend.check(artifact, program, program.example_args, program.example_kwargs)
     if as_json:
-        _print_json({"artifact": str(artifact), **_plain(outcome)})
+        print_json({"artifact": str(artifact), **_plain(outcome)})
     else:
-        _out.print(_sentence(outcome))
+        OUT.print(_sentence(outcome))
     _check(outcome, max_error)
+
+
+app.command()(mixed_precision.analyze)
+app.command()(mixed_precision.recipe)
+app.command()(mixed_precision.sweep)
 
 
 def _backend_of(path: Path) -> BackendName:
@@ -193,15 +214,11 @@ def _check(outcome: Verification | None, max_error: float | None) -> None:
         raise errors.VerificationError(f"{_sentence(outcome)}; allowed is {max_error:g}")
 
 
-def _print_json(value: dict[str, Any]) -> None:
-    sys.stdout.write(json.dumps(value, indent=2, default=str) + "\n")
-
-
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
     del place
     if issubclass(category, errors.ConfigWarning):
-        _err.print("[yellow]warning[/yellow]: ", end="")
-        _err.print(str(message), markup=False, highlight=False)
+        ERR.print("[yellow]warning[/yellow]: ", end="")
+        ERR.print(str(message), markup=False, highlight=False)
 
 
 def run() -> None:
@@ -213,12 +230,12 @@ def run() -> None:
     try:
         app()
     except errors.GraphOptError as error:
-        _err.print(f"[red]{type(error).__name__}[/red]: ", end="")
-        _err.print(str(error), markup=False, highlight=False)
+        ERR.print(f"[red]{type(error).__name__}[/red]: ", end="")
+        ERR.print(str(error), markup=False, highlight=False)
         code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
         sys.exit(code)
     except KeyboardInterrupt:
-        _err.print("interrupted; nothing was written")
+        ERR.print("interrupted; nothing was written")
         sys.exit(130)
 
 

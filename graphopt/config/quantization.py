@@ -124,6 +124,24 @@ class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):
         """int8 activations and per-channel int8 weights."""
         return ModuleQuantizerConfig()
 
+    @property
+    def has_activations(self) -> bool:
+        """Whether any activation gets a spec."""
+        return _has_activations(self.model_dump())
+
+
+def _has_activations(config: dict[Any, Any]) -> bool:
+    for key, value in config.items():
+        if not isinstance(value, dict):
+            continue
+        slots = key in (f"{owner}_{side}_spec" for owner in ("op", "module")
+                        for side in ("input", "output"))  # fmt: skip
+        if slots and any(spec is not None for spec in value.values()):
+            return True
+        if _has_activations(value):
+            return True
+    return False
+
 
 def _weight_only(spec: QuantizationSpec) -> QuantizerConfig:
     module = ModuleQuantizerConfig(

@@ -63,9 +63,9 @@ class Candidate:
         found: dict[str, Any] = {}
         if self.weight is not None:
             kind = "palettize" if isinstance(self.weight, PalettizationSpec) else "quantize"
-            found[kind] = self.weight.model_dump(mode="json", exclude_defaults=True)
+            found[kind] = _dumped(self.weight)
         if self.activation is not None:
-            found["activation"] = self.activation.model_dump(mode="json", exclude_defaults=True)
+            found["activation"] = _dumped(self.activation)
         return found
 
     @classmethod
@@ -94,6 +94,12 @@ class Candidate:
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"])
             raise ConfigError(f"candidate {name!r}: {where}: {first['msg']}") from None
+
+
+def _dumped(spec: WeightSpec) -> dict[str, Any]:
+    """The fields that are not at their defaults, whole."""
+    named = spec.model_dump(exclude_defaults=True)
+    return {key: value for key, value in spec.model_dump(mode="json").items() if key in named}
 
 
 KEEP = Candidate("keep")

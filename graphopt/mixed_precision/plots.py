@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphopt.errors import MissingDependencyError
@@ -12,7 +13,7 @@ from graphopt.mixed_precision.sweep import Sweep
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_sweep", "plot_table"]
+__all__ = ["plot_sweep", "plot_table", "save_plot"]
 
 
 def _axes(ax: Axes | None, width: float) -> Axes:
@@ -26,6 +27,13 @@ def _axes(ax: Axes | None, width: float) -> Axes:
         ) from None
     # no pyplot: a figure of its own changes no global state
     return Figure(figsize=(width, 4.5), layout="constrained").add_subplot()
+
+
+def save_plot(ax: Axes, path: str | Path) -> None:
+    """Write the figure of some axes."""
+    figure = ax.get_figure(root=True)
+    assert figure is not None
+    figure.savefig(path, dpi=150)
 
 
 def plot_table(table: Measurements, ax: Axes | None = None, *, metric: str | None = None) -> Axes:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from graphopt.backends.quiet import silent
 from graphopt.errors import InfeasibleError
 
 __all__ = [
@@ -300,10 +301,11 @@ def _branch_and_bound(
     ]
     if limit is not None:
         constraints.append(LinearConstraint(limit[0][None, :], -np.inf, limit[1]))
-    solved = milp(
-        (loss - base[layers]) / scale, constraints=constraints, integrality=np.ones(len(pairs)),
-        bounds=Bounds(0, 1), options={"mip_rel_gap": gap, "time_limit": seconds},
-    )  # fmt: skip
+    with silent():  # HiGHS writes notes of its own to the process's streams
+        solved = milp(
+            (loss - base[layers]) / scale, constraints=constraints, integrality=np.ones(len(pairs)),
+            bounds=Bounds(0, 1), options={"mip_rel_gap": gap, "time_limit": seconds},
+        )  # fmt: skip
     bound = None
     if solved.mip_dual_bound is not None:
         bound = float(solved.mip_dual_bound) * scale + float(base.sum())
