@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench bench-quantization bench-calibrated bench-peer clean
+.PHONY: demo test test-slow lint bench bench-quantization bench-calibrated bench-mixed-precision bench-peer clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -32,6 +32,9 @@ bench: $(STAMP)
 
 bench-quantization: $(STAMP)
 	$(BIN)/python tests/benchmarks/quantization.py
+
+bench-mixed-precision: $(STAMP)
+	$(BIN)/python tests/benchmarks/mixed_precision.py
 
 bench-calibrated: $(STAMP)
 	$(BIN)/python tests/benchmarks/calibrated.py

@@ -60,7 +60,7 @@ def analyze(
     resume: bool = True,
     executor: Executor | None = None,
     draws: int = 1,
-    max_vectors: int = 512,
+    max_vectors: int = 128,
     weight_threshold: int = 0,
     float_dtype: torch.dtype | str = torch.float16,
     lut_dtype: torch.dtype | str | None = None,

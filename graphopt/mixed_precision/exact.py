@@ -54,7 +54,17 @@ def make_bench(
     surveyed: Survey | None = None,
     progress: bool | None = None,
 ) -> Bench:
-    """Everything that measuring needs: stored forms, dependents, ranges and corrections."""
+    """Everything that measuring needs.
+
+    Args:
+        program: The uncompressed program.
+        header: Layers, candidates and settings.
+        metrics: What is measured.
+        batches: All data, for ranges of activations and, unless the mode is "fast", corrections of
+            single layers.
+        surveyed: Those, where they are known already.
+        progress: Show bars; None shows them on a terminal.
+    """
     gm = program.graph_module
     plan = GraphPlan(gm)
     forms = stored_forms(gm, header.layers, header.candidates, seed=header.seed, progress=progress)
@@ -68,8 +78,9 @@ def make_bench(
     correction: Any = header.correction
     if surveyed is None:
         surveyed = survey(
-            plan, layers, header.candidates, forms, belows, batches, correction, progress=progress
-        )
+            plan, layers, header.candidates, forms, belows, batches,
+            None if header.mode == "fast" else correction, progress=progress,
+        )  # fmt: skip
     return Bench(plan, layers, header.candidates, forms, belows, surveyed, metrics, correction)
 
 

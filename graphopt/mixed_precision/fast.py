@@ -11,7 +11,7 @@ CLADO, arXiv 2307.05657, without its forward passes per pair).
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -202,8 +202,10 @@ class _Changes:
         step = max(1, _CHUNK // max(deltas.shape[1], 1)) * self.group
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            gradients = _weight_gradients(use, x[part], gradient[part], shape, self.group)
-            found.append(gradients @ deltas.mT)
+            found += [
+                gradients @ deltas.mT
+                for gradients in _weight_gradients(use, x[part], gradient[part], shape, self.group)
+            ]
         vectors = torch.cat(found)
         if self.site is None:
             return vectors
@@ -213,7 +215,8 @@ class _Changes:
         vectors -= _group_sums(_summed(gradient, axes), self.group) @ mean.mT
         if self.site.gains:
             centred = z - z.mean([0, *axes], keepdim=True)
-            cross = _weight_gradients(use, x, centred, shape, len(x)).reshape(shape[0], -1)
+            (cross,) = _weight_gradients(use, x, centred, shape, len(x))
+            cross = cross.reshape(shape[0], -1)
             slope = (deltas.reshape(len(deltas), shape[0], -1) * cross).sum(-1)
             slope /= centred.square().sum([0, *axes]).clamp_min(1e-30)
             vectors -= _group_sums(_summed(gradient * centred, axes), self.group) @ slope.mT
@@ -285,33 +288,28 @@ class _Changes:
 
 def _weight_gradients(
     use: WeightUse, x: Tensor, gradient: Tensor, shape: Sequence[int], group: int
-) -> Tensor:
-    """Gradient of the op's weight over each group of samples, [groups, weights]."""
+) -> Iterator[Tensor]:
+    """Gradients of the op's weight over groups of samples, [some groups, weights] at a time."""
     form = use.form
     if form.kind != "conv":
         rows, columns = form.rows(gradient, x)[:, 0], form.columns(x)[:, 0]
         whole = len(rows) // group * group
-        parts = []
         if whole:
-            merged = (
+            left, right = (
                 each[:whole].unflatten(0, (-1, group)).flatten(1, 2) for each in (rows, columns)
             )
-            left, right = merged
-            parts.append((left.mT @ right).flatten(1))
+            yield (left.mT @ right).flatten(1)
         if whole < len(rows):
             left, right = rows[whole:].flatten(0, 1), columns[whole:].flatten(0, 1)
-            parts.append((left.mT @ right).reshape(1, -1))
-        return torch.cat(parts)
+            yield (left.mT @ right).reshape(1, -1)
+        return
     weight = x.new_empty(list(shape))
     padding = [before for before, _ in form.padding]
-    found = [
-        torch.ops.aten.convolution_backward.default(
+    for own, data in zip(gradient.split(group), x.split(group), strict=True):
+        yield torch.ops.aten.convolution_backward.default(
             own, data, weight, None, list(form.stride), padding, list(form.dilation), False,
             [0] * len(padding), form.groups, [False, True, False],
-        )[1].reshape(-1)
-        for own, data in zip(gradient.split(group), x.split(group), strict=True)
-    ]  # fmt: skip
-    return torch.stack(found)
+        )[1].reshape(1, -1)  # fmt: skip
 
 
 def _mean_change(use: WeightUse, x: Tensor, deltas: Tensor) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.api import as_program
-from graphopt.errors import InputError, MissingDependencyError, StateError
+from graphopt.errors import InputError, StateError
+from graphopt.extras import require
 from graphopt.mixed_precision.candidates import Candidate
 from graphopt.mixed_precision.layers import Layer, weights_of
 from graphopt.mixed_precision.metrics import METRICS, Metric, as_metric
@@ -302,12 +303,7 @@ class Measurements:
         Raises:
             MissingDependencyError: pandas is not installed (extra "plot").
         """
-        try:
-            import pandas as pd
-        except ImportError:
-            raise MissingDependencyError(
-                "pandas is not installed; pip install 'graphopt[plot]'"
-            ) from None
+        pd = require("pandas", "plot")
         return pd.DataFrame(self.to_rows())
 
     def to_csv(self, path: str | Path) -> Path:
@@ -327,13 +323,8 @@ class Measurements:
         Raises:
             MissingDependencyError: pandas or pyarrow is not installed (extra "plot").
         """
-        frame = self.to_pandas()
-        try:
-            frame.to_parquet(path)
-        except ImportError:
-            raise MissingDependencyError(
-                "pyarrow is not installed; pip install 'graphopt[plot]'"
-            ) from None
+        require("pyarrow", "plot")
+        self.to_pandas().to_parquet(path)
         return Path(path)
 
     def __rich__(self) -> Table:

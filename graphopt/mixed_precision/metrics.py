@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -113,8 +114,16 @@ def as_metric(given: str | Compare | Metric) -> Metric:
     best = float(getattr(given, "best", 1.0 if larger else 0.0))
     sign = -1.0 if larger else 1.0
     name = str(getattr(given, "__name__", type(given).__name__))
-    return Metric(name, given, larger, lambda value: sign * (value - best),
-                  lambda loss: best + sign * loss)  # fmt: skip
+    loss, value = partial(_distance, sign, best), partial(_inverse, sign, best)
+    return Metric(name, given, larger, loss, value)
+
+
+def _distance(sign: float, best: float, value: float) -> float:
+    return sign * (value - best)
+
+
+def _inverse(sign: float, best: float, loss: float) -> float:
+    return best + sign * loss
 
 
 def measure(metric: Metric, found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from graphopt.errors import MissingDependencyError
+from graphopt.extras import require
 from graphopt.mixed_precision.measurements import Measurements
 from graphopt.mixed_precision.sweep import Sweep
 
@@ -19,14 +19,9 @@ __all__ = ["plot_sweep", "plot_table", "save_plot"]
 def _axes(ax: Axes | None, width: float) -> Axes:
     if ax is not None:
         return ax
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise MissingDependencyError(
-            "matplotlib is not installed; pip install 'graphopt[plot]'"
-        ) from None
     # no pyplot: a figure of its own changes no global state
-    return Figure(figsize=(width, 4.5), layout="constrained").add_subplot()
+    figure = require("matplotlib.figure", "plot").Figure
+    return figure(figsize=(width, 4.5), layout="constrained").add_subplot()
 
 
 def save_plot(ax: Axes, path: str | Path) -> None:

@@ -35,7 +35,9 @@ def combined_of(
     if not batches:
         raise InputError("there are no data to measure recipes on")
     program = table.program
-    bench = make_bench(program, table.header, (table.metric,), batches, progress=progress)
+    # whole models are corrected as a whole: no moments of single layers are needed
+    header = replace(table.header, mode="fast")
+    bench = make_bench(program, header, (table.metric,), batches, progress=progress)
     return Combined(program, bench, batches)
 
 

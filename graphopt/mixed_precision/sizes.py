@@ -84,16 +84,19 @@ class SizeModel:
             "lut_dtype": None if self.lut_dtype is None else dtype_name(self.lut_dtype),
         }
 
-    def _width(self, bits: int) -> int:
-        """Bits that the target stores for codes of `bits`."""
+    def _width(self, bits: int) -> int | None:
+        """Bits that the target stores for codes of `bits`, None where it has no tables."""
         if self.backend is None:
             return bits
-        return load_backend(self.backend).capabilities.stored_bits(bits) or bits
+        return load_backend(self.backend).capabilities.stored_bits(bits)
 
     def _palette_bits(self, spec: PalettizationSpec, shape: Sequence[int], axis: int) -> int:
         layout = plan_layout(shape, axis, spec)
         floats = bits_of(self.float_dtype)
         width = self._width(spec.n_bits)
+        if width is None:
+            # lookups are expanded when lowered
+            return math.prod(shape) * floats
         entries = bits_of(self.lut_dtype or self.float_dtype)
         tables = layout.n_groups
         total = _whole_bytes(math.prod(layout.index_shape()) * width)
@@ -116,7 +119,7 @@ class SizeModel:
         width, total = grid.bits, 0
         if grid.storage in narrow:
             # held as codes of a table with every value of the type
-            width = self._width(grid.bits)
+            width = self._width(grid.bits) or grid.bits
             total += 2**width * 8
         total += _whole_bytes(math.prod(shape) * width)
         total += scales * bits_of(spec.scale_dtype or self.float_dtype)

@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
 from graphopt.editor import operands
+from graphopt.fake_quantize import ActivationQuantizer
 from graphopt.layerwise import Batch
 from graphopt.mixed_precision.candidates import Candidate
 from graphopt.mixed_precision.layers import Layer, Stored
 from graphopt.mixed_precision.suffix import Downstream, GraphPlan, Hook, SuffixRun
-from graphopt.numerics.affine import grid_of, qparams
 from graphopt.passes.correct_bias import channel_axis
+from graphopt.passes.value_facts import with_known_range
 from graphopt.progress import track
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["Affine", "Correction", "Site", "Survey", "rounded", "site_of", "survey"]
+__all__ = ["Affine", "Correction", "Site", "Survey", "site_of", "survey"]
 
 Correction = Literal["statistics", "batch_norm", "bias"]
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
@@ -62,11 +62,11 @@ class Survey:
     """Outcome for all data.
 
     Attributes:
-        ranges: Layer → lowest and highest value of its data input.
+        roundings: (layer, candidate) → what rounds the op's data input, its range known.
         corrections: (layer, candidate) → what the correction does to the op's output.
     """
 
-    ranges: dict[str, tuple[float, float]]
+    roundings: dict[tuple[str, str], ActivationQuantizer]
     corrections: dict[tuple[str, str], Affine]
 
     def hooks(
@@ -74,24 +74,13 @@ class Survey:
     ) -> dict[str, dict[fx.Node, Hook]]:
         """Hooks of `SuffixRun.values` for a candidate."""
         found: dict[str, dict[fx.Node, Hook]] = {}
-        if candidate.activation is not None:
-            hook = partial(rounded, limits=self.ranges[layer.name], spec=candidate.activation)
-            found["before"] = {plan.by_name[name]: hook for name in layer.nodes}
+        rounding = self.roundings.get((layer.name, candidate.name))
+        if rounding is not None:
+            found["before"] = {plan.by_name[name]: rounding for name in layer.nodes}
         affine = self.corrections.get((layer.name, candidate.name))
         if affine is not None and site is not None:
             found["behind"] = {plan.by_name[site.node]: affine}
         return found
-
-
-def rounded(value: Tensor, limits: tuple[float, float], spec: QuantizationSpec) -> Tensor:
-    """An activation rounded to the integers of a spec, over a fixed range."""
-    low, high = torch.tensor(limits[0]), torch.tensor(limits[1])
-    scale, offset = qparams(low, high, spec)
-    zero = 0 if offset is None else int(offset)
-    grid = grid_of(spec)
-    return torch.fake_quantize_per_tensor_affine(
-        value, float(scale), zero, int(grid.q_min), int(grid.q_max)
-    )
 
 
 def site_of(plan: GraphPlan, layer: Layer, correction: Correction | None) -> Site | None:
@@ -142,7 +131,8 @@ def survey(
 ) -> Survey:
     """Run all data once through every layer and its candidates, if anything asks for it.
 
-    Ranges are minimum and maximum of the op's data input. A correction gives a compressed layer's
+    Ranges of activations are those that their spec's statistics find, as a `Quantizer` has them. A
+    correction gives a compressed layer's
     output the mean (and, in front of a batch norm, the variance) of the uncompressed one's; for a
     single layer that is what new batch-norm statistics and corrected biases do.
 
@@ -163,7 +153,12 @@ def survey(
     corrected = [layer for layer in layers if sites[layer.name] is not None]
     if not ranged and not corrected:
         return Survey({}, {})
-    ranges: dict[str, tuple[float, float]] = {}
+    roundings = {
+        (layer.name, name): _rounding(plan, layer, candidates[name].activation)
+        for layer in ranged
+        for name in layer.candidates
+        if candidates[name].activation is not None
+    }
     moments: dict[tuple[str, str], _Moments] = {}
     for batch in track(batches, "surveying", len(batches), enabled=progress):
         run = SuffixRun(plan, batch)
@@ -171,16 +166,30 @@ def survey(
             if layer not in ranged and layer not in corrected:
                 continue
             run.advance(belows[layer.name].first)
-            for name in layer.nodes if layer in ranged else ():
-                node = plan.by_name[name]
-                moving = next(each for each in operands(node) if each not in plan.constant)
-                low, high = (float(end) for end in torch.aminmax(run.exact(moving)))
-                before = ranges.get(layer.name, (low, high))
-                ranges[layer.name] = (min(low, before[0]), max(high, before[1]))
+            for node in _data_inputs(plan, layer) if layer in ranged else ():
+                for name in layer.candidates:
+                    if (layer.name, name) in roundings:
+                        roundings[layer.name, name].observe(run.exact(node))
             site = sites[layer.name]
             if site is not None:
                 _add_moments(plan, run, layer, forms[layer.name], belows[layer.name], site, moments)
-    return Survey(ranges, _affines(corrected, sites, moments))
+    for rounding in roundings.values():
+        rounding.settle()
+        rounding.rounding = True
+    return Survey(roundings, _affines(corrected, sites, moments))
+
+
+def _data_inputs(plan: GraphPlan, layer: Layer) -> list[fx.Node]:
+    """What the layer's ops read besides constants."""
+    return [
+        next(each for each in operands(plan.by_name[name]) if each not in plan.constant)
+        for name in layer.nodes
+    ]
+
+
+def _rounding(plan: GraphPlan, layer: Layer, spec: QuantizationSpec | None) -> ActivationQuantizer:
+    assert spec is not None
+    return ActivationQuantizer(with_known_range(spec, _data_inputs(plan, layer))).eval()
 
 
 def _add_moments(
