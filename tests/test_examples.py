@@ -114,3 +114,41 @@ def test_sentence_encoder_example_gains_from_unlabelled_text(tmp_path: Path) -> 
     assert tuned > fitted - 0.01
     assert float(row[9]) < 1e-3  # Core AI against PyTorch
     assert (tmp_path / "accuracy.png").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.coreai
+def test_mixed_precision_example_beats_uniform_and_greedy(tmp_path: Path) -> None:
+    script = str(ROOT / "examples/resnet50_mixed_precision/run.py")
+    out = run(script, "--out", str(tmp_path), "--points", "3", cwd=tmp_path)
+    lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    rows = {line[0].strip(): [cell.strip() for cell in line] for line in lines if len(line) == 7}
+    kl = {name: float(row[5]) for name, row in rows.items()}
+    psnr = {name: float(row[4]) for name, row in rows.items()}
+    assert float(rows["MILP, refined; fitted to data"][1]) <= 4.0
+    assert kl["MILP, refined; fitted to data"] <= kl["uniform 4-bit"] / 10
+    assert psnr["MILP, refined"] >= psnr["greedy"] - 0.1
+    for name in ("sensitivity.png", "curve.png", "recipe.yaml", "resnet.aimodel"):
+        assert (tmp_path / name).exists()
+
+
+def test_mixed_precision_example_reads_imagenet_folders(tmp_path: Path) -> None:
+    from PIL import Image
+
+    for label in ("n01", "n02"):
+        (tmp_path / "images" / label).mkdir(parents=True)
+        for number in range(3):
+            pixels = np.full((300, 260, 3), 40 * number, dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "images" / label / f"{number}.png")
+    out = run(
+        "-c",
+        f"import sys; sys.path.insert(0, {str(ROOT / 'examples/resnet50_mixed_precision')!r})\n"
+        "from model import imagenet, resnet50\nfrom pathlib import Path\nimport torch\n"
+        f"parts = imagenet(Path({str(tmp_path / 'images')!r}), 4, 3)\n"
+        "torch.save(resnet50().state_dict(), 'w.pth')\nmodel = resnet50(Path('w.pth'))\n"
+        "print([tuple(x.shape) for x, _ in parts], [y.tolist() for _, y in parts])\n"
+        "print(sum(p.ndim > 1 for p in model.parameters()), tuple(model(parts[0][0]).shape))\n",
+        cwd=tmp_path,
+    )
+    assert "[(3, 3, 224, 224), (1, 3, 224, 224)] [[0, 0, 0], [1]]" in out
+    assert "54 (3, 1000)" in out

@@ -34,10 +34,12 @@ class Options:
     Attributes:
         names: Candidates of each layer.
         problem: Their losses and sizes.
+        pinned: Whether a pin decides for the layer.
     """
 
     names: tuple[tuple[str, ...], ...]
     problem: Problem
+    pinned: tuple[bool, ...]
 
     def named(self, choice: Sequence[int]) -> list[str]:
         """Names of chosen candidates."""
@@ -57,7 +59,7 @@ def options_of(
     Raises:
         ConfigError: A pattern matches nothing, or a layer does not have the candidate.
     """
-    losses, names, sizes = [], [], []
+    losses, names, sizes, pinned = [], [], [], []
     matched: set[str] = set()
     for layer, own in zip(table.layers, table.losses(), strict=True):
         rows = [
@@ -80,6 +82,7 @@ def options_of(
                     f"pin[{pattern!r}]: {layer.name} has no candidate {wanted!r}; it has"
                     f" {[*layer.candidates, KEEP.name]}"
                 )
+        pinned.append(any(re.fullmatch(pattern, layer.name) for pattern in pin or {}))
         names.append(tuple(row[0] for row in rows))
         losses.append([row[1] for row in rows])
         sizes.append([row[2] for row in rows])
@@ -90,7 +93,7 @@ def options_of(
                 f"pin[{pattern!r}] matches no layer"
                 + (f"; closest: {', '.join(near)}" if near else "")
             )
-    return Options(tuple(names), Problem.of(losses, sizes))
+    return Options(tuple(names), Problem.of(losses, sizes), tuple(pinned))
 
 
 def choose(
@@ -131,15 +134,25 @@ def choose(
 def _greedy(table: Measurements, options: Options, budget: float) -> Recipe:
     """The published walk over (layer, candidate) pairs, best metric first."""
     losses, sizes = options.problem.losses, options.problem.sizes
-    scores = [[-float(each) for each in own] for own in losses]
-    kept = [float(layer.kept_bits) for layer in table.layers]
+    # pinned layers take no part in the walk
+    scores = [
+        [] if fixed else [-float(each) for each in own]
+        for own, fixed in zip(losses, options.pinned, strict=True)
+    ]
+    kept = [
+        float(own[0]) if fixed else float(layer.kept_bits)
+        for layer, own, fixed in zip(table.layers, sizes, options.pinned, strict=True)
+    ]
     found = solve_greedily(scores, [list(map(float, own)) for own in sizes], kept, budget)
     names = [
-        KEEP.name if place is None else options.names[layer][place]
+        options.names[layer][place or 0]
+        if place is not None or options.pinned[layer]
+        else KEEP.name
         for layer, place in enumerate(found)
     ]
+    free = [0.0 if not fixed else np.inf for fixed in options.pinned]
     whole = Problem(
-        tuple(np.append(own, 0.0) for own in losses),
+        tuple(np.append(own, each) for own, each in zip(losses, free, strict=True)),
         tuple(np.append(own, each) for own, each in zip(sizes, kept, strict=True)),
     )
     bound = solve_on_hull(whole, budget).bound
