@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -37,15 +38,35 @@ class Combined:
         self.batches = list(batches)
         self.count = 0
         self.reference = [SuffixRun(bench.plan, batch).reference() for batch in self.batches]
-        self._known: dict[tuple[str, ...], float] = {}
+        self._known: dict[tuple[str, ...], list[float]] = {}
 
     def measure(self, names: Sequence[str]) -> float:
         """The first metric's mean over batches for one candidate's name per layer."""
+        found = self._values(names)
+        return sum(found) / len(found)
+
+    def _values(self, names: Sequence[str]) -> list[float]:
         key = tuple(names)
         if key not in self._known:
             self.count += 1
             self._known[key] = self._measured(names)
         return self._known[key]
+
+    def is_better(self, names: Sequence[str], than: Sequence[str]) -> bool:
+        """Whether a choice has the smaller loss, by more than chance.
+
+        The mean must be smaller, and the batches' differences must have a mean below 0 by at least
+        its standard error: where few samples decide, what looks better often is not on others.
+        """
+        if not self.loss(names) < self.loss(than):
+            return False
+        loss = self.bench.metrics[0].loss
+        pairs = zip(self._values(names), self._values(than), strict=True)
+        change = [loss(new) - loss(old) for new, old in pairs]
+        mean = statistics.fmean(change)
+        if len(change) < 2:
+            return mean < 0
+        return mean + statistics.stdev(change) / len(change) ** 0.5 < 0
 
     def loss(self, names: Sequence[str]) -> float:
         """The loss of `measure`."""
@@ -87,7 +108,7 @@ class Combined:
                 found |= own.get("before", {})
         return found
 
-    def _measured(self, names: Sequence[str]) -> float:
+    def _measured(self, names: Sequence[str]) -> list[float]:
         gm = self.compressed(names)
         plan = GraphPlan(gm)
         weights = [weight for weight in weights_of(gm) if weight.name in self._layers]
@@ -98,7 +119,7 @@ class Combined:
         for batch, reference in zip(self.batches, self.reference, strict=True):
             outputs = SuffixRun(plan, batch).outputs(below, values, before=before)
             found.append(measure(self.bench.metrics[0], outputs, reference))
-        return sum(found) / len(found)
+        return found
 
     @property
     def _layers(self) -> set[str]:

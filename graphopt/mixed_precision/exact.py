@@ -11,6 +11,7 @@ from graphopt.mixed_precision.candidates import Candidate
 from graphopt.mixed_precision.layers import Layer, Stored, stored_forms, weights_of
 from graphopt.mixed_precision.metrics import Metric, measure
 from graphopt.mixed_precision.records import Header
+from graphopt.mixed_precision.stacked import Stacker
 from graphopt.mixed_precision.suffix import Downstream, GraphPlan, SuffixRun
 from graphopt.mixed_precision.survey import Correction, Survey, site_of, survey
 from graphopt.program import Program
@@ -33,6 +34,7 @@ class Bench:
         survey: Ranges and corrections over all data.
         metrics: What is measured.
         correction: What will be corrected afterwards, or None.
+        stacker: Runs candidates side by side where that is possible.
     """
 
     plan: GraphPlan
@@ -42,7 +44,8 @@ class Bench:
     belows: Mapping[str, Downstream]
     survey: Survey
     metrics: tuple[Metric, ...]
-    correction: Correction | None = None
+    correction: Correction | None
+    stacker: Stacker
 
 
 def make_bench(
@@ -81,7 +84,9 @@ def make_bench(
             plan, layers, header.candidates, forms, belows, batches,
             None if header.mode == "fast" else correction, progress=progress,
         )  # fmt: skip
-    return Bench(plan, layers, header.candidates, forms, belows, surveyed, metrics, correction)
+    return Bench(
+        plan, layers, header.candidates, forms, belows, surveyed, metrics, correction, Stacker(plan)
+    )
 
 
 def measure_batch(
@@ -90,7 +95,7 @@ def measure_batch(
     """Measure every layer on one batch.
 
     The result is that of compressing the layer in a copy of the model and running it all; only what
-    depends on the layer is run, though.
+    depends on the layer is run, though, and candidates side by side where they are small.
 
     Args:
         bench: What to measure.
@@ -109,16 +114,28 @@ def measure_batch(
         below = bench.belows[layer.name]
         run.advance(below.first)
         site = site_of(bench.plan, layer, bench.correction)
-        values: Values = {}
-        for name in layer.candidates:
-            candidate, form = bench.candidates[name], bench.forms[layer.name][name]
-            found = reference
-            if not candidate.is_kept:
-                dense = run.exact(below.sources[0]) if form is None else form.dense()
-                weights = dict.fromkeys(below.sources, dense)
-                hooks = bench.survey.hooks(layer, candidate, site, bench.plan)
-                found = run.outputs(below, weights, **hooks)
-            values[name] = {
-                metric.name: measure(metric, found, reference) for metric in bench.metrics
-            }
-        yield layer.name, values
+        changed = [name for name in layer.candidates if not bench.candidates[name].is_kept]
+        weights, hooks = [], []
+        for name in changed:
+            form = bench.forms[layer.name][name]
+            dense = run.exact(below.sources[0]) if form is None else form.dense()
+            weights.append(dict.fromkeys(below.sources, dense))
+            hooks.append(bench.survey.hooks(layer, bench.candidates[name], site, bench.plan))
+        outputs = None
+        if len(layer.nodes) == 1:
+            op = bench.plan.by_name[layer.nodes[0]]
+            outputs = bench.stacker.outputs(run, below, op, weights, hooks)
+        if outputs is None:
+            pairs = zip(weights, hooks, strict=True)
+            outputs = [run.outputs(below, each, **own) for each, own in pairs]
+        found = dict(zip(changed, outputs, strict=True))
+        yield (
+            layer.name,
+            {
+                name: {
+                    metric.name: measure(metric, found.get(name, reference), reference)
+                    for metric in bench.metrics
+                }
+                for name in layer.candidates
+            },
+        )

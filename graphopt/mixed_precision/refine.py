@@ -4,7 +4,7 @@ The additive prediction ignores that the errors of layers add up coherently or c
 form of the cross terms does not; it is searched by single and double exchanges. At the best choice
 found so far, the gradient of the metric in the weights and the curvature of single exchanges give a
 local model that is solved exactly among choices that change few layers. Nothing is accepted that was
-not measured on the whole model.
+not measured on the whole model, and better by more than chance.
 """
 
 from __future__ import annotations
@@ -132,7 +132,7 @@ def refine_choice(
     evaluations: int = 16,
     rounds: int = 2,
     seed: int = 0,
-) -> tuple[list[str], float]:
+) -> list[str]:
     """A choice at least as good as each of `starts` on the whole model.
 
     Args:
@@ -146,7 +146,7 @@ def refine_choice(
         seed: Seed of the perturbed restarts.
 
     Returns:
-        Candidate of each layer, and the loss measured.
+        Candidate of each layer.
     """
     layers = combined.bench.layers
     known = {
@@ -177,11 +177,10 @@ def refine_choice(
     def names(own: npt.NDArray[np.int64]) -> list[str]:
         return [kept[column][1] for column in own]
 
-    measured = [
-        (combined.loss(names(own)), place) for place, own in enumerate(states[:evaluations])
-    ]
-    lowest, first = min(measured)
-    best = states[first]
+    best = states[0]
+    for own in states[:evaluations]:
+        if combined.is_better(names(own), names(best)):
+            best = own
     generator = np.random.default_rng(seed)
     seeds = [*states, *(exchange.perturbed(best, 0.2, generator) for _ in range(_RESTARTS))]
     optima = {tuple(own): exchange.value(own) for own in map(exchange.search, seeds)}
@@ -190,29 +189,26 @@ def refine_choice(
         if combined.count >= limit:
             break
         own = np.array(found)
-        loss = combined.loss(names(own))
-        if loss < lowest:
-            best, lowest = own, loss
+        if combined.is_better(names(own), names(best)):
+            best = own
     for _ in range(rounds):
         if combined.count >= limit or combined.bench.metrics[0].name not in FAST_METRICS:
             break
-        before = lowest
-        local = _local(combined, exchange, best, kept)
+        before = best
+        local = _local(combined, exchange, before, kept)
         for part in _SHARES:
             if combined.count >= limit:
                 break
-            near = solve_near(
-                local, budget, _places(exchange, best), max(1, round(part * len(best)))
-            )
+            changes = max(1, round(part * len(before)))
+            near = solve_near(local, budget, _places(exchange, before), changes)
             if near is None:
                 continue
             own = _columns(exchange, near.choice)
-            loss = combined.loss(names(own))
-            if loss < lowest:
-                best, lowest = own, loss
-        if lowest >= before:
+            if combined.is_better(names(own), names(best)):
+                best = own
+        if best is before:
             break
-    return names(best), lowest
+    return names(best)
 
 
 def _places(exchange: Exchange, state: npt.NDArray[np.int64]) -> list[int]:

@@ -67,7 +67,7 @@ def refined(
                 table, target_bpw=budget / table.weights, solver=solver, pin=pin, keep=keep
             )
             starts.append([other.choice[layer.name] for layer in table.layers])
-    found, _ = refine_choice(
+    found = refine_choice(
         combined, _matrix(table, combined), starts, budget, allowed,
         evaluations=evaluations, rounds=rounds, seed=seed,
     )  # fmt: skip

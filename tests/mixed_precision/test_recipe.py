@@ -214,7 +214,7 @@ def test_refinement_measures_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch
     calls = 0
     original = combined.Combined._measured
 
-    def counted(self: Any, names: Any) -> float:
+    def counted(self: Any, names: Any) -> list[float]:
         nonlocal calls
         calls += 1
         return original(self, names)
