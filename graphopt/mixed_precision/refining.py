@@ -15,7 +15,7 @@ from graphopt.mixed_precision.choose import choose, make_recipe, options_of
 from graphopt.mixed_precision.combined import Combined
 from graphopt.mixed_precision.exact import make_bench
 from graphopt.mixed_precision.fast import FAST_METRICS, draw_vectors
-from graphopt.mixed_precision.measurements import Matrix, Measurements, hybrid
+from graphopt.mixed_precision.measurements import Matrix, Measurements, cross_terms
 from graphopt.mixed_precision.recipe import Recipe
 from graphopt.mixed_precision.refine import refine_choice
 
@@ -82,12 +82,11 @@ def _matrix(table: Measurements, combined: Combined) -> Matrix:
     """Cross terms: the table's, or measured losses with correlations drawn here."""
     if table.has_interactions:
         return table.interactions()
-    losses = table.losses()
+    losses = [loss for layer in table.losses() for loss in layer]
     if table.metric.name not in FAST_METRICS:
-        flat = np.array([loss for layer in losses for loss in layer])
-        return np.diag(2 * np.clip(np.nan_to_num(flat, posinf=1e300), 0, None))
+        return np.diag(2 * np.clip(np.nan_to_num(losses, posinf=1e300), 0, None))
     drawn = [
         draw_vectors(combined.bench, batch, draws=1, seed=seed)
         for seed, batch in enumerate(combined.batches)
     ]
-    return hybrid(np.concatenate(drawn).astype(np.float64), losses)
+    return cross_terms(np.concatenate(drawn).astype(np.float64), table.owners(), losses)

@@ -13,7 +13,7 @@ from graphopt.layerwise import as_batch
 from graphopt.mixed_precision import analyze, fast
 from graphopt.mixed_precision.exact import Bench
 from graphopt.mixed_precision.fast import draw_vectors
-from graphopt.mixed_precision.measurements import hybrid
+from graphopt.mixed_precision.measurements import cross_terms
 from graphopt.mixed_precision.refining import combined_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -102,13 +102,29 @@ def test_cross_terms_predict_whole_recipes(mode: Any) -> None:
                                          rel=0.1)  # fmt: skip
 
 
-def test_hybrid_keeps_measured_losses_on_the_diagonal() -> None:
+def test_cross_terms_keep_losses_on_the_diagonal() -> None:
     generator = np.random.default_rng(0)
-    vectors = generator.standard_normal((50, 3)) * [1.0, 10.0, 0.0]
-    q = hybrid(vectors, [[0.5, 2.0], [0.0]])
-    np.testing.assert_allclose(np.diag(q), [1.0, 4.0, 0.0], atol=1e-12)
-    a, b = vectors[:, 0], vectors[:, 1]
-    assert q[0, 1] == pytest.approx(a @ b / np.linalg.norm(a) / np.linalg.norm(b) * 2.0)
+    vectors = generator.standard_normal((50, 4)) * [1.0, 10.0, 0.0, 3.0]
+    vectors[:, 3] += 2 * vectors[:, 0]
+    q = cross_terms(vectors, [0, 0, 1, 1], [0.5, 2.0, 0.0, 0.5])
+    np.testing.assert_allclose(np.diag(q), [1.0, 4.0, 0.0, 1.0], atol=1e-12)
+    a, b, _, c = vectors.T
+    inside = a @ b / np.linalg.norm(a) / np.linalg.norm(b)
+    assert q[0, 1] == pytest.approx(2 * inside)
+    between = a @ c / np.linalg.norm(a) / np.linalg.norm(c)
+    assert 0.5 * between <= q[0, 3] < between  # shrunk by at most a half
+
+
+def test_correlations_of_many_vectors_are_kept() -> None:
+    generator = np.random.default_rng(0)
+    common = generator.standard_normal((200_000, 1))
+    vectors = common + generator.standard_normal((200_000, 3))
+    q = cross_terms(vectors, [0, 1, 2])
+    np.testing.assert_allclose(q, 1 + np.eye(3), rtol=0.02)
+    independent = generator.standard_normal((40, 30))
+    plain = independent.T @ independent / 40
+    shrunk = cross_terms(independent, list(range(30)))
+    assert np.abs(shrunk - np.eye(30)).sum() < 0.75 * np.abs(plain - np.eye(30)).sum()
 
 
 def test_ranks_of_trained_candidates_are_those_of_the_measured_ones() -> None:
