@@ -44,7 +44,9 @@ class Scores:
     def __call__(self, model: nn.Module) -> dict[str, float]:
         with torch.no_grad():
             found = [model(x) for x, _ in self.batches]
-        right = sum(int((z.argmax(1) == y).sum()) for z, (_, y) in zip(found, self.batches, strict=True))
+        right = sum(
+            int((z.argmax(1) == y).sum()) for z, (_, y) in zip(found, self.batches, strict=True)
+        )
         total = sum(len(y) for _, y in self.batches)
         means = {
             name: float(np.mean([METRICS[name].compare(*pair)
@@ -84,7 +86,9 @@ def main() -> None:
     parser.add_argument("--weights", type=Path, help="torchvision's ResNet-50 checkpoint")
     parser.add_argument("--calibration", type=Path, help="folder of ImageNet images")
     parser.add_argument("--validation", type=Path, help="folder of ImageNet images")
-    parser.add_argument("--images", type=int, default=512, help="for sensitivities; the article: 2560")
+    parser.add_argument(
+        "--images", type=int, default=512, help="for sensitivities; the article: 2560"
+    )
     parser.add_argument("--held-out", type=int, default=50_000, help="for top-1, of --validation")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--bits", type=int, nargs="+", default=[2, 4, 6])

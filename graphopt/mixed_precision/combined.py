@@ -90,8 +90,10 @@ class Combined:
                 first, *tied = found[layer.name].nodes
                 edit.set_value(first, dense, tied=tied)
                 changed.add(layer.name)
-        data = [_as_data(batch) for batch in self.batches]
         exact, wanted = self.program.graph_module, self.bench.correction
+        if wanted is None:
+            return gm
+        data = [_as_data(batch) for batch in self.batches]
         if wanted in ("statistics", "batch_norm"):
             run_passes(gm, [ReestimateBatchNorm(data, exact)])
         if wanted in ("statistics", "bias"):

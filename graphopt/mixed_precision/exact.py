@@ -6,6 +6,8 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from torch import Tensor
+
 from graphopt.layerwise import Batch
 from graphopt.mixed_precision.candidates import Candidate
 from graphopt.mixed_precision.layers import Layer, Stored, stored_forms, weights_of
@@ -115,20 +117,23 @@ def measure_batch(
         run.advance(below.first)
         site = site_of(bench.plan, layer, bench.correction)
         changed = [name for name in layer.candidates if not bench.candidates[name].is_kept]
-        weights, hooks = [], []
-        for name in changed:
-            form = bench.forms[layer.name][name]
-            dense = run.exact(below.sources[0]) if form is None else form.dense()
-            weights.append(dict.fromkeys(below.sources, dense))
-            hooks.append(bench.survey.hooks(layer, bench.candidates[name], site, bench.plan))
-        outputs = None
-        if len(layer.nodes) == 1:
-            op = bench.plan.by_name[layer.nodes[0]]
-            outputs = bench.stacker.outputs(run, below, op, weights, hooks)
-        if outputs is None:
-            pairs = zip(weights, hooks, strict=True)
-            outputs = [run.outputs(below, each, **own) for each, own in pairs]
-        found = dict(zip(changed, outputs, strict=True))
+        single = len(layer.nodes) == 1
+        op = bench.plan.by_name[layer.nodes[0]]
+        width = bench.stacker.width(run, below, op, len(changed)) if single else 1
+        found: dict[str, list[Tensor]] = {}
+        for start in range(0, len(changed), width):
+            names = changed[start : start + width]
+            weights, hooks = [], []
+            for name in names:
+                form = bench.forms[layer.name][name]
+                dense = run.exact(below.sources[0]) if form is None else form.dense()
+                weights.append(dict.fromkeys(below.sources, dense))
+                hooks.append(bench.survey.hooks(layer, bench.candidates[name], site, bench.plan))
+            outputs = bench.stacker.outputs(run, below, op, weights, hooks) if width > 1 else None
+            if outputs is None:
+                pairs = zip(weights, hooks, strict=True)
+                outputs = [run.outputs(below, each, **own) for each, own in pairs]
+            found |= zip(names, outputs, strict=True)
         yield (
             layer.name,
             {

@@ -11,6 +11,7 @@ CLADO, arXiv 2307.05657, without its forward passes per pair).
 from __future__ import annotations
 
 import logging
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -82,9 +83,14 @@ def draw_vectors(bench: Bench, batch: Batch, *, draws: int, seed: int, group: in
 class _Values:
     def __init__(self, samples: int) -> None:
         self.samples = samples
-        self.at: dict[fx.Node, Tensor] = {}  # output of each layer's op, part of the autograd graph
+        # outputs of the layers' ops, or their items, which are part of the autograd graph
+        self.at: dict[fx.Node, Tensor] = {}
         self.data: dict[fx.Node, list[tuple[fx.Node, object]]] = {}  # what each op reads
         self.reached: list[fx.Node] = []
+
+    def points(self, op: fx.Node) -> list[fx.Node]:
+        """Where an op's output can be changed: the op, or the items of its tuple."""
+        return [op] if op in self.at else [user for user in op.users if user in self.at]
 
 
 def _forward(plan: GraphPlan, batch: Batch, wanted: set[str]) -> tuple[_Values, list[Tensor]]:
@@ -100,16 +106,19 @@ def _forward(plan: GraphPlan, batch: Batch, wanted: set[str]) -> tuple[_Values, 
         result = call_node(plan.gm, node, env.__getitem__)
         if node.op == "get_attr" and isinstance(result, Tensor):
             result = result.detach()
-        if node.name in wanted and isinstance(result, Tensor) and result.is_floating_point():
-            if not result.requires_grad:
-                result = result.detach().requires_grad_()
-            values.at[node] = result
-            values.reached.append(node)
+        if node.name in wanted:
             values.data[node] = [
                 (each, value.detach() if isinstance(value, Tensor) else value)
                 for each in node.all_input_nodes
                 for value in [env[each]]
             ]
+        item = node.target is operator.getitem and node.all_input_nodes[0].name in wanted
+        is_point = node.name in wanted or item
+        if is_point and isinstance(result, Tensor) and result.is_floating_point():
+            if not result.requires_grad:
+                result = result.detach().requires_grad_()
+            values.at[node] = result
+            values.reached.append(node)
         env[node] = result
         for each in (*node.all_input_nodes, node):
             if plan.last_reader[each] <= plan.place[node] and each in env:
@@ -180,14 +189,15 @@ class _Changes:
         sizes = torch.tensor([len(part) for part in torch.arange(samples).split(self.group)])
         total = torch.zeros(len(sizes), len(self.layer.candidates))
         for name in self.layer.nodes:
-            node = self.plan.by_name[name]
-            gradient = gradients.get(node)
-            if gradient is None:
-                continue
-            if self.use is not None and gradient.shape[0] == samples:
-                total += self._by_weight(node, self.use, gradient)
-            else:
-                total += self._by_output(node, gradient, samples)
+            op = self.plan.by_name[name]
+            for point in self.values.points(op):
+                gradient = gradients.get(point)
+                if gradient is None:
+                    continue
+                if self.use is not None and gradient.shape[0] == samples:
+                    total += self._by_weight(op, self.use, gradient)
+                else:
+                    total += self._by_output(op, point, gradient, samples)
         return total / sizes[:, None].sqrt()
 
     @torch.no_grad()
@@ -243,11 +253,11 @@ class _Changes:
         return self._changes
 
     @torch.no_grad()
-    def _by_output(self, node: fx.Node, gradient: Tensor, samples: int) -> Tensor:
+    def _by_output(self, op: fx.Node, point: fx.Node, gradient: Tensor, samples: int) -> Tensor:
         """⟨δ, Δz⟩ with the op run for each candidate."""
-        exact = self.values.at[node].detach()
-        local = self.plan.downstream(self.below.sources, node)
-        known = dict(self.values.data[node])
+        exact = self.values.at[point].detach()
+        local = self.plan.downstream(self.below.sources, point)
+        known = dict(self.values.data[op])
         columns = []
         for name, form in self.forms.items():
             candidate = self.bench.candidates[name]
@@ -259,9 +269,9 @@ class _Changes:
                 values |= dict.fromkeys(local.sources, form.dense())
             hooks = self.bench.survey.hooks(self.layer, candidate, None, self.plan)
             for each in local.nodes:
-                if each is node or each in self.plan.constant:
+                if each in (op, point) or each in self.plan.constant:
                     values[each] = self._call(each, values, hooks.get("before", {}))
-            change = (values[node] - exact).float()  # type: ignore[operator]
+            change = (values[point] - exact).float()  # type: ignore[operator]
             if self.site is not None:
                 change = _residual(change, exact.float(), self.site)
             columns.append(_per_sample(gradient.float() * change, samples))

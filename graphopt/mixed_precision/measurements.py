@@ -230,9 +230,17 @@ class Measurements:
         """For each layer in order, the loss of each candidate: 0 for none, adding up over layers."""
         values = self.values()
         return [
-            [self.metric.loss(values[layer.name][name]) for name in layer.candidates]
+            [self._loss(layer.name, name, values[layer.name][name]) for name in layer.candidates]
             for layer in self.layers
         ]
+
+    def _loss(self, layer: str, candidate: str, value: float) -> float:
+        """Loss of a mean value, or the mean loss where a batch without any error is in it."""
+        if math.isfinite(value) or not self.is_measured:
+            return self.metric.loss(value)
+        name = self.header.metrics[0]
+        rows = [self._records.values[batch, layer][candidate][name] for batch in self._batches()]
+        return float(np.mean([self.metric.loss(each) for each in rows]))
 
     def problem(self) -> Problem:
         """Losses and sizes for the solvers."""

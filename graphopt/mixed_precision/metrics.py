@@ -25,8 +25,8 @@ class Metric:
         name: Its name in tables.
         compare: `(found, reference) → value` on one output of a batch.
         larger_is_better: Direction of the value.
-        loss: Value → a loss of 0 for equal outputs that adds up over layers. Decibels do not add
-            up, the noise that they stand for does.
+        loss: Value → a loss of 0 for equal outputs that adds up over layers. Neither decibels nor
+            cosines add up, the noise that they stand for does.
         value: Inverse of `loss`.
     """
 
@@ -83,11 +83,20 @@ def _rest(value: float) -> float:
     return 1 - value
 
 
+def _across(cosine: float) -> float:
+    """Half the noise-to-signal ratio of which `cosine` is left; 1 − cosine where that is small."""
+    return 0.5 / max(cosine, 1e-3) ** 2 - 0.5
+
+
+def _along(loss: float) -> float:
+    return float((1 + 2 * max(loss, 0.0)) ** -0.5)
+
+
 METRICS: dict[str, Metric] = {
     "psnr": Metric("psnr", _psnr, True, _noise, _decibels),
     "mse": Metric("mse", _mse, False, _same, _same),
     "kl": Metric("kl", _kl, False, _same, _same),
-    "cosine": Metric("cosine", _cosine, True, _rest, _rest),
+    "cosine": Metric("cosine", _cosine, True, _across, _along),
     "top1": Metric("top1", _top1, True, _rest, _rest),
 }
 

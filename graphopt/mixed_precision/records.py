@@ -139,8 +139,11 @@ class Records:
         """
         if path is None:
             return cls(header)
+        first = json.dumps(header.to_dict()) + "\n"
         if resume and path.exists() and path.stat().st_size:
             found, end = _read(path)
+            if found is None and not first.encode().startswith(path.read_bytes()):
+                raise InputError(f"{path}: not a sensitivity table; write to another file")
             if found is not None:
                 difference = header.difference(found.header)
                 if difference:
@@ -153,7 +156,7 @@ class Records:
                 found.path = path
                 return found
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(header.to_dict()) + "\n", encoding="utf-8")
+        path.write_text(first, encoding="utf-8")
         return cls(header, path)
 
     @classmethod

@@ -36,6 +36,25 @@ class Stacker:
         self._refused: set[fx.Node] = set()
         self._checked: set[fx.Node] = set()
 
+    def width(self, run: SuffixRun, below: Downstream, op: fx.Node, count: int) -> int:
+        """How many candidates of a layer may run at a time.
+
+        Args:
+            run: The batch.
+            below: What depends on the layer.
+            op: The only op that reads it.
+            count: Number of candidates.
+        """
+        if self.batch is None or op in self._refused:
+            return 1
+        rest = self._rest(below, op)
+        bindings = _bindings(self.plan, run)
+        largest = max((_size(node, bindings) for node in (op, *rest)), default=0)
+        if not all(self._in_front(node) for node in (op, *rest)):
+            self._refused.add(op)
+            return 1
+        return max(1, min(count, _ELEMENTS // max(largest, 1)))
+
     def outputs(
         self, run: SuffixRun, below: Downstream, op: fx.Node,
         weights: Sequence[Mapping[fx.Node, Tensor]], hooks: Sequence[Mapping[str, Any]],
@@ -49,31 +68,24 @@ class Stacker:
             weights: For each candidate, `get_attr` node → value.
             hooks: For each candidate, hooks of `SuffixRun.values`.
         """
-        if self.batch is None or len(weights) < 2 or op in self._refused:
+        if op in self._refused:
             return None
         local = self.plan.downstream(below.sources, op)
-        rest = [node for node in below.nodes if node not in set(local.nodes)]
+        heads = [
+            run.values(local, each, [op], **own)[0]
+            for each, own in zip(weights, hooks, strict=True)
+        ]
         bindings = _bindings(self.plan, run)
-        largest = max((_size(node, bindings) for node in (op, *rest)), default=0)
-        width = min(len(weights), _ELEMENTS // max(largest, 1))
-        if width < 2:
-            return None
-        if not all(self._in_front(node) for node in (op, *rest)):
+        rest = self._rest(below, op)
+        stacked = self._tail(run, op, rest, torch.cat(heads), len(heads), bindings)
+        if stacked is None or not self._holds(run, op, below, weights[0], hooks[0], stacked):
             self._refused.add(op)
             return None
-        found: list[list[Tensor]] = []
-        for start in range(0, len(weights), width):
-            part = slice(start, start + width)
-            heads = [
-                run.values(local, each, [op], **own)[0]
-                for each, own in zip(weights[part], hooks[part], strict=True)
-            ]
-            stacked = self._tail(run, op, rest, torch.cat(heads), len(heads), bindings)
-            if stacked is None or not self._holds(run, op, below, weights[0], hooks[0], stacked):
-                self._refused.add(op)
-                return None
-            found += stacked
-        return found
+        return stacked
+
+    def _rest(self, below: Downstream, op: fx.Node) -> list[fx.Node]:
+        """What runs behind a layer's op."""
+        return [node for node in below.nodes if self.plan.place[node] > self.plan.place[op]]
 
     def _tail(
         self, run: SuffixRun, op: fx.Node, rest: Sequence[fx.Node], head: Tensor, count: int,

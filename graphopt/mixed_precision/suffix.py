@@ -6,6 +6,7 @@ once, when first needed, and dropped when no later weight can need them.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -32,12 +33,14 @@ class Downstream:
         nodes: Everything that depends on them, in order, without the output node.
         last: Node → the last of `nodes` that reads it.
         first: Place of the first op that is no view of a constant.
+        members: `nodes`, for asking.
     """
 
     sources: tuple[fx.Node, ...]
     nodes: tuple[fx.Node, ...]
     last: dict[fx.Node, fx.Node]
     first: int
+    members: frozenset[fx.Node]
 
 
 class GraphPlan:
@@ -84,7 +87,9 @@ class GraphPlan:
             if node is until:
                 break
         moving = [self.place[node] for node in nodes if node not in self.constant]
-        return Downstream(tuple(sources), tuple(nodes), last, min(moving, default=0))
+        return Downstream(
+            tuple(sources), tuple(nodes), last, min(moving, default=0), frozenset(nodes)
+        )
 
     def results(self) -> list[fx.Node]:
         """Nodes that the output reads."""
@@ -122,7 +127,7 @@ class SuffixRun:
         placeholders = plan.gm.graph.find_nodes(op="placeholder")
         self._inputs = dict(zip(placeholders, flat_inputs(plan.gm, batch), strict=True))
         self._exact: dict[fx.Node, Any] = dict(self._inputs)
-        self._passed = -1
+        self._passed = 0
 
     @torch.no_grad()
     def reference(self) -> list[Tensor]:
@@ -153,14 +158,18 @@ class SuffixRun:
         return self._exact[node]
 
     def advance(self, place: int) -> None:
-        """Drop what only nodes before `place` read; later calls must not go back."""
-        if place <= self._passed:
-            return
-        self._passed = place
-        gone = [node for node in self._exact if self.plan.last_reader[node] < place]
-        for node in gone:
-            if node.op != "placeholder":
-                del self._exact[node]
+        """Run the uncompressed graph up to `place`, dropping what later nodes do not read.
+
+        Later calls must not go back.
+        """
+        for number in range(self._passed, place):
+            node = self.plan.nodes[number]
+            if node.op not in ("placeholder", "output") and node not in self.plan.constant:
+                self.exact(node)
+            for each in (*node.all_input_nodes, node):
+                if self.plan.last_reader[each] <= number and each.op != "placeholder":
+                    self._exact.pop(each, None)
+        self._passed = max(self._passed, place)
 
     def values(
         self,
@@ -197,6 +206,7 @@ class SuffixRun:
         values: dict[fx.Node, Any] = dict(weights)
         dirty = {*below.sources, *below.nodes}
         kept = {*wanted}
+        reuse = not torch.is_grad_enabled()
 
         def value(node: fx.Node) -> Any:
             return values[node] if node in dirty else self.exact(node)
@@ -206,6 +216,8 @@ class SuffixRun:
                 moving = next(each for each in operands(node) if each not in self.plan.constant)
                 changed = before[node](value(moving))
                 found = call_node(self.plan.gm, node, _with(value, moving, changed))
+            elif reuse and _may_overwrite(node, below, kept):
+                found = _overwriting(node, value)
             else:
                 found = call_node(self.plan.gm, node, value)
             values[node] = behind[node](found) if behind and node in behind else found
@@ -221,6 +233,47 @@ class SuffixRun:
     ) -> list[Tensor]:
         """Outputs of the graph when weights are other ones; arguments as for `values`."""
         return _tensors(self.values(below, weights, self.plan.results(), **hooks))
+
+
+_aten = torch.ops.aten
+_NORM = _aten._native_batch_norm_legit_no_training.default
+_FRESH = {
+    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.linear.default),
+    *(_aten.add.Tensor, _aten.mul.Tensor, _aten.relu.default, _aten.convolution.default),
+}
+
+
+def _is_fresh(node: fx.Node) -> bool:
+    """Whether a node's tensor shares its memory with no other value."""
+    if node.target is operator.getitem:
+        return node.args[1] == 0 and getattr(node.args[0], "target", None) is _NORM
+    return node.target in _FRESH
+
+
+def _may_overwrite(node: fx.Node, below: Downstream, kept: set[fx.Node]) -> bool:
+    """Whether an activation function or a sum can take the memory of its first operand.
+
+    Fresh memory costs as much as the arithmetic there.
+    """
+    if node.target not in (_aten.relu.default, _aten.add.Tensor) or node.kwargs:
+        return False
+    first = node.args[0]
+    if not isinstance(first, fx.Node) or first in kept or not _is_fresh(first):
+        return False
+    shape = getattr(first.meta.get("val"), "shape", None)
+    same = shape is not None and bool(shape == getattr(node.meta.get("val"), "shape", None))
+    alone = len(node.all_input_nodes) == len(node.args)
+    return same and alone and below.last.get(first) is node and first in below.members
+
+
+def _overwriting(node: fx.Node, given: Callable[[fx.Node], Any]) -> Any:
+    values: Any = fx.map_arg(node.args, given)
+    first, *others = values
+    if node.target is _aten.relu.default:
+        return first.relu_()
+    if isinstance(others[0], Tensor) and others[0].dtype != first.dtype:
+        return first + others[0]
+    return first.add_(others[0])
 
 
 def _with(

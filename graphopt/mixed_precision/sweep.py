@@ -196,10 +196,15 @@ class _Known:
         if path.exists() and path.stat().st_size:
             content = path.read_bytes()
             end = content.rfind(b"\n") + 1
-            lines = [json.loads(line) for line in content[:end].splitlines()]
-            if not lines or lines[0] != head:
-                raise InputError(f"{path} is no sweep of this model; write to another file")
-            self.scores = {line["key"]: line["score"] for line in lines[1:]}
+            try:
+                lines = [json.loads(line) for line in content[:end].splitlines()]
+                if lines[0] != head:
+                    raise ValueError("another model")
+                self.scores = {line["key"]: line["score"] for line in lines[1:]}
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise InputError(
+                    f"{path} is no sweep of this model ({error}); write to another file"
+                ) from None
             os.truncate(path, end)
             return
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -13,6 +13,7 @@ from graphopt.sensitivity.storage import allocate
 
 __all__ = ["GradientCollector", "GradientTap", "WeightTap"]
 
+_FEW_POSITIONS = 32  # below, convolutions are unfolded
 _CHUNK = 1 << 21  # elements of columns and per-sample gradients that exist at a time
 
 
@@ -79,7 +80,10 @@ class GradientCollector:
             self._add(name, shape, _lookup_squares(x, rows[:, 0], shape))
             return
         if self.per_sample:
-            self._add(name, shape, use.pull_back(_squares(rows, use, x), shape))
+            squares = _kernel_squares(gradient.float() * self.scale, use, x)
+            if squares is None:
+                squares = _squares(rows, use, x)
+            self._add(name, shape, use.pull_back(squares, shape))
             return
         columns = use.form.columns(x.float())
         sums = (shape, rows.square().sum((0, 2)), columns.square().sum((0, 2)))
@@ -109,6 +113,30 @@ class GradientCollector:
         if name not in self.sums:
             self.sums[name] = allocate(name, shape, self.folder)
         self.sums[name] += value.to(self.sums[name].device)
+
+
+def _kernel_squares(gradient: Tensor, use: WeightUse, x: Tensor) -> Tensor | None:
+    """`_squares` of a convolution with many positions, by its own kernel and without unfolding.
+
+    None where the kernel does not apply: other ops, uneven padding, or so few positions that one
+    matrix product for many samples is quicker.
+    """
+    form = use.form
+    if form.kind != "conv" or any(before != behind for before, behind in form.padding):
+        return None
+    rank = len(form.kernel)
+    if x.ndim != rank + 2 or gradient[0, 0].numel() < _FEW_POSITIONS:
+        return None
+    shape = [gradient.shape[1], x.shape[1] // form.groups, *form.kernel]
+    like, padding = x.new_empty(shape, dtype=torch.float32), [before for before, _ in form.padding]
+    total = torch.zeros_like(like)
+    for own, data in zip(gradient.split(1), x.float().split(1), strict=True):
+        one = torch.ops.aten.convolution_backward.default(
+            own, data, like, None, list(form.stride), padding, list(form.dilation), False,
+            [0] * rank, form.groups, [False, True, False],
+        )[1]  # fmt: skip
+        total.addcmul_(one, one)
+    return total.reshape(form.groups, shape[0] // form.groups, -1)
 
 
 def _squares(rows: Tensor, use: WeightUse, x: Tensor) -> Tensor:

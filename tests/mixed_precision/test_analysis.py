@@ -196,10 +196,14 @@ def test_exports_hold_every_row(tmp_path: Path) -> None:
 
 def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
-    for text in ("", "no json\n", '{"a": 1}\n', "[]\n"):
+    for text in ("", "no line end", "no json\n", '{"a": 1}\n', "[]\n"):
         path.write_text(text)
         with pytest.raises(InputError, match="not a sensitivity table"):
             SensitivityTable.load(path)
+        if text:
+            with pytest.raises(InputError, match="not a sensitivity table"):
+                analyze(residual(), (pictures(1)[0],), [4], pictures(1), path=path)
+            assert path.read_text() == text
     with pytest.raises(InputError, match="cannot be read"):
         SensitivityTable.load(tmp_path / "missing.jsonl")
 

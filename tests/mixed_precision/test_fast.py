@@ -73,6 +73,28 @@ def test_groups_of_samples_say_on_average_as_much() -> None:
         assert other == pytest.approx(one, rel=0.3)
 
 
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(5, 8, batch_first=True)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        _, (last, _) = self.lstm(x)
+        return self.head(last[0])
+
+
+def test_weights_of_ops_with_several_outputs_are_predicted() -> None:
+    torch.manual_seed(0)
+    model = Recurrent().eval()
+    x = [torch.randn(16, 6, 5) for _ in range(2)]
+    measured = analyze(model, (x[0],), [6, 8], x, "mse")
+    predicted = analyze(model, (x[0],), [6, 8], x, "mse", mode="fast", draws=200, max_vectors=10**6)
+    assert measured.layers[0].name.startswith("lstm.weight")
+    for exact, found in zip(measured.losses(), predicted.losses(), strict=True):
+        assert found == pytest.approx(exact, rel=0.25)
+
+
 class Linear(nn.Module):
     """Layers whose changes add up exactly: the second order is everything."""
 

@@ -47,6 +47,17 @@ def test_decibels_become_noise_that_adds_up() -> None:
     assert metric.loss(20) + metric.loss(20) == pytest.approx(metric.loss(20 - 10 * math.log10(2)))
 
 
+def test_cosines_become_noise_that_adds_up() -> None:
+    metric = METRICS["cosine"]
+    generator = torch.Generator().manual_seed(2)
+    signal, one, two = torch.randn(3, 50, 2000, generator=generator)
+    losses = [
+        metric.loss(metric.compare(signal + noise, signal)) for noise in (one, two, one + two)
+    ]
+    assert losses[2] == pytest.approx(losses[0] + losses[1], rel=0.02)
+    assert metric.loss(0.999) == pytest.approx(0.001, rel=0.01)
+
+
 def test_several_outputs_count_alike_and_integers_not_at_all() -> None:
     values = [METRICS["mse"].compare(B, A), METRICS["mse"].compare(2 * B, A)]
     ids = torch.arange(3)

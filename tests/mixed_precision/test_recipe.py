@@ -304,6 +304,10 @@ def test_sweeps_trace_a_curve_and_go_on_after_an_interruption(
     assert (curve.to_csv(tmp_path / "sweep.csv").read_text().count("\n")) == 1 + 3 + 3 + 1
     with pytest.raises(InfeasibleError, match="none of the targets"):
         table.sweep([1.0], score)
+    path.write_text("no sweep\n")
+    with pytest.raises(InputError, match="is no sweep of this model"):
+        table.sweep([3.0], score, path=path)
+    assert path.read_text() == "no sweep\n"
 
 
 def test_a_table_without_its_model_says_so(table: SensitivityTable, tmp_path: Path) -> None:

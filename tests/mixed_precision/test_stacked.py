@@ -67,7 +67,7 @@ def test_ops_across_samples_are_noticed(monkeypatch: pytest.MonkeyPatch) -> None
     torch.manual_seed(0)
     data = [torch.randn(5, 6) for _ in range(2)]
     engaged = compared(MixesSamples().eval(), data, monkeypatch)
-    assert engaged == [False, True, False, True]
+    assert engaged == [False, True, True]  # the first layer is asked once
 
 
 class FixedViews(nn.Module):
@@ -83,4 +83,4 @@ class FixedViews(nn.Module):
 def test_graphs_without_the_batch_in_front_run_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     torch.manual_seed(0)
     data = [torch.randn(4, 6)]
-    assert compared(FixedViews().eval(), data, monkeypatch)[0] is False
+    assert compared(FixedViews().eval(), data, monkeypatch) == []
