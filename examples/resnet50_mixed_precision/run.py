@@ -30,7 +30,6 @@ from torch import nn
 import graphopt
 from graphopt.errors import InfeasibleError
 from graphopt.mixed_precision import METRICS, Recipe, SensitivityTable, Sweep, analyze
-from graphopt.mixed_precision.choose import uniform
 
 
 class Scores:
@@ -123,8 +122,8 @@ def main() -> None:
     for heading in ("", "bits/weight", "MiB", "top-1 %", "PSNR dB", "KL", "layers"):
         results.add_column(heading, justify="left" if heading in ("", "layers") else "right")
     flat = f"{min(args.bits, key=lambda bits: abs(bits - args.target))}-bit"
-    row(results, "FP16", uniform(plain, "keep"), score(plain.program.module()))
-    row(results, f"uniform {flat}", uniform(plain, flat), score(plain.apply(uniform(plain, flat))))
+    row(results, "FP16", plain.uniform("keep"), score(plain.program.module()))
+    row(results, f"uniform {flat}", plain.uniform(flat), score(plain.apply(plain.uniform(flat))))
     try:
         greedy = plain.recipe(target_bpw=args.target, solver="greedy")
         row(results, "greedy", greedy, score(plain.apply(greedy)))

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from graphopt.captured_module import CapturedModule
 from graphopt.errors import InputError
 from graphopt.joint import compress
-from graphopt.mixed_precision.choose import Solver, choose
+from graphopt.mixed_precision.choose import Solver, choose, uniform
 from graphopt.mixed_precision.floor import within_drop
 from graphopt.mixed_precision.measurements import Measurements
 from graphopt.mixed_precision.plots import plot_table
@@ -78,6 +78,14 @@ class SensitivityTable(Measurements):
         ):
             raise InputError("max_drop needs evaluate=, and no other target")
         return within_drop(self, max_drop, evaluate, apply or self.apply, pin, keep=keep)
+
+    def uniform(self, candidate: str) -> Recipe:
+        """The recipe that gives every layer the same candidate; "keep" is the uncompressed model.
+
+        Raises:
+            InputError: A layer does not have it.
+        """
+        return uniform(self, candidate)
 
     def refine(
         self,

@@ -246,7 +246,8 @@ _FRESH = {
 def _is_fresh(node: fx.Node) -> bool:
     """Whether a node's tensor shares its memory with no other value."""
     if node.target is operator.getitem:
-        return node.args[1] == 0 and getattr(node.args[0], "target", None) is _NORM
+        first = node.args[1] == 0
+        return bool(first) and getattr(node.args[0], "target", None) is _NORM
     return node.target in _FRESH
 
 
@@ -263,7 +264,8 @@ def _may_overwrite(node: fx.Node, below: Downstream, kept: set[fx.Node]) -> bool
     shape = getattr(first.meta.get("val"), "shape", None)
     same = shape is not None and bool(shape == getattr(node.meta.get("val"), "shape", None))
     alone = len(node.all_input_nodes) == len(node.args)
-    return same and alone and below.last.get(first) is node and first in below.members
+    ends_here = below.last.get(first) is node and first in below.members
+    return same and alone and ends_here
 
 
 def _overwriting(node: fx.Node, given: Callable[[fx.Node], Any]) -> Any:

@@ -281,7 +281,6 @@ def recipes(name: str, net: Network, metric: str) -> None:
 def final(name: str, net: Network, metric: str) -> None:
     """Uniform palettes without data, and refined recipes with calibrated ones on top."""
     from graphopt.mixed_precision import METRICS, analyze
-    from graphopt.mixed_precision.choose import uniform
     from graphopt.mixed_precision.metrics import measure
 
     model, example, batches, held = net
@@ -303,7 +302,7 @@ def final(name: str, net: Network, metric: str) -> None:
         return float(np.mean(values))
 
     if not grouped:
-        plain = uniform(table, "4-bit")
+        plain = table.uniform("4-bit")
         print(f"{name}: uniform 4-bit without data, {plain.bits_per_weight:.3f} bits:"
               f" {metric} {score(table.apply(plain)):.6f}")  # fmt: skip
     recipe = table.refine(table.recipe(target_bpw=4.0), batches, progress=False)

@@ -9,7 +9,6 @@ from mixed_precision.nets import pictures
 
 import graphopt
 from graphopt.mixed_precision import SizeModel, analyze
-from graphopt.mixed_precision.choose import uniform
 from graphopt.schemes.palettize import palettize
 from graphopt.schemes.quantize import plan_blocks, quantize_weight
 from graphopt.specs import (
@@ -101,7 +100,7 @@ def test_a_saved_artifact_differs_by_the_predicted_bytes(name: str, tmp_path: Pa
     table = analyze(model, (x[0],), [8, 3, 4, "int8"], x, backend="coreai")
     found = []
     for each in ("8-bit", name):
-        recipe = uniform(table, each)
+        recipe = table.uniform(each)
         program = graphopt.compress(model, (x[0],), recipe.to_config(), correct_statistics=False)
         artifact = graphopt.lower(program, "coreai", precision="float16")
         artifact.save(tmp_path / f"{each}.aimodel")
