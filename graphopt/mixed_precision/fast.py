@@ -13,6 +13,7 @@ from __future__ import annotations
 import logging
 import operator
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import torch
@@ -61,22 +62,26 @@ def draw_vectors(bench: Bench, batch: Batch, *, draws: int, seed: int, group: in
     nodes = {name for layer in bench.layers for name in layer.nodes}
     with torch.enable_grad():
         values, outputs = _forward(bench.plan, batch, nodes)
-    moving = [node for node in values.reached if values.at[node].requires_grad]
-    samples = values.samples
-    changes = {
-        layer.name: _Changes(bench, layer, uses.get(layer.name), values, group)
-        for layer in bench.layers
-    }
+    changes = [
+        _Changes(bench, layer, uses.get(layer.name), values, group) for layer in bench.layers
+    ]
+    leaves = [tensor for tensor in values.at.values() if tensor.is_leaf]
     rows: list[Tensor] = []
     for draw in range(draws):
-        total = _projection(outputs, metric, generator)
-        found = torch.autograd.grad(
-            total, [values.at[node] for node in moving], allow_unused=True,
-            retain_graph=draw + 1 < draws,
-        )  # fmt: skip
-        gradients = dict(zip(moving, found, strict=True))
-        parts = [changes[layer.name].vectors(gradients, samples) for layer in bench.layers]
-        rows.append(torch.cat(parts, 1))
+        parts = [each.nothing() for each in changes]
+        # gradients are used as they come, and not kept
+        handles = [
+            values.at[point].register_hook(partial(each.take, part, op, point))
+            for each, part in zip(changes, parts, strict=True)
+            for op, point in each.points()
+        ]
+        with torch.enable_grad():
+            total = _projection(outputs, metric, generator)
+        torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=draw + 1 < draws)
+        for handle in handles:
+            handle.remove()
+        sizes = torch.tensor([len(part) for part in torch.arange(values.samples).split(group)])
+        rows.append(torch.cat(parts, 1) / sizes[:, None].sqrt())
     return torch.cat(rows).numpy().astype(np.float32)
 
 
@@ -86,7 +91,6 @@ class _Values:
         # outputs of the layers' ops, or their items, which are part of the autograd graph
         self.at: dict[fx.Node, Tensor] = {}
         self.data: dict[fx.Node, list[tuple[fx.Node, object]]] = {}  # what each op reads
-        self.reached: list[fx.Node] = []
 
     def points(self, op: fx.Node) -> list[fx.Node]:
         """Where an op's output can be changed: the op, or the items of its tuple."""
@@ -118,7 +122,6 @@ def _forward(plan: GraphPlan, batch: Batch, wanted: set[str]) -> tuple[_Values, 
             if not result.requires_grad:
                 result = result.detach().requires_grad_()
             values.at[node] = result
-            values.reached.append(node)
         env[node] = result
         for each in (*node.all_input_nodes, node):
             if plan.last_reader[each] <= plan.place[node] and each in env:
@@ -182,23 +185,23 @@ class _Changes:
         self.bench = bench
         self.group = group
         self.use = use if use is not None and _is_plain(use) and not hooked else None
-        self._changes: Tensor | None = None
 
-    def vectors(self, gradients: Mapping[fx.Node, Tensor | None], samples: int) -> Tensor:
-        """[groups, candidates] for one draw: sums over samples, divided by the root of their number."""
-        sizes = torch.tensor([len(part) for part in torch.arange(samples).split(self.group)])
-        total = torch.zeros(len(sizes), len(self.layer.candidates))
-        for name in self.layer.nodes:
-            op = self.plan.by_name[name]
-            for point in self.values.points(op):
-                gradient = gradients.get(point)
-                if gradient is None:
-                    continue
-                if self.use is not None and gradient.shape[0] == samples:
-                    total += self._by_weight(op, self.use, gradient)
-                else:
-                    total += self._by_output(op, point, gradient, samples)
-        return total / sizes[:, None].sqrt()
+    def nothing(self) -> Tensor:
+        """Zeros, [groups, candidates]."""
+        return torch.zeros(-(-self.values.samples // self.group), len(self.layer.candidates))
+
+    def points(self) -> list[tuple[fx.Node, fx.Node]]:
+        """The layer's ops and where their outputs can be changed."""
+        ops = [self.plan.by_name[name] for name in self.layer.nodes]
+        return [(op, point) for op in ops for point in self.values.points(op)]
+
+    def take(self, total: Tensor, op: fx.Node, point: fx.Node, gradient: Tensor) -> None:
+        """Add what a gradient says to [groups, candidates], sums over samples."""
+        samples = self.values.samples
+        if self.use is not None and gradient.shape[0] == samples:
+            total += self._by_weight(op, self.use, gradient)
+        else:
+            total += self._by_output(op, point, gradient, samples)
 
     @torch.no_grad()
     def _by_weight(self, node: fx.Node, use: WeightUse, gradient: Tensor) -> Tensor:
@@ -239,18 +242,10 @@ class _Changes:
 
     def _deltas(self, use: WeightUse) -> Tensor:
         """What each candidate changes, [candidates, weights] in the order of the op's matrix."""
-        if self._changes is None:
-            weight = self._weight()
-            self._changes = torch.stack(
-                [
-                    use.matrix(
-                        torch.zeros_like(weight) if form is None else form.dense() - weight,
-                        casts=False,
-                    ).float().flatten()
-                    for form in self.forms.values()
-                ]
-            )  # fmt: skip
-        return self._changes
+        weight = self._weight()
+        kept = torch.zeros_like(weight)
+        changes = (kept if form is None else form.dense() - weight for form in self.forms.values())
+        return torch.stack([use.matrix(each, casts=False).float().flatten() for each in changes])
 
     @torch.no_grad()
     def _by_output(self, op: fx.Node, point: fx.Node, gradient: Tensor, samples: int) -> Tensor:

@@ -64,6 +64,14 @@ def test_predictions_approach_small_measured_losses(metric: str) -> None:
         assert found == pytest.approx(exact, rel=0.2)
 
 
+def test_predictions_work_where_gradients_are_off() -> None:
+    x = pictures(1)
+    table = analyze(residual(), (x[0],), [4], x, "kl", mode="fast")
+    with torch.no_grad():
+        again = analyze(residual(), (x[0],), [4], x, "kl", mode="fast")
+    assert again.values() == table.values()
+
+
 def test_groups_of_samples_say_on_average_as_much() -> None:
     model, x = residual(), pictures()
     single = analyze(model, (x[0],), [4], x, "mse", mode="fast", draws=100, max_vectors=10**6)
