@@ -187,7 +187,7 @@ def stand_in(folder: Path) -> Network:
     return trained(folder / "resnet.pt"), (x[:2],), list(x[:512].split(64)), list(held.split(100))
 
 
-def encoder(sentences: int = 192) -> Network:
+def encoder(sentences: int | None = 192) -> Network:
     """The pretrained sentence encoder with the sentences that its example ships."""
     import importlib.util
 
@@ -306,7 +306,9 @@ def final(name: str, net: Network, metric: str) -> None:
         print(f"{name}: uniform 4-bit without data, {plain.bits_per_weight:.3f} bits:"
               f" {metric} {score(table.apply(plain)):.6f}")  # fmt: skip
     recipe = table.refine(table.recipe(target_bpw=4.0), batches, progress=False)
-    module, fitting = timed(lambda: table.apply(recipe, batches, algorithm="gptq"))
+    # tables are fitted to everything that the example ships, sensitivities need less
+    everything = encoder(None)[2] if grouped else batches
+    module, fitting = timed(lambda: table.apply(recipe, everything, algorithm="gptq"))
     print(
         f"{name}: refined and fitted to data, {recipe.bits_per_weight:.3f} bits:"
         f" {metric} {score(module):.6f} (analysis {seconds:.0f} s, fitting {fitting:.0f} s)"
