@@ -113,6 +113,30 @@ class MatrixForm:
         order = [0, 1, *range(3, 3 + rank), *range(3 + rank, 3 + 2 * rank), 2]
         return split.permute(order).flatten(2 + rank).flatten(2, 1 + rank)
 
+    @property
+    def is_even_convolution(self) -> bool:
+        """Whether it is a convolution that torch's own backward kernel takes."""
+        return self.kind == "conv" and all(before == behind for before, behind in self.padding)
+
+    def convolution_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Gradient of an even convolution's weight, without unfolding its input.
+
+        Args:
+            gradient: Shape of the output, [batch, channels, *positions].
+            x: The op's input, of the same dtype.
+
+        Returns:
+            Shape of the weight, summed over the batch.
+        """
+        rank = len(self.kernel)
+        like = x.new_empty([gradient.shape[1], x.shape[1] // self.groups, *self.kernel])
+        padding = [before for before, _ in self.padding]
+        found = torch.ops.aten.convolution_backward.default(
+            gradient, x, like, None, list(self.stride), padding, list(self.dilation), False,
+            [0] * rank, self.groups, [False, True, False],
+        )  # fmt: skip
+        return found[1]
+
     def _unfold(self, x: Tensor) -> Tensor:
         rank = len(self.kernel)
         windows = self._windows(x).unflatten(1, (self.groups, -1))

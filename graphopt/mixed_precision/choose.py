@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -12,6 +11,7 @@ import numpy as np
 from graphopt.config.selection import closest
 from graphopt.errors import ConfigError, InfeasibleError, InputError
 from graphopt.mixed_precision.candidates import KEEP
+from graphopt.mixed_precision.layers import matches
 from graphopt.mixed_precision.measurements import Measurements
 from graphopt.mixed_precision.recipe import Recipe
 from graphopt.mixed_precision.solvers import (
@@ -70,7 +70,7 @@ def options_of(
         if keep and KEEP.name not in layer.candidates:
             rows.append(kept)
         for pattern, wanted in (pin or {}).items():
-            if not re.fullmatch(pattern, layer.name):
+            if not matches(pattern, layer.name):
                 continue
             matched.add(pattern)
             if wanted == KEEP.name and wanted not in layer.candidates:
@@ -82,7 +82,7 @@ def options_of(
                     f"pin[{pattern!r}]: {layer.name} has no candidate {wanted!r}; it has"
                     f" {[*layer.candidates, KEEP.name]}"
                 )
-        pinned.append(any(re.fullmatch(pattern, layer.name) for pattern in pin or {}))
+        pinned.append(any(matches(pattern, layer.name) for pattern in pin or {}))
         names.append(tuple(row[0] for row in rows))
         losses.append([row[1] for row in rows])
         sizes.append([row[2] for row in rows])
@@ -207,17 +207,18 @@ def _require_attainable(
 def make_recipe(
     table: Measurements, names: Sequence[str], solver: str, *, bound: float | None = None,
     budget: float | None = None, measured: float | None = None,
+    losses: Sequence[Sequence[float]] | None = None,
 ) -> Recipe:  # fmt: skip
-    """A recipe from one candidate's name per layer."""
+    """A recipe from one candidate's name per layer; `losses` are the table's, where at hand."""
     choice = {layer.name: name for layer, name in zip(table.layers, names, strict=True)}
-    losses = 0.0
-    for layer, own in zip(table.layers, table.losses(), strict=True):
+    loss = 0.0
+    for layer, own in zip(table.layers, losses or table.losses(), strict=True):
         name = choice[layer.name]
-        losses += own[layer.candidates.index(name)] if name in layer.candidates else 0.0
+        loss += own[layer.candidates.index(name)] if name in layer.candidates else 0.0
     header = table.header
     return Recipe(
         choice, header.candidates, table.layers, header.rest_bits, header.fingerprint,
-        table.metric.name, losses, table.metric.value(losses), solver, bound, budget, measured,
+        table.metric.name, loss, table.metric.value(loss), solver, bound, budget, measured,
     )  # fmt: skip
 
 
@@ -237,8 +238,8 @@ def every_recipe(
     table: Measurements, pin: Mapping[str, str] | None = None, *, keep: bool = True
 ) -> list[Recipe]:
     """Recipes that are each optimal for their own size, from the smallest to the largest."""
-    options = options_of(table, pin, keep=keep)
+    options, losses = options_of(table, pin, keep=keep), table.losses()
     return [
-        make_recipe(table, options.named(each.choice), "lagrangian", bound=each.loss)
+        make_recipe(table, options.named(each.choice), "lagrangian", bound=each.loss, losses=losses)
         for each in front(options.problem)
     ]

@@ -217,7 +217,7 @@ class _Changes:
             part = slice(start, start + step)
             found += [
                 gradients @ deltas.mT
-                for gradients in _weight_gradients(use, x[part], gradient[part], shape, self.group)
+                for gradients in _weight_gradients(use, x[part], gradient[part], self.group)
             ]
         vectors = torch.cat(found)
         if self.site is None:
@@ -228,7 +228,7 @@ class _Changes:
         vectors -= _group_sums(_summed(gradient, axes), self.group) @ mean.mT
         if self.site.gains:
             centred = z - z.mean([0, *axes], keepdim=True)
-            (cross,) = _weight_gradients(use, x, centred, shape, len(x))
+            (cross,) = _weight_gradients(use, x, centred, len(x))
             cross = cross.reshape(shape[0], -1)
             slope = (deltas.reshape(len(deltas), shape[0], -1) * cross).sum(-1)
             slope /= centred.square().sum([0, *axes]).clamp_min(1e-30)
@@ -291,9 +291,7 @@ class _Changes:
         return values[node]
 
 
-def _weight_gradients(
-    use: WeightUse, x: Tensor, gradient: Tensor, shape: Sequence[int], group: int
-) -> Iterator[Tensor]:
+def _weight_gradients(use: WeightUse, x: Tensor, gradient: Tensor, group: int) -> Iterator[Tensor]:
     """Gradients of the op's weight over groups of samples, [some groups, weights] at a time."""
     form = use.form
     if form.kind != "conv":
@@ -308,13 +306,8 @@ def _weight_gradients(
             left, right = rows[whole:].flatten(0, 1), columns[whole:].flatten(0, 1)
             yield (left.mT @ right).reshape(1, -1)
         return
-    weight = x.new_empty(list(shape))
-    padding = [before for before, _ in form.padding]
     for own, data in zip(gradient.split(group), x.split(group), strict=True):
-        yield torch.ops.aten.convolution_backward.default(
-            own, data, weight, None, list(form.stride), padding, list(form.dilation), False,
-            [0] * len(padding), form.groups, [False, True, False],
-        )[1].reshape(1, -1)  # fmt: skip
+        yield form.convolution_gradient(own, data).reshape(1, -1)
 
 
 def _mean_change(use: WeightUse, x: Tensor, deltas: Tensor) -> Tensor:
@@ -346,9 +339,7 @@ def _group_sums(values: Tensor, group: int) -> Tensor:
 
 def _is_plain(use: WeightUse) -> bool:
     """Whether the gradient of a group of samples is one kernel or matrix product."""
-    if use.form.kind == "conv":
-        return all(before == behind for before, behind in use.form.padding)
-    return use.form.kind in ("linear", "right", "left")
+    return use.form.is_even_convolution or use.form.kind in ("linear", "right", "left")
 
 
 def _residual(change: Tensor, exact: Tensor, site: Site) -> Tensor:

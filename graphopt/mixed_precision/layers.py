@@ -29,7 +29,7 @@ from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_wei
 from graphopt.specs import PalettizationSpec
 from graphopt.weights import WeightTensor, find_weights
 
-__all__ = ["Layer", "find_layers", "refuse_unsupported", "stored_forms", "weights_of"]
+__all__ = ["Layer", "find_layers", "matches", "refuse_unsupported", "stored_forms", "weights_of"]
 
 _log = logging.getLogger(__name__)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -121,7 +121,7 @@ def find_layers(
         names += [weight.name, owner, weight.module_type]
         chosen = candidates
         for pattern, group in special.items():
-            if any(_matches(pattern, name) for name in names[-3:]):
+            if any(matches(pattern, name) for name in names[-3:]):
                 matched.add(pattern)
                 chosen = group
         layers.append(_layer(weight, chosen, sizes))
@@ -137,7 +137,12 @@ def find_layers(
     return layers, known
 
 
-def _matches(pattern: str, name: str) -> bool:
+def matches(pattern: str, name: str) -> bool:
+    """Whether a regular expression fits a whole name.
+
+    Raises:
+        ConfigError: It is none.
+    """
     try:
         return re.fullmatch(pattern, name) is not None
     except re.error as error:

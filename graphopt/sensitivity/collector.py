@@ -122,21 +122,15 @@ def _kernel_squares(gradient: Tensor, use: WeightUse, x: Tensor) -> Tensor | Non
     matrix product for many samples is quicker.
     """
     form = use.form
-    if form.kind != "conv" or any(before != behind for before, behind in form.padding):
+    if not form.is_even_convolution or x.ndim != len(form.kernel) + 2:
         return None
-    rank = len(form.kernel)
-    if x.ndim != rank + 2 or gradient[0, 0].numel() < _FEW_POSITIONS:
+    if gradient[0, 0].numel() < _FEW_POSITIONS:
         return None
-    shape = [gradient.shape[1], x.shape[1] // form.groups, *form.kernel]
-    like, padding = x.new_empty(shape, dtype=torch.float32), [before for before, _ in form.padding]
-    total = torch.zeros_like(like)
+    total = torch.zeros(())
     for own, data in zip(gradient.split(1), x.float().split(1), strict=True):
-        one = torch.ops.aten.convolution_backward.default(
-            own, data, like, None, list(form.stride), padding, list(form.dilation), False,
-            [0] * rank, form.groups, [False, True, False],
-        )[1]  # fmt: skip
-        total.addcmul_(one, one)
-    return total.reshape(form.groups, shape[0] // form.groups, -1)
+        one = form.convolution_gradient(own, data)
+        total = one.square_() if total.ndim == 0 else total.addcmul_(one, one)
+    return total.reshape(form.groups, gradient.shape[1] // form.groups, -1)
 
 
 def _squares(rows: Tensor, use: WeightUse, x: Tensor) -> Tensor:
