@@ -10,10 +10,12 @@ import numpy as np
 import torch
 import typer
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.config.base import read_yaml
 from graphopt.errors import ArtifactExistsError, ConfigError, InputError
+from graphopt.layerwise import as_batch
 from graphopt.mixed_precision import SensitivityTable
 from graphopt.mixed_precision import analyze as run_analysis
 from graphopt.mixed_precision.candidates import as_candidates, read_candidates
@@ -225,11 +227,8 @@ def read_data(path: Path, batch_size: int) -> list[Any]:
 
 
 def _called(module: torch.nn.Module, call: Any) -> list[Tensor]:
-    if isinstance(call, Mapping):
-        result = module(**call)
-    else:
-        result = module(*call) if isinstance(call, tuple | list) else module(call)
-    leaves = torch.utils._pytree.tree_leaves(result)
+    args, kwargs = as_batch(call)
+    leaves = pytree.tree_leaves(module(*args, **kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
 
 

@@ -128,6 +128,8 @@ def test_pins_hold(table: SensitivityTable) -> None:
         assert recipe.choice["stem.weight"] == "keep"
     with pytest.raises(ConfigError, match="closest: head"):
         table.recipe(target_bpw=4, pin={"heed.weight": "2-bit"})
+    with pytest.raises(ConfigError, match="not a valid regular expression"):
+        table.recipe(target_bpw=4, pin={"head(": "2-bit"})
     with pytest.raises(ConfigError, match="no candidate '3-bit'"):
         table.recipe(target_bpw=4, pin={"head.weight": "3-bit"})
 
