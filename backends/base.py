@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import os
-import secrets
-import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -17,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import ArtifactExistsError, InputError, LoweringError, StateError
+from graphopt.files import replace_path, temporary_sibling
 from graphopt.lookups import find_lookups
 from graphopt.pass_base import Pass
 from graphopt.program import Program
@@ -135,9 +132,9 @@ class Artifact(ABC):
         if target.exists() and not overwrite:
             raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
         target.parent.mkdir(parents=True, exist_ok=True)
-        with _temporary_sibling(target) as temporary:
+        with temporary_sibling(target) as temporary:
             self._write(temporary)
-            _replace(temporary, target)
+            replace_path(temporary, target)
         self.path = target
         return target
 
@@ -323,34 +320,3 @@ def stored_size(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-
-
-@contextmanager
-def _temporary_sibling(target: Path) -> Iterator[Path]:
-    temporary = target.with_name(f".{target.stem}.{secrets.token_hex(4)}{target.suffix}")
-    try:
-        yield temporary
-    finally:
-        _delete(temporary)
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    if target.is_dir():
-        # a folder cannot be renamed over another one: set the old one aside first
-        aside = target.with_name(f".{target.name}.{secrets.token_hex(4)}.old")
-        os.replace(target, aside)
-        try:
-            os.replace(temporary, target)
-        except OSError:
-            os.replace(aside, target)
-            raise
-        _delete(aside)
-    else:
-        os.replace(temporary, target)
-
-
-def _delete(path: Path) -> None:
-    if path.is_dir():
-        shutil.rmtree(path)
-    elif path.exists():
-        path.unlink()

@@ -6,6 +6,7 @@ is `lut_to_dense(indices, shift_scale(table, scale, …), …)`.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Sequence
 
@@ -29,6 +30,8 @@ STORAGE_BITS: dict[str, int] = {
     "fp4_e2m1": 4,
 }
 
+# saved programs use the ecosystem's quantize ops, which torch registers with this module only
+importlib.import_module("torch.ao.quantization.fx._decomposed")
 _library = torch.library.Library("graphopt", "DEF")
 _library.define(
     "lut_to_dense(Tensor indices, Tensor lut, int n_bits, int[] shape, int? vector_axis=None)"

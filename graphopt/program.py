@@ -101,6 +101,11 @@ class Program:
     example_kwargs: dict[str, Any] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=lambda: Provenance("unknown"))
 
+    def __post_init__(self) -> None:
+        for name in ("example_args", "example_kwargs"):
+            # a slice of a dataset would be saved with all of the dataset
+            object.__setattr__(self, name, pytree.tree_map(_without_rest, getattr(self, name)))
+
     def module(self) -> CapturedModule:
         """A callable copy, independent of the program."""
         return copy.deepcopy(self.graph_module)
@@ -143,6 +148,14 @@ class Program:
     def table(self) -> CompressionTable:
         """What was done to each tensor; empty before any compression."""
         return self.graph_module.meta.get("graphopt.table", CompressionTable(()))
+
+
+def _without_rest(value: Any) -> Any:
+    """A tensor without what else its storage holds."""
+    if type(value) is not Tensor or value.layout != torch.strided:
+        return value
+    whole = value.untyped_storage().nbytes()
+    return value.clone() if whole > value.numel() * value.element_size() else value
 
 
 def share_graph(module: CapturedModule) -> CapturedModule:

@@ -22,7 +22,7 @@ _ours = torch.ops.graphopt
 
 def quantized_ops() -> Any:
     """The `quantized_decomposed` ops of the ecosystem, which this makes torch register."""
-    # the ops are known to every tool; the module that registers them is bound to move
+    # a module of torch that is bound to move registers them
     importlib.import_module("torch.ao.quantization.fx._decomposed")
     return torch.ops.quantized_decomposed
 

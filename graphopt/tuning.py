@@ -10,13 +10,15 @@ from __future__ import annotations
 import copy
 import logging
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
 
+from graphopt.block_forward import BlockForward
 from graphopt.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.editor import Editor, operands
 from graphopt.errors import CalibrationError
@@ -217,68 +219,32 @@ class _Gather(torch.autograd.Function):
         return total.index_add_(0, codes, gradient), None
 
 
-class _BlockForward:
-    """Runs the nodes of a block with the tensors that it trains in place of the stored ones."""
+class _TunedBlock:
+    """A block, the tensors that it trains, and the lookups that it computes from them."""
 
     def __init__(self, run: LayerwiseRun, block: Block) -> None:
-        self.run, self.block = run, block
+        self.forward = BlockForward(run, block)
         self.trained: dict[str, _Trained] = {}
-        self._codes: dict[fx.Node, Tensor] = {}
-        inside = set(block.nodes)
-        self.inputs = {
-            each for node in block.nodes if not run.is_constant(node)
-            for each in operands(node) if each not in inside and not run.is_constant(each)
-        }  # fmt: skip
-        for node in self._needed():
+        self._lookups: dict[fx.Node, Callable[[dict[fx.Node, Any]], Any]] = {}
+        for node in self.forward.constants_read:
             if node.target is _LOOKUP:
-                self._codes[node] = _element_numbers(run, node)
+                self._lookups[node] = partial(_looked_up, node, _element_numbers(run, node))
             if node.op == "get_attr" and (step := _step_of(node, run)) > 0:
                 value = nn.Parameter(run.constant(node).detach().float().clone())
                 self.trained[str(node.target)] = _Trained(str(node.target), value, step)
 
-    def _needed(self) -> list[fx.Node]:
-        """Constants that the block reads, in the order of the graph."""
-        found: set[fx.Node] = set()
-        pending = [node for node in self.block.nodes if not self.run.is_constant(node)]
-        while pending:
-            for each in operands(pending.pop()):
-                if self.run.is_constant(each) and each not in found:
-                    found.add(each)
-                    pending.append(each)
-        return [node for node in self.run.gm.graph.nodes if node in found]
-
     def constants(self) -> dict[fx.Node, Any]:
         """Values of the constants, once for a step."""
-        values: dict[fx.Node, Any] = {}
-        for node in self._needed():
-            if node.op == "get_attr":
-                trained = self.trained.get(str(node.target))
-                stored = self.run.constant(node)
-                values[node] = stored if trained is None else trained.value.to(stored.dtype)
-            elif node in self._codes:
-                lut = values[node.args[1]]  # type: ignore[index]
-                values[node] = _dense(lut, self._codes[node], node)
-            else:
-                values[node] = self.run.call(node, {each: values[each] for each in operands(node)})
-        return values
-
-    def __call__(self, constants: dict[fx.Node, Any], number: int) -> list[Tensor]:
-        """Outputs of the block for one batch."""
-        values = dict(constants)
-        for node in self.inputs:
-            values[node] = self.run.values(node)[number]
-        for node in self.block.nodes:
-            if node not in values and not self.run.is_constant(node):
-                values[node] = self.run.call(node, values)
-        return [values[node] for node in self.block.outputs]
+        given = {path: each.value for path, each in self.trained.items()}
+        return self.forward.constants(given, self._lookups)
 
 
 def _tune_block(
     run: LayerwiseRun, block: Block, goals: list[list[Tensor]], steps: int, learning_rate: float,
     generator: torch.Generator,
 ) -> Iterator[None]:  # fmt: skip
-    forward = _BlockForward(run, block)
-    if not forward.trained:
+    tuned = _TunedBlock(run, block)
+    if not tuned.trained:
         yield from (None for _ in range(steps))
         return
     scales = [
@@ -288,7 +254,7 @@ def _tune_block(
     count = len(goals[0])
 
     def loss(constants: dict[fx.Node, Any], number: int) -> Tensor:
-        made = forward(constants, number)
+        made = tuned.forward(constants, number)
         parts = [
             (each.float() - goal[number].float()).square().mean() / scale
             for each, goal, scale in zip(made, goals, scales, strict=True)
@@ -298,13 +264,12 @@ def _tune_block(
 
     def whole() -> float:
         with torch.no_grad():
-            constants = forward.constants()
+            constants = tuned.constants()
             return sum(float(loss(constants, number)) for number in range(count)) / count
 
     before = whole()
     groups = [
-        {"params": [each.value], "lr": learning_rate * each.step}
-        for each in forward.trained.values()
+        {"params": [each.value], "lr": learning_rate * each.step} for each in tuned.trained.values()
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -316,14 +281,14 @@ def _tune_block(
         order = order or torch.randperm(count, generator=generator).tolist()
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss(forward.constants(), order.pop()).backward()
+            loss(tuned.constants(), order.pop()).backward()
         optimizer.step()
         schedule.step()
         yield
     after = whole()
     _log.info("block of %d ops: error %.3g before, %.3g after", len(block.targets), before, after)
     if after < before:
-        for path, trained in forward.trained.items():
+        for path, trained in tuned.trained.items():
             holder, name = holder_of(run.gm, path)
             kept = getattr(holder, name).dtype
             set_tensor(holder, name, trained.value.detach().to(kept))
@@ -372,7 +337,8 @@ def _element_numbers(run: LayerwiseRun, node: fx.Node) -> Tensor:
     return (offset * lut.shape[-2] + codes).reshape(-1)
 
 
-def _dense(lut: Tensor, codes: Tensor, node: fx.Node) -> Tensor:
+def _looked_up(node: fx.Node, codes: Tensor, values: dict[fx.Node, Any]) -> Tensor:
+    lut = values[operands(node)[1]]
     shape: list[int] = list(node.args[3])  # type: ignore[arg-type]
     axis = node.args[4] if len(node.args) > 4 else None
     found = _Gather.apply(lut.reshape(-1, lut.shape[-1]), codes)

@@ -37,7 +37,7 @@ class IntegersToTables(Pass):
     """
 
     name: ClassVar[str] = "integers-to-tables"
-    storages: frozenset[str] = frozenset({"int6", "uint6"})
+    storages: frozenset[str] = frozenset({"int3", "uint3", "int6", "uint6"})
 
     @override
     def run(self, edit: Editor) -> None:

@@ -122,7 +122,7 @@ class CoreAIBackend(Backend):
         lut_dtypes=("float32", "float16", "int8", "uint8", "fp8_e4m3", "fp8_e5m2"),
         weight_types=("int2", "int4", "uint4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2",
                       "fp4_e2m1"),
-        table_types=("uint2", "int6", "uint6"),
+        table_types=("uint2", "int3", "uint3", "int6", "uint6"),
         activation_types=("int8", "uint8", "fp8_e4m3", "fp8_e5m2"),
     )  # fmt: skip
 

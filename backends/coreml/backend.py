@@ -92,7 +92,7 @@ class CoreMLBackend(Backend):
     capabilities: ClassVar[Capabilities] = Capabilities(
         index_bits=(1, 2, 3, 4, 6, 8), lut_dtypes=("float32", "float16", "int8", "uint8"),
         weight_types=("int4", "uint4", "int8", "uint8"),
-        table_types=("int2", "uint2", "int6", "uint6"), minimum=False,
+        table_types=("int2", "uint2", "int3", "uint3", "int6", "uint6"), minimum=False,
         activation_types=("int8", "uint8"), activation_channels=False,
     )  # fmt: skip
     packed_capabilities: ClassVar[Capabilities] = Capabilities(

@@ -119,7 +119,7 @@ class ExecuTorchBackend(Backend):
     name: ClassVar[str] = "ExecuTorch"
     capabilities: ClassVar[Capabilities] = Capabilities(
         index_bits=(), lut_dtypes=(), grouped=False, vector=False, channel_scale=False,
-        weight_types=("int8", "uint8", "int2", "int4", "uint4", "int6"),
+        weight_types=("int8", "uint8", "int2", "int3", "int4", "uint4", "int6"),
         activation_types=("int8", "uint8", "int4", "uint4"), activation_channels=False,
         fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""graphopt compress, inspect, verify; analyze, recipe, sweep.
+"""graphopt compress, inspect, verify; analyze, recipe, sweep; rdo.
 
 Exit codes: 0 done; 1 an unexpected failure; 2 wrong usage; 3 the model cannot be captured; 4 the
 config is wrong or does not fit the model; 5 a tensor cannot be compressed; 6 the target cannot hold
@@ -25,6 +25,7 @@ from graphopt.backends.base import Verification
 from graphopt.capture import capture
 from graphopt.cli import mixed_precision
 from graphopt.cli.common import ERR, OUT, Json, Model, print_json
+from graphopt.cli.rdo import rdo
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.inspection import inspect_program
 from graphopt.joint import compress as graph_compress
@@ -178,6 +179,7 @@ def verify(
 app.command()(mixed_precision.analyze)
 app.command()(mixed_precision.recipe)
 app.command()(mixed_precision.sweep)
+app.command()(rdo)
 
 
 def _backend_of(path: Path) -> BackendName:

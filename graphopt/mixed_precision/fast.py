@@ -76,7 +76,7 @@ def draw_vectors(bench: Bench, batch: Batch, *, draws: int, seed: int, group: in
             for op, point in each.points()
         ]
         with torch.enable_grad():
-            total = _projection(outputs, metric, generator)
+            total = project(outputs, metric, generator)
         torch.autograd.grad(total, leaves, allow_unused=True, retain_graph=draw + 1 < draws)
         for handle in handles:
             handle.remove()
@@ -136,7 +136,7 @@ def _forward(plan: GraphPlan, batch: Batch, wanted: set[str]) -> tuple[_Values, 
     return values, outputs
 
 
-def _projection(outputs: Sequence[Tensor], metric: str, generator: torch.Generator) -> Tensor:
+def project(outputs: Sequence[Tensor], metric: str, generator: torch.Generator) -> Tensor:
     total = outputs[0].new_zeros(())
     for output in outputs:
         direction = _direction(output.detach(), metric, generator)

@@ -64,12 +64,15 @@ def _search(
     return low * ends[0], high * ends[1]
 
 
-def clip_by_value(groups: Tensor, spec: QuantizationSpec) -> tuple[Tensor, Tensor]:
-    """Range of each group that minimises `Σ (w − ŵ)²`.
+def clip_by_value(
+    groups: Tensor, spec: QuantizationSpec, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Range of each group that minimises `Σ weight · (w − ŵ)²`.
 
     Args:
         groups: [groups, elements].
         spec: Element type and scheme.
+        weights: What each element's error counts, of the same shape; None is 1.
 
     Returns:
         Lower and upper ends, [groups].
@@ -80,10 +83,16 @@ def clip_by_value(groups: Tensor, spec: QuantizationSpec) -> tuple[Tensor, Tenso
         part = groups[start : start + rows].to(torch.float32)
         low, high = torch.aminmax(part, dim=1)
         low, high = low.clamp(max=0), high.clamp(min=0)
+        counts = None if weights is None else weights[start : start + rows].to(torch.float32)
 
-        def errors(lows: Tensor, highs: Tensor, part: Tensor = part) -> Tensor:
-            pairs = zip(lows, highs, strict=True)
-            return torch.stack([_squared_error(part, a, b, spec).sum(dim=1) for a, b in pairs])
+        def errors(
+            lows: Tensor, highs: Tensor, part: Tensor = part, counts: Tensor | None = counts
+        ) -> Tensor:
+            found = []
+            for a, b in zip(lows, highs, strict=True):
+                squared = _squared_error(part, a, b, spec)
+                found.append((squared if counts is None else squared.mul_(counts)).sum(dim=1))
+            return torch.stack(found)
 
         found = _search(low, high, errors, both=scale_limits(spec) == "both")
         lows.append(found[0])

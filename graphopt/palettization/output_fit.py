@@ -1,17 +1,11 @@
 """Fit palettes layer by layer to the outputs of the uncompressed program.
 
 Every layer is fitted with the inputs that it will get, those of the already compressed layers
-before it. Its target is the output of the uncompressed layer on the uncompressed inputs: the
-regression `W* = W + α·W·E[(x − x̂)x̂ᵀ]·(E[x̂x̂ᵀ] + λI)⁻¹` (the asymmetric calibration of GPTAQ, Li et al.,
-arXiv 2504.02692, equation 6, with a ridge) makes up for what the inputs have lost, and a bias for
-the mean. What the other operand of the sum behind a layer has lost (a residual stream, another
-embedding) is added to the target, as far as the layer's inputs can tell it. Positions count by the
-square root of their saliency, so that padding does not count.
+before it, to what `graphopt.layer_fit` says it should put out.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,6 +14,13 @@ from torch import Tensor, fx
 
 from graphopt.annotations import palette_annotation
 from graphopt.editor import Editor
+from graphopt.layer_fit import (
+    bias_change,
+    bias_of,
+    collect_moments,
+    compensated_weight,
+    missing_beside,
+)
 from graphopt.layerwise import Batch, LayerwiseRun
 from graphopt.matrix_form import MatrixForm, WeightUse, weight_uses
 from graphopt.program import Program
@@ -30,14 +31,8 @@ from graphopt.weights import WeightTensor, find_weights
 
 __all__ = ["OutputFit", "fit_to_outputs"]
 
-_RIDGE = 0.3  # λ relative to the mean diagonal
 _LOOKUP_DAMPING = 0.3
-_POSITIONS = 16_384  # sampled for a layer's moments, or more for long columns
-_POSITIONS_PER_COLUMN = 8
 _NO_ORDER = "its tables do not follow the rows and columns of its matrix"
-_aten = torch.ops.aten
-_SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
-_COPIES = (_aten.clone.default, _aten.alias.default, torch.ops.graphopt.dropout.default)
 
 
 @dataclass(frozen=True)
@@ -53,16 +48,6 @@ class OutputFit:
     palettes: dict[str, PalettizedWeight]
     biases: dict[str, Tensor]
     fallbacks: dict[str, str]
-
-
-@dataclass(frozen=True)
-class _Moments:
-    hessian: Tensor  # E[x̂x̂ᵀ], of centred columns where a bias takes the mean
-    shift: Tensor  # E[(x − x̂)x̂ᵀ]
-    mean: Tensor  # E[x̂]
-    wanted: Tensor  # E[x]
-    beside: Tensor  # E[(r − r̂)x̂ᵀ] of what is added to the outputs
-    beside_mean: Tensor  # E[r − r̂]
 
 
 def fit_to_outputs(
@@ -130,7 +115,7 @@ def _fit(
     inputs = use.node.args[use.form.data]
     assert isinstance(inputs, fx.Node)
     wanted = twins[inputs]
-    missing = _missing_beside(use, run, reference, twins)
+    missing = missing_beside(use, run, reference, twins)
     if use.form.kind == "lookup":
         table, reason = _fit_lookup(
             weight, use, run.values(inputs), missing, saliency.get(use.node.name),
@@ -141,12 +126,12 @@ def _fit(
         _keep(edit, weight, table, result)
         return
     original = weight.tensor.detach()
-    bias = _own_bias(use.node) if correct_bias else None
-    moments = _moments(
+    bias = bias_of(use.node) if correct_bias else None
+    moments = collect_moments(
         use, run.values(inputs), reference.values(wanted), saliency.get(use.node.name),
         missing, centred=bias is not None, seed=seed,
     )  # fmt: skip
-    target = _compensated(use, original, moments)
+    target = compensated_weight(use, original, moments)
     found = palettize_to_outputs(
         target, annotation.spec, use, moments.hessian, output_axis=annotation.output_axis,
         seed=seed,
@@ -158,14 +143,9 @@ def _fit(
         found = _plain(weight, importance, seed)
     _keep(edit, weight, found, result)
     if bias is not None:
-        dense = use.matrix(found.dense(), casts=False).double()
-        exact = use.matrix(original, casts=False).double()
-        change = (
-            exact @ moments.wanted.double()[..., None] - dense @ moments.mean.double()[..., None]
-        )
-        change = change.reshape(-1) + moments.beside_mean.double().reshape(-1)
+        change = bias_change(use, original, found.dense(), moments)
         old = edit.value(bias).detach()
-        corrected = (old.double() + change.reshape(-1)).to(old.dtype)
+        corrected = (old.double() + change).to(old.dtype)
         edit.set_value(bias, corrected)
         result.biases[str(bias.target)] = corrected
 
@@ -222,41 +202,6 @@ def _fit_lookup(
     return _plain(replace(weight, tensor=target), weighed, seed), reason
 
 
-def _missing_beside(
-    use: WeightUse, run: LayerwiseRun, reference: LayerwiseRun, twins: Mapping[fx.Node, fx.Node]
-) -> list[tuple[Tensor, Tensor]] | None:
-    """The other operand of the sum behind the op, as it should be and as it is, where known already."""
-    node, shape = use.node, _shape(use.node)
-    if use.form.kind == "transposed":
-        return None
-    while len(node.users) == 1:
-        reader = next(iter(node.users))
-        if reader.target in _SUMS:
-            left, right = reader.args[:2]
-            other = right if left is node else left
-            if not isinstance(other, fx.Node) or reader.kwargs:
-                return None
-            if not run.has_run(other) or node is other or not _fits(_shape(other), shape, use):
-                return None
-            return list(zip(reference.values(twins[other]), run.values(other), strict=True))
-        if reader.target not in _COPIES:
-            return None
-        node = reader
-    return None
-
-
-def _fits(other: tuple[object, ...] | None, own: tuple[object, ...] | None, use: WeightUse) -> bool:
-    """Whether an operand's error can be told for each row of the op's matrix."""
-    if use.form.kind == "lookup":
-        return bool(other and own and other[-1] == own[-1])
-    return other == own
-
-
-def _shape(node: fx.Node) -> tuple[object, ...] | None:
-    value = node.meta.get("val")
-    return tuple(value.shape) if isinstance(value, Tensor) else None
-
-
 def _keep(
     edit: Editor, weight: WeightTensor, palettized: PalettizedWeight, result: OutputFit
 ) -> None:
@@ -277,71 +222,3 @@ def _plain(weight: WeightTensor, importance: Tensor | None, seed: int) -> Palett
         weight.tensor, annotation.spec, output_axis=annotation.output_axis, importance=importance,
         seed=seed,
     )  # fmt: skip
-
-
-def _own_bias(node: fx.Node) -> fx.Node | None:
-    """The constant that an op alone adds to its output."""
-    place = 0 if node.target is _aten.addmm.default else 2
-    forms = ("linear", "conv", "addmm")
-    if not any(name in str(node.target) for name in forms) or "transpose" in str(node.target):
-        return None
-    if node.target is _aten.convolution.default and node.args[6]:
-        return None
-    bias = node.args[place] if len(node.args) > place else None
-    alone = isinstance(bias, fx.Node) and bias.op == "get_attr" and set(bias.users) == {node}
-    return bias if alone and isinstance(bias, fx.Node) else None
-
-
-def _moments(
-    use: WeightUse, inputs: Sequence[Tensor], wanted: Sequence[Tensor],
-    saliency: Sequence[Tensor] | None, missing: Sequence[tuple[Tensor, Tensor]] | None, *,
-    centred: bool, seed: int,
-) -> _Moments:  # fmt: skip
-    hessian = shift = mean = aim = beside = beside_mean = torch.zeros(())
-    total = 0.0
-    generator = torch.Generator().manual_seed(seed)
-    for number, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
-        columns, exact = use.form.columns(x.float()), use.form.columns(y.float())
-        weight = torch.ones(columns.shape[0], columns.shape[2])
-        if saliency is not None and saliency[number].shape == weight.shape:
-            weight = saliency[number].float().sqrt()
-        columns, exact = columns.transpose(0, 1).flatten(1, 2), exact.transpose(0, 1).flatten(1, 2)
-        used = weight.reshape(-1).nonzero()[:, 0]
-        share = max(_POSITIONS, _POSITIONS_PER_COLUMN * columns.shape[2]) / len(inputs)
-        if len(used) > share:
-            # neighbouring positions say the same: a sample of them suffices
-            used = used[torch.randperm(len(used), generator=generator)[: math.ceil(share)]]
-        columns, exact = columns[:, used], exact[:, used]
-        flat = weight.reshape(-1)[used].reshape(1, -1, 1)
-        total += float(flat.double().sum())
-        weighted = columns * flat
-        hessian = hessian + weighted.mT @ columns
-        shift = shift + (exact - columns).mT @ weighted
-        mean = mean + weighted.sum(1)
-        aim = aim + (exact * flat).sum(1)
-        if missing is not None:
-            lacks = missing[number][0].float() - missing[number][1].float()
-            rest = use.form.rows(lacks, x).transpose(0, 1).flatten(1, 2)[:, used]
-            beside = beside + rest.mT @ weighted
-            beside_mean = beside_mean + (rest * flat).sum(1)
-    scale = max(total, 1e-30)
-    hessian, shift, mean, aim = hessian / scale, shift / scale, mean / scale, aim / scale
-    beside, beside_mean = beside / scale, beside_mean / scale
-    if centred:
-        hessian = hessian - mean[:, :, None] * mean[:, None, :]
-        shift = shift - (aim - mean)[:, :, None] * mean[:, None, :]
-        if missing is not None:
-            beside = beside - beside_mean[:, :, None] * mean[:, None, :]
-    return _Moments(hessian, shift, mean, aim, beside, beside_mean)
-
-
-def _compensated(use: WeightUse, weight: Tensor, moments: _Moments) -> Tensor:
-    """The weight that on the inputs as they are comes closest to the exact outputs."""
-    matrix = use.matrix(weight, casts=False).double()
-    hessian = moments.hessian.double()
-    ridge = _RIDGE * hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    damped = hessian + torch.diag_embed(ridge[:, None].expand(-1, hessian.shape[1]))
-    moved = torch.linalg.solve(
-        damped, (matrix @ moments.shift.double() + moments.beside.double()).mT
-    ).mT
-    return use.pull_back(matrix + moved, weight.shape).to(weight.dtype).contiguous()

@@ -23,7 +23,14 @@ from graphopt.specs import (
     QuantizationSpec,
 )
 
-__all__ = ["QuantizedWeight", "plan_blocks", "quantize_weight", "weight_range"]
+__all__ = [
+    "QuantizedWeight",
+    "plan_blocks",
+    "quantize_weight",
+    "scale_precision",
+    "store_weight",
+    "weight_range",
+]
 
 _FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
@@ -130,8 +137,17 @@ class QuantizedWeight:
         return sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def weight_range(weight: Tensor, spec: QuantizationSpec, blocks: Blocks) -> tuple[Tensor, Tensor]:
+def weight_range(
+    weight: Tensor, spec: QuantizationSpec, blocks: Blocks, importance: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
     """Range of each block: its minimum and maximum, or those of least squared error.
+
+    Args:
+        weight: Any float tensor.
+        spec: Element type, scheme and how ranges are found.
+        blocks: From `plan_blocks`.
+        importance: What each element's squared error counts, of the weight's shape; given, ranges
+            of least error are searched whatever the spec says.
 
     Returns:
         Lower and upper ends, float32 of shape `blocks.counts`.
@@ -140,8 +156,10 @@ def weight_range(weight: Tensor, spec: QuantizationSpec, blocks: Blocks) -> tupl
         CompressionError: The spec asks for statistics that a weight does not have.
     """
     groups = blocks.split(weight.detach())
-    if spec.range_calculator_cls == "mse" or spec.calculator == "mse":
-        low, high = clip_by_value(groups, spec)
+    searched = "mse" in (spec.range_calculator_cls, spec.calculator)
+    if searched or importance is not None:
+        counts = None if importance is None else blocks.split(importance)
+        low, high = clip_by_value(groups, spec, counts)
     else:
         low, high = torch.aminmax(groups, dim=1)
     low, high = low.to(torch.float32), high.to(torch.float32)
@@ -174,18 +192,37 @@ def quantize_weight(
     """
     if not bool(torch.isfinite(weight).all()):
         raise CompressionError("contains NaN or Inf")
-    grid = grid_of(spec)
-    kept = spec.scale_dtype or weight.dtype
     if fixed is None:
-        scale, offset = qparams(*weight_range(weight, spec, blocks), spec, _scale_precision(kept))
+        low, high = weight_range(weight, spec, blocks)
+        scale, offset = qparams(low, high, spec, scale_precision(weight, spec))
     else:
         scale, offset = fixed
     exact = weight.detach().to(torch.float32)
-    wide_scale = blocks.spread(scale)
     wide_offset = None if offset is None else blocks.spread(offset)
     whole = has_whole_offsets(spec)
-    stored = quantize(exact, wide_scale, wide_offset, grid, whole=whole)
-    restored = dequantize(stored, wide_scale, wide_offset)
+    stored = quantize(exact, blocks.spread(scale), wide_offset, grid_of(spec), whole=whole)
+    return store_weight(weight, stored, scale, offset, spec, blocks)
+
+
+def store_weight(
+    weight: Tensor, stored: Tensor, scale: Tensor, offset: Tensor | None, spec: QuantizationSpec,
+    blocks: Blocks,
+) -> QuantizedWeight:  # fmt: skip
+    """The stored form of given elements.
+
+    Args:
+        weight: The weight that they stand for.
+        stored: Values of the element type, float32 of the weight's shape.
+        scale: Shape `blocks.counts`, float32.
+        offset: Of the same shape, or None.
+        spec: Element type.
+        blocks: Which elements share a scale.
+    """
+    grid = grid_of(spec)
+    kept = spec.scale_dtype or weight.dtype
+    exact = weight.detach().to(torch.float32)
+    wide_offset = None if offset is None else blocks.spread(offset)
+    restored = dequantize(stored, blocks.spread(scale), wide_offset)
     sse = float((restored - exact).double().square().sum())
     energy = float(exact.double().square().sum())
     return QuantizedWeight(
@@ -194,8 +231,12 @@ def quantize_weight(
     )  # fmt: skip
 
 
-def _scale_precision(kept: torch.dtype) -> torch.dtype:
-    """e8m0 scales are powers of two by construction; float64 ones are computed as float32."""
+def scale_precision(weight: Tensor, spec: QuantizationSpec) -> torch.dtype:
+    """Type to which scales are rounded before anything is computed from them.
+
+    e8m0 scales are powers of two by construction; float64 ones are computed as float32.
+    """
+    kept = spec.scale_dtype or weight.dtype
     return kept if kept in (torch.float16, torch.bfloat16) else torch.float32
 
 

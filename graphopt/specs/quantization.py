@@ -46,7 +46,7 @@ FakeQuantize = Literal["default", "lsq"]
 RangeCalculator = Literal["minmax", "mse"]
 
 _QUANTIZED = {
-    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 4, 6, 8)),
+    *(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 3, 4, 6, 8)),
     *("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn_x2"),
 }
 
@@ -55,7 +55,7 @@ class QuantizationSpec(SpecModel):
     """How one tensor is quantized; field names as in coreai-opt.
 
     Attributes:
-        dtype: Element type of the stored values: (u)int2/4/6/8, fp8 (e4m3fn, e5m2), fp4 (e2m1).
+        dtype: Element type of the stored values: (u)int2/3/4/6/8, fp8 (e4m3fn, e5m2), fp4 (e2m1).
         qscheme: Symmetric, symmetric with clipping, or asymmetric.
         qformulation: Integer zero point (ZP) or float minimum (MINVAL).
         granularity: How many elements share one scale.

@@ -24,7 +24,7 @@ from graphopt.schemes.quantize import plan_blocks, quantize_weight
 from graphopt.specs import PerGroupedChannelGranularity
 
 ASYMMETRIC = QuantizationScheme.ASYMMETRIC
-DTYPES = ["int8", "uint8", "int6", "uint6", "int4", "uint4", "int2", "uint2"]
+DTYPES = ["int8", "uint8", "int6", "uint6", "int4", "uint4", "int3", "uint3", "int2", "uint2"]
 
 
 def stored(spec: QuantizationSpec, weight: Tensor, output_axis: int = 0) -> tuple[Tensor, object]:

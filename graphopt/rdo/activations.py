@@ -1,0 +1,42 @@
+"""Rounded activations inside the optimisation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from graphopt.config.quantization import ModuleQuantizerConfig, QuantizerConfig
+from graphopt.layerwise import Batch
+from graphopt.program import Program
+from graphopt.quantization import Quantizer
+from graphopt.specs import QuantizationSpec
+
+__all__ = ["activation_config", "with_rounded_activations"]
+
+
+def activation_config(spec: QuantizationSpec) -> QuantizerConfig:
+    """Quantize all activations, and no weights."""
+    slots: dict[Any, Any] = {"*": spec}
+    return QuantizerConfig(
+        global_config=ModuleQuantizerConfig(
+            op_state_spec=None, op_input_spec=slots, op_output_spec=slots
+        )
+    )
+
+
+def with_rounded_activations(
+    exact: Program, batches: Sequence[Batch], spec: QuantizationSpec, backend: str | None
+) -> Program:
+    """The exact program with its activations rounded; its constants keep their names.
+
+    Raises:
+        CalibrationError: Activations have no usable range.
+    """
+    quantizer = Quantizer(exact, activation_config(spec))
+    prepared = quantizer.prepare(backend=backend)
+    with quantizer.calibration_mode(), torch.no_grad():
+        for args, kwargs in batches:
+            prepared(*args, **kwargs)
+    return Program(prepared, exact.example_args, exact.example_kwargs, exact.provenance)

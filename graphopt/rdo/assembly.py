@@ -1,0 +1,90 @@
+"""From fitted layers to a program in the vocabulary."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from graphopt.api import lower_by_suffix
+from graphopt.config.palettization import KMeansPalettizerConfig
+from graphopt.config.quantization import QuantizerConfig
+from graphopt.editor import Editor
+from graphopt.mixed_precision.candidates import Candidate
+from graphopt.mixed_precision.configs import config_for
+from graphopt.mixed_precision.layers import Layer
+from graphopt.pass_base import Pass
+from graphopt.pass_manager import run_passes
+from graphopt.passes import (
+    AnnotatePalettization,
+    AnnotateQuantization,
+    ConvertQuantization,
+    PalettizeWeights,
+    RemoveUnused,
+)
+from graphopt.program import CompressedProgram, Program
+from graphopt.quantization import Quantizer
+from graphopt.rdo.activations import activation_config
+from graphopt.rdo.config import RDOConfig
+from graphopt.rdo.fits import Fitted
+from graphopt.rdo.sites import sites_by_layer
+from graphopt.schemes.palettize import PalettizedWeight
+from graphopt.schemes.quantize import QuantizedWeight
+
+__all__ = ["assemble"]
+
+
+def assemble(
+    exact: Program,
+    layers: Sequence[Layer],
+    candidates: Mapping[str, Candidate],
+    forms: Mapping[str, Fitted],
+    config: RDOConfig,
+    data: Sequence[Any],
+    *,
+    progress: bool | None = None,
+) -> CompressedProgram:
+    """A program whose weights are the fitted forms, with activations quantized last.
+
+    Args:
+        exact: The exact program.
+        layers: Its layers.
+        candidates: Candidates by name.
+        forms: Name of the layer → its form.
+        config: Options.
+        data: Calibration inputs, for the ranges of activations.
+        progress: Show a bar; None shows it on a terminal.
+    """
+    made = exact.copy()
+    gm = made.graph_module
+    edit = Editor(gm)
+    for name, site in sites_by_layer(gm, layers, config).items():
+        bias = forms[name].bias
+        if bias is not None and site.bias is not None:
+            edit.set_value(site.bias, bias)
+    passes: list[Pass] = []
+    palettes = {n: f.stored for n, f in forms.items() if isinstance(f.stored, PalettizedWeight)}
+    integers = {n: f.stored for n, f in forms.items() if isinstance(f.stored, QuantizedWeight)}
+    if palettes:
+        tables = config_for({n: candidates[forms[n].candidate] for n in palettes}, {})
+        assert isinstance(tables, KMeansPalettizerConfig)
+        passes += [AnnotatePalettization(tables), PalettizeWeights(palettes)]
+    if integers:
+        grids = config_for({n: candidates[forms[n].candidate] for n in integers}, {})
+        assert isinstance(grids, QuantizerConfig)
+        passes += [AnnotateQuantization(grids), ConvertQuantization(weights=integers)]
+    run_passes(gm, [*passes, RemoveUnused()])
+    done = CompressedProgram(
+        # the exact weights are gone by now; what is copied here is small
+        copy.deepcopy(gm),
+        made.example_args,
+        made.example_kwargs,
+        made.provenance,
+        lower_by_suffix,
+    )
+    if config.activations is None:
+        return done
+    quantizer = Quantizer(done, activation_config(config.activations))
+    quantizer.prepare(backend=config.backend)
+    quantizer.calibrate(data, progress=progress)
+    return quantizer.program()
