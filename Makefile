@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench bench-quantization bench-calibrated bench-mixed-precision bench-peer clean
+.PHONY: demo test test-slow lint bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-peer clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -35,6 +35,9 @@ bench-quantization: $(STAMP)
 
 bench-mixed-precision: $(STAMP)
 	$(BIN)/python tests/benchmarks/mixed_precision.py
+
+bench-rdo: $(STAMP)
+	$(BIN)/python tests/benchmarks/rdo.py
 
 bench-calibrated: $(STAMP)
 	$(BIN)/python tests/benchmarks/calibrated.py

@@ -99,7 +99,7 @@ def round_block(
         layer, old = chosen[name]
         assert old.stored is not None
         stored = measured(relaxed.stored(), layer.weight.tensor.detach())
-        moved += int((~torch.isclose(stored.dense(), old.stored.dense())).sum())
+        moved += relaxed.moved()
         bias = trained.bias_of(layer)
         found[name] = replace(
             old, stored=stored, coded=coded_bits(stored), how="adaptive rounding",

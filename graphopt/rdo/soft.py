@@ -37,9 +37,17 @@ class SoftWeight(nn.Module):
         frozen: Whether elements are decided.
     """
 
-    def __init__(self, start: Tensor, scales: Tensor) -> None:
+    def __init__(self, place: Tensor, chosen: Tensor, scales: Tensor) -> None:
+        """Begin between a weight's own place and the level that it has.
+
+        Args:
+            place: Where the weight lies between its levels, 0 to 1.
+            chosen: The level that it has, 0 or 1.
+            scales: Scales or table entries.
+        """
         super().__init__()
-        h = start.clamp(_EDGE, 1 - _EDGE)
+        h = (place + _LEAN * (chosen - place)).clamp(_EDGE, 1 - _EDGE)
+        self.begun = chosen
         inner = (h + _SHIFT) / _STRETCH
         self.v = nn.Parameter((inner / (1 - inner)).log())
         self.scales = nn.Parameter(torch.zeros_like(scales))
@@ -49,6 +57,10 @@ class SoftWeight(nn.Module):
         """Share of the higher level, of the weight's shape; 0 or 1 once frozen."""
         h = (_STRETCH * self.v.sigmoid() - _SHIFT).clamp(0, 1)
         return (h.detach() >= 0.5).to(h.dtype) if self.frozen else h
+
+    def moved(self) -> int:
+        """Elements whose nearer level is not the one that they had."""
+        return int(((self.h().detach() >= 0.5) != (self.begun >= 0.5)).sum())
 
     def undecided(self) -> int:
         """Elements that are not at one of their levels."""
@@ -87,7 +99,7 @@ class SoftInteger(SoftWeight):
         low = torch.where(wanted > elements, elements, elements - 1)
         low = low.clamp(grid.q_min, grid.q_max - 1)
         place = (wanted - low).clamp(0, 1)
-        super().__init__(place + _LEAN * (elements - low - place), scale)
+        super().__init__(place, elements - low, scale)
         self.form, self.spec, self.target = form, spec, target
         self.low, self.scale, self.offset = low, scale, offset
 
@@ -121,7 +133,7 @@ class SoftPalette(SoftWeight):
         low = torch.where(wanted > chosen, codes, codes - 1).clamp(0, tables.shape[1] - 2)
         bottom, top = tables.gather(1, low), tables.gather(1, low + 1)
         place = ((wanted - bottom) / (top - bottom).clamp_min(1e-30)).clamp(0, 1)
-        super().__init__(place + _LEAN * ((codes - low).float() - place), tables)
+        super().__init__(place, (codes - low).float(), tables)
         self.form, self.target, self.tables, self.low, self.order = form, target, tables, low, order
         gaps = tables.diff(dim=1)
         self.unit = float(gaps[gaps > 0].median()) if bool((gaps > 0).any()) else 0.0
