@@ -78,10 +78,10 @@ class RoundingOptions(SpecModel):
     blocks: Literal["sensitive", "all", "none"] = "sensitive"
     share: float = Field(default=0.5, gt=0, le=1)
     steps: int = Field(default=1000, ge=1)
-    learning_rate: float = Field(default=0.05, gt=0)
+    learning_rate: float = Field(default=0.1, gt=0)
     warm_up: float = Field(default=0.2, ge=0, lt=1)
     beta: tuple[float, float] = (20.0, 2.0)
-    regulariser: float = Field(default=5.0, gt=0)
+    regulariser: float = Field(default=50.0, gt=0)
     scales: bool = True
     weighting: Literal["fisher", "mean", "none"] = "mean"
     drop: float = Field(default=0.5, ge=0, lt=1)

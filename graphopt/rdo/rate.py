@@ -11,6 +11,7 @@ from graphopt.matrix_form import WeightUse
 from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
 from graphopt.numerics.blocks import Blocks
 from graphopt.numerics.packing import unpack
+from graphopt.ops import STORAGE_BITS
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.schemes.quantize import QuantizedWeight, scale_precision, weight_range
 from graphopt.specs import QuantizationSpec
@@ -32,26 +33,25 @@ def entropy(counts: Tensor) -> float:
 def coded_bits(stored: PalettizedWeight | QuantizedWeight) -> float:
     """Bits of a weight whose elements an ideal coder compresses, one distribution per tensor.
 
-    Scales, zero points and tables are counted as they are stored. Targets store elements at a fixed
-    width: this is what a compressed download takes, not what lies in memory.
+    Integers are coded less their zero points; scales, zero points and tables are counted as they
+    are stored. Targets store elements at a fixed width: this is what a compressed download takes,
+    not what lies in memory.
     """
     if isinstance(stored, PalettizedWeight):
         count = math.prod(stored.layout.index_shape())
         codes = unpack(stored.indices, stored.n_bits, count)
         fixed = 8 * stored.indices.numel()
     else:
-        bits = _storage_bits(stored.storage)
-        codes = unpack(stored.data, bits, math.prod(stored.blocks.shape))
+        bits = STORAGE_BITS[stored.storage]
+        codes = unpack(stored.data, bits, math.prod(stored.blocks.shape)).to(torch.int16)
+        if stored.offset is not None:
+            if stored.storage.startswith("int"):
+                codes = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
+            zero = stored.blocks.spread(stored.offset.float().round()).to(torch.int16)
+            codes = codes.reshape(stored.blocks.shape) - zero
         fixed = 8 * stored.data.numel()
-    counts = torch.bincount(codes.reshape(-1).int(), minlength=2)
+    _, counts = codes.unique(return_counts=True)
     return stored.stored_bits() - fixed + entropy(counts)
-
-
-def _storage_bits(storage: str) -> int:
-    """Width of an element type by its name in `graphopt.ops.shift_scale`."""
-    if storage.startswith("fp"):
-        return 4 if storage.startswith("fp4") else 8
-    return int(storage.removeprefix("u").removeprefix("int"))
 
 
 def scales_by_rate(
@@ -91,18 +91,21 @@ def scales_by_rate(
         shift = None if offset is None else offset[:, None]
         codes = quantize(groups, scale[:, None], shift, grid, whole=whole)
         error = (groups - dequantize(codes, scale[:, None], shift)).square_().mul_(costs).sum(1)
-        return (codes - grid.q_min).long(), error.double()
+        # symbols count from the zero point, where weights are dense
+        symbols = codes if shift is None else codes - shift.round()
+        return symbols.long() + size, error.double()
 
     # one step for all blocks, relative to their ranges, by the entropy that it really gives
     total = []
     for option in options:
         codes, error = errors(option)
-        bits = entropy(torch.bincount(codes.reshape(-1), minlength=size))
+        bits = entropy(torch.bincount(codes.reshape(-1)))
         total.append(0.5 * float(error.sum()) + rate_weight * bits)
     best = torch.full((len(groups),), int(torch.tensor(total).argmin()))
     for _ in range(_ROUNDS):
         codes, _ = errors(_at(options, best))
-        counts = torch.bincount(codes.reshape(-1), minlength=size).double() + 0.5
+        counts = torch.bincount(codes.reshape(-1), minlength=2 * size + 1).double()
+        counts += 1 / len(counts)  # what was not seen can still be coded
         length = -(counts / counts.sum()).log2()
         found = []
         for option in options:

@@ -223,7 +223,8 @@ def _train(
         return total
 
     with torch.no_grad():
-        constants = trained.constants()
+        # of the weights as they are applied, every element at its level
+        constants = site.forward.constants({})
         unit = sum(float(error(constants, number)) for number in walk.fitting)
     unit = max(unit / len(walk.fitting), 1e-30)
     optimizer = torch.optim.Adam(trained.groups(options))

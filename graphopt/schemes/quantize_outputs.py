@@ -106,7 +106,7 @@ def quantize_to_outputs(
         scales: Scales and zero points to start from, of shape `blocks.counts`; those of least error
             under the diagonal of H when None.
         move_scales: Whether scales follow the elements; needs one block per row or more rows per
-            block, and an op of one channel group.
+            block, an op of one channel group, and scales that are no powers of two.
         damping: Share of the mean diagonal that is added to H.
         rounds: Alternations of elements and scales.
 
@@ -124,6 +124,7 @@ def quantize_to_outputs(
     if where is None:
         return None
     scale, offset = search_scales(weight, spec, blocks, use, hessian) if scales is None else scales
+    powers = spec.scale_dtype is not None and "e8m0" in str(spec.scale_dtype)
     problem = _Problem(weight, spec, blocks, use, hessian.float(), where, damping)
     best = problem.rounded(scale, offset)
     last = best.loss
@@ -133,7 +134,7 @@ def quantize_to_outputs(
             best = found
         elif number:
             break
-        movable = move_scales and where.by_rows and hessian.shape[0] == 1
+        movable = move_scales and where.by_rows and hessian.shape[0] == 1 and not powers
         if not movable or number + 1 == rounds or last - found.loss <= 1e-4 * last:
             break
         last = found.loss
@@ -220,9 +221,9 @@ def best_scale(
     Returns:
         [scales] float32; a scale that would not be positive keeps its value.
     """
-    moved = elements.float() @ hessian
-    above = (moved * weight).double().sum(1)
-    below = (moved * elements).double().sum(1)
+    moved = elements.double() @ hessian.double()
+    above = (moved * weight).sum(1)
+    below = (moved * elements).sum(1)
     own = torch.from_numpy(rows)
     total = torch.zeros(2, len(scale), dtype=torch.float64)
     total[0].index_add_(0, own, above)
