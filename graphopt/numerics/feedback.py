@@ -20,7 +20,14 @@ from graphopt.errors import CalibrationError
 from graphopt.numerics import kernels_feedback as kernels
 from graphopt.numerics.parallel import map_tasks
 
-__all__ = ["Feedback", "TableMap", "feedback_grouped", "fit_tables", "inverse_factor"]
+__all__ = [
+    "Feedback",
+    "OrderedHessian",
+    "TableMap",
+    "feedback_grouped",
+    "fit_tables",
+    "inverse_factor",
+]
 
 _TASK_ROWS = 64
 _PRODUCTS_UP_TO = 32  # entries per table
@@ -85,9 +92,38 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         damping = max(10 * damping, 1e-8)
 
 
+@dataclass(frozen=True)
+class OrderedHessian:
+    """A Hessian as feedback uses it, made once for all fits to the same inputs.
+
+    Attributes:
+        order: Columns by decreasing diagonal.
+        damped: H + damping · mean(diag H) · I in that order, float32.
+        factor: See `inverse_factor`, in that order.
+    """
+
+    order: Tensor
+    damped: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, hessian: Tensor, damping: float) -> OrderedHessian:
+        """Order, damp and factor a Hessian, [columns, columns].
+
+        Raises:
+            CalibrationError: It is not finite.
+        """
+        h = hessian.float()
+        order = torch.argsort(h.diagonal(), descending=True, stable=True)
+        h = h[order][:, order].contiguous()
+        mean = h.diagonal().mean()
+        damped = h + damping * float(mean if mean > 0 else 1.0) * torch.eye(h.shape[0])
+        return cls(order, damped, inverse_factor(h, damping))
+
+
 def fit_tables(
     weight: Tensor,
-    hessian: Tensor,
+    hessian: Tensor | OrderedHessian,
     tables: Tensor,
     where: TableMap,
     *,
@@ -101,11 +137,11 @@ def fit_tables(
 
     Args:
         weight: [rows, columns], any float type.
-        hessian: Second moment of the inputs, [columns, columns].
+        hessian: Second moment of the inputs, [columns, columns], or what was made of it before.
         tables: Tables to start from, [tables, k, size]; scalar ones increasing.
         where: Which table serves which weight.
         importance: Weight of each row's error when tables are fitted, [rows]; None is 1.
-        damping: See `inverse_factor`.
+        damping: See `inverse_factor`; of no effect for an `OrderedHessian`.
         rounds: Alternations of tables and codes; the best one is kept.
         cycles: Cycles of coordinate descent after each feedback pass.
         move_tables: False keeps the tables (for quantized ones).
@@ -113,13 +149,10 @@ def fit_tables(
     Returns:
         Codes, tables and the relative error reached.
     """
-    h = hessian.float()
-    order = torch.argsort(h.diagonal(), descending=True, stable=True)
+    if not isinstance(hessian, OrderedHessian):
+        hessian = OrderedHessian.of(hessian, damping)
+    order, h_used, factor = hessian.order, hessian.damped, hessian.factor
     w = weight.float()[:, order].T.contiguous()  # columns × rows
-    h = h[order][:, order].contiguous()
-    mean = h.diagonal().mean()
-    h_used = h + damping * float(mean if mean > 0 else 1.0) * torch.eye(h.shape[0])
-    factor = inverse_factor(h, damping)
     columns = where.columns[order.numpy()]
     rows_weight = torch.ones(w.shape[1]) if importance is None else importance.float()
     unit_weight = rows_weight.reshape(-1, where.size).mean(1).double()

@@ -103,6 +103,8 @@ class RDOConfig(SpecModel):
         metric: What is to be preserved: "kl" (nats; logits along the last axis), "mse", "psnr" or
             "cosine".
         draws: Random directions per sample of which sensitivities are made.
+        gradient_memory: Bytes that gradients at the outputs of blocks may take; what does not fit is
+            computed for some blocks at a time.
         fold_batchnorm: Fold batch norms before anything else.
         activations: Spec of quantized activations, or None.
         blocks: Rate-distortion optimisation.
@@ -121,6 +123,7 @@ class RDOConfig(SpecModel):
     rate: Literal["fixed", "entropy"] = "fixed"
     metric: Literal["kl", "mse", "psnr", "cosine"] = "kl"
     draws: int = Field(default=4, ge=1)
+    gradient_memory: int = Field(default=1 << 30, ge=0)
     fold_batchnorm: bool = True
     activations: QuantizationSpec | None = None
     blocks: BlockOptions = Field(default_factory=BlockOptions)

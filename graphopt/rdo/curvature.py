@@ -9,7 +9,6 @@ al., BRECQ, arXiv 2102.05426, equation 10, there with the squares apart).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,26 +23,66 @@ from graphopt.mixed_precision.fast import project
 from graphopt.progress import track
 from graphopt.sensitivity import GradientCollector
 
-__all__ = ["Curvature", "Gradients", "measure_curvature"]
+__all__ = ["Curvature", "Gradients"]
 
 Gradients = list[list[Tensor]]  # draws × batches, bfloat16
 
 
-@dataclass(frozen=True)
 class Curvature:
     """Gradients in the exact program.
 
+    Those at the blocks' outputs take as much memory as the outputs of all samples; where that is more
+    than `memory`, they are computed for some blocks at a time, with one pass over the data each.
+
+    Args:
+        gm: The exact graph.
+        batches: Inputs of one call each.
+        metric: "kl", "mse", "psnr" or "cosine".
+        ends: Output nodes of each block, in order.
+        uses: Ops whose positions and rows are weighed.
+        draws: Number of u per sample.
+        seed: Seed of u.
+        memory: Bytes that gradients may take; one block's are held in any case.
+        progress: Show a bar; None shows it on a terminal.
+
     Attributes:
-        outputs: Name of a node → its gradients.
         saliency: Name of an op's node → per batch [batch, positions] the mean squared gradient of its
             output, with mean 1 over each sample.
         rows: Name of an op's node → squared gradient of each output row, summed over positions and
             batches, the mean over the samples of each, [groups · rows].
+
+    Raises:
+        InputError: No floating-point output depends on the nodes.
     """
 
-    outputs: dict[str, Gradients] = field(default_factory=dict)
-    saliency: dict[str, list[Tensor]] = field(default_factory=dict)
-    rows: dict[str, Tensor] = field(default_factory=dict)
+    def __init__(
+        self,
+        gm: CapturedModule,
+        batches: Sequence[Batch],
+        metric: str,
+        ends: Sequence[Sequence[fx.Node]],
+        uses: Sequence[WeightUse],
+        *,
+        draws: int = 1,
+        seed: int = 0,
+        memory: int = 1 << 30,
+        progress: bool | None = None,
+    ) -> None:
+        self._gm, self._batches, self._metric = gm, batches, metric
+        self._draws, self._seed, self._progress = draws, seed, progress
+        self.saliency: dict[str, list[Tensor]] = {}
+        self.rows: dict[str, Tensor] = {}
+        self._held: dict[str, Gradients] = {}
+        self._groups = self._grouped(ends, memory)
+        self._measure(self._groups[0] if self._groups else [], uses)
+
+    def gradients(self, name: str) -> Gradients:
+        """Gradients at a block's output, draws × batches, bfloat16."""
+        if name not in self._held:
+            group = next(each for each in self._groups if any(node.name == name for node in each))
+            self._held = {}
+            self._measure(group, ())
+        return self._held[name]
 
     def loss(self, changes: Mapping[str, Sequence[Tensor]], batches: Sequence[int]) -> float:
         """`½E[⟨δ, Δy⟩²]` per sample for changes of some nodes, over some batches.
@@ -53,13 +92,12 @@ class Curvature:
             batches: Their numbers.
         """
         total, samples = 0.0, 0
+        known = {name: self.gradients(name) for name in changes}
         for place, number in enumerate(batches):
-            draws = len(next(iter(self.outputs[name] for name in changes)))
-            for draw in range(draws):
+            for draw in range(self._draws):
                 inner = torch.zeros(())
                 for name, found in changes.items():
-                    gradient = self.outputs[name][draw][number].float()
-                    product = gradient * found[place].float()
+                    product = known[name][draw][number].float() * found[place].float()
                     inner = inner + product.reshape(product.shape[0], -1).sum(1)
                 total += float(inner.double().square().sum())
                 samples += inner.numel()
@@ -69,12 +107,84 @@ class Curvature:
         """What the elements of a node's error count in one batch, with mean 1; None for all alike."""
         if kind == "none":
             return None
-        squares = torch.stack([draw[number].float().square() for draw in self.outputs[name]])
+        squares = torch.stack([draw[number].float().square() for draw in self.gradients(name)])
         squares = squares.mean(0)
         if kind == "mean":
             squares = squares.mean(0, keepdim=True).expand_as(squares)
         mean = squares.mean()
         return squares / mean if float(mean) > 0 else None
+
+    def _grouped(self, ends: Sequence[Sequence[fx.Node]], memory: int) -> list[list[fx.Node]]:
+        """Blocks whose gradients are held together."""
+        every = list(dict.fromkeys(node for block in ends for node in block))
+        if not every:
+            return []
+        runner = _Watched(self._gm, set(every), set())
+        with torch.no_grad():
+            _leaves(runner, self._gm, self._batches[0])
+        factor = 2 * self._draws * len(self._batches)  # bfloat16
+        groups: list[list[fx.Node]] = []
+        left = 0
+        for block in ends:
+            fresh = [node for node in block if not groups or node not in groups[-1]]
+            size = factor * sum(runner.kept[node.name].numel() for node in fresh)
+            if not groups or size > left:
+                # what a block needs is in one group
+                fresh = list(block)
+                size = factor * sum(runner.kept[node.name].numel() for node in fresh)
+                groups.append([])
+                left = memory
+            groups[-1] += fresh
+            left -= size
+        return groups
+
+    def _measure(self, ends: Sequence[fx.Node], uses: Sequence[WeightUse]) -> None:
+        """Run all batches forward and backward."""
+        generator = torch.Generator().manual_seed(self._seed)
+        collector = GradientCollector(squares=False, positions=True)
+        points = {*ends, *(use.node for use in uses)}
+        data: dict[str, fx.Node] = {}
+        for use in uses:
+            read = use.node.args[use.form.data]
+            assert isinstance(read, fx.Node)
+            data[use.node.name] = read
+        names = [node.name for node in ends]
+        self._held = {name: [[] for _ in range(self._draws)] for name in names}
+        count = len(self._batches)
+        for batch in track(self._batches, "gradients", count, enabled=self._progress):
+            runner = _Watched(self._gm, points, set(data.values()))
+            with torch.enable_grad():
+                values = _leaves(runner, self._gm, batch)
+                results = [v for v in values if v.is_floating_point() and v.requires_grad]
+                if not results:
+                    raise InputError("no floating-point output depends on a layer")
+                for draw in range(self._draws):
+                    total = project(results, self._metric, generator)
+                    known = list(runner.kept)
+                    gradients = torch.autograd.grad(
+                        total, [runner.kept[name] for name in known], allow_unused=True,
+                        retain_graph=draw + 1 < self._draws,
+                    )  # fmt: skip
+                    arrived = dict(zip(known, gradients, strict=True))
+                    for name in names:
+                        found = arrived.get(name)
+                        found = torch.zeros_like(runner.kept[name]) if found is None else found
+                        self._held[name][draw].append(found.detach().to(torch.bfloat16))
+                    for use in uses if draw == 0 else ():
+                        gradient = arrived.get(use.node.name)
+                        if gradient is not None:
+                            self._weigh(
+                                use, collector, gradient, runner.seen[data[use.node.name].name]
+                            )
+        self.saliency.update(collector.saliency)
+
+    def _weigh(
+        self, use: WeightUse, collector: GradientCollector, gradient: Tensor, x: Tensor
+    ) -> None:
+        name = use.node.name
+        collector.record(name, use, torch.Size(), x, gradient)
+        squares = use.form.rows(gradient.detach().float(), x).square()
+        self.rows[name] = self.rows.get(name, 0) + squares.mean(0).sum(1).reshape(-1)
 
 
 class _Watched(fx.Interpreter):
@@ -98,79 +208,6 @@ class _Watched(fx.Interpreter):
         return result
 
 
-def measure_curvature(
-    gm: CapturedModule,
-    batches: Sequence[Batch],
-    metric: str,
-    outputs: Sequence[fx.Node],
-    uses: Sequence[WeightUse],
-    *,
-    draws: int = 1,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> Curvature:
-    """Run all batches forward and backward.
-
-    Args:
-        gm: The exact graph.
-        batches: Inputs of one call each.
-        metric: "kl", "mse", "psnr" or "cosine".
-        outputs: Nodes whose gradients are kept.
-        uses: Ops whose positions are weighed.
-        draws: Number of u per sample.
-        seed: Seed of u.
-        progress: Show a bar; None shows it on a terminal.
-
-    Raises:
-        InputError: No floating-point output depends on the nodes.
-    """
-    found = Curvature()
-    generator = torch.Generator().manual_seed(seed)
-    points = {*outputs, *(use.node for use in uses)}
-    data = {use.node.name: use.node.args[use.form.data] for use in uses}
-    for kept in {node.name for node in outputs}:
-        found.outputs[kept] = [[] for _ in range(draws)]
-    collector = GradientCollector(squares=False, positions=True)
-    for batch in track(batches, "gradients", len(batches), enabled=progress):
-        inputs = {node for node in data.values() if isinstance(node, fx.Node)}
-        runner = _Watched(gm, points, inputs)
-        with torch.enable_grad():
-            values = _leaves(runner, gm, batch)
-            ends = [v for v in values if v.is_floating_point() and v.requires_grad]
-            if not ends:
-                raise InputError("no floating-point output depends on a layer")
-            for draw in range(draws):
-                total = project(ends, metric, generator)
-                names = list(runner.kept)
-                gradients = torch.autograd.grad(
-                    total, [runner.kept[name] for name in names], allow_unused=True,
-                    retain_graph=draw + 1 < draws,
-                )  # fmt: skip
-                arrived = dict(zip(names, gradients, strict=True))
-                _take(found, collector, arrived, runner, uses, data, draw)
-    found.saliency.update(collector.saliency)
-    return found
-
-
 def _leaves(runner: _Watched, gm: CapturedModule, batch: Batch) -> list[Tensor]:
     done = runner.run(*flat_inputs(gm, batch), enable_io_processing=False)
     return [each for each in pytree.tree_leaves(done) if isinstance(each, Tensor)]
-
-
-def _take(
-    found: Curvature, collector: GradientCollector, arrived: Mapping[str, Tensor | None],
-    runner: _Watched, uses: Sequence[WeightUse], data: Mapping[str, Any], draw: int,
-) -> None:  # fmt: skip
-    for name, draws in found.outputs.items():
-        gradient = arrived.get(name)
-        if gradient is None:
-            gradient = torch.zeros_like(runner.kept[name])
-        draws[draw].append(gradient.detach().to(torch.bfloat16))
-    for use in uses if draw == 0 else ():
-        gradient = arrived.get(use.node.name)
-        if gradient is not None:
-            x = runner.seen[data[use.node.name].name]
-            collector.record(use.node.name, use, torch.Size(), x, gradient)
-            squares = use.form.rows(gradient.detach().float(), x).square()
-            total = squares.mean(0).sum(1).reshape(-1)
-            found.rows[use.node.name] = found.rows.get(use.node.name, 0) + total

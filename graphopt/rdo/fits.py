@@ -19,6 +19,7 @@ from graphopt.matrix_form import WeightUse
 from graphopt.mixed_precision.candidates import Candidate
 from graphopt.mixed_precision.layers import Layer
 from graphopt.numerics.affine import grid_of
+from graphopt.numerics.feedback import OrderedHessian
 from graphopt.rdo.config import RDOConfig
 from graphopt.rdo.rate import coded_bits, scales_by_rate
 from graphopt.schemes.palettize import PalettizedWeight, palettize
@@ -68,13 +69,15 @@ class LayerInputs:
 
     Attributes:
         target: The weight to aim at, of the stored tensor's shape.
-        hessian: Second moment of the op's columns, [groups, columns, columns], or None.
-        moments: What these come from, or None.
+        hessian: Second moment of the op's columns, [groups, columns, columns].
+        ordered: What feedback makes of it once for all candidates; None for several groups.
+        moments: What these come from.
     """
 
     target: Tensor
-    hessian: Tensor | None
-    moments: LayerMoments | None
+    hessian: Tensor
+    ordered: OrderedHessian | None
+    moments: LayerMoments
 
 
 @dataclass(frozen=True)
@@ -121,7 +124,10 @@ def take_inputs(
     target = site.weight.tensor.detach()
     if config.feedback.compensate:
         target = compensated_weight(site.use, target, moments)
-    return LayerInputs(target, moments.hessian, moments)
+    ordered = None
+    if config.feedback.enabled and moments.hessian.shape[0] == 1:
+        ordered = OrderedHessian.of(moments.hessian[0], config.feedback.damping)
+    return LayerInputs(target, moments.hessian, ordered, moments)
 
 
 def fit_layer(
@@ -152,7 +158,7 @@ def fit_layer(
     else:
         stored, how, note = _palettized(site, spec, given, config)
     bias = None
-    if site.bias_value is not None and site.use and given is not None and given.moments:
+    if site.bias_value is not None and site.use is not None and given is not None:
         change = bias_change(site.use, weight, stored.dense(), given.moments)
         bias = (site.bias_value.double() + change).to(site.bias_value.dtype)
     return Fitted(candidate.name, measured(stored, weight), bias, how, coded_bits(stored), note)
@@ -171,7 +177,7 @@ def _quantized(
 ) -> tuple[Stored, str, str]:  # fmt: skip
     weight = site.weight.tensor.detach() if given is None else given.target
     blocks, _ = plan_blocks(weight.shape, site.layer.output_axis, spec.granularity)
-    if given is None or given.hessian is None or site.use is None:
+    if given is None or site.use is None:
         return quantize_weight(weight, spec, blocks), "rounded", "no inputs to weigh errors by"
     scales = None
     if config.blocks.scales and config.rate == "entropy" and not grid_of(spec).is_float:
@@ -189,7 +195,7 @@ def _quantized(
         return found, "searched" if config.blocks.scales else "rounded", ""
     fed = quantize_to_outputs(
         weight, spec, blocks, site.use, given.hessian, scales=scales,
-        move_scales=config.blocks.scales, damping=config.feedback.damping,
+        move_scales=config.blocks.scales, damping=config.feedback.damping, ordered=given.ordered,
     )  # fmt: skip
     if fed is None:
         found = quantize_weight(weight, spec, blocks, fixed=scales)
@@ -201,7 +207,7 @@ def _palettized(
     site: LayerSite, spec: PalettizationSpec, given: LayerInputs | None, config: RDOConfig
 ) -> tuple[Stored, str, str]:
     axis, seed = site.layer.output_axis, config.seed
-    if given is None or given.hessian is None or site.use is None:
+    if given is None or site.use is None:
         weight = site.weight.tensor.detach()
         plain = palettize(weight, spec, output_axis=axis, seed=seed)
         return plain, "rounded", "no inputs to weigh errors by"
@@ -209,7 +215,7 @@ def _palettized(
     if config.feedback.enabled:
         fed = palettize_to_outputs(
             given.target, spec, site.use, given.hessian, output_axis=axis,
-            damping=config.feedback.damping, seed=seed,
+            damping=config.feedback.damping, ordered=given.ordered, seed=seed,
         )  # fmt: skip
     if fed is not None:
         return fed, "error feedback", ""

@@ -210,14 +210,21 @@ def _train(
     generator = torch.Generator().manual_seed(seed)
     trained.forward.generator.manual_seed(seed + 1)
     weights = {
-        number: [walk.curvature.weighting(name, number, options.weighting) for name in site.names]
+        number: {
+            name: walk.curvature.weighting(name, number, options.weighting)
+            for name in site.names
+            if name
+        }
         for number in walk.fitting
     }
 
     def error(constants: dict[fx.Node, Any], number: int) -> Tensor:
         made = trained.forward(constants, number)
         total = torch.zeros(())
-        for found, goal, weight in zip(made, wanted[number], weights[number], strict=True):
+        for name, found, goal in zip(site.names, made, wanted[number], strict=True):
+            if not name:
+                continue
+            weight = weights[number][name]
             squares = (found.float() - goal.float()).square()
             total = total + (squares if weight is None else squares * weight).mean()
         return total

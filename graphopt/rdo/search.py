@@ -101,7 +101,7 @@ def _forms(
 def _aim(layer: LayerSite, inputs: LayerInputs | None) -> tuple[Tensor, Tensor | None]:
     """The weight and bias that all candidates of a layer come close to."""
     exact = layer.weight.tensor.detach()
-    if inputs is None or inputs.moments is None or layer.use is None:
+    if inputs is None or layer.use is None:
         return exact, None
     if layer.bias_value is None:
         return inputs.target, None

@@ -38,12 +38,12 @@ from graphopt.rdo.activations import with_rounded_activations
 from graphopt.rdo.allocation import Rates
 from graphopt.rdo.assembly import assemble
 from graphopt.rdo.config import RDOConfig
-from graphopt.rdo.curvature import Curvature, measure_curvature
+from graphopt.rdo.curvature import Curvature
 from graphopt.rdo.fits import Fitted, LayerSite, fit_layer
 from graphopt.rdo.rounding import Rounded, round_block
 from graphopt.rdo.search import search_block
 from graphopt.rdo.sites import find_layer_blocks, sites_by_node
-from graphopt.rdo.walk import BlockSite, Walk, twins_of
+from graphopt.rdo.walk import BlockSite, Walk, is_float, twins_of
 
 __all__ = ["BlockFit", "Costs", "Session", "fits_of"]
 
@@ -172,11 +172,14 @@ class Session:
         twins = twins_of(work.graph_module, exact.graph_module)
         sites = sites_by_node(work.graph_module, layers, config)
         blocks = find_layer_blocks(work.graph_module, sites, twins, config)
-        ends = dict.fromkeys(twins[node] for block in blocks for node in block.outputs)
+        ends = [
+            [twins[node] for node in block.outputs if is_float(node.meta.get("val"))]
+            for block in blocks
+        ]
         uses = uses_of(exact.graph_module, [layer.name for layer in layers])
-        curvature = measure_curvature(
-            exact.graph_module, batches, config.metric, list(ends), list(uses.values()),
-            draws=config.draws, seed=config.seed, progress=progress,
+        curvature = Curvature(
+            exact.graph_module, batches, config.metric, ends, list(uses.values()),
+            draws=config.draws, seed=config.seed, memory=config.gradient_memory, progress=progress,
         )  # fmt: skip
         named = tuple(
             tuple(dict.fromkeys(sites[node].layer.name for node in block.targets))

@@ -38,6 +38,11 @@ def twins_of(work: CapturedModule, exact: CapturedModule) -> dict[fx.Node, fx.No
     return found
 
 
+def is_float(value: object) -> bool:
+    """Whether a value is a tensor of floats."""
+    return isinstance(value, Tensor) and value.is_floating_point()
+
+
 @dataclass
 class BlockSite:
     """A block that the walk has come to.
@@ -47,7 +52,7 @@ class BlockSite:
         block: Its nodes in the graph that is being compressed.
         forward: Runs it with the inputs that the compressed blocks before give.
         layers: Its layers in the order of the graph.
-        names: For each output, the name of its twin in the exact program.
+        names: For each output, the name of its twin in the exact program; "" where it is no float.
         changed: Whether a weight has changed behind which the block had run already.
     """
 
@@ -94,7 +99,10 @@ class Walk:
     def blocks(self) -> Iterator[BlockSite]:
         """Every block in order; a block is run when the next one is asked for."""
         for number, block in enumerate(self.blocks_found):
-            names = [self.twins[node].name for node in block.outputs]
+            names = [
+                self.twins[node].name if is_float(node.meta.get("val")) else ""
+                for node in block.outputs
+            ]
             layers = [self.sites[node] for node in block.nodes if node in self.sites]
             unique = {site.layer.name: site for site in reversed(layers)}
             fresh = [
@@ -184,6 +192,7 @@ class Walk:
         """What it costs at the model's outputs that a block's are `found` instead of `wanted`."""
         changes: dict[str, list[Tensor]] = {}
         for place, name in enumerate(site.names):
-            pairs = zip(found, wanted, strict=True)
-            changes[name] = [own[place] - other[place] for own, other in pairs]
+            if name:
+                pairs = zip(found, wanted, strict=True)
+                changes[name] = [own[place] - other[place] for own, other in pairs]
         return self.curvature.loss(changes, numbers)

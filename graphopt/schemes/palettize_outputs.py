@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from graphopt.matrix_form import WeightUse
-from graphopt.numerics.feedback import TableMap, feedback_grouped, fit_tables
+from graphopt.numerics.feedback import OrderedHessian, TableMap, feedback_grouped, fit_tables
 from graphopt.schemes.palettize import PalettizedWeight, arrange, assemble, palettize
 from graphopt.schemes.tables import StoredTables, round_tables
 from graphopt.specs import PalettizationSpec
@@ -25,6 +25,7 @@ def palettize_to_outputs(
     output_axis: int = 0,
     row_importance: Tensor | None = None,
     damping: float = 0.01,
+    ordered: OrderedHessian | None = None,
     rounds: int = 3,
     seed: int = 0,
 ) -> PalettizedWeight | None:
@@ -38,6 +39,7 @@ def palettize_to_outputs(
         output_axis: Output-channel axis of the stored tensor.
         row_importance: Weight of each row's error, [groups, rows]; None is 1.
         damping: Share of the mean diagonal that is added to the Hessian.
+        ordered: `OrderedHessian.of(hessian[0], damping)`, where several fits share it.
         rounds: Alternations of codes and tables.
         seed: Seed of vector tables.
 
@@ -70,8 +72,8 @@ def palettize_to_outputs(
         if shape[0] > 1:
             return entries, feedback_grouped(matrix, hessian, entries, where, damping)
         fit = fit_tables(
-            matrix[0], hessian[0], entries, where, importance=scaled_rows[0], damping=damping,
-            rounds=rounds, move_tables=move,
+            matrix[0], hessian[0] if ordered is None else ordered, entries, where,
+            importance=scaled_rows[0], damping=damping, rounds=rounds, move_tables=move,
         )  # fmt: skip
         return fit.tables.to(weight.dtype), fit.codes
 

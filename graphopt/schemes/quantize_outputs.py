@@ -19,7 +19,7 @@ from graphopt.errors import CompressionError
 from graphopt.matrix_form import WeightUse
 from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
 from graphopt.numerics.blocks import Blocks
-from graphopt.numerics.feedback import TableMap, feedback_grouped, fit_tables
+from graphopt.numerics.feedback import OrderedHessian, TableMap, feedback_grouped, fit_tables
 from graphopt.schemes.quantize import (
     QuantizedWeight,
     scale_precision,
@@ -93,6 +93,7 @@ def quantize_to_outputs(
     scales: Scales | None = None,
     move_scales: bool = True,
     damping: float = 0.01,
+    ordered: OrderedHessian | None = None,
     rounds: int = 3,
 ) -> QuantizedWeight | None:
     """Quantize one weight so that its op's outputs change little.
@@ -108,6 +109,7 @@ def quantize_to_outputs(
         move_scales: Whether scales follow the elements; needs one block per row or more rows per
             block, an op of one channel group, and scales that are no powers of two.
         damping: Share of the mean diagonal that is added to H.
+        ordered: `OrderedHessian.of(hessian[0], damping)`, where several fits share it.
         rounds: Alternations of elements and scales.
 
     Returns:
@@ -125,7 +127,9 @@ def quantize_to_outputs(
         return None
     scale, offset = search_scales(weight, spec, blocks, use, hessian) if scales is None else scales
     powers = spec.scale_dtype is not None and "e8m0" in str(spec.scale_dtype)
-    problem = _Problem(weight, spec, blocks, use, hessian.float(), where, damping)
+    if hessian.shape[0] == 1 and ordered is None:
+        ordered = OrderedHessian.of(hessian[0], damping)
+    problem = _Problem(weight, spec, blocks, use, hessian.float(), where, damping, ordered)
     best = problem.rounded(scale, offset)
     last = best.loss
     for number in range(max(rounds, 1)):
@@ -159,6 +163,7 @@ class _Problem:
     hessian: Tensor
     where: TableMap
     damping: float
+    ordered: OrderedHessian | None  # of an op with one channel group
 
     def rounded(self, scale: Tensor, offset: Tensor | None) -> _Found:
         """Elements nearest to the weight."""
@@ -175,12 +180,11 @@ class _Problem:
         shift = 0.0 if offset is None else offset.reshape(-1, 1)
         tables = (scale.float().reshape(-1, 1) * (values[None] - shift))[..., None].contiguous()
         matrix = self.use.matrix(self.weight, casts=False).float()
-        if matrix.shape[0] > 1:
+        if self.ordered is None:
             codes = feedback_grouped(matrix, self.hessian, tables, self.where, self.damping)
         else:
             codes = fit_tables(
-                matrix[0], self.hessian[0], tables, self.where, damping=self.damping, rounds=1,
-                cycles=2, move_tables=False,
+                matrix[0], self.ordered, tables, self.where, rounds=1, cycles=2, move_tables=False
             ).codes  # fmt: skip
         chosen = values[codes.long()].reshape(matrix.shape)
         stored = self.use.pull_back(chosen, self.weight.shape).contiguous()

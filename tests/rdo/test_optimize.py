@@ -230,6 +230,24 @@ def test_grouped_convolutions_and_unfolded_norms() -> None:
         assert report["rate-distortion"].distance < 0.5 * report["uniform 4-bit"].distance
 
 
+def test_outputs_that_are_no_floats_are_left_out_of_the_loss() -> None:
+    class Labelled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = copy.deepcopy(trained())
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            logits = self.net(x)
+            return logits, logits.argmax(1)
+
+    config = {"target_bits": 5.0, **QUICK, "rounding": {"blocks": "all", "steps": 5}}
+    program, report = optimize(Labelled().eval(), EXAMPLE, calibration(), config, progress=False)
+    x, _ = held_out()
+    logits, labels = program.module()(x)
+    assert torch.equal(logits.argmax(1), labels)
+    assert report["rate-distortion"].distance < 0.2 * report["uniform 4-bit"].distance
+
+
 def test_keyword_inputs_and_exported_programs() -> None:
     data = pictures(2)
     exported = torch.export.export(residual(), (data[0],), strict=False)
