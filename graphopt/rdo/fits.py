@@ -32,6 +32,7 @@ from graphopt.weights import WeightTensor
 __all__ = ["Fitted", "LayerInputs", "LayerSite", "fit_layer", "measured", "take_inputs"]
 
 Stored = PalettizedWeight | QuantizedWeight
+_NO_FEEDBACK = "no error feedback for lookups, tied weights and ops of other forms"
 
 
 @dataclass(frozen=True)
@@ -178,7 +179,7 @@ def _quantized(
     weight = site.weight.tensor.detach() if given is None else given.target
     blocks, _ = plan_blocks(weight.shape, site.layer.output_axis, spec.granularity)
     if given is None or site.use is None:
-        return quantize_weight(weight, spec, blocks), "rounded", "no inputs to weigh errors by"
+        return quantize_weight(weight, spec, blocks), "rounded", _NO_FEEDBACK
     scales = None
     if config.blocks.scales and config.rate == "entropy" and not grid_of(spec).is_float:
         scales = scales_by_rate(
@@ -210,7 +211,7 @@ def _palettized(
     if given is None or site.use is None:
         weight = site.weight.tensor.detach()
         plain = palettize(weight, spec, output_axis=axis, seed=seed)
-        return plain, "rounded", "no inputs to weigh errors by"
+        return plain, "rounded", _NO_FEEDBACK
     fed = None
     if config.feedback.enabled:
         fed = palettize_to_outputs(

@@ -178,7 +178,7 @@ def test_embeddings_tied_weights_and_several_outputs() -> None:
     )  # fmt: skip
     rows = {layer.name: layer for layer in report.layers}
     assert rows["embedding.weight"].how == "rounded"
-    assert "no inputs" in rows["embedding.weight"].note
+    assert "no error feedback" in rows["embedding.weight"].note
     assert report.bits_per_weight <= 6
     assert report["rate-distortion"].agreement is None
     with torch.no_grad():
