@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+import pickle
 import re
 import subprocess
 import sys
@@ -152,3 +154,40 @@ def test_mixed_precision_example_reads_imagenet_folders(tmp_path: Path) -> None:
     )
     assert "[(3, 3, 224, 224), (1, 3, 224, 224)] [[0, 0, 0], [1]]" in out
     assert "54 (3, 1000)" in out
+
+
+@pytest.mark.coreai
+def test_resnet18_example_reads_cifar10(tmp_path: Path) -> None:
+    """Made-up images in the published files' form, a narrow network, a few steps."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "cifar-10-batches-py"
+    folder.mkdir()
+    for name in (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch"):
+        part = {
+            b"data": rng.integers(0, 256, (32, 3072), dtype=np.uint8),
+            b"labels": rng.integers(0, 10, 32).tolist(),
+        }
+        (folder / name).write_bytes(pickle.dumps(part))
+    out = run(
+        str(ROOT / "examples/resnet18_rdo/run.py"), "--cifar10", str(folder), "--width", "8",
+        "--epochs", "1", "--fine-tune", "1", "--images", "64", "--batch", "16", "--steps", "3",
+        "--out", str(tmp_path / "out"), cwd=tmp_path,
+    )  # fmt: skip
+    assert "32 held-out images, 64 calibration images" in out
+    for name in ("4.19-integer", "3.0-integer", "3.0-palette"):
+        report = json.loads((tmp_path / "out" / name / "report.json").read_text())
+        assert report["bits_per_weight"] <= float(name.partition("-")[0])
+        assert (tmp_path / "out" / name / "resnet18.aimodel").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.coreai
+def test_resnet18_example_keeps_its_accuracy(tmp_path: Path) -> None:
+    run(str(ROOT / "examples/resnet18_rdo/run.py"), "--out", str(tmp_path), cwd=tmp_path)
+    for name, most in (("4.19-integer", 0.5), ("3.0-integer", 1.0), ("3.0-palette", 1.0)):
+        report = json.loads((tmp_path / name / "report.json").read_text())
+        rows = {row["name"]: row for row in report["comparison"]}
+        assert rows["uniform 8-bit"]["drop"] <= 0.3
+        assert rows["rate-distortion"]["drop"] <= most
+        assert rows["rate-distortion"]["bits_per_weight"] <= float(name.partition("-")[0])
+        assert report["samples"] == 512

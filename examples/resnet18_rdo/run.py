@@ -59,6 +59,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=512, help="unlabelled, for calibration")
     parser.add_argument("--test", type=int, default=2000, help="held-out images at most")
     parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=1000, help="of adaptive rounding per block")
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args()
     console = Console(width=110)
@@ -86,7 +87,8 @@ def main() -> None:
         begun = time.perf_counter()
         folder = args.out / f"{config['target_bits']}-{config.get('family', 'integer')}"
         program, report = rdo.optimize(
-            model, (held[0][:1],), calibration, {**config, "seed": args.seed}, out=folder,
+            model, (held[0][:1],), calibration,
+            {**config, "seed": args.seed, "rounding": {"steps": args.steps}}, out=folder,
             overwrite=True, evaluate=score, evaluation_data=held[0].split(256),
         )  # fmt: skip
         seconds = time.perf_counter() - begun

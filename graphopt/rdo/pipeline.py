@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import ArtifactExistsError
+from graphopt.errors import ArtifactExistsError, InfeasibleError
 from graphopt.files import replace_path, temporary_sibling
 from graphopt.layerwise import Batch, as_batch
 from graphopt.program import CompressedProgram, Program
@@ -189,10 +189,20 @@ def _first_allocation(
         layer.name: {name: float(layer.bits_of(name)) for name in layer.candidates}
         for layer in session.layers
     }
-    if session.config.rate == "entropy" and session.config.target_bits is not None:
+    target = session.config.target_bits
+    if session.config.rate == "fixed" and target is not None:
+        least, most = (
+            sum(end(own.values()) for own in bits.values()) / session.weights for end in (min, max)
+        )
+        if least > target:
+            raise InfeasibleError(
+                f"target_bits={target:g}: attainable are {least:.3f} to {most:.3f} bits per weight,"
+                " scales and tables included; raise the target or add narrower candidates"
+            )
+    if session.config.rate == "entropy" and target is not None:
         # a coder makes less of wide elements: λ from D ∝ 4^−R at the widest candidates
         widest = allocate(losses, bits, budget=None, rate_weight=0.0)
-        excess = widest.bits / session.weights - session.config.target_bits
+        excess = widest.bits / session.weights - target
         distortion = max(widest.loss, 1e-30) * 4.0**excess
         weight = 2 * math.log(2) * distortion / session.weights
         return replace(widest, rate_weight=weight), losses
