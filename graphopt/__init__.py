@@ -1,6 +1,6 @@
 """graphopt: graph-rewriting compression of PyTorch models for edge targets."""
 
-from graphopt import casting, errors, ops
+from graphopt import casting, errors, mixed_precision, ops, rdo
 from graphopt.api import lower
 from graphopt.capture import capture
 from graphopt.captured_module import CapturedModule
@@ -27,6 +27,8 @@ __all__ = [
     "compress",
     "errors",
     "lower",
+    "mixed_precision",
     "ops",
+    "rdo",
     "tune",
 ]

@@ -32,6 +32,7 @@ __all__ = ["Rounded", "round_block"]
 _log = logging.getLogger(__name__)
 _SCALE_RATE = 0.1  # of the roundings' learning rate
 _BIAS_RATE = 0.02
+_UNDECIDED = 0.1  # share of a block above which a warning is due
 _SETTLE = 0.2  # share of the steps that follow with fixed elements
 
 
@@ -93,6 +94,11 @@ def round_block(
     trained = _Trained(walk, site, {name: (chosen[name][0], soft[name]) for name in soft}, options)
     yield from _train(walk, site, trained, wanted, options, seed)
     undecided = trained.undecided
+    if undecided > _UNDECIDED * sum(each.v.numel() for each in soft.values()):
+        _log.warning(
+            "block %d: %d elements were between two levels when rounding ended; more steps or a"
+            " larger regulariser decide them", site.number, undecided,
+        )  # fmt: skip
     found: dict[str, Fitted] = {}
     moved = 0
     for name, relaxed in soft.items():
