@@ -14,7 +14,7 @@ from graphopt.config.quantization import ModuleQuantizerConfig, QuantizerConfig
 from graphopt.errors import InputError
 from graphopt.layerwise import Batch
 from graphopt.mixed_precision.metrics import METRICS, measure
-from graphopt.program import CompressedProgram, Program
+from graphopt.program import CompressedProgram
 from graphopt.quantization import Quantizer
 from graphopt.rdo.activations import activation_config
 from graphopt.rdo.report import Comparison
@@ -69,8 +69,9 @@ def compare(
     Raises:
         InputError: Scores of the samples differ in number between two forms.
     """
+    kept = sum(layer.kept_bits for layer in session.layers) / session.weights
     forms: dict[str, tuple[nn.Module, float]] = {
-        "float": (session.exact.module(), _float_bits(session.exact, session)),
+        "float": (session.exact.module(), kept),
         "uniform 8-bit": _form(uniform_program(session, 8), session),
         "uniform 4-bit": _form(uniform_program(session, 4), session),
         "rate-distortion": _form(program, session),
@@ -112,11 +113,6 @@ def _form(program: CompressedProgram, session: Session) -> tuple[nn.Module, floa
     stored = {row.name: row.stored_bits for row in program.report()}
     bits = sum(stored.get(layer.name) or layer.kept_bits for layer in session.layers)
     return program.module(), bits / session.weights
-
-
-def _float_bits(exact: Program, session: Session) -> float:
-    del exact
-    return sum(layer.kept_bits for layer in session.layers) / session.weights
 
 
 def _outputs(module: nn.Module, batch: Batch) -> list[Tensor]:

@@ -33,7 +33,6 @@ def with_change(found: Program, name: str, changes: list[Tensor]) -> list[Tensor
     """Outputs of the network when a node's value is changed."""
     outputs = []
     for x, change in zip(calibration(), changes, strict=True):
-        values: dict[str, object] = {}
 
         class Runner(torch.fx.Interpreter):
             def run_node(self, n: torch.fx.Node, change: Tensor = change) -> object:
@@ -42,7 +41,6 @@ def with_change(found: Program, name: str, changes: list[Tensor]) -> list[Tensor
 
         with torch.no_grad():
             done = Runner(found.graph_module).run(x, enable_io_processing=False)
-        values["out"] = done
         outputs.append(done[0] if isinstance(done, tuple | list) else done)
     return outputs
 
