@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import math
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from graphopt.config.base import read_yaml
 from graphopt.errors import ArtifactExistsError, InputError
+from graphopt.files import replace_path, temporary_sibling
 from graphopt.mixed_precision.candidates import KEEP, Candidate
 from graphopt.mixed_precision.configs import AnyConfig, config_for
 from graphopt.mixed_precision.layers import Layer
@@ -155,9 +155,9 @@ class Recipe:
             raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
         target.parent.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        temporary = target.with_name(f".{target.name}.{os.getpid()}")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(target)
+        with temporary_sibling(target) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+            replace_path(temporary, target)
         return target
 
     @classmethod

@@ -9,14 +9,14 @@ import torch
 
 from graphopt.config.quantization import ModuleQuantizerConfig, QuantizerConfig
 from graphopt.layerwise import Batch
-from graphopt.program import Program
+from graphopt.program import CompressedProgram, Program
 from graphopt.quantization import Quantizer
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["activation_config", "with_rounded_activations"]
+__all__ = ["quantize_activations", "with_rounded_activations"]
 
 
-def activation_config(spec: QuantizationSpec) -> QuantizerConfig:
+def _activation_config(spec: QuantizationSpec) -> QuantizerConfig:
     """Quantize all activations, and no weights."""
     slots: dict[Any, Any] = {"*": spec}
     return QuantizerConfig(
@@ -24,6 +24,23 @@ def activation_config(spec: QuantizationSpec) -> QuantizerConfig:
             op_state_spec=None, op_input_spec=slots, op_output_spec=slots
         )
     )
+
+
+def quantize_activations(
+    program: CompressedProgram, data: Sequence[Any], spec: QuantizationSpec | None,
+    backend: str | None, *, progress: bool | None = None,
+) -> CompressedProgram:  # fmt: skip
+    """A program with its activations quantized to the ranges that data give; None leaves it as it is.
+
+    Raises:
+        CalibrationError: Activations have no usable range.
+    """
+    if spec is None:
+        return program
+    quantizer = Quantizer(program, _activation_config(spec))
+    quantizer.prepare(backend=backend)
+    quantizer.calibrate(data, progress=progress)
+    return quantizer.program()
 
 
 def with_rounded_activations(
@@ -34,7 +51,7 @@ def with_rounded_activations(
     Raises:
         CalibrationError: Activations have no usable range.
     """
-    quantizer = Quantizer(exact, activation_config(spec))
+    quantizer = Quantizer(exact, _activation_config(spec))
     prepared = quantizer.prepare(backend=backend)
     with quantizer.calibration_mode(), torch.no_grad():
         for args, kwargs in batches:

@@ -23,8 +23,7 @@ from graphopt.passes import (
     RemoveUnused,
 )
 from graphopt.program import CompressedProgram, Program
-from graphopt.quantization import Quantizer
-from graphopt.rdo.activations import activation_config
+from graphopt.rdo.activations import quantize_activations
 from graphopt.rdo.config import RDOConfig
 from graphopt.rdo.fits import Fitted
 from graphopt.rdo.sites import sites_by_layer
@@ -82,9 +81,4 @@ def assemble(
         made.provenance,
         lower_by_suffix,
     )
-    if config.activations is None:
-        return done
-    quantizer = Quantizer(done, activation_config(config.activations))
-    quantizer.prepare(backend=config.backend)
-    quantizer.calibrate(data, progress=progress)
-    return quantizer.program()
+    return quantize_activations(done, data, config.activations, config.backend, progress=progress)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from graphopt.config.quantization import ModuleQuantizerConfig, QuantizerConfig
+from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
 from graphopt.layerwise import Batch
+from graphopt.mixed_precision.candidates import Candidate
+from graphopt.mixed_precision.configs import config_for
 from graphopt.mixed_precision.metrics import METRICS, measure
 from graphopt.program import CompressedProgram
 from graphopt.quantization import Quantizer
-from graphopt.rdo.activations import activation_config
+from graphopt.rdo.activations import quantize_activations
 from graphopt.rdo.report import Comparison
 from graphopt.rdo.session import Session
 from graphopt.specs import PerChannelGranularity, QuantizationSpec
@@ -37,21 +38,16 @@ def uniform_program(session: Session, bits: int) -> CompressedProgram:
         bits: 2, 3, 4, 6 or 8.
     """
     spec = QuantizationSpec(dtype=f"int{bits}", granularity=PerChannelGranularity())
-    states: dict[str, Any] = {layer.name: spec for layer in session.layers}
-    config = QuantizerConfig(
-        global_config=ModuleQuantizerConfig(
-            op_state_spec=None, op_input_spec=None, op_output_spec=None, module_state_spec=states
-        )
-    )
+    one = Candidate(f"int{bits}", spec)
+    config = config_for({layer.name: one for layer in session.layers}, {})
+    assert isinstance(config, QuantizerConfig)
     quantizer = Quantizer(session.exact, config)
     quantizer.prepare()
-    program = quantizer.program()
-    if session.config.activations is None:
-        return program
-    rounded = Quantizer(program, activation_config(session.config.activations))
-    rounded.prepare(backend=session.config.backend)
-    rounded.calibrate(session.batches_as_data(), progress=False)
-    return rounded.program()
+    options = session.config
+    return quantize_activations(
+        quantizer.program(), session.batches_as_data(), options.activations, options.backend,
+        progress=False,
+    )  # fmt: skip
 
 
 def compare(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -14,26 +14,28 @@ from graphopt.rdo.config import RDOConfig
 from graphopt.rdo.fits import Fitted, LayerInputs, LayerSite, fit_layer
 from graphopt.rdo.walk import BlockSite, Walk
 
-__all__ = ["BlockCosts", "cost_of", "search_block"]
+__all__ = ["Costs", "cost_of", "search_block"]
 
 _log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class BlockCosts:
-    """What the candidates of a block's layers cost.
+class Costs:
+    """What candidates cost, measured block by block.
 
     Attributes:
-        losses: Layer → candidate → loss at the model's outputs, second order.
+        losses: Layer → candidate → loss at the model's outputs.
         bits: Layer → candidate → bits in the config's model of rates.
-        choice: Layer → the candidate of least `loss + λ · bits` in the block.
-        moves: How often a layer's candidate was changed with the others in place.
+        choice: Layer → candidate of least loss + λ · bits.
+        moves: Candidates that changed because of other layers of their block.
+        rate_weight: λ under which they were measured.
     """
 
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
     bits: dict[str, dict[str, float]] = field(default_factory=dict)
     choice: dict[str, str] = field(default_factory=dict)
     moves: int = 0
+    rate_weight: float = 0.0
 
 
 def cost_of(site: LayerSite, fitted: Fitted, config: RDOConfig) -> float:
@@ -49,7 +51,7 @@ def search_block(
     candidates: Mapping[str, Candidate],
     config: RDOConfig,
     rate_weight: float,
-) -> Iterator[BlockCosts | None]:
+) -> Iterator[Costs | None]:
     """Measure all candidates of a block's layers and choose; yields None per layer, then the costs.
 
     Each layer is fitted to the inputs that the chosen forms of the layers before it give. Its
@@ -65,7 +67,7 @@ def search_block(
         config: Options.
         rate_weight: λ.
     """
-    found = BlockCosts()
+    found = Costs(rate_weight=rate_weight)
     forms: dict[str, dict[str, Fitted]] = {}
     for layer in site.layers:
         name = layer.layer.name
@@ -84,7 +86,7 @@ def search_block(
         walk.apply(layer, forms[name][found.choice[name]])
         yield None
     moves = _settle(walk, site, forms, found, config, rate_weight)
-    yield BlockCosts(found.losses, found.bits, found.choice, moves)
+    yield replace(found, moves=moves)
 
 
 def _forms(
@@ -109,13 +111,13 @@ def _aim(layer: LayerSite, inputs: LayerInputs | None) -> tuple[Tensor, Tensor |
     return inputs.target, (layer.bias_value.double() + change).to(layer.bias_value.dtype)
 
 
-def _least(found: BlockCosts, name: str, rate_weight: float) -> str:
+def _least(found: Costs, name: str, rate_weight: float) -> str:
     losses, bits = found.losses[name], found.bits[name]
     return min(losses, key=lambda each: (losses[each] + rate_weight * bits[each], bits[each]))
 
 
 def _settle(
-    walk: Walk, site: BlockSite, forms: Mapping[str, Mapping[str, Fitted]], found: BlockCosts,
+    walk: Walk, site: BlockSite, forms: Mapping[str, Mapping[str, Fitted]], found: Costs,
     config: RDOConfig, rate_weight: float,
 ) -> int:  # fmt: skip
     if len(site.layers) < 2 or config.blocks.rounds < 2:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from graphopt.passes import (
     FoldBatchNorm,
     RemoveUnused,
 )
+from graphopt.passes.value_facts import is_float
 from graphopt.program import CompressedProgram, Program
 from graphopt.progress import track
 from graphopt.rdo.activations import with_rounded_activations
@@ -41,33 +42,14 @@ from graphopt.rdo.config import RDOConfig
 from graphopt.rdo.curvature import Curvature
 from graphopt.rdo.fits import Fitted, LayerSite, fit_layer
 from graphopt.rdo.rounding import Rounded, round_block
-from graphopt.rdo.search import search_block
+from graphopt.rdo.search import Costs, search_block
 from graphopt.rdo.sites import find_layer_blocks, sites_by_node
-from graphopt.rdo.walk import BlockSite, Walk, is_float, twins_of
+from graphopt.rdo.walk import BlockSite, Walk, twins_of
 
 __all__ = ["BlockFit", "Costs", "Session", "fits_of"]
 
 _log = logging.getLogger(__name__)
 _SEEDS = 1_000_003
-
-
-@dataclass(frozen=True)
-class Costs:
-    """What candidates cost, measured block by block.
-
-    Attributes:
-        losses: Layer → candidate → loss at the model's outputs.
-        bits: Layer → candidate → bits in the config's model of rates.
-        choice: Layer → candidate of least loss + λ · bits.
-        moves: Candidates that changed because of other layers of their block.
-        rate_weight: λ under which they were measured.
-    """
-
-    losses: dict[str, dict[str, float]] = field(default_factory=dict)
-    bits: dict[str, dict[str, float]] = field(default_factory=dict)
-    choice: dict[str, str] = field(default_factory=dict)
-    moves: int = 0
-    rate_weight: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -172,10 +154,7 @@ class Session:
         twins = twins_of(work.graph_module, exact.graph_module)
         sites = sites_by_node(work.graph_module, layers, config)
         blocks = find_layer_blocks(work.graph_module, sites, twins, config)
-        ends = [
-            [twins[node] for node in block.outputs if is_float(node.meta.get("val"))]
-            for block in blocks
-        ]
+        ends = [[twins[node] for node in block.outputs if is_float(node)] for block in blocks]
         uses = uses_of(exact.graph_module, [layer.name for layer in layers])
         curvature = Curvature(
             exact.graph_module, batches, config.metric, ends, list(uses.values()),

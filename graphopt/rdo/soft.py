@@ -8,6 +8,7 @@ an index.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import torch
@@ -28,7 +29,7 @@ _EDGE = 0.02  # the farthest that a start is decided
 _LEAN = 0.5  # how far a start leans from the weight's own place to the element that was chosen
 
 
-class SoftWeight(nn.Module):
+class SoftWeight(nn.Module, ABC):
     """A weight whose elements lie between two levels.
 
     Attributes:
@@ -71,13 +72,13 @@ class SoftWeight(nn.Module):
         """Mean of `1 − |2h − 1|^β`."""
         return (1 - (2 * self.h() - 1).abs().pow(beta)).mean()
 
+    @abstractmethod
     def dense(self) -> Tensor:
         """The weight as it is now, float32."""
-        raise NotImplementedError
 
+    @abstractmethod
     def stored(self) -> QuantizedWeight | PalettizedWeight:
         """The stored form, every element at the nearer of its levels."""
-        raise NotImplementedError
 
 
 class SoftInteger(SoftWeight):

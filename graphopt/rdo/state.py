@@ -54,11 +54,10 @@ class RunState:
         self.folder = folder
         if folder is None:
             return
-        if not resume:
+        if not resume or not (folder / "key").exists():
             delete_path(folder)
         if folder.exists():
-            known = (folder / "key").read_text() if (folder / "key").exists() else ""
-            if known != key:
+            if (folder / "key").read_text() != key:
                 raise InputError(
                     f"{folder} holds an unfinished run of another model, other data or another"
                     " config; finish that one, delete the folder, or pass resume=False"

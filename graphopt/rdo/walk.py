@@ -15,6 +15,7 @@ from graphopt.fake_quantize import ActivationQuantizer
 from graphopt.layer_fit import missing_beside
 from graphopt.layerwise import Batch, LayerwiseRun
 from graphopt.partition import Block
+from graphopt.passes.value_facts import is_float
 from graphopt.rdo.config import RDOConfig
 from graphopt.rdo.curvature import Curvature
 from graphopt.rdo.fits import Fitted, LayerInputs, LayerSite, take_inputs
@@ -36,11 +37,6 @@ def twins_of(work: CapturedModule, exact: CapturedModule) -> dict[fx.Node, fx.No
         if rounds and source in found:
             found[node] = found[source]
     return found
-
-
-def is_float(value: object) -> bool:
-    """Whether a value is a tensor of floats."""
-    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @dataclass
@@ -99,10 +95,7 @@ class Walk:
     def blocks(self) -> Iterator[BlockSite]:
         """Every block in order; a block is run when the next one is asked for."""
         for number, block in enumerate(self.blocks_found):
-            names = [
-                self.twins[node].name if is_float(node.meta.get("val")) else ""
-                for node in block.outputs
-            ]
+            names = [self.twins[node].name if is_float(node) else "" for node in block.outputs]
             layers = [self.sites[node] for node in block.nodes if node in self.sites]
             unique = {site.layer.name: site for site in reversed(layers)}
             fresh = [
