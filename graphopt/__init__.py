@@ -1,6 +1,6 @@
 """graphopt: graph-rewriting compression of PyTorch models for edge targets."""
 
-from graphopt import casting, errors, mixed_precision, ops, rdo
+from graphopt import casting, errors, mixed_precision, ops, pipelines, rdo
 from graphopt.api import lower
 from graphopt.capture import capture
 from graphopt.captured_module import CapturedModule
@@ -29,6 +29,7 @@ __all__ = [
     "lower",
     "mixed_precision",
     "ops",
+    "pipelines",
     "rdo",
     "tune",
 ]

@@ -1,12 +1,14 @@
 """Annotations: the only file that knows the keys under which specs live in `node.meta`.
 
-They are kept by name and value, never by node, so that copies of a graph keep them.
+It also holds what passes hand on to later ones in `gm.meta`. Annotations are kept by name and value,
+never by node, so that copies of a graph keep them.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Generic, TypeVar, cast
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Generic, TypeVar, cast
 
 from torch import fx
 
@@ -14,13 +16,17 @@ from graphopt.specs import PalettizationSpec, QuantizationSpec
 
 __all__ = [
     "ActivationPoint",
+    "Findings",
     "WeightAnnotation",
     "annotate_input",
     "annotate_norm",
     "annotate_output",
     "annotate_weight",
+    "describe_annotations",
+    "findings_of",
     "input_points",
     "is_fused_norm",
+    "keep_findings",
     "move_output",
     "output_point",
     "palette_annotation",
@@ -28,6 +34,7 @@ __all__ = [
 ]
 
 _KEY = "graphopt"
+_FINDINGS = "graphopt_findings"  # not saved with a module
 _WEIGHT, _OUTPUT, _INPUTS, _NORM = "weight", "output", "inputs", "norm"
 
 
@@ -129,3 +136,46 @@ def annotate_norm(node: fx.Node) -> None:
 def is_fused_norm(node: fx.Node) -> bool:
     """Whether a batch norm is marked by `annotate_norm`."""
     return bool(node.meta.get(_KEY, {}).get(_NORM))
+
+
+def describe_annotations(node: fx.Node) -> str:
+    """What is attached to a node, as one line of text."""
+    parts = []
+    weight = node.meta.get(_KEY, {}).get(_WEIGHT)
+    if weight is not None:
+        parts.append(f"weight: {weight.spec!r}")
+    point = output_point(node)
+    if point is not None:
+        parts.append(f"output in {point.group}: {point.spec!r}")
+    for position, each in input_points(node).items():
+        parts.append(f"operand {position} in {each.group}: {each.spec!r}")
+    if is_fused_norm(node):
+        parts.append("norm of the op before")
+    return "; ".join(parts)
+
+
+@dataclass(frozen=True)
+class Findings:
+    """What passes with data found out for those that rewrite.
+
+    Attributes:
+        palettes: Name of a weight → its `PalettizedWeight`.
+        scales: Sharing group of activations → scale and offset.
+        reference: The graph before compression.
+        fitted_to_outputs: Whether every palette was fitted to the outputs of its layer.
+    """
+
+    palettes: Mapping[str, Any] = field(default_factory=dict)
+    scales: Mapping[str, Any] = field(default_factory=dict)
+    reference: Any = None
+    fitted_to_outputs: bool = False
+
+
+def findings_of(gm: fx.GraphModule) -> Findings:
+    """What earlier passes left for later ones."""
+    return cast("Findings", gm.meta.get(_FINDINGS, Findings()))
+
+
+def keep_findings(gm: fx.GraphModule, **found: Any) -> None:
+    """Leave something for later passes."""
+    gm.meta[_FINDINGS] = replace(findings_of(gm), **found)

@@ -202,6 +202,15 @@ class Editor:
                 holder._buffers[name] = shared
         self.changed = True
 
+    def adopt(self, other: fx.GraphModule) -> None:
+        """Take over the graph, tensors and records of another module, which must not be used again."""
+        for key in ("_parameters", "_buffers", "_non_persistent_buffers_set", "_modules"):
+            self.gm.__dict__[key] = other.__dict__[key]
+        self.gm.graph = other.graph
+        self.gm.meta.update(other.meta)
+        self._fake_mode = _fake_mode_of(other.graph)
+        self.changed = True
+
     def delete_constant(self, path: str) -> None:
         """Drop a tensor that no node refers to any more."""
         holder, name = holder_of(self.gm, path)

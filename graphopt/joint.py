@@ -2,30 +2,42 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from graphopt.api import as_program
+from graphopt.api import as_program, lower_by_suffix
+from graphopt.backends import load_backend
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
-from graphopt.layerwise import as_batch
-from graphopt.palettization import KMeansPalettizer
+from graphopt.palettization.fit_palettes import FitPalettes
+from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
-from graphopt.passes import CorrectBias, FoldBatchNorm, ReestimateBatchNorm, RemoveUnused
+from graphopt.passes import (
+    AnnotatePalettization,
+    AnnotateQuantization,
+    ConvertQuantization,
+    CorrectStatistics,
+    FoldBatchNorm,
+    ForgetReference,
+    KeepReference,
+    PalettizeWeights,
+    RaiseToVocabulary,
+    RemoveUnused,
+)
 from graphopt.program import CompressedProgram, Program
-from graphopt.progress import track
-from graphopt.quantization import Quantizer
+from graphopt.quantization.calibrate_activations import CalibrateActivations
 from graphopt.sensitivity import LossFn
 from graphopt.specs import ExportBackend
-from graphopt.tuning import tune
+from graphopt.tuning import Tune
 
-__all__ = ["compress"]
+__all__ = ["compress", "compressed", "joint_config", "joint_passes"]
 
 AnyConfig = JointConfig | KMeansPalettizerConfig | QuantizerConfig
 
@@ -79,58 +91,99 @@ def compress(
         CalibrationError: Data are needed and missing, or leave activations without a range.
         InputError: Data do not fit the program, or the config is of no known kind.
     """
-    joint = _joint(config)
+    joint = joint_config(config)
     data = None if calibration_data is None else list(calibration_data)
-    inputs = data
-    if data is not None and loss_fn is not None:
-        inputs = [pair[0] for pair in data]
-    program: Program = as_program(model, example_inputs, example_kwargs)
+    passes = joint_passes(
+        joint, data, loss_fn, backend=backend, correct_statistics=correct_statistics,
+        tune_steps=tune_steps, seed=seed, progress=progress,
+    )  # fmt: skip
+    program = as_program(model, example_inputs, example_kwargs)
+    run_passes(program.graph_module, passes)
+    return compressed(program)
+
+
+def compressed(program: Program) -> CompressedProgram:
+    """What passes made of a program, as one that can be reported and saved."""
+    return CompressedProgram(
+        # the original weights are gone by now; what is copied here is small
+        graph_module=copy.deepcopy(program.graph_module),
+        example_args=program.example_args,
+        example_kwargs=program.example_kwargs,
+        provenance=program.provenance,
+        lower_with=lower_by_suffix,
+    )
+
+
+def joint_passes(
+    joint: JointConfig,
+    data: list[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    *,
+    backend: ExportBackend | str | None = None,
+    correct_statistics: bool = True,
+    tune_steps: int = 0,
+    on_unmatched: Literal["error", "warn"] = "error",
+    on_unobserved: Literal["error", "skip"] = "error",
+    fold_batch_norm: bool | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> tuple[Pass, ...]:
+    """The passes that `compress` runs, in order; arguments as there.
+
+    Args:
+        joint: What is asked for.
+        data: Calibration data.
+        loss_fn: Loss of the pairs in `data`.
+        backend: Target whose fusions count.
+        correct_statistics: Let batch norms and biases take up what tables have shifted.
+        tune_steps: Steps of tuning per block.
+        on_unmatched: Whether a config key that matches nothing is an error or a warning.
+        on_unobserved: "skip" leaves activations without a usable range in float.
+        fold_batch_norm: Fold batch norms before weights are palettized; None does where activations
+            are quantized too.
+        seed: Seed of everything that is drawn.
+        progress: Show bars.
+    """
+    inputs = data if data is None or loss_fn is None else [pair[0] for pair in data]
+    passes: list[Pass] = [RaiseToVocabulary()]
+    quantization = joint.quantization
     if joint.palettization is not None:
-        program = _palettized(
-            program, joint, data, inputs, loss_fn, correct_statistics, tune_steps, seed, progress
-        )
-    if joint.quantization is None:
-        assert isinstance(program, CompressedProgram)
-        return program
-    quantizer = Quantizer(program, joint.quantization)
-    quantizer.prepare(backend=backend)
-    if inputs is not None:
-        quantizer.calibrate(inputs, progress=progress)
-    return quantizer.program()
+        if fold_batch_norm is None:
+            # targets fuse a convolution with its activation, not with a norm between them
+            fold_batch_norm = quantization is not None and quantization.has_activations
+        if fold_batch_norm:
+            passes += [FoldBatchNorm(), RemoveUnused()]
+        compared = inputs is not None and (correct_statistics or tune_steps > 0)
+        if compared:
+            passes.append(KeepReference())
+        passes += [
+            AnnotatePalettization(joint.palettization, on_unmatched),
+            FitPalettes(data, loss_fn, seed, progress),
+            PalettizeWeights(seed=seed),
+        ]
+        if inputs is not None and correct_statistics:
+            passes.append(CorrectStatistics(inputs))
+        if inputs is not None and tune_steps:
+            passes.append(Tune(inputs, tune_steps, seed, progress))
+        if compared:
+            passes.append(ForgetReference())
+    if quantization is not None:
+        fused = None if backend is None else load_backend(backend).capabilities.fused_activations
+        passes += [
+            AnnotateQuantization(quantization, on_unmatched, fused),
+            CalibrateActivations(inputs, on_unobserved, progress),
+            FoldBatchNorm(),
+            ConvertQuantization(),
+        ]
+    return (*passes, RemoveUnused())
 
 
-def _palettized(
-    program: Program, joint: JointConfig, data: list[Any] | None, inputs: list[Any] | None,
-    loss_fn: LossFn | None, correct: bool, tune_steps: int, seed: int, progress: bool | None,
-) -> CompressedProgram:  # fmt: skip
-    if joint.quantization is not None and joint.quantization.has_activations:
-        # targets fuse a convolution with its activation, not with a norm between them
-        run_passes(program.graph_module, [FoldBatchNorm(), RemoveUnused()])
-    reference = program.copy()
-    palettizer = KMeansPalettizer(program, joint.palettization)
-    prepared = palettizer.prepare(seed=seed, progress=progress)
-    algorithms = set(palettizer.algorithms.values())
-    if data is not None and algorithms - {"kmeans"}:
-        if loss_fn is None:
-            palettizer.calibrate(data, progress=progress)
-        else:
-            with palettizer.calibration_mode(loss_fn=loss_fn, progress=progress) as calibrator:
-                for batch, target in track(data, "gradients", len(data), enabled=progress):
-                    args, kwargs = as_batch(batch)
-                    calibrator.step(prepared(*args, **kwargs), target)
-    done = palettizer.program()
-    if inputs is not None and correct and algorithms != {"gptq"}:
-        # feedback against outputs leaves nothing for them to correct
-        exact = reference.graph_module
-        run_passes(
-            done.graph_module, [ReestimateBatchNorm(inputs, exact), CorrectBias(inputs, exact)]
-        )
-    if tune_steps and inputs is not None:
-        done = tune(done, reference, inputs, steps=tune_steps, seed=seed, progress=progress)
-    return done
+def joint_config(config: AnyConfig | Mapping[str, Any] | str | Path | None) -> JointConfig:
+    """A `JointConfig` from either part, a mapping, a file, or None for 4-bit palettes everywhere.
 
-
-def _joint(config: AnyConfig | Mapping[str, Any] | str | Path | None) -> JointConfig:
+    Raises:
+        InputError: It is of another kind.
+    """
     if config is None:
         return JointConfig(palettization=KMeansPalettizerConfig())
     if isinstance(config, JointConfig):

@@ -7,11 +7,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.fx.experimental._config as symbolic_config
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
@@ -20,6 +20,9 @@ from graphopt.errors import GraphOptError, InputError
 from graphopt.table import CompressionTable
 
 __all__ = ["CompressedProgram", "Program", "Provenance", "export_graph", "share_graph"]
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -158,7 +161,7 @@ def _without_rest(value: Any) -> Any:
     return value.clone() if whole > value.numel() * value.element_size() else value
 
 
-def share_graph(module: CapturedModule) -> CapturedModule:
+def share_graph(module: _Module) -> _Module:
     """Copy a module's graph and tree while its tensors stay shared."""
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
@@ -171,9 +174,11 @@ class CompressedProgram(Program):
 
     Attributes:
         lower_with: `(program, path suffix) → artifact`, given by the facade that made it.
+        pass_report: What each pass did (`graphopt.pipelines.PassReport`), where a pipeline made it.
     """
 
     lower_with: Callable[[Program, str], Any] | None = None
+    pass_report: Any = None
 
     def report(self) -> CompressionTable:
         """One row per candidate tensor."""

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from graphopt.captured_module import CapturedModule, holder_of
-from graphopt.passes.restore_training import QUANTIZERS
+from graphopt.fake_quantize import QUANTIZERS
 
 __all__ = ["parts_of", "take_state"]
 

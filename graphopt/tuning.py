@@ -13,10 +13,11 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, TypeVar
+from typing import Any, ClassVar, Literal, TypeVar
 
 import torch
 from torch import Tensor, fx, nn
+from typing_extensions import override
 
 from graphopt.block_forward import BlockForward
 from graphopt.captured_module import CapturedModule, holder_of, set_tensor
@@ -25,12 +26,13 @@ from graphopt.errors import CalibrationError
 from graphopt.layerwise import LayerwiseRun, as_batch
 from graphopt.numerics.packing import unpack
 from graphopt.partition import Block, find_blocks
+from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
-from graphopt.passes import FoldBatchNorm
+from graphopt.passes import FoldBatchNorm, KeepReference, reference_of
 from graphopt.program import Program
 from graphopt.progress import track
 
-__all__ = ["tune"]
+__all__ = ["Tune", "tune"]
 
 _log = logging.getLogger(__name__)
 _LOOKUP = torch.ops.graphopt.lut_to_dense.default
@@ -38,6 +40,33 @@ _COMPRESSED = (_LOOKUP, torch.ops.graphopt.shift_scale.default)
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 _NORMS = ("layer_norm", "batch_norm", "group_norm", "rms_norm")
 ProgramT = TypeVar("ProgramT", bound=Program)
+
+
+@dataclass(frozen=True)
+class Tune(Pass):
+    """`tune` as a pass: table entries, biases and norms move, codes stay.
+
+    Attributes:
+        data: Inputs of one call each, as for `as_batch`.
+        steps: Steps per block.
+        seed: Seed of the order of the data.
+        progress: Show a bar; None shows it on a terminal.
+    """
+
+    name: ClassVar[str] = "tune"
+    after: ClassVar[tuple[type[Pass], ...]] = (KeepReference,)
+    tolerance: ClassVar[float | None] = None
+    data: Sequence[Any]
+    steps: int = 200
+    seed: int = 0
+    progress: bool | None = None
+
+    @override
+    def run(self, edit: Editor) -> None:
+        assert isinstance(edit.gm, CapturedModule)
+        programs = (Program(edit.gm, ()), Program(reference_of(edit.gm), ()))
+        tuned = tune(*programs, self.data, steps=self.steps, seed=self.seed, progress=self.progress)
+        edit.adopt(tuned.graph_module)
 
 
 def tune(

@@ -8,6 +8,12 @@ from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.convert_quantization import ConvertQuantization
 from graphopt.passes.correct_bias import CorrectBias
+from graphopt.passes.correct_statistics import (
+    CorrectStatistics,
+    ForgetReference,
+    KeepReference,
+    reference_of,
+)
 from graphopt.passes.dequantize_to_shift_scale import DequantizeToShiftScale
 from graphopt.passes.expand_tables import ExpandTables
 from graphopt.passes.fake_palettize import FakePalettize
@@ -28,18 +34,22 @@ __all__ = [
     "AnnotateQuantization",
     "ConvertQuantization",
     "CorrectBias",
+    "CorrectStatistics",
     "DequantizeToShiftScale",
     "ExpandTables",
     "FakePalettize",
     "FoldBatchNorm",
+    "ForgetReference",
     "InsertFakeQuantize",
     "InsertPalettizers",
     "InsertTaps",
     "IntegersToTables",
+    "KeepReference",
     "PalettizeWeights",
     "RaiseToVocabulary",
     "ReestimateBatchNorm",
     "RemoveUnused",
     "RestoreTraining",
     "cluster_annotated",
+    "reference_of",
 ]

@@ -11,13 +11,26 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.annotations import WeightAnnotation, quantization_annotation
+from graphopt.annotations import (
+    WeightAnnotation,
+    findings_of,
+    keep_findings,
+    quantization_annotation,
+)
+from graphopt.captured_module import holder_of, set_tensor
 from graphopt.editor import Editor
+from graphopt.fake_quantize import ActivationQuantizer, WeightQuantizer
 from graphopt.numerics.affine import grid_of, has_whole_offsets
 from graphopt.pass_base import Pass
 from graphopt.passes.annotate_quantization import AnnotateQuantization
-from graphopt.passes.insert_fake_quantize import place_behind, places_of, redirect
+from graphopt.passes.insert_fake_quantize import (
+    InsertFakeQuantize,
+    place_behind,
+    places_of,
+    redirect,
+)
 from graphopt.quantized import quantized_ops
+from graphopt.quantized_state import parts_of
 from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
 from graphopt.specs import PerChannelGranularity, QuantizationSpec
 from graphopt.table import CompressionTable, TensorRecord, merged
@@ -47,19 +60,22 @@ class ConvertQuantization(Pass):
     and after; narrow floats go through `graphopt.round_to_float`.
 
     Attributes:
-        activations: Sharing group → scale and offset; a group without an entry stays in float.
+        activations: Sharing group → scale and offset, beside those that an earlier pass found; a
+            group without either stays in float.
         weights: Name → quantized form; weights without one are quantized here.
     """
 
     name: ClassVar[str] = "convert-quantization"
     after: ClassVar[tuple[type[Pass], ...]] = (AnnotateQuantization,)
+    tolerance: ClassVar[float | None] = 1e-3
     activations: Mapping[str, Scales] = field(default_factory=dict)
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
 
     @override
     def run(self, edit: Editor) -> None:
+        known = self._scales(edit.gm)
         for point, operand, users in places_of(edit.gm):
-            scales = self.activations.get(point.group)
+            scales = known.get(point.group)
             if scales is not None:
                 readers = set(operand.users)
                 rounded = _round(edit, operand, point.group, point.spec, scales)
@@ -76,8 +92,30 @@ class ConvertQuantization(Pass):
                 edit.replace(node, dense)
             for path in (weight.name, *weight.aliases):
                 edit.delete_constant(path)
+        keep_findings(edit.gm, scales={})
         before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
         edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))
+
+    def _scales(self, gm: fx.GraphModule) -> dict[str, Scales]:
+        return {**findings_of(gm).scales, **self.activations}
+
+    @override
+    def expected(self, before: fx.GraphModule, after: fx.GraphModule) -> fx.GraphModule:
+        """The graph with quantizer modules that round with the same scales."""
+        del after
+        known = self._scales(before)
+        gm = InsertFakeQuantize()(before).graph_module
+        for quantizer in parts_of(gm, ActivationQuantizer):
+            scales = known.get(quantizer.origin.name)
+            if scales is not None:
+                quantizer.hold(*scales)
+        for quantizer in parts_of(gm, WeightQuantizer):
+            made = self.weights.get(quantizer.origin.name)
+            if made is not None:
+                holder, name = holder_of(gm, quantizer.origin.name)
+                set_tensor(holder, name, made.dense())
+                quantizer.rounding = False
+        return gm
 
 
 def _quantize(

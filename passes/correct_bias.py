@@ -43,6 +43,7 @@ class CorrectBias(Pass):
     """
 
     name: ClassVar[str] = "correct-bias"
+    tolerance: ClassVar[float | None] = None
     data: Sequence[Any]
     reference: CapturedModule
     dense: frozenset[str] = frozenset()

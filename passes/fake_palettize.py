@@ -32,6 +32,7 @@ class FakePalettize(Pass):
     """
 
     name: ClassVar[str] = "fake-palettize"
+    tolerance: ClassVar[float | None] = None
     palettes: Mapping[str, PalettizedWeight]
 
     @override

@@ -47,6 +47,7 @@ class FoldBatchNorm(Pass):
     """
 
     name: ClassVar[str] = "fold-batch-norm"
+    tolerance: ClassVar[float | None] = 1e-4
 
     @override
     def run(self, edit: Editor) -> None:

@@ -21,6 +21,7 @@ from graphopt.config.selection import ModuleFrame
 from graphopt.editor import Editor, operands
 from graphopt.errors import CompressionError
 from graphopt.fake_quantize import (
+    QUANTIZERS,
     ActivationQuantizer,
     ConvNorm,
     Origin,
@@ -29,7 +30,7 @@ from graphopt.fake_quantize import (
 from graphopt.pass_base import Pass
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.fold_batchnorm import conv_state
-from graphopt.passes.restore_training import QUANTIZERS, RestoreTraining
+from graphopt.passes.restore_training import RestoreTraining
 from graphopt.schemes.quantize import plan_blocks
 from graphopt.specs import PerChannelGranularity
 from graphopt.weights import find_weights, module_frames
@@ -60,6 +61,7 @@ class InsertFakeQuantize(Pass):
     """
 
     name: ClassVar[str] = "insert-fake-quantize"
+    tolerance: ClassVar[float | None] = None
     after: ClassVar[tuple[type[Pass], ...]] = (AnnotateQuantization,)
 
     @override

@@ -11,9 +11,8 @@ from typing_extensions import override
 from graphopt.annotations import palette_annotation
 from graphopt.editor import Editor
 from graphopt.errors import CompressionError
-from graphopt.fake_quantize import Origin, WeightPalettizer
+from graphopt.fake_quantize import QUANTIZERS, Origin, WeightPalettizer
 from graphopt.pass_base import Pass
-from graphopt.passes.restore_training import QUANTIZERS
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.specs import DefaultTrainingSpec, DKMTrainingSpec, TrainingStrategySpec
 from graphopt.weights import find_weights
@@ -43,6 +42,7 @@ class InsertPalettizers(Pass):
     """
 
     name: ClassVar[str] = "insert-palettizers"
+    tolerance: ClassVar[float | None] = None
     palettes: Mapping[str, PalettizedWeight]
     default: DKMTrainingSpec | None = None
 

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.annotations import WeightAnnotation, palette_annotation
+from graphopt.annotations import WeightAnnotation, findings_of, keep_findings, palette_annotation
 from graphopt.editor import Editor
 from graphopt.errors import CompressionError
 from graphopt.numerics.parallel import map_tasks
 from graphopt.pass_base import Pass
+from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.progress import track
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 from graphopt.specs import PalettizationSpec, PerGroupedChannelGranularity
@@ -114,12 +115,13 @@ class PalettizeWeights(Pass):
     gets one lookup, which all its users share.
 
     Attributes:
-        palettes: Clusterings made before (`cluster_annotated`); weights without one are clustered
-            here.
+        palettes: Clusterings made before (`cluster_annotated`), beside those that an earlier pass
+            found; weights without one are clustered here.
         seed: Seed of vector tables.
     """
 
     name: ClassVar[str] = "palettize-weights"
+    after: ClassVar[tuple[type[Pass], ...]] = (AnnotatePalettization,)
     palettes: Mapping[str, PalettizedWeight] = field(default_factory=dict)
     seed: int = 0
 
@@ -129,7 +131,7 @@ class PalettizeWeights(Pass):
             weight for weight in find_weights(edit.gm) if palette_annotation(weight.nodes[0])
         ]
         names = [weight.name for weight in weights]
-        palettes = dict(self.palettes)
+        palettes = {**findings_of(edit.gm).palettes, **self.palettes}
         if any(name not in palettes for name in names):
             palettes |= cluster_annotated(edit.gm, progress=False, seed=self.seed)
         rows = []
@@ -139,8 +141,22 @@ class PalettizeWeights(Pass):
             palettized = palettes[weight.name]
             rows.append(record_of(weight, annotation.spec, palettized))
             self._rewrite(edit, weight, palettized)
+        keep_findings(edit.gm, palettes={})
         before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
         edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))
+
+    @override
+    def expected(self, before: fx.GraphModule, after: fx.GraphModule) -> fx.GraphModule:
+        """The graph with each annotated weight's values replaced by those of its palette."""
+        del after
+        edit = Editor(before)
+        palettes = {**findings_of(before).palettes, **self.palettes}
+        weights = [each for each in find_weights(before) if palette_annotation(each.nodes[0])]
+        rest = [weight.name for weight in weights if weight.name not in palettes]
+        palettes |= cluster_annotated(before, progress=False, seed=self.seed, names=rest)
+        for weight in weights:
+            edit.set_value(weight.nodes[0], palettes[weight.name].dense(), tied=weight.nodes[1:])
+        return before
 
     def _rewrite(self, edit: Editor, weight: WeightTensor, palettized: PalettizedWeight) -> None:
         first = weight.nodes[0]

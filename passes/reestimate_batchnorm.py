@@ -38,6 +38,7 @@ class ReestimateBatchNorm(Pass):
     """
 
     name: ClassVar[str] = "reestimate-batch-norm"
+    tolerance: ClassVar[float | None] = None
     data: Sequence[Any]
     reference: CapturedModule | None = None
 

@@ -11,12 +11,11 @@ from torch import nn
 from typing_extensions import override
 
 from graphopt.editor import Editor
-from graphopt.fake_quantize import TrainableNorm
+from graphopt.fake_quantize import QUANTIZERS, TrainableNorm
 from graphopt.pass_base import Pass
 
-__all__ = ["QUANTIZERS", "RestoreTraining"]
+__all__ = ["RestoreTraining"]
 
-QUANTIZERS = "_quantizers"
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 

@@ -3,11 +3,12 @@
 from graphopt.fake_quantize.activation import ActivationQuantizer
 from graphopt.fake_quantize.conv_norm import ConvNorm
 from graphopt.fake_quantize.norm import TrainableNorm
-from graphopt.fake_quantize.origin import Origin
+from graphopt.fake_quantize.origin import QUANTIZERS, Origin
 from graphopt.fake_quantize.palette import WeightPalettizer
 from graphopt.fake_quantize.weight import WeightQuantizer
 
 __all__ = [
+    "QUANTIZERS",
     "ActivationQuantizer",
     "ConvNorm",
     "Origin",

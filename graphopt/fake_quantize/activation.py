@@ -151,6 +151,14 @@ class ActivationQuantizer(nn.Module):
         self.offset = torch.zeros_like(scale) if offset is None else offset
         self.known.fill_(True)
 
+    def hold(self, scale: Tensor, offset: Tensor | None) -> None:
+        """Round with a given scale and offset, [groups], from now on."""
+        self.scale.data = scale.detach().reshape(-1).to(self.scale)
+        zeros = torch.zeros_like(self.scale.data)
+        self.offset = zeros if offset is None else offset.detach().reshape(-1).to(zeros)
+        self.known.fill_(True)
+        self.observing, self.rounding = False, True
+
     def problem(self, low: Tensor, high: Tensor) -> str:
         """Why a range cannot be used, or ""."""
         pinned = all(end is not None for end in self.spec.float_range)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-__all__ = ["Origin"]
+__all__ = ["QUANTIZERS", "Origin"]
+
+QUANTIZERS = "_quantizers"  # where a prepared graph holds them
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,9 @@ from torch import nn
 from graphopt.captured_module import CapturedModule, holder_of
 from graphopt.config.palettization import KMeansPalettizerConfig, PATSchedule
 from graphopt.errors import InputError
-from graphopt.fake_quantize import WeightPalettizer
+from graphopt.fake_quantize import QUANTIZERS, WeightPalettizer
 from graphopt.pass_manager import run_passes
 from graphopt.passes import InsertPalettizers, RestoreTraining
-from graphopt.passes.restore_training import QUANTIZERS
 from graphopt.program import Program, share_graph
 from graphopt.quantized_state import parts_of, take_state
 from graphopt.schemes.palettize import PalettizedWeight

@@ -11,7 +11,6 @@ from graphopt.captured_module import CapturedModule
 from graphopt.errors import CalibrationError, LoweringError
 from graphopt.fake_quantize import ActivationQuantizer
 from graphopt.passes.insert_fake_quantize import places_of
-from graphopt.program import Program
 from graphopt.quantized_state import parts_of
 from graphopt.table import ActivationRecord
 
@@ -44,10 +43,12 @@ def scales_of(
     return found
 
 
-def activation_records(annotated: Program, prepared: CapturedModule) -> Iterator[ActivationRecord]:
+def activation_records(
+    annotated: CapturedModule, prepared: CapturedModule
+) -> Iterator[ActivationRecord]:
     """One record per activation scale, in the order of the graph."""
     values: dict[str, list[str]] = {}
-    for point, operand, _ in places_of(annotated.graph_module):
+    for point, operand, _ in places_of(annotated):
         values.setdefault(point.group, []).append(operand.name)
     for quantizer in parts_of(prepared, ActivationQuantizer):
         name = quantizer.origin.name

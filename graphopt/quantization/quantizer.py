@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
 
-import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
@@ -19,7 +18,6 @@ from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QATSchedule, QuantizerConfig
 from graphopt.errors import ConfigError, InputError, StateError
 from graphopt.fake_quantize import ActivationQuantizer, WeightQuantizer
-from graphopt.layerwise import as_batch
 from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
 from graphopt.passes import (
@@ -27,12 +25,15 @@ from graphopt.passes import (
     AnnotateQuantization,
     ConvertQuantization,
     FoldBatchNorm,
-    InsertFakeQuantize,
     PalettizeWeights,
     RemoveUnused,
 )
 from graphopt.program import CompressedProgram, Program
-from graphopt.progress import track
+from graphopt.quantization.calibrate_activations import (
+    calibrate,
+    observing,
+    with_quantizers,
+)
 from graphopt.quantization.conversion import activation_records, scales_of
 from graphopt.quantized_state import parts_of, take_state
 from graphopt.specs import ExportBackend
@@ -132,13 +133,7 @@ class Quantizer:
             ]
         annotate = AnnotateQuantization(self._config, on_unmatched, fused)
         run_passes(annotated.graph_module, [*tables, annotate])
-        prepared = copy.deepcopy(annotated.graph_module)
-        run_passes(prepared, [InsertFakeQuantize()])
-        prepared.eval()
-        for quantizer in parts_of(prepared, ActivationQuantizer):
-            # a fixed range needs no data
-            quantizer.settle()
-            quantizer.rounding = True
+        prepared = with_quantizers(copy.deepcopy(annotated.graph_module))
         self._annotated, self._prepared = annotated, prepared
         _log.info(
             "%d weights and %d activation scales to quantize",
@@ -160,21 +155,8 @@ class Quantizer:
             StateError: `prepare` was not called.
         """
         del model
-        prepared = self._ready()
-        training = prepared.training
-        prepared.eval()
-        quantizers = parts_of(prepared, ActivationQuantizer)
-        for quantizer in quantizers:
-            quantizer.reset()
-            quantizer.observing, quantizer.rounding = True, False
-        try:
-            with torch.no_grad():
-                yield prepared
-        finally:
-            for quantizer in quantizers:
-                quantizer.settle()
-                quantizer.observing, quantizer.rounding = False, True
-            prepared.train(training)
+        with observing(self._ready()) as prepared:
+            yield prepared
 
     def calibrate(self, data: Iterable[Any], *, progress: bool | None = None) -> CapturedModule:
         """Run the prepared module on `data` in `calibration_mode`.
@@ -188,11 +170,8 @@ class Quantizer:
             StateError: `prepare` was not called.
             InputError: An input does not fit the captured graph.
         """
-        total = len(data) if isinstance(data, Sized) else 0
-        with self.calibration_mode() as prepared:
-            for inputs in track(data, "calibrating", total, enabled=progress):
-                args, kwargs = as_batch(inputs)
-                prepared(*args, **kwargs)
+        prepared = self._ready()
+        calibrate(prepared, data, progress)
         return prepared
 
     @contextmanager
@@ -341,7 +320,7 @@ class Quantizer:
             holder, name = holder_of(gm, quantizer.origin.name)
             weights[quantizer.origin.name] = quantizer.quantized(getattr(holder, name))
         run_passes(gm, [ConvertQuantization(activations, weights), RemoveUnused()])
-        records = tuple(activation_records(self._annotated, prepared))
+        records = tuple(activation_records(self._annotated.graph_module, prepared))
         known = gm.meta["graphopt.table"]
         gm.meta["graphopt.table"] = merged(known, CompressionTable((), (), records))
         return CompressedProgram(

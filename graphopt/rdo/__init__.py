@@ -1,6 +1,7 @@
 """Rate-distortion-optimised mixed-precision quantization after training."""
 
 from graphopt.rdo.allocation import Allocation, allocate
+from graphopt.rdo.as_pass import OptimizeRateDistortion
 from graphopt.rdo.comparison import compare, uniform_program
 from graphopt.rdo.config import BlockOptions, FeedbackOptions, RDOConfig, RoundingOptions
 from graphopt.rdo.picture import draw_comparison
@@ -17,6 +18,7 @@ __all__ = [
     "Costs",
     "FeedbackOptions",
     "LayerReport",
+    "OptimizeRateDistortion",
     "Optimized",
     "RDOConfig",
     "RDOReport",

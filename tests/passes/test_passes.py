@@ -11,6 +11,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import graphopt
+from graphopt import pass_manager
 from graphopt.annotations import palette_annotation
 from graphopt.captured_module import CapturedModule
 from graphopt.editor import Editor
@@ -115,6 +116,7 @@ def test_fake_palettizing_changes_values_only() -> None:
 @pytest.mark.parametrize("each", [PalettizeWeights(), FakePalettize({}), RaiseToVocabulary()])
 def test_nothing_to_do_changes_nothing(each: Pass) -> None:
     gm = captured()
+    AnnotatePalettization(KMeansPalettizerConfig(global_config=None))(gm)
     code = gm.code
     assert not each(gm).modified
     assert gm.code == code
@@ -193,7 +195,15 @@ def test_passes_are_values() -> None:
 
 
 def test_graphs_can_be_dumped_between_passes(tmp_path: Path) -> None:
-    run_passes(captured(), [annotate(), PalettizeWeights()], dump_to=tmp_path)
+    pass_manager.PassManager([annotate(), PalettizeWeights()], dump_dir=tmp_path).run(captured())
     names = sorted(path.name for path in tmp_path.iterdir())
-    assert names == ["00-annotate-palettization.txt", "01-palettize-weights.txt"]
-    assert "lut_to_dense" in (tmp_path / names[1]).read_text()
+    assert names == ["00-annotate-palettization", "01-palettize-weights"]
+    assert "PalettizationSpec" in (tmp_path / names[0] / "changes.diff").read_text()
+    before, after, changes = (
+        (tmp_path / names[1] / name).read_text()
+        for name in ("before.txt", "after.txt", "changes.diff")
+    )
+    assert "get_attr[fc.weight]" in before
+    assert "graphopt.lut_to_dense" in after
+    assert "\n-%fc_weight" in changes
+    assert "\n+%lut_to_dense" in changes

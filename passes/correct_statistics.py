@@ -1,0 +1,75 @@
+"""Let batch norms and biases take up what compression shifted, against the graph kept before."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+from typing_extensions import override
+
+from graphopt.annotations import findings_of, keep_findings
+from graphopt.editor import Editor
+from graphopt.pass_base import Pass
+from graphopt.passes.correct_bias import CorrectBias
+from graphopt.passes.reestimate_batchnorm import ReestimateBatchNorm
+from graphopt.program import share_graph
+
+__all__ = ["CorrectStatistics", "ForgetReference", "KeepReference", "reference_of"]
+
+
+@dataclass(frozen=True)
+class KeepReference(Pass):
+    """Remember the graph as it is, for passes that compare with it; tensors are shared.
+
+    The graph does not change.
+    """
+
+    name: ClassVar[str] = "keep-reference"
+
+    @override
+    def run(self, edit: Editor) -> None:
+        kept = share_graph(edit.gm)
+        kept.meta = {}
+        keep_findings(edit.gm, reference=kept)
+
+
+@dataclass(frozen=True)
+class ForgetReference(Pass):
+    """Let go of the graph that `KeepReference` kept, and of its tensors; the graph stays as it is."""
+
+    name: ClassVar[str] = "forget-reference"
+
+    @override
+    def run(self, edit: Editor) -> None:
+        keep_findings(edit.gm, reference=None)
+
+
+def reference_of(gm: fx.GraphModule) -> Any:
+    """The graph that `KeepReference` kept."""
+    return findings_of(gm).reference
+
+
+@dataclass(frozen=True)
+class CorrectStatistics(Pass):
+    """Estimate batch norms again, then correct biases: `ReestimateBatchNorm` and `CorrectBias`.
+
+    Where every weight was fitted to its layer's outputs there is nothing left for them to correct.
+
+    Attributes:
+        data: Inputs of one call each, as for `as_batch`; some hundred samples suffice.
+    """
+
+    name: ClassVar[str] = "correct-statistics"
+    after: ClassVar[tuple[type[Pass], ...]] = (KeepReference,)
+    tolerance: ClassVar[float | None] = None
+    data: Sequence[Any]
+
+    @override
+    def run(self, edit: Editor) -> None:
+        if findings_of(edit.gm).fitted_to_outputs:
+            return
+        reference = reference_of(edit.gm)
+        ReestimateBatchNorm(self.data, reference).run(edit)
+        CorrectBias(self.data, reference).run(edit)
