@@ -22,6 +22,7 @@ __all__ = [
     "annotate_norm",
     "annotate_output",
     "annotate_weight",
+    "clear_annotations",
     "describe_annotations",
     "findings_of",
     "input_points",
@@ -136,6 +137,11 @@ def annotate_norm(node: fx.Node) -> None:
 def is_fused_norm(node: fx.Node) -> bool:
     """Whether a batch norm is marked by `annotate_norm`."""
     return bool(node.meta.get(_KEY, {}).get(_NORM))
+
+
+def clear_annotations(node: fx.Node) -> None:
+    """Detach everything that is attached to a node."""
+    node.meta.pop(_KEY, None)
 
 
 def describe_annotations(node: fx.Node) -> str:

@@ -15,6 +15,7 @@ from graphopt.passes.correct_statistics import (
     reference_of,
 )
 from graphopt.passes.dequantize_to_shift_scale import DequantizeToShiftScale
+from graphopt.passes.dequantize_weights import DequantizeWeights
 from graphopt.passes.expand_tables import ExpandTables
 from graphopt.passes.fake_palettize import FakePalettize
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
@@ -36,6 +37,7 @@ __all__ = [
     "CorrectBias",
     "CorrectStatistics",
     "DequantizeToShiftScale",
+    "DequantizeWeights",
     "ExpandTables",
     "FakePalettize",
     "FoldBatchNorm",

@@ -36,7 +36,7 @@ from graphopt.specs import PerChannelGranularity, QuantizationSpec
 from graphopt.table import CompressionTable, TensorRecord, merged
 from graphopt.weights import WeightTensor, find_weights
 
-__all__ = ["ConvertQuantization", "Scales", "record_of"]
+__all__ = ["ConvertQuantization", "Scales", "emit_rounding", "emit_weight", "record_of"]
 
 _ops = torch.ops.graphopt
 Scales = tuple[Tensor, Tensor | None]
@@ -78,7 +78,7 @@ class ConvertQuantization(Pass):
             scales = known.get(point.group)
             if scales is not None:
                 readers = set(operand.users)
-                rounded = _round(edit, operand, point.group, point.spec, scales)
+                rounded = emit_rounding(edit, operand, point.group, point.spec, scales)
                 redirect(edit, operand, rounded, readers, users)
         rows = []
         for weight in find_weights(edit.gm):
@@ -87,7 +87,7 @@ class ConvertQuantization(Pass):
                 continue
             quantized = self.weights.get(weight.name) or _quantize(weight, annotation)
             rows.append(record_of(weight, annotation.spec, quantized))
-            dense = _dequantize(edit, weight.name, quantized, weight.nodes[0])
+            dense = emit_weight(edit, weight.name, quantized, weight.nodes[0])
             for node in weight.nodes:
                 edit.replace(node, dense)
             for path in (weight.name, *weight.aliases):
@@ -126,12 +126,18 @@ def _quantize(
     return quantize_weight(weight.tensor, spec, blocks)
 
 
-def _round(
-    edit: Editor, operand: fx.Node, group: str, spec: QuantizationSpec, scales: Scales
+def emit_rounding(
+    edit: Editor,
+    operand: fx.Node,
+    group: str,
+    spec: QuantizationSpec,
+    scales: Scales,
+    *,
+    before: fx.Node | None = None,
 ) -> fx.Node:
-    """Emit the rounding of a value behind it; returns what its readers are to read."""
+    """Emit the rounding of a value behind it, or before a given node; returns what to read then."""
     scale, offset = scales
-    grid, place = grid_of(spec), place_behind(operand)
+    grid, place = grid_of(spec), before or place_behind(operand)
     dtype = operand.meta["val"].dtype
 
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
@@ -168,47 +174,64 @@ def _round(
     return call(torch.ops.aten.add.Tensor, back, minimum)
 
 
-def _dequantize(edit: Editor, name: str, weight: QuantizedWeight, like: fx.Node) -> fx.Node:
+def emit_weight(
+    edit: Editor,
+    name: str,
+    weight: QuantizedWeight,
+    like: fx.Node,
+    *,
+    before: fx.Node | None = None,
+) -> fx.Node:
+    """Emit a weight's stored form and the op that gives its dense values.
+
+    Args:
+        edit: The editor.
+        name: The weight's name, from which its constants get theirs.
+        weight: The stored form.
+        like: Node whose origin the new ones take, and their place when `before` is None.
+        before: Node in front of which they stand.
+    """
     counts, shape = weight.blocks.counts, list(weight.blocks.shape)
+    place: dict[str, Any] = {"like": like, "before": before}
     axes = [axis for axis, count in enumerate(counts) if count > 1]
     per_channel = len(axes) == 1 and counts[axes[0]] == shape[axes[0]]
     plain = weight.storage in ("int8", "uint8") and weight.dtype == torch.float32
     whole = weight.offset is None or not weight.offset.is_floating_point()
     if plain and whole and (not axes or per_channel) and weight.scale.dtype == torch.float32:
-        return _plain(edit, name, weight, axes, like)
-    data = edit.constant(f"{name}_quantized", weight.data, like=like)
-    scale = edit.constant(f"{name}_scale", weight.scale, like=like)
+        return _plain(edit, name, weight, axes, place)
+    data = edit.constant(f"{name}_quantized", weight.data, **place)
+    scale = edit.constant(f"{name}_scale", weight.scale, **place)
     offset = None
     if weight.offset is not None:
-        offset = edit.constant(f"{name}_offset", weight.offset, like=like)
+        offset = edit.constant(f"{name}_offset", weight.offset, **place)
     return edit.call(
         _ops.shift_scale.default, data, scale, offset, weight.storage, shape, weight.dtype,
-        like=like,
+        **place,
     )  # fmt: skip
 
 
 def _plain(
-    edit: Editor, name: str, weight: QuantizedWeight, axes: list[int], like: fx.Node
+    edit: Editor, name: str, weight: QuantizedWeight, axes: list[int], place: dict[str, Any]
 ) -> fx.Node:
     ops = quantized_ops()
     container = torch.int8 if weight.storage == "int8" else torch.uint8
     data = weight.data.view(container).reshape(weight.blocks.shape)
     low, high = (-128, 127) if container == torch.int8 else (0, 255)
-    stored = edit.constant(f"{name}_quantized", data, like=like)
+    stored = edit.constant(f"{name}_quantized", data, **place)
     if not axes:
         zero = 0 if weight.offset is None else int(weight.offset)
         step = float(weight.scale)
         return edit.call(
-            ops.dequantize_per_tensor.default, stored, step, zero, low, high, container, like=like
+            ops.dequantize_per_tensor.default, stored, step, zero, low, high, container, **place
         )
     zeros = torch.zeros(weight.scale.numel(), dtype=torch.int64)
     if weight.offset is not None:
         zeros = weight.offset.reshape(-1).to(torch.int64)
-    factors = edit.constant(f"{name}_scale", weight.scale.reshape(-1), like=like)
-    zero_points = edit.constant(f"{name}_zero_point", zeros, like=like)
+    factors = edit.constant(f"{name}_scale", weight.scale.reshape(-1), **place)
+    zero_points = edit.constant(f"{name}_zero_point", zeros, **place)
     return edit.call(
         ops.dequantize_per_channel.default, stored, factors, zero_points, axes[0], low, high,
-        container, like=like,
+        container, **place,
     )  # fmt: skip
 
 

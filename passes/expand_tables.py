@@ -12,7 +12,7 @@ from graphopt.editor import Editor, operands
 from graphopt.lookups import find_lookups
 from graphopt.pass_base import Pass
 
-__all__ = ["ExpandTables"]
+__all__ = ["ExpandTables", "constant_value", "drop_unread"]
 
 
 @dataclass(frozen=True)
@@ -35,30 +35,31 @@ class ExpandTables(Pass):
     def run(self, edit: Editor) -> None:
         for lookup in find_lookups(edit.gm):
             node = lookup.dense
-            made = edit.constant(lookup.name, _value(edit, node), like=node)
+            made = edit.constant(lookup.name, constant_value(edit, node), like=node)
             read = operands(node)
             edit.replace(node, made)
-            _drop(edit, read)
+            drop_unread(edit, read)
             note = f"{lookup.name}: {lookup.n_bits}-bit table stored as a dense weight"
             edit.gm.meta["graphopt.notes"] = (*edit.gm.meta.get("graphopt.notes", ()), note)
 
 
-def _value(edit: Editor, node: fx.Node) -> Tensor:
+def constant_value(edit: Editor, node: fx.Node) -> Tensor:
+    """What a node computes from constants alone."""
     if node.op == "get_attr":
         return edit.value(node).detach()
-    args = fx.map_arg(node.args, lambda used: _value(edit, used))
+    args = fx.map_arg(node.args, lambda used: constant_value(edit, used))
     found: Tensor = node.target(*args, **node.kwargs)  # type: ignore[operator]
     return found
 
 
-def _drop(edit: Editor, nodes: list[fx.Node]) -> None:
+def drop_unread(edit: Editor, nodes: list[fx.Node]) -> None:
     """Drop what nothing reads any more."""
     for node in nodes:
-        if node.users:
+        if node.users or node._erased:
             continue
         if node.op == "get_attr":
             edit.drop(node)
             continue
         read = operands(node)
         edit.erase(node)
-        _drop(edit, read)
+        drop_unread(edit, read)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
@@ -23,7 +23,7 @@ from graphopt.specs import PalettizationSpec, PerGroupedChannelGranularity
 from graphopt.table import CompressionTable, TensorRecord, merged
 from graphopt.weights import WeightTensor, find_weights
 
-__all__ = ["PalettizeWeights", "cluster_annotated"]
+__all__ = ["PalettizeWeights", "cluster_annotated", "emit_palette"]
 
 _ops = torch.ops.graphopt
 _FLOOR = 1e-3  # of the mean importance
@@ -160,43 +160,60 @@ class PalettizeWeights(Pass):
 
     def _rewrite(self, edit: Editor, weight: WeightTensor, palettized: PalettizedWeight) -> None:
         first = weight.nodes[0]
-        dense = _emit(edit, weight.name, palettized, first)
+        dense = emit_palette(edit, weight.name, palettized, first)
         for node in weight.nodes:
             edit.replace(node, dense)
         for path in (weight.name, *weight.aliases):
             edit.delete_constant(path)
 
 
-def _emit(edit: Editor, name: str, palettized: PalettizedWeight, like: fx.Node) -> fx.Node:
+def emit_palette(
+    edit: Editor,
+    name: str,
+    palettized: PalettizedWeight,
+    like: fx.Node,
+    *,
+    before: fx.Node | None = None,
+) -> fx.Node:
+    """Emit a weight's tables and indices and the ops that give its dense values.
+
+    Args:
+        edit: The editor.
+        name: The weight's name, from which its constants get theirs.
+        palettized: The stored form.
+        like: Node whose origin the new ones take, and their place when `before` is None.
+        before: Node in front of which they stand.
+    """
+    place: dict[str, Any] = {"like": like, "before": before}
     shape = list(palettized.layout.shape)
-    indices = edit.constant(f"{name}_indices", palettized.indices, like=like)
-    lut = edit.constant(f"{name}_lut", palettized.lut, like=like)
+    indices = edit.constant(f"{name}_indices", palettized.indices, **place)
+    lut = edit.constant(f"{name}_lut", palettized.lut, **place)
     if palettized.lut_scale is not None:
-        scale = edit.constant(f"{name}_lut_scale", palettized.lut_scale, like=like)
+        scale = edit.constant(f"{name}_lut_scale", palettized.lut_scale, **place)
         offset = None
         if palettized.lut_offset is not None:
-            offset = edit.constant(f"{name}_lut_offset", palettized.lut_offset, like=like)
+            offset = edit.constant(f"{name}_lut_offset", palettized.lut_offset, **place)
         lut = edit.call(
             _ops.shift_scale.default, lut, scale, offset, palettized.lut_storage,
-            palettized.lut_shape(), palettized.dtype, like=like,
+            palettized.lut_shape(), palettized.dtype, **place,
         )  # fmt: skip
     vector_axis = palettized.op_vector_axis
     extra = () if vector_axis is None else (vector_axis,)
     dense = edit.call(
-        _ops.lut_to_dense.default, indices, lut, palettized.n_bits, shape, *extra, like=like
+        _ops.lut_to_dense.default, indices, lut, palettized.n_bits, shape, *extra, **place
     )
     if palettized.channel_scale is not None:
-        scale = edit.constant(f"{name}_channel_scale", palettized.channel_scale, like=like)
+        scale = edit.constant(f"{name}_channel_scale", palettized.channel_scale, **place)
         dense = edit.call(
             _ops.shift_scale.default, dense, scale, None, "float", shape, palettized.dtype,
-            like=like,
+            **place,
         )  # fmt: skip
     if palettized.outliers is None or palettized.outlier_mask is None:
         return dense
-    values = edit.constant(f"{name}_outliers", palettized.outliers, like=like)
-    mask = edit.constant(f"{name}_outlier_mask", palettized.outlier_mask, like=like)
-    sparse = edit.call(_ops.sparse_to_dense.default, values, mask, shape, like=like)
-    return edit.call(torch.ops.aten.add.Tensor, dense, sparse, like=like)
+    values = edit.constant(f"{name}_outliers", palettized.outliers, **place)
+    mask = edit.constant(f"{name}_outlier_mask", palettized.outlier_mask, **place)
+    sparse = edit.call(_ops.sparse_to_dense.default, values, mask, shape, **place)
+    return edit.call(torch.ops.aten.add.Tensor, dense, sparse, **place)
 
 
 def record_of(

@@ -9,12 +9,14 @@ from graphopt.config.palettization import (
     OpKMeansPalettizerConfig,
 )
 from graphopt.palettization.dkm import DKMPalettizer
+from graphopt.palettization.fit_palettes import FitPalettes
 from graphopt.palettization.kmeans import KMeansPalettizer
 from graphopt.specs import PalettizationSpec
 
 __all__ = [
     "DKMPalettizer",
     "DKMPalettizerConfig",
+    "FitPalettes",
     "KMeansPalettizer",
     "KMeansPalettizerConfig",
     "ModuleDKMPalettizerConfig",

@@ -8,10 +8,12 @@ from graphopt.config.quantization import (
     QATSchedule,
     QuantizerConfig,
 )
+from graphopt.quantization.calibrate_activations import CalibrateActivations
 from graphopt.quantization.quantizer import Quantizer
 from graphopt.specs import QuantizationFormulation, QuantizationScheme, QuantizationSpec
 
 __all__ = [
+    "CalibrateActivations",
     "ExecutionMode",
     "KVCacheQuantConfig",
     "ModuleQuantizerConfig",

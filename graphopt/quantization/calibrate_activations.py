@@ -14,7 +14,7 @@ from graphopt.annotations import keep_findings
 from graphopt.captured_module import CapturedModule
 from graphopt.editor import Editor
 from graphopt.errors import InputError
-from graphopt.fake_quantize import ActivationQuantizer
+from graphopt.fake_quantize import ActivationQuantizer, WeightQuantizer
 from graphopt.layerwise import as_batch
 from graphopt.pass_base import Pass
 from graphopt.passes import AnnotateQuantization, InsertFakeQuantize
@@ -76,6 +76,8 @@ class CalibrateActivations(Pass):
         data: Inputs of one call each, as for `as_batch`; None where every range is fixed.
         on_unobserved: "skip" leaves activations without a usable range in float.
         progress: Show a bar; None shows it on a terminal.
+        rounded_weights: Observe what rounded weights give, as the target will; torchao observes what
+            the float ones give.
     """
 
     name: ClassVar[str] = "calibrate-activations"
@@ -83,6 +85,7 @@ class CalibrateActivations(Pass):
     data: Iterable[Any] | None = None
     on_unobserved: Literal["error", "skip"] = "error"
     progress: bool | None = None
+    rounded_weights: bool = True
 
     @override
     def run(self, edit: Editor) -> None:
@@ -90,6 +93,8 @@ class CalibrateActivations(Pass):
         if not isinstance(gm, CapturedModule):
             raise InputError("activations are calibrated in graphs that graphopt.capture made")
         prepared = with_quantizers(share_graph(gm))
+        for quantizer in parts_of(prepared, WeightQuantizer):
+            quantizer.rounding = self.rounded_weights
         if self.data is not None:
             calibrate(prepared, self.data, self.progress)
         keep_findings(gm, scales=scales_of(prepared, self.on_unobserved))

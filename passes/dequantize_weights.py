@@ -1,0 +1,65 @@
+"""Turn quantized weights back into the floats that they stand for, to compress them anew."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import fx
+from typing_extensions import override
+
+from graphopt.editor import Editor, operands
+from graphopt.pass_base import Pass
+from graphopt.passes.expand_tables import constant_value, drop_unread
+from graphopt.quantized import find_quantized_weights
+
+__all__ = ["DequantizeWeights"]
+
+
+@dataclass(frozen=True)
+class DequantizeWeights(Pass):
+    """Replace every dequantized constant by its float values; activations stay quantized.
+
+    Before:
+        %w = quantized_decomposed.dequantize_per_channel(%w_int8, %scales, %zero_points, 0, …)
+        %y = linear(%x, %w)
+
+    After:
+        %w = get_attr[fc.weight]
+        %y = linear(%x, %w)
+
+    A model that torchao's `convert_pt2e` made has integer weights that are left alone as compressed
+    already; behind this pass they can be palettized or quantized again, the activations' rounding
+    untouched.
+    """
+
+    name: ClassVar[str] = "dequantize-weights"
+
+    @override
+    def run(self, edit: Editor) -> None:
+        for weight in find_quantized_weights(edit.gm):
+            _replace(edit, weight.node, weight.name)
+        # convert_pt2e without folding leaves the weight in front of its quantize op
+        for node in list(edit.gm.graph.nodes):
+            source = _rounded_constant(node)
+            if source is not None:
+                _replace(edit, node, str(source.target))
+
+
+def _rounded_constant(node: fx.Node) -> fx.Node | None:
+    if not str(node.target).startswith("quantized_decomposed.dequantize_per_"):
+        return None
+    stored = node.args[0]
+    if not isinstance(stored, fx.Node) or not str(stored.target).startswith(
+        "quantized_decomposed.quantize_per_"
+    ):
+        return None
+    source = stored.args[0]
+    return source if isinstance(source, fx.Node) and source.op == "get_attr" else None
+
+
+def _replace(edit: Editor, node: fx.Node, name: str) -> None:
+    made = edit.constant(name, constant_value(edit, node), like=node)
+    read = operands(node)
+    edit.replace(node, made)
+    drop_unread(edit, read)
