@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from graphopt.backends.delegate import Delegate
 from graphopt.errors import ArtifactExistsError, InputError, LoweringError, StateError
 from graphopt.files import replace_path, temporary_sibling
 from graphopt.lookups import find_lookups
@@ -206,12 +207,28 @@ class Backend(ABC):
             VerificationError: It cannot be evaluated.
         """
 
-    def refuse_unsupported(self, program: Program) -> None:
+    def delegate(self, **options: Any) -> Delegate:
+        """This target as a delegate inside ExecuTorch programs.
+
+        Args:
+            options: As for `lower`.
+
+        Raises:
+            LoweringError: It is none.
+        """
+        raise LoweringError(f"{self.name} is no delegate of ExecuTorch programs")
+
+    def refuse_unsupported(self, program: Program, **options: Any) -> None:
         """Raise once with everything that the target cannot hold.
+
+        Args:
+            program: In our vocabulary.
+            options: Those of `lower`, where what the target holds depends on them.
 
         Raises:
             LoweringError: There is something.
         """
+        del options
         reasons = self.unsupported(program)
         if reasons:
             raise LoweringError(f"{self.name} cannot hold this program:\n" + "\n".join(reasons))

@@ -92,7 +92,7 @@ def lower(
     """
     target = load_backend(backend)
     program = as_program(model, example_inputs, example_kwargs)
-    target.refuse_unsupported(program)
+    target.refuse_unsupported(program, **options)
     return target.lower(program, **options)
 
 

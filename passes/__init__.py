@@ -28,6 +28,7 @@ from graphopt.passes.raise_to_vocabulary import RaiseToVocabulary
 from graphopt.passes.reestimate_batchnorm import ReestimateBatchNorm
 from graphopt.passes.remove_unused import RemoveUnused
 from graphopt.passes.restore_training import RestoreTraining
+from graphopt.passes.tables_to_integers import TablesToIntegers
 
 __all__ = [
     "AbsorbChannelScale",
@@ -52,6 +53,7 @@ __all__ = [
     "ReestimateBatchNorm",
     "RemoveUnused",
     "RestoreTraining",
+    "TablesToIntegers",
     "cluster_annotated",
     "reference_of",
 ]

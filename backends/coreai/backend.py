@@ -28,6 +28,7 @@ from graphopt.backends.base import (
 )
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
+from graphopt.backends.delegate import Delegate
 from graphopt.backends.quiet import quiet
 from graphopt.casting import cast_to_16_bit_precision
 from graphopt.errors import LoweringError, VerificationError
@@ -173,14 +174,8 @@ class CoreAIBackend(Backend):
             raise LoweringError(f"Core AI has no option {sorted(options)}; there is 'precision'")
         with quiet("coreai_torch"):
             coreai_torch = require("coreai_torch", "coreai")
-        legal = program.copy()
-        run_passes(legal.graph_module, [RemoveUnused(), *self.legalize()])
         with torch.no_grad():
-            exported = export_graph(
-                legal.graph_module, program.example_args, program.example_kwargs
-            ).run_decompositions(coreai_torch.get_decomp_table())
-            if precision == "float16":
-                exported = cast_to_16_bit_precision(exported)
+            exported = self.legal_export(program, precision)
             try:
                 with quiet("coreai_torch"):
                     converter = coreai_torch.TorchConverter().add_exported_program(exported)
@@ -188,6 +183,24 @@ class CoreAIBackend(Backend):
             except Exception as error:
                 raise LoweringError(f"coreai-torch cannot convert the program: {error}") from error
         return CoreAIArtifact(self, program, exported, ai_program)
+
+    def legal_export(self, program: Program, precision: str) -> ExportedProgram:
+        """The program in Core AI's ops, decomposed as coreai-torch wants it."""
+        with quiet("coreai_torch"):
+            coreai_torch = require("coreai_torch", "coreai")
+        legal = program.copy()
+        run_passes(legal.graph_module, [RemoveUnused(), *self.legalize()])
+        with torch.no_grad():
+            exported = export_graph(
+                legal.graph_module, program.example_args, program.example_kwargs
+            ).run_decompositions(coreai_torch.get_decomp_table())
+            return cast_to_16_bit_precision(exported) if precision == "float16" else exported
+
+    @override
+    def delegate(self, **options: Any) -> Delegate:
+        from graphopt.backends.coreai.delegate import CoreAIDelegate
+
+        return CoreAIDelegate(**options)
 
     @override
     def check(

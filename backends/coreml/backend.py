@@ -27,6 +27,7 @@ from graphopt.backends.base import (
 )
 from graphopt.backends.coreml.decompose import decompose_for_coreml
 from graphopt.backends.coreml.lowerings import register_lowerings
+from graphopt.backends.delegate import Delegate
 from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError, VerificationError
 from graphopt.extras import require
@@ -148,22 +149,9 @@ class CoreMLBackend(Backend):
         known = "'minimum_deployment_target', 'precision'"
         if options:
             raise LoweringError(f"Core ML has no option {sorted(options)}; there are {known}")
-        if minimum_deployment_target not in _TARGETS:
-            raise LoweringError(f"minimum_deployment_target must be one of {_TARGETS}")
-        if minimum_deployment_target in ("iOS16", "iOS17"):
-            reasons = self._refusals(program, self.packed_capabilities, minimum_deployment_target)
-            if reasons:
-                raise LoweringError(f"{self.name} cannot hold this program:\n" + "\n".join(reasons))
         with quiet("coremltools"):
             ct = require("coremltools", "coreml")
-        quantized_ops()
-        register_lowerings()
-        legal = program.copy()
-        run_passes(legal.graph_module, [RemoveUnused(), *self.legalize(), RemoveUnused()])
-        with torch.no_grad():
-            exported = decompose_for_coreml(
-                export_graph(legal.graph_module, program.example_args, program.example_kwargs)
-            )
+        exported = self.legal_export(program, minimum_deployment_target)
         pipeline = ct.PassPipeline.DEFAULT
         # it reorders quantized tables into forms that later passes cannot shape
         pipeline.remove_passes({"common::canonicalize_quantized_lut_pattern"})
@@ -179,6 +167,38 @@ class CoreMLBackend(Backend):
         except Exception as error:
             raise LoweringError(f"coremltools cannot convert the program: {error}") from error
         return CoreMLArtifact(self, program, exported, model)
+
+    def legal_export(self, program: Program, target: str, *last: Pass) -> ExportedProgram:
+        """The program in ops that coremltools translates.
+
+        Args:
+            program: In our vocabulary.
+            target: Deployment target.
+            last: Passes to run last.
+
+        Raises:
+            LoweringError: The deployment target is unknown or cannot hold the program.
+        """
+        if target not in _TARGETS:
+            raise LoweringError(f"minimum_deployment_target must be one of {_TARGETS}")
+        if target in ("iOS16", "iOS17"):
+            reasons = self._refusals(program, self.packed_capabilities, target)
+            if reasons:
+                raise LoweringError(f"{self.name} cannot hold this program:\n" + "\n".join(reasons))
+        quantized_ops()
+        register_lowerings()
+        legal = program.copy()
+        run_passes(legal.graph_module, [RemoveUnused(), *self.legalize(), RemoveUnused(), *last])
+        with torch.no_grad():
+            return decompose_for_coreml(
+                export_graph(legal.graph_module, program.example_args, program.example_kwargs)
+            )
+
+    @override
+    def delegate(self, **options: Any) -> Delegate:
+        from graphopt.backends.coreml.delegate import CoreMLDelegate
+
+        return CoreMLDelegate(**options)
 
     @override
     def check(

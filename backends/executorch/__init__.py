@@ -1,1 +1,1 @@
-"""ExecuTorch: programs as .pte files, delegated to XNNPACK, which run on Linux too."""
+"""ExecuTorch: programs as .pte files for XNNPACK, portable kernels, Core ML and Core AI."""

@@ -1,19 +1,22 @@
-"""The ExecuTorch backend: XNNPACK's partitioner, and the runtime that comes with executorch."""
+"""The ExecuTorch backend: its partitioners, and the runtime that comes with executorch."""
 
 from __future__ import annotations
 
 import operator
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from graphopt.backends import load_backend
 from graphopt.backends.base import (
     Artifact,
     Backend,
@@ -24,23 +27,42 @@ from graphopt.backends.base import (
     quantization_refusals,
     stored_weights,
 )
+from graphopt.backends.delegate import Delegate
+from graphopt.backends.executorch.compress_tables import CompressTables
 from graphopt.backends.executorch.legalize import DuplicateDequantize, LegalizeForXNNPACK
 from graphopt.backends.executorch.partition import partition_configs
+from graphopt.backends.executorch.plan import read_plan
 from graphopt.backends.quiet import silent
 from graphopt.captured_module import CapturedModule
 from graphopt.errors import LoweringError, VerificationError
 from graphopt.extras import require
 from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
-from graphopt.passes import DequantizeToShiftScale, ExpandTables, RemoveUnused
+from graphopt.passes import (
+    DequantizeToShiftScale,
+    ExpandTables,
+    RemoveUnused,
+    TablesToIntegers,
+)
 from graphopt.program import Program, export_graph
 
 __all__ = ["Delegation", "ExecuTorchArtifact", "ExecuTorchBackend", "run_program"]
 
+DelegateName = Literal["xnnpack", "portable", "coreml", "coreai"]
+Tables = Literal["auto", "dense", "int8", "compressed"]
+_DELEGATES = ("xnnpack", "portable", "coreml", "coreai")
+_OTHERS = {"coreml": "CoreMLBackend", "coreai": "CoreAIBackend"}  # names in a .pte
+_TABLE_PASSES: dict[str, tuple[Pass, ...]] = {
+    "auto": (TablesToIntegers(), ExpandTables()),
+    "int8": (TablesToIntegers(), ExpandTables()),
+    "dense": (ExpandTables(),),
+    "compressed": (CompressTables(),),
+}
+
 
 @dataclass(frozen=True)
 class Delegation:
-    """Which ops XNNPACK computes and which are left to portable kernels.
+    """Which ops the delegate computes and which are left to portable kernels.
 
     Attributes:
         delegates: Number of delegates.
@@ -60,8 +82,11 @@ class ExecuTorchArtifact(Artifact):
 
     Attributes:
         buffer: The program's bytes.
-        delegation: What XNNPACK took.
-        lowered: The program in PyTorch, in the form that was lowered.
+        delegation: What the delegate took.
+        lowered: The program in PyTorch, in the form that was lowered; None for other targets'
+            delegates.
+        planned_memory: Bytes that the runtime sets aside for values, constants not included; what a
+            delegate allocates for itself is not known here.
     """
 
     suffix: ClassVar[str] = ".pte"
@@ -72,12 +97,14 @@ class ExecuTorchArtifact(Artifact):
         program: Program,
         buffer: bytes,
         delegation: Delegation,
-        lowered: CapturedModule,
+        lowered: CapturedModule | None,
+        planned_memory: int,
     ) -> None:
         super().__init__(backend, program)
         self.buffer = buffer
         self.delegation = delegation
         self.lowered = lowered
+        self.planned_memory = planned_memory
 
     @override
     def _write(self, path: Path) -> None:
@@ -114,7 +141,7 @@ def run_program(path: Path, inputs: Sequence[Any]) -> list[Tensor]:
 
 
 class ExecuTorchBackend(Backend):
-    """Lower through ExecuTorch's edge dialect to XNNPACK."""
+    """Lower through ExecuTorch's edge dialect to a delegate, or to portable kernels alone."""
 
     name: ClassVar[str] = "ExecuTorch"
     capabilities: ClassVar[Capabilities] = Capabilities(
@@ -129,9 +156,9 @@ class ExecuTorchBackend(Backend):
         return quantization_refusals(program.graph_module, self.capabilities)
 
     @override
-    def legalize(self) -> tuple[Pass, ...]:
+    def legalize(self, tables: Tables = "auto") -> tuple[Pass, ...]:
         return (
-            ExpandTables(),
+            *_TABLE_PASSES[tables],
             DequantizeToShiftScale(),
             LegalizeForXNNPACK(),
             RemoveUnused(),
@@ -139,53 +166,132 @@ class ExecuTorchBackend(Backend):
         )
 
     @override
-    def lower(self, program: Program, **options: Any) -> ExecuTorchArtifact:
+    def refuse_unsupported(self, program: Program, **options: Any) -> None:
+        name = options.get("delegate", "xnnpack")
+        if name in _OTHERS:
+            load_backend(name).refuse_unsupported(program)
+        else:
+            super().refuse_unsupported(program)
+
+    @override
+    def lower(
+        self,
+        program: Program,
+        *,
+        delegate: DelegateName = "xnnpack",
+        tables: Tables = "auto",
+        **options: Any,
+    ) -> ExecuTorchArtifact:
         """Convert a program with the shapes of its example.
 
         Args:
             program: In our vocabulary.
-            options: None are known.
+            delegate: "xnnpack" and "portable" (no delegate) run on any host; "coreml" and "coreai"
+                hold the whole program in the form of these targets and run on Apple's systems.
+            tables: What becomes of lookup tables for "xnnpack" and "portable". "dense": the weights
+                that they stand for, the fastest and largest. "int8": tables of int8 entries become
+                int8 weights, exactly equal and a quarter of the size, which XNNPACK computes with
+                where activations are int8; others dense. "compressed": packed codes that are decoded
+                at every call, the smallest file and the slowest. "auto" is "int8".
+            options: Those of the Core ML and Core AI backends for these delegates: `precision`,
+                `minimum_deployment_target`.
 
         Raises:
-            LoweringError: An option is given, or ExecuTorch cannot convert the program.
+            LoweringError: An option is wrong, or ExecuTorch cannot convert the program.
         """
+        if delegate not in _DELEGATES:
+            raise LoweringError(f"delegate must be one of {_DELEGATES}, got {delegate!r}")
+        if tables not in _TABLE_PASSES:
+            raise LoweringError(f"tables must be one of {list(_TABLE_PASSES)}, got {tables!r}")
+        if delegate in _OTHERS:
+            return self._through(program, delegate, options)
         if options:
-            raise LoweringError(f"ExecuTorch has no option {sorted(options)}")
+            raise LoweringError(
+                f"ExecuTorch has no option {sorted(options)} for {delegate}; there are 'delegate',"
+                " 'tables'"
+            )
         legal = program.copy()
         gm = legal.graph_module
         gm.meta["graphopt.notes"] = ()
-        run_passes(gm, [RemoveUnused(), *self.legalize()])
+        run_passes(gm, [RemoveUnused(), *self.legalize(tables)])
         _own_storage(gm)
         exported = export_graph(gm, program.example_args, program.example_kwargs)
-        with silent() as said:
-            require("executorch.exir", "executorch")
-            require("executorch.kernels.quantized", "executorch")
+
+        def partitioners() -> list[Any]:
+            if delegate == "portable":
+                return []
             from executorch.backends.xnnpack.partition.xnnpack_partitioner import (
                 XnnpackPartitioner,
             )
+
+            return [XnnpackPartitioner(configs=list(partition_configs()))]
+
+        return self._emit(program, delegate, exported, partitioners, gm)
+
+    def _through(self, program: Program, name: str, options: dict[str, Any]) -> ExecuTorchArtifact:
+        """Lower to another target's delegate."""
+        backend = load_backend(name)
+        backend.refuse_unsupported(program)
+        try:
+            target = backend.delegate(**options)
+        except TypeError as error:
+            raise LoweringError(f"delegate {name!r}: {error}") from None
+        return self._emit(
+            program, name, target.export(program), lambda: [target.partitioner()], None, target
+        )
+
+    def _emit(
+        self,
+        program: Program,
+        name: str,
+        exported: ExportedProgram,
+        partitioners: Callable[[], list[Any]],
+        lowered: CapturedModule | None,
+        target: Delegate | None = None,
+    ) -> ExecuTorchArtifact:
+        with silent() as said:
+            require("executorch.exir", "executorch")
+            require("executorch.kernels.quantized", "executorch")
             from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
+            chosen = partitioners()
+            options: dict[str, Any] = {
+                "compile_config": EdgeCompileConfig(_check_ir_validity=False)
+            }
+            if target is not None:
+                options |= target.edge_options()
             try:
-                edge = to_edge_transform_and_lower(
-                    exported,
-                    partitioner=[XnnpackPartitioner(configs=list(partition_configs()))],
-                    compile_config=EdgeCompileConfig(_check_ir_validity=False),
-                )
-                delegation = _delegation(edge, gm.meta["graphopt.notes"])
-                buffer = bytes(edge.to_executorch().buffer)
+                edge = to_edge_transform_and_lower(exported, partitioner=chosen, **options)
+                if target is not None:
+                    target.finish(edge)
+                notes = () if lowered is None else lowered.meta["graphopt.notes"]
+                delegation = _delegation(edge, notes)
+                manager = edge.to_executorch()
+                buffer = bytes(manager.buffer)
+                plan = manager.executorch_program.execution_plan[0]
             except Exception as error:
                 raise LoweringError(
-                    f"ExecuTorch cannot convert the program: {error}\n{said()}"
+                    f"ExecuTorch cannot convert the program for {name}: {error}\n{said()}"
                 ) from error
-        return ExecuTorchArtifact(self, program, buffer, delegation, gm)
+        memory = sum(int(size) for size in plan.non_const_buffer_sizes)
+        return ExecuTorchArtifact(self, program, buffer, delegation, lowered, memory)
 
     @override
     def check(
         self, path: Path, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Verification:
-        found = run_program(path, pytree.tree_leaves((args, kwargs)))
+        inputs = pytree.tree_leaves((args, kwargs))
+        planned = read_plan(path)
+        others = [name for name, key in _OTHERS.items() if key in planned.ids]
+        if others:
+            runners = {_OTHERS[name]: load_backend(name).delegate().run for name in others}
+            with TemporaryDirectory() as folder:
+                found = planned.run(inputs, runners, Path(folder))
+            how = f"unpacked the saved program and evaluated its {' and '.join(others)} part"
+        else:
+            found = run_program(path, inputs)
+            how = "ran the saved program on the ExecuTorch runtime"
         errors = compare_outputs(found, expected_outputs(program, args, kwargs))
-        how = "ran the saved program on the ExecuTorch runtime"
         weights = stored_weights(program.graph_module)
         return Verification(max(errors, default=0.0), errors, how, weights=weights)
 

