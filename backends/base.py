@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from graphopt.backends.delegate import Delegate
 from graphopt.errors import ArtifactExistsError, InputError, LoweringError, StateError
 from graphopt.files import replace_path, temporary_sibling
-from graphopt.lookups import find_lookups
+from graphopt.lookups import find_lookups, find_sparse
 from graphopt.pass_base import Pass
 from graphopt.program import Program
 from graphopt.quantized import find_quantized_activations, find_quantized_weights
@@ -269,7 +269,11 @@ def quantization_refusals(gm: fx.GraphModule, allowed: Capabilities) -> list[str
 
 def stored_weights(gm: fx.GraphModule) -> int:
     """Number of weights that a program stores compressed."""
-    return len(find_lookups(gm)) + len(find_quantized_weights(gm))
+    plain = [
+        node for node in find_sparse(gm)
+        if isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
+    ]  # fmt: skip
+    return len(find_lookups(gm)) + len(find_quantized_weights(gm)) + len(plain)
 
 
 def compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, ...]:

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from torch import fx
 
-from graphopt.specs import PalettizationSpec, QuantizationSpec
+from graphopt.specs import PalettizationSpec, PruningSpec, QuantizationSpec
 
 __all__ = [
     "ActivationPoint",
@@ -21,6 +21,7 @@ __all__ = [
     "annotate_input",
     "annotate_norm",
     "annotate_output",
+    "annotate_pruning",
     "annotate_weight",
     "clear_annotations",
     "describe_annotations",
@@ -31,15 +32,17 @@ __all__ = [
     "move_output",
     "output_point",
     "palette_annotation",
+    "pruning_annotation",
     "quantization_annotation",
 ]
 
 _KEY = "graphopt"
 _FINDINGS = "graphopt_findings"  # not saved with a module
 _WEIGHT, _OUTPUT, _INPUTS, _NORM = "weight", "output", "inputs", "norm"
+_PRUNING = "pruning"
 
 
-SpecT = TypeVar("SpecT", PalettizationSpec, QuantizationSpec)
+SpecT = TypeVar("SpecT", PalettizationSpec, QuantizationSpec, PruningSpec)
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,16 @@ def quantization_annotation(node: fx.Node) -> WeightAnnotation[QuantizationSpec]
     return found if found is not None and isinstance(found.spec, QuantizationSpec) else None
 
 
+def annotate_pruning(node: fx.Node, annotation: WeightAnnotation[PruningSpec]) -> None:
+    """Attach what is to be pruned to the node of a constant, beside its other annotation."""
+    _put(node, _PRUNING, annotation)
+
+
+def pruning_annotation(node: fx.Node) -> WeightAnnotation[PruningSpec] | None:
+    """The annotation of a constant that is to be pruned, if it is one."""
+    return cast("WeightAnnotation[PruningSpec] | None", node.meta.get(_KEY, {}).get(_PRUNING))
+
+
 def annotate_output(node: fx.Node, point: ActivationPoint) -> None:
     """Quantize what a node gives to all its users."""
     _put(node, _OUTPUT, point)
@@ -147,9 +160,10 @@ def clear_annotations(node: fx.Node) -> None:
 def describe_annotations(node: fx.Node) -> str:
     """What is attached to a node, as one line of text."""
     parts = []
-    weight = node.meta.get(_KEY, {}).get(_WEIGHT)
-    if weight is not None:
-        parts.append(f"weight: {weight.spec!r}")
+    for key in (_WEIGHT, _PRUNING):
+        weight = node.meta.get(_KEY, {}).get(key)
+        if weight is not None:
+            parts.append(f"{key}: {weight.spec!r}")
     point = output_point(node)
     if point is not None:
         parts.append(f"output in {point.group}: {point.spec!r}")

@@ -14,6 +14,7 @@ from graphopt.api import as_program, lower_by_suffix
 from graphopt.backends import load_backend
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
+from graphopt.config.pruning import MagnitudePrunerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
 from graphopt.palettization.fit_palettes import FitPalettes
@@ -21,6 +22,7 @@ from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
 from graphopt.passes import (
     AnnotatePalettization,
+    AnnotatePruning,
     AnnotateQuantization,
     ConvertQuantization,
     CorrectStatistics,
@@ -28,6 +30,7 @@ from graphopt.passes import (
     ForgetReference,
     KeepReference,
     PalettizeWeights,
+    PruneWeights,
     RaiseToVocabulary,
     RemoveUnused,
 )
@@ -39,7 +42,7 @@ from graphopt.tuning import Tune
 
 __all__ = ["compress", "compressed", "joint_config", "joint_passes"]
 
-AnyConfig = JointConfig | KMeansPalettizerConfig | QuantizerConfig
+AnyConfig = JointConfig | KMeansPalettizerConfig | QuantizerConfig | MagnitudePrunerConfig
 
 
 def compress(
@@ -147,26 +150,31 @@ def joint_passes(
     inputs = data if data is None or loss_fn is None else [pair[0] for pair in data]
     passes: list[Pass] = [RaiseToVocabulary()]
     quantization = joint.quantization
+    compared = inputs is not None and (correct_statistics or tune_steps > 0)
+    compared &= joint.palettization is not None or joint.pruning is not None
+    if fold_batch_norm is None:
+        # targets fuse a convolution with its activation, not with a norm between them
+        fold_batch_norm = (joint.palettization is not None or joint.pruning is not None) and (
+            quantization is not None and quantization.has_activations
+        )
+    if fold_batch_norm:
+        passes += [FoldBatchNorm(), RemoveUnused()]
+    if compared:
+        passes.append(KeepReference())
+    if joint.pruning is not None:
+        passes += [AnnotatePruning(joint.pruning, on_unmatched), PruneWeights()]
     if joint.palettization is not None:
-        if fold_batch_norm is None:
-            # targets fuse a convolution with its activation, not with a norm between them
-            fold_batch_norm = quantization is not None and quantization.has_activations
-        if fold_batch_norm:
-            passes += [FoldBatchNorm(), RemoveUnused()]
-        compared = inputs is not None and (correct_statistics or tune_steps > 0)
-        if compared:
-            passes.append(KeepReference())
         passes += [
             AnnotatePalettization(joint.palettization, on_unmatched),
             FitPalettes(data, loss_fn, seed, progress),
             PalettizeWeights(seed=seed),
         ]
-        if inputs is not None and correct_statistics:
-            passes.append(CorrectStatistics(inputs))
-        if inputs is not None and tune_steps:
-            passes.append(Tune(inputs, tune_steps, seed, progress))
-        if compared:
-            passes.append(ForgetReference())
+    if compared and correct_statistics:
+        passes.append(CorrectStatistics(inputs or ()))
+    if compared and tune_steps:
+        passes.append(Tune(inputs or (), tune_steps, seed, progress))
+    if compared:
+        passes.append(ForgetReference())
     if quantization is not None:
         fused = None if backend is None else load_backend(backend).capabilities.fused_activations
         passes += [
@@ -192,6 +200,8 @@ def joint_config(config: AnyConfig | Mapping[str, Any] | str | Path | None) -> J
         return JointConfig(palettization=config)
     if isinstance(config, QuantizerConfig):
         return JointConfig(quantization=config)
+    if isinstance(config, MagnitudePrunerConfig):
+        return JointConfig(pruning=config)
     if isinstance(config, str | Path):
         return JointConfig.from_yaml(config)
     if isinstance(config, Mapping):

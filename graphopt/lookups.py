@@ -9,7 +9,7 @@ from torch import Tensor, fx
 
 from graphopt.weights import is_with_outliers
 
-__all__ = ["Lookup", "find_lookups"]
+__all__ = ["Lookup", "find_lookups", "find_sparse"]
 
 _ops = torch.ops.graphopt
 
@@ -77,6 +77,15 @@ def find_lookups(gm: fx.GraphModule) -> list[Lookup]:
             )
         )
     return found
+
+
+def find_sparse(gm: fx.GraphModule) -> list[fx.Node]:
+    """The ops that put values into pruned weights, in order; outliers beside tables excepted."""
+    return [
+        node for node in gm.graph.nodes
+        if node.target is _ops.sparse_to_dense.default
+        and not any(is_with_outliers(user) and user.args[1] is node for user in node.users)
+    ]  # fmt: skip
 
 
 def _tensor(gm: fx.GraphModule, node: fx.Node) -> Tensor:

@@ -26,7 +26,7 @@ class TensorRecord:
         nodes: Graph nodes of those ops.
         shape: Its shape.
         dtype: Its element type before compression.
-        status: Whether it was palettized, quantized or left alone.
+        status: Whether it was palettized, quantized, only pruned, or left alone.
         detail: How it was compressed, or why not.
         note: A fallback that was taken, or "".
         n_bits: Bits per index or element, None where it is left alone.
@@ -42,7 +42,7 @@ class TensorRecord:
     nodes: tuple[str, ...] = ()
     shape: tuple[int, ...] = ()
     dtype: str = ""
-    status: Literal["palettized", "quantized", "skipped"]
+    status: Literal["palettized", "quantized", "pruned", "skipped"]
     detail: str = ""
     note: str = ""
     n_bits: int | None = None
@@ -127,6 +127,11 @@ class CompressionTable:
         return tuple(row for row in self.rows if row.status == "quantized")
 
     @property
+    def pruned(self) -> tuple[TensorRecord, ...]:
+        """Rows of weights that only got zeros."""
+        return tuple(row for row in self.rows if row.status == "pruned")
+
+    @property
     def compressed(self) -> tuple[TensorRecord, ...]:
         """Rows of tensors that are stored in fewer bits."""
         return tuple(row for row in self.rows if row.status != "skipped")
@@ -155,9 +160,12 @@ class CompressionTable:
         ]
 
     def _title(self) -> str:
-        done = [(len(self.palettized), "palettized"), (len(self.quantized), "quantized")]
+        done = [
+            (len(self.palettized), "palettized"), (len(self.quantized), "quantized"),
+            (len(self.pruned), "pruned"),
+        ]  # fmt: skip
         parts = [f"{count} {verb}" for count, verb in done if count]
-        if len(parts) == 2:
+        if len(parts) > 1:
             title = f"{' and '.join(parts)} of {len(self.rows)} tensors"
         else:
             count, verb = next(((c, v) for c, v in done if c), (0, "compressed"))

@@ -87,6 +87,7 @@ class Source:
         node: The `get_attr` node of the stored tensor.
         axis: Output-channel axis of the stored tensor.
         compressed: Whether a lookup or dequantize op lies on the way.
+        sparse: The op on the way that puts values into a dense weight.
         chain: The views and casts on the way, from the stored tensor to the operand.
     """
 
@@ -94,6 +95,7 @@ class Source:
     axis: int
     compressed: bool = False
     chain: tuple[fx.Node, ...] = ()
+    sparse: fx.Node | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,8 @@ class WeightTensor:
         output_axis: Output-channel axis of the stored tensor at the first use.
         other_users: Types of ops that use it otherwise.
         compressed: Whether a lookup or dequantize op produces it already.
+        sparse: The op that puts the values into a dense weight, where the tensor holds only those
+            that are not zero, [values].
         data_like: Whether it is an operand of a matmul that the model does not train, such as a
             mask or a table of angles; such a tensor is compressed only when named.
     """
@@ -124,6 +128,7 @@ class WeightTensor:
     other_users: tuple[str, ...]
     compressed: bool = False
     data_like: bool = False
+    sparse: fx.Node | None = None
 
     @property
     def module_type(self) -> str:
@@ -160,12 +165,15 @@ def find_weights(gm: fx.GraphModule) -> list[WeightTensor]:
     axes: dict[int, int] = {}
     compressed: set[int] = set()
     data_like: set[int] = set()
+    sparse: dict[int, fx.Node] = {}
     for node in gm.graph.nodes:
         for operand, _, role, axis in state_operands(node):
             source = source_of(operand, axis)
             key = None if source is None else owners.get(source.node)
             if source is None or key is None:
                 continue
+            if source.sparse is not None:
+                sparse[key] = source.sparse
             if source.compressed:
                 compressed.add(key)
             elif key not in parameters and _is_matmul(node):
@@ -186,7 +194,7 @@ def find_weights(gm: fx.GraphModule) -> list[WeightTensor]:
         entry = WeightTensor(
             targets[0], tuple(targets[1:]), tuple(nodes), value, key in parameters,
             tuple(uses.get(key, ())), axes.get(key, 0), tuple(others), key in compressed,
-            key in data_like,
+            key in data_like, sparse.get(key),
         )  # fmt: skip
         found.append(entry)
     return found
@@ -272,13 +280,16 @@ def _placed(
 def source_of(node: fx.Node, axis: int) -> Source | None:
     """Follow an operand back to the constant it comes from; None where it is no constant."""
     compressed = False
+    sparse: fx.Node | None = None
     chain: list[fx.Node] = []
     place: int | None = axis + _rank(node) if axis < 0 else axis
     while node.op != "get_attr":
         if node.op != "call_function" or not node.args or not isinstance(node.args[0], fx.Node):
             return None
         name = str(node.target).rpartition(".")[0]
-        if name in _LOOKUPS or is_with_outliers(node):
+        if name in _SPARSE:
+            sparse = node
+        elif name in _LOOKUPS or is_with_outliers(node):
             compressed = True
         elif node.target in _PRESERVING or node.target in _PERMUTING:
             place = None if place is None else _axis_before(node, place)
@@ -290,7 +301,7 @@ def source_of(node: fx.Node, axis: int) -> Source | None:
     # where an axis cannot be followed, the first one counts as the output
     known = place is not None and 0 <= place < max(rank, 1)
     axis = place if known and place is not None else 0
-    return Source(node, axis, compressed, tuple(reversed(chain)))
+    return Source(node, axis, compressed, tuple(reversed(chain)), sparse)
 
 
 def is_with_outliers(node: fx.Node) -> bool:

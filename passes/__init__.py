@@ -5,6 +5,7 @@ if __name__ != "graphopt.passes":
 
 from graphopt.passes.absorb_channel_scale import AbsorbChannelScale
 from graphopt.passes.annotate_palettization import AnnotatePalettization
+from graphopt.passes.annotate_pruning import AnnotatePruning
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.convert_quantization import ConvertQuantization
 from graphopt.passes.correct_bias import CorrectBias
@@ -16,14 +17,17 @@ from graphopt.passes.correct_statistics import (
 )
 from graphopt.passes.dequantize_to_shift_scale import DequantizeToShiftScale
 from graphopt.passes.dequantize_weights import DequantizeWeights
+from graphopt.passes.expand_sparse import ExpandSparse
 from graphopt.passes.expand_tables import ExpandTables
 from graphopt.passes.fake_palettize import FakePalettize
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
 from graphopt.passes.insert_fake_quantize import InsertFakeQuantize
 from graphopt.passes.insert_palettizers import InsertPalettizers
+from graphopt.passes.insert_pruners import InsertPruners
 from graphopt.passes.insert_taps import InsertTaps
 from graphopt.passes.integers_to_tables import IntegersToTables
 from graphopt.passes.palettize_weights import PalettizeWeights, cluster_annotated
+from graphopt.passes.prune_weights import PruneWeights
 from graphopt.passes.raise_to_vocabulary import RaiseToVocabulary
 from graphopt.passes.reestimate_batchnorm import ReestimateBatchNorm
 from graphopt.passes.remove_unused import RemoveUnused
@@ -33,22 +37,26 @@ from graphopt.passes.tables_to_integers import TablesToIntegers
 __all__ = [
     "AbsorbChannelScale",
     "AnnotatePalettization",
+    "AnnotatePruning",
     "AnnotateQuantization",
     "ConvertQuantization",
     "CorrectBias",
     "CorrectStatistics",
     "DequantizeToShiftScale",
     "DequantizeWeights",
+    "ExpandSparse",
     "ExpandTables",
     "FakePalettize",
     "FoldBatchNorm",
     "ForgetReference",
     "InsertFakeQuantize",
     "InsertPalettizers",
+    "InsertPruners",
     "InsertTaps",
     "IntegersToTables",
     "KeepReference",
     "PalettizeWeights",
+    "PruneWeights",
     "RaiseToVocabulary",
     "ReestimateBatchNorm",
     "RemoveUnused",

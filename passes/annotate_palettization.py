@@ -23,7 +23,7 @@ from graphopt.passes.select_weights import (
     touch_modules,
 )
 from graphopt.schemes.layout import plan_layout
-from graphopt.specs import PalettizationSpec
+from graphopt.specs import PalettizationSpec, PerTensorGranularity
 from graphopt.specs.model import SpecModel
 from graphopt.table import CompressionTable, merged
 from graphopt.weights import WeightTensor, find_weights
@@ -58,7 +58,8 @@ class AnnotatePalettization(Pass):
             refusal = partial(self._refusal, weight)
             decision = decide(weight, selector, PalettizationSpec, refusal, "palettize")
             if isinstance(decision.spec, PalettizationSpec):
-                annotation = WeightAnnotation(decision.spec, weight.output_axis, decision.path)
+                spec = _of_values(decision.spec) if weight.sparse is not None else decision.spec
+                annotation = WeightAnnotation(spec, weight.output_axis, decision.path)
                 for node in weight.nodes:
                     annotate_weight(node, annotation)
                 edit.changed = True
@@ -78,6 +79,8 @@ class AnnotatePalettization(Pass):
         threshold = self.config.weight_threshold
         if weight.tensor.numel() <= threshold:
             return f"{weight.tensor.numel()} elements do not exceed weight_threshold={threshold}"
+        if weight.sparse is not None:
+            spec = _of_values(spec)
         try:
             layout = plan_layout(weight.tensor.shape, weight.output_axis, spec)
         except CompressionError as error:
@@ -86,3 +89,12 @@ class AnnotatePalettization(Pass):
         if layout.note:
             warnings.warn(f"{weight.name}: {layout.note}", ConfigWarning, stacklevel=2)
         return ""
+
+
+def _of_values(spec: PalettizationSpec) -> PalettizationSpec:
+    """What a spec means for the values of a pruned weight, which know no channels: one scalar table."""
+    changes = {
+        "granularity": PerTensorGranularity(), "cluster_dim": 1, "enable_per_channel_scale": False,
+        "outlier_fraction": 0.0, "algorithm": "kmeans",
+    }  # fmt: skip
+    return spec.model_copy(update=changes)

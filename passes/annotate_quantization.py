@@ -31,7 +31,7 @@ from graphopt.passes.select_weights import (
     touch_modules,
 )
 from graphopt.schemes.quantize import plan_blocks
-from graphopt.specs import QuantizationSpec
+from graphopt.specs import PerTensorGranularity, QuantizationSpec
 from graphopt.specs.model import SpecModel
 from graphopt.table import ActivationRecord, CompressionTable, merged
 from graphopt.weights import WeightTensor, find_weights
@@ -68,7 +68,11 @@ class AnnotateQuantization(Pass):
                 weight, selector, QuantizationSpec, partial(self._refusal, weight), "quantize"
             )
             if isinstance(decision.spec, QuantizationSpec):
-                annotation = WeightAnnotation(decision.spec, weight.output_axis, decision.path)
+                spec = decision.spec
+                if weight.sparse is not None:
+                    # the values of a pruned weight know no channels
+                    spec = spec.model_copy(update={"granularity": PerTensorGranularity()})
+                annotation = WeightAnnotation(spec, weight.output_axis, decision.path)
                 for node in weight.nodes:
                     annotate_weight(node, annotation)
                 edit.changed = True
@@ -108,6 +112,8 @@ class AnnotateQuantization(Pass):
             return f"qparam_calculator_cls={spec.qparam_calculator_cls!r} is for activations"
         if weight.tensor.ndim < 2 and all(use.role == "bias" for use in weight.uses):
             return "biases are kept in float, which costs next to nothing"
+        if weight.sparse is not None:
+            return ""
         try:
             _, note = plan_blocks(weight.tensor.shape, weight.output_axis, spec.granularity)
         except CompressionError as error:

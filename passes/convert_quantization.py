@@ -29,6 +29,7 @@ from graphopt.passes.insert_fake_quantize import (
     places_of,
     redirect,
 )
+from graphopt.passes.sparse_records import of_whole_weight
 from graphopt.quantized import quantized_ops
 from graphopt.quantized_state import parts_of
 from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
@@ -86,7 +87,8 @@ class ConvertQuantization(Pass):
             if annotation is None:
                 continue
             quantized = self.weights.get(weight.name) or _quantize(weight, annotation)
-            rows.append(record_of(weight, annotation.spec, quantized))
+            row = record_of(weight, annotation.spec, quantized)
+            rows.append(of_whole_weight(edit.gm, weight, row))
             dense = emit_weight(edit, weight.name, quantized, weight.nodes[0])
             for node in weight.nodes:
                 edit.replace(node, dense)

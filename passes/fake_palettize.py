@@ -13,6 +13,7 @@ from graphopt.editor import Editor
 from graphopt.numerics.parallel import map_tasks
 from graphopt.pass_base import Pass
 from graphopt.passes.palettize_weights import record_of
+from graphopt.passes.sparse_records import of_whole_weight
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.table import CompressionTable, merged
 from graphopt.weights import find_weights
@@ -45,7 +46,8 @@ class FakePalettize(Pass):
         dense = map_tasks(lambda each: each[2].dense(), chosen)
         rows = []
         for (weight, annotation, palettized), value in zip(chosen, dense, strict=True):
-            rows.append(record_of(weight, annotation.spec, palettized))
+            row = record_of(weight, annotation.spec, palettized)
+            rows.append(of_whole_weight(edit.gm, weight, row))
             edit.set_value(weight.nodes[0], value, tied=weight.nodes[1:])
         before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
         edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))

@@ -17,6 +17,7 @@ from graphopt.errors import CompressionError
 from graphopt.numerics.parallel import map_tasks
 from graphopt.pass_base import Pass
 from graphopt.passes.annotate_palettization import AnnotatePalettization
+from graphopt.passes.sparse_records import of_whole_weight
 from graphopt.progress import track
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 from graphopt.specs import PalettizationSpec, PerGroupedChannelGranularity
@@ -139,7 +140,8 @@ class PalettizeWeights(Pass):
             annotation = palette_annotation(weight.nodes[0])
             assert annotation is not None
             palettized = palettes[weight.name]
-            rows.append(record_of(weight, annotation.spec, palettized))
+            row = record_of(weight, annotation.spec, palettized)
+            rows.append(of_whole_weight(edit.gm, weight, row))
             self._rewrite(edit, weight, palettized)
         keep_findings(edit.gm, palettes={})
         before = edit.gm.meta.get("graphopt.table", CompressionTable(()))

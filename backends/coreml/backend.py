@@ -31,7 +31,7 @@ from graphopt.backends.delegate import Delegate
 from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError, VerificationError
 from graphopt.extras import require
-from graphopt.lookups import Lookup, find_lookups
+from graphopt.lookups import Lookup, find_lookups, find_sparse
 from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
 from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnused
@@ -122,6 +122,12 @@ class CoreMLBackend(Backend):
             reasons.append(
                 "quantized activations for iOS16; raise minimum_deployment_target to iOS17"
             )
+        if not allowed.sparse:
+            reasons += [
+                f"{str(node.args[1]).removesuffix('_mask')}: pruned weights for {where}; raise"
+                " minimum_deployment_target to iOS18"
+                for node in find_sparse(program.graph_module)
+            ]
         return [*reasons, *quantization_refusals(program.graph_module, allowed)]
 
     @override

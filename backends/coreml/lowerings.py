@@ -121,8 +121,47 @@ def graphopt_sparse_to_dense(context: Any, node: Any) -> None:
 
     values, mask, shape = _inputs(context, node)[:3]
     bits = _unpacked(mask, 1, _ints(shape)).astype(_numpy_type("uint1"))
-    result = Builder.constexpr_sparse_to_dense(nonzero_data=values.val, mask=bits, name=node.name)
+    source = values.op
+    if source is not None and source.op_type.startswith("constexpr_"):
+        values, bits = _sparse_form(source, bits, f"{node.name}_values")
+    else:
+        values = values.val
+    result = Builder.constexpr_sparse_to_dense(nonzero_data=values, mask=bits, name=node.name)
     context.add(result, node.name)
+
+
+def _sparse_form(source: Any, bits: Any, name: str) -> tuple[Any, Any]:
+    """Compressed values of a sparse weight in the form that carries its mask: values and mask."""
+    from coremltools.converters.mil.mil import Builder
+
+    rank = bits.ndim
+    if source.op_type == "constexpr_lut_to_dense":
+        lut = source.lut
+        inner = lut.op is not None and lut.op.op_type.startswith("constexpr_")
+        # the table of a list has one dimension for it, that of a weight one for each
+        shape = [1] * rank + list(lut.shape[-2:])
+        if inner:
+            given = lut.op.inputs
+            table = Builder.constexpr_blockwise_shift_scale(
+                data=given["data"].val.reshape(shape),
+                scale=given["scale"].val.reshape([1] * (rank + 2)),
+                name=f"{name}_lut",
+                **({} if given.get("offset") is None else
+                   {"offset": given["offset"].val.reshape([1] * (rank + 2))}),
+            )  # fmt: skip
+        else:
+            table = lut.val.reshape(shape)
+        mask, values = Builder.constexpr_lut_to_sparse(
+            indices_mask=bits, indices_nonzero_data=source.indices.val, lut=table, name=name
+        )
+        return values, mask
+    offset = source.offset
+    options = {} if offset is None else {"offset": offset.val.reshape([1] * rank)}
+    mask, values = Builder.constexpr_sparse_blockwise_shift_scale(
+        data_mask=bits, nonzero_data=source.data.val,
+        scale=source.scale.val.reshape([1] * rank), name=name, **options,
+    )  # fmt: skip
+    return values, mask
 
 
 def _affine(stored: Any, scale: Any, zero: Any, name: str) -> Any:

@@ -40,6 +40,7 @@ from graphopt.pass_base import Pass
 from graphopt.pass_manager import run_passes
 from graphopt.passes import (
     DequantizeToShiftScale,
+    ExpandSparse,
     ExpandTables,
     RemoveUnused,
     TablesToIntegers,
@@ -158,6 +159,7 @@ class ExecuTorchBackend(Backend):
     @override
     def legalize(self, tables: Tables = "auto") -> tuple[Pass, ...]:
         return (
+            ExpandSparse(),
             *_TABLE_PASSES[tables],
             DequantizeToShiftScale(),
             LegalizeForXNNPACK(),

@@ -1,4 +1,4 @@
-"""One config for palettization and quantization together."""
+"""One config for pruning, palettization and quantization together."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pydantic import model_validator
 
 from graphopt.config.base import CompressionConfig, read_yaml
 from graphopt.config.palettization import KMeansPalettizerConfig
+from graphopt.config.pruning import MagnitudePrunerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import ConfigError
 from graphopt.specs.model import SpecModel
@@ -19,28 +20,31 @@ __all__ = ["JointConfig"]
 class JointConfig(SpecModel):
     """What `compress` does to a model.
 
-    A weight that both parts select is palettized; quantization then holds for activations and for
-    the other weights.
+    A weight that palettization and quantization select is palettized; quantization then holds for
+    activations and for the other weights. What is pruned comes first: the values that stay are
+    palettized or quantized with one table or scale.
 
     Attributes:
+        pruning: Weights that get zeros, or None.
         palettization: Weights that become tables, or None.
         quantization: Activations and weights that are quantized, or None.
     """
 
+    pruning: MagnitudePrunerConfig | None = None
     palettization: KMeansPalettizerConfig | None = None
     quantization: QuantizerConfig | None = None
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
-        if self.palettization is None and self.quantization is None:
-            raise ValueError("nothing to do: give palettization, quantization or both")
+        if self.palettization is None and self.quantization is None and self.pruning is None:
+            raise ValueError("nothing to do: give pruning, palettization or quantization")
         return self
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Read a config from plain values.
 
-        The keys are "palettization" and "quantization" or the parts' own root keys; a mapping of one
+        The keys are "pruning", "palettization" and "quantization" or the parts' own root keys; a mapping of one
         part alone will do.
 
         Raises:
@@ -50,6 +54,7 @@ class JointConfig(SpecModel):
             raise ConfigError(f"{cls.__name__}: expected a mapping, got {type(data).__name__}")
         parts: dict[str, Any] = {}
         kinds: dict[str, type[CompressionConfig[Any]]] = {
+            "pruning": MagnitudePrunerConfig,
             "palettization": KMeansPalettizerConfig,
             "quantization": QuantizerConfig,
         }

@@ -5,6 +5,7 @@ from graphopt.fake_quantize.conv_norm import ConvNorm
 from graphopt.fake_quantize.norm import TrainableNorm
 from graphopt.fake_quantize.origin import QUANTIZERS, Origin
 from graphopt.fake_quantize.palette import WeightPalettizer
+from graphopt.fake_quantize.pruner import WeightPruner
 from graphopt.fake_quantize.weight import WeightQuantizer
 
 __all__ = [
@@ -14,5 +15,6 @@ __all__ = [
     "Origin",
     "TrainableNorm",
     "WeightPalettizer",
+    "WeightPruner",
     "WeightQuantizer",
 ]

@@ -1,6 +1,31 @@
-"""Pruning: specs and configs."""
+"""Pruning: weights with zeros, stored as values and masks."""
 
-from graphopt.config.pruning import MagnitudePrunerConfig, ModuleMagnitudePrunerConfig
-from graphopt.specs import PruningSpec
+from graphopt.config.pruning import (
+    MagnitudePrunerConfig,
+    ModuleMagnitudePrunerConfig,
+    OpMagnitudePrunerConfig,
+)
+from graphopt.pruning.pruner import MagnitudePruner
+from graphopt.specs.pruning import (
+    BlockStructured,
+    ChannelStructured,
+    ConstantSparsitySchedule,
+    NMStructured,
+    PolynomialDecaySchedule,
+    PruningSpec,
+    Unstructured,
+)
 
-__all__ = ["MagnitudePrunerConfig", "ModuleMagnitudePrunerConfig", "PruningSpec"]
+__all__ = [
+    "BlockStructured",
+    "ChannelStructured",
+    "ConstantSparsitySchedule",
+    "MagnitudePruner",
+    "MagnitudePrunerConfig",
+    "ModuleMagnitudePrunerConfig",
+    "NMStructured",
+    "OpMagnitudePrunerConfig",
+    "PolynomialDecaySchedule",
+    "PruningSpec",
+    "Unstructured",
+]

@@ -1,0 +1,21 @@
+"""Configs and schedules of pruning."""
+
+from graphopt.config.pruning import (
+    MagnitudePrunerConfig,
+    ModuleMagnitudePrunerConfig,
+    OpMagnitudePrunerConfig,
+)
+from graphopt.specs.pruning import (
+    ConstantSparsitySchedule,
+    PolynomialDecaySchedule,
+    SparsitySchedule,
+)
+
+__all__ = [
+    "ConstantSparsitySchedule",
+    "MagnitudePrunerConfig",
+    "ModuleMagnitudePrunerConfig",
+    "OpMagnitudePrunerConfig",
+    "PolynomialDecaySchedule",
+    "SparsitySchedule",
+]

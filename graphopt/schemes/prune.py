@@ -1,0 +1,106 @@
+"""Pruning: a weight as its values that are not zero and a mask of where they stand."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from graphopt.errors import CompressionError
+from graphopt.numerics.packing import pack
+from graphopt.numerics.sparsity import block_mask, channel_mask, n_m_mask, unstructured_mask
+from graphopt.ops import sparse_to_dense
+from graphopt.specs import PruningSpec
+from graphopt.specs.pruning import BlockStructured, ChannelStructured, NMStructured
+
+__all__ = ["PrunedWeight", "mask_of", "prune", "unfit"]
+
+
+@dataclass(frozen=True)
+class PrunedWeight:
+    """The stored form of a pruned weight.
+
+    Attributes:
+        values: Elements that stay, in the order of the weight, [values].
+        mask: One bit per element, packed, uint8.
+        shape: Shape of the weight.
+        sse: Squared error, the sum of the squares that became zero.
+        energy: Sum of the weight's squares.
+    """
+
+    values: Tensor
+    mask: Tensor
+    shape: tuple[int, ...]
+    sse: float
+    energy: float
+
+    def dense(self) -> Tensor:
+        """The weight with its zeros."""
+        return sparse_to_dense(self.values, self.mask, self.shape)
+
+    def stored_bits(self) -> int:
+        """Bits of values and mask."""
+        return 8 * (self.values.numel() * self.values.element_size() + self.mask.numel())
+
+
+def unfit(shape: tuple[int, ...], spec: PruningSpec) -> str:
+    """Why a weight of this shape cannot have the scheme, or ""."""
+    scheme = spec.pruning_scheme
+    axis = getattr(scheme, "axis", None)
+    if axis is None:
+        return ""
+    if not -len(shape) <= axis < len(shape):
+        return f"pruning_scheme.axis={axis}, but the weight has shape {shape}"
+    unit = 1
+    if isinstance(scheme, BlockStructured):
+        unit = scheme.block_size
+    elif isinstance(scheme, NMStructured):
+        unit = scheme.m
+    if shape[axis] % unit:
+        return f"blocks of {unit} do not divide the {shape[axis]} elements of axis {axis}"
+    return ""
+
+
+def mask_of(weight: Tensor, spec: PruningSpec, sparsity: float | None = None) -> Tensor:
+    """Where elements stay, bool of the weight's shape.
+
+    Args:
+        weight: Floating point, any shape.
+        spec: What is asked for.
+        sparsity: Share of zeros now, for schedules; None is the spec's own. n:m keeps all until
+            its schedule has begun.
+
+    Raises:
+        CompressionError: The weight holds NaN or Inf, or a class of the user's returns another shape.
+    """
+    if not bool(torch.isfinite(weight).all()):
+        raise CompressionError("contains NaN or Inf")
+    share = spec.final_sparsity if sparsity is None else sparsity
+    scheme = spec.pruning_scheme
+    if isinstance(spec.pruning_algo, type):
+        kept = spec.pruning_algo.compute_mask(weight, share, scheme)  # type: ignore[attr-defined]
+        if not isinstance(kept, Tensor) or kept.shape != weight.shape:
+            raise CompressionError(
+                f"{spec.pruning_algo.__name__} gave no mask of the weight's shape"
+            )
+        return kept != 0
+    if isinstance(scheme, NMStructured):
+        return n_m_mask(weight, scheme.n if share > 0 else 0, scheme.m, scheme.axis)
+    if isinstance(scheme, BlockStructured):
+        return block_mask(weight, share, scheme.axis, scheme.block_size)
+    if isinstance(scheme, ChannelStructured):
+        return channel_mask(weight, share, scheme.axis)
+    return unstructured_mask(weight, share)
+
+
+def prune(weight: Tensor, mask: Tensor) -> PrunedWeight:
+    """The stored form of a weight of which the elements in `mask` stay."""
+    dropped = weight.detach().masked_fill(mask, 0).to(torch.float64)
+    return PrunedWeight(
+        values=weight.detach()[mask].clone(),
+        mask=pack(mask.to(torch.uint8), 1),
+        shape=tuple(weight.shape),
+        sse=float(dropped.square().sum()),
+        energy=float(weight.detach().to(torch.float64).square().sum()),
+    )

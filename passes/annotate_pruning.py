@@ -1,0 +1,81 @@
+"""Decide for every candidate tensor what a pruning config makes of it."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar, Literal
+
+from typing_extensions import override
+
+from graphopt.annotations import WeightAnnotation, annotate_pruning
+from graphopt.config.pruning import MagnitudePrunerConfig
+from graphopt.config.selection import Selector
+from graphopt.editor import Editor
+from graphopt.errors import ConfigWarning
+from graphopt.pass_base import Pass
+from graphopt.passes.select_weights import (
+    FLOAT_DTYPES,
+    decide,
+    report_unmatched,
+    skipped_row,
+    touch_modules,
+)
+from graphopt.schemes.prune import unfit
+from graphopt.specs import PruningSpec
+from graphopt.specs.model import SpecModel
+from graphopt.table import CompressionTable, merged
+from graphopt.weights import WeightTensor, find_weights
+
+__all__ = ["AnnotatePruning"]
+
+
+@dataclass(frozen=True)
+class AnnotatePruning(Pass):
+    """Attach a pruning spec to the constants that a config selects; the graph stays as it is.
+
+    Attributes:
+        config: What is asked for.
+        on_unmatched: Whether a key that matches no module, op or state is an error or a warning.
+    """
+
+    name: ClassVar[str] = "annotate-pruning"
+    config: MagnitudePrunerConfig
+    on_unmatched: Literal["error", "warn"] = "error"
+
+    @override
+    def run(self, edit: Editor) -> None:
+        selector = Selector(self.config)
+        weights = find_weights(edit.gm)
+        touch_modules(edit.gm, selector, weights)
+        rows = []
+        for weight in weights:
+            decision = decide(weight, selector, PruningSpec, partial(_refusal, weight), "prune")
+            if isinstance(decision.spec, PruningSpec):
+                annotation = WeightAnnotation(decision.spec, weight.output_axis, decision.path)
+                for node in weight.nodes:
+                    annotate_pruning(node, annotation)
+                edit.changed = True
+            elif weight.tensor.ndim >= 2 or weight.compressed or decision.chosen:
+                rows.append(skipped_row(weight, decision))
+        remarks = report_unmatched(selector, edit.gm, weights, self.on_unmatched)
+        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
+        table = CompressionTable(tuple(rows), tuple(remarks))
+        edit.gm.meta["graphopt.table"] = merged(before, table)
+
+
+def _refusal(weight: WeightTensor, spec: SpecModel) -> str:
+    assert isinstance(spec, PruningSpec)
+    if weight.tensor.dtype not in FLOAT_DTYPES:
+        return f"{weight.tensor.dtype} values are not pruned"
+    if weight.sparse is not None:
+        return "is pruned already"
+    if weight.tensor.numel() == 0:
+        return "has no elements"
+    if weight.tensor.ndim < 2 and all(use.role == "bias" for use in weight.uses):
+        return "biases are kept whole, which costs next to nothing"
+    reason = unfit(tuple(weight.tensor.shape), spec)
+    if reason:
+        warnings.warn(f"{weight.name}: {reason}; left as it is", ConfigWarning, stacklevel=2)
+    return reason

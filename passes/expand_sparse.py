@@ -1,0 +1,67 @@
+"""Replace sparse weights by dense ones, for targets that have no sparse form."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from typing_extensions import override
+
+from graphopt.editor import Editor, operands
+from graphopt.lookups import find_sparse
+from graphopt.pass_base import Pass
+from graphopt.passes.expand_tables import constant_value, drop_unread
+
+__all__ = ["ExpandSparse"]
+
+_ops = torch.ops.graphopt
+_DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
+
+
+@dataclass(frozen=True)
+class ExpandSparse(Pass):
+    """Put the values of pruned weights into dense ones.
+
+    Before:
+        %w = graphopt.sparse_to_dense(%values, %mask, shape)
+
+    After:
+        %w = get_attr[fc.weight_dense]
+
+    Symmetric int8 values with one scale become a dense int8 weight with that scale, all others float.
+    Outliers beside tables belong to these and stay. What was expanded is noted in
+    `gm.meta["graphopt.notes"]`.
+    """
+
+    name: ClassVar[str] = "expand-sparse"
+
+    @override
+    def run(self, edit: Editor) -> None:
+        for node in find_sparse(edit.gm):
+            values, mask, shape = node.args
+            assert isinstance(values, fx.Node)
+            name = str(mask.target).removesuffix("_mask")  # type: ignore[union-attr]
+            integers = _integers(edit, values)
+            if integers is None:
+                made = edit.constant(f"{name}_dense", constant_value(edit, node), like=node)
+            else:
+                where = edit.value(mask)  # type: ignore[arg-type]
+                stored = _ops.sparse_to_dense.default(integers, where, shape)
+                data = edit.constant(f"{name}_quantized", stored, like=node)
+                rest: tuple[Any, ...] = values.args[1:]
+                made = edit.call(values.target, data, *rest, like=node)  # type: ignore[arg-type]
+            read = operands(node)
+            edit.replace(node, made)
+            drop_unread(edit, read)
+            note = f"{name}: stored as a dense weight with zeros"
+            edit.gm.meta["graphopt.notes"] = (*edit.gm.meta.get("graphopt.notes", ()), note)
+
+
+def _integers(edit: Editor, values: fx.Node) -> Tensor | None:
+    """The integers of values that one scale dequantizes symmetrically."""
+    if str(values.target) != _DEQUANTIZE or values.args[2] != 0:
+        return None
+    source = values.args[0]
+    return edit.value(source) if isinstance(source, fx.Node) and source.op == "get_attr" else None

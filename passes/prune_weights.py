@@ -1,0 +1,124 @@
+"""Replace annotated weights by their values and a mask."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar
+
+import torch
+from torch import Tensor, fx
+from typing_extensions import override
+
+from graphopt.annotations import pruning_annotation
+from graphopt.editor import Editor
+from graphopt.errors import CompressionError
+from graphopt.pass_base import Pass
+from graphopt.passes.annotate_pruning import AnnotatePruning
+from graphopt.schemes.prune import PrunedWeight, mask_of, prune
+from graphopt.table import CompressionTable, TensorRecord, merged
+from graphopt.weights import WeightTensor, find_weights
+
+__all__ = ["PruneWeights", "annotated_masks"]
+
+_ops = torch.ops.graphopt
+
+
+def annotated_masks(gm: fx.GraphModule) -> dict[str, Tensor]:
+    """Name of each annotated weight → where its elements stay.
+
+    Raises:
+        CompressionError: A weight contains NaN or Inf; the message names it.
+    """
+    found = {}
+    for weight in find_weights(gm):
+        annotation = pruning_annotation(weight.nodes[0])
+        if annotation is not None:
+            try:
+                found[weight.name] = mask_of(weight.tensor, annotation.spec)
+            except CompressionError as error:
+                raise CompressionError(
+                    f"{weight.name}: {error}; exclude it in the config"
+                ) from None
+    return found
+
+
+@dataclass(frozen=True)
+class PruneWeights(Pass):
+    """Store of each annotated weight only what is not zero.
+
+    Before:
+        %w = get_attr[fc.weight]
+        %y = linear(%x, %w)
+
+    After:
+        %values = get_attr[fc.weight_values]
+        %mask = get_attr[fc.weight_mask]
+        %w = graphopt.sparse_to_dense(%values, %mask, shape)
+        %y = linear(%x, %w)
+
+    The values are a weight like any other to passes behind this one, which may palettize or quantize
+    them.
+
+    Attributes:
+        masks: Name → where elements stay; weights without one are masked by their specs.
+    """
+
+    name: ClassVar[str] = "prune-weights"
+    after: ClassVar[tuple[type[Pass], ...]] = (AnnotatePruning,)
+    masks: Mapping[str, Tensor] = field(default_factory=dict)
+
+    @override
+    def run(self, edit: Editor) -> None:
+        rows = []
+        for weight in find_weights(edit.gm):
+            annotation = pruning_annotation(weight.nodes[0])
+            if annotation is None:
+                continue
+            mask = self.masks.get(weight.name)
+            if mask is None:
+                mask = mask_of(weight.tensor, annotation.spec)
+            pruned = prune(weight.tensor, mask)
+            first, shape = weight.nodes[0], list(weight.tensor.shape)
+            values = edit.constant(f"{weight.name}_values", pruned.values, like=first)
+            where = edit.constant(f"{weight.name}_mask", pruned.mask, like=first)
+            dense = edit.call(_ops.sparse_to_dense.default, values, where, shape, like=first)
+            rows.append(_record(weight, pruned))
+            for node in weight.nodes:
+                edit.replace(node, dense)
+            for path in (weight.name, *weight.aliases):
+                edit.delete_constant(path)
+        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
+        edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))
+
+    @override
+    def expected(self, before: fx.GraphModule, after: fx.GraphModule) -> fx.GraphModule:
+        """The graph with zeros in its dense weights."""
+        del after
+        edit, masks = Editor(before), {**annotated_masks(before), **self.masks}
+        for weight in find_weights(before):
+            if weight.name in masks and pruning_annotation(weight.nodes[0]) is not None:
+                value = weight.tensor.detach() * masks[weight.name]
+                edit.set_value(weight.nodes[0], value, tied=weight.nodes[1:])
+        return before
+
+
+def _record(weight: WeightTensor, pruned: PrunedWeight) -> TensorRecord:
+    kept = pruned.values.numel()
+    snr = None
+    if pruned.energy > 0:
+        snr = math.inf if pruned.sse <= 0 else 10 * math.log10(pruned.energy / pruned.sse)
+    return TensorRecord(
+        name=weight.name,
+        aliases=weight.aliases,
+        module_type=weight.module_type,
+        ops=tuple(dict.fromkeys(use.op_types[0] for use in weight.uses)),
+        nodes=tuple(use.node for use in weight.uses),
+        shape=tuple(weight.tensor.shape),
+        dtype=str(weight.tensor.dtype).removeprefix("torch."),
+        status="pruned",
+        detail=f"{100 * (1 - kept / max(weight.tensor.numel(), 1)):.1f} % zeros",
+        stored_bits=pruned.stored_bits(),
+        snr_db=snr,
+    )
