@@ -326,5 +326,3 @@ def _numpy_type(name: str) -> Any:
 
 def _are_powers(scale: Tensor) -> bool:
     return bool((torch.frexp(scale.float())[0] == 0.5).all())
-
-

@@ -12,7 +12,7 @@ from graphopt.extras import require
 from graphopt.numerics.packing import unpack
 from graphopt.ops import STORAGE_BITS
 
-__all__ = ["register_lowerings"]
+__all__ = ["numpy_type", "register_lowerings"]
 
 
 def register_lowerings() -> None:
@@ -41,7 +41,8 @@ def _inputs(context: Any, node: Any) -> list[Any]:
     return list(_get_inputs(context, node))
 
 
-def _numpy_type(name: str) -> Any:
+def numpy_type(name: str) -> Any:
+    """Numpy type of a MIL type, which tags those below a byte."""
     from coremltools.converters.mil.mil import types
 
     return types.nptype_from_builtin(types.string_to_builtin(name))
@@ -79,7 +80,7 @@ def graphopt_lut_to_dense(context: Any, node: Any) -> None:
         size // length if axis == vector_axis and length > 1 else size
         for axis, size in enumerate(shape)
     ]
-    codes = _unpacked(indices, n_bits, index_shape).astype(_numpy_type(f"uint{n_bits}"))
+    codes = _unpacked(indices, n_bits, index_shape).astype(numpy_type(f"uint{n_bits}"))
     if _is_ios18():
         options = {} if vector_axis is None else {"vector_axis": np.int32(vector_axis)}
         result = Builder.constexpr_lut_to_dense(indices=codes, lut=lut, name=node.name, **options)
@@ -100,7 +101,7 @@ def graphopt_shift_scale(context: Any, node: Any) -> None:
         stored = _operand(data)
         dtype = types.nptype_from_builtin(data.dtype)
     else:
-        dtype = _numpy_type(kind)
+        dtype = numpy_type(kind)
         stored = _unpacked(data, STORAGE_BITS[kind], _ints(shape))
         stored = stored.view(np.int8).astype(dtype) if kind == "int8" else stored.astype(dtype)
         if kind == "int4":
@@ -120,7 +121,7 @@ def graphopt_sparse_to_dense(context: Any, node: Any) -> None:
     from coremltools.converters.mil.mil import Builder
 
     values, mask, shape = _inputs(context, node)[:3]
-    bits = _unpacked(mask, 1, _ints(shape)).astype(_numpy_type("uint1"))
+    bits = _unpacked(mask, 1, _ints(shape)).astype(numpy_type("uint1"))
     source = values.op
     if source is not None and source.op_type.startswith("constexpr_"):
         values, bits = _sparse_form(source, bits, f"{node.name}_values")

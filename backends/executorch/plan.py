@@ -32,11 +32,13 @@ class PlannedProgram:
         plan: ExecuTorch's own description.
         payloads: What the file holds for each delegate.
         ids: Name of each delegate.
+        constants: Buffers of constant tensors.
     """
 
     plan: Any
     payloads: tuple[Payload, ...]
     ids: tuple[str, ...]
+    constants: tuple[Any, ...] = ()
 
     def run(self, inputs: Sequence[Any], runners: Mapping[str, Run], folder: Path) -> list[Tensor]:
         """Carry the plan's instructions out.
@@ -69,29 +71,94 @@ class PlannedProgram:
         name = self.ids[call.delegate_index]
         if name not in runners:
             raise VerificationError(f"no evaluator of delegate {name!r}; there are {list(runners)}")
-        given = [index for index in call.args if index in values]
-        results = [index for index in call.args if index not in values]
+        known = [index in values or self._is_constant(index) for index in call.args]
+        given = [index for index, held in zip(call.args, known, strict=True) if held]
+        results = [index for index, held in zip(call.args, known, strict=True) if not held]
         outputs = runners[name](
-            self.payloads[call.delegate_index], [values[index] for index in given], folder
+            self.payloads[call.delegate_index],
+            [self._value(index, values) for index in given],
+            folder,
         )
         if len(outputs) != len(results):
             raise VerificationError(
                 f"delegate {name!r} gave {len(outputs)} outputs for {len(results)} values"
             )
         for index, output in zip(results, outputs, strict=True):
-            described = self.plan.values[index].val
-            shape, dtype = list(described.sizes), _TYPES[int(described.scalar_type)]
-            values[index] = output.reshape(shape).to(dtype)
+            declared = self._empty(index)
+            values[index] = output.reshape(declared.shape).to(declared.dtype)
+
+    def _is_constant(self, index: int) -> bool:
+        value = self.plan.values[index].val
+        return type(value).__name__ == "Tensor" and value.data_buffer_idx > 0
 
     def _kernel(self, call: Any, values: dict[int, Any]) -> None:
-        name = self.plan.operators[call.op_index].name
-        if name not in _CASTS:
+        """Run torch's own op of that name in place of the runtime's kernel."""
+        described = self.plan.operators[call.op_index]
+        name = described.name
+        if name in _CASTS:
+            result = call.args[-1]
+            values[result] = self._value(call.args[0], values).to(self._empty(result).dtype)
+            return
+        namespace, _, op = name.partition("::")
+        packet = getattr(getattr(torch.ops, namespace), op.removesuffix("_copy"), None)
+        found = getattr(getattr(torch.ops, namespace), op, packet)
+        variant = getattr(found, described.overload or "default", None)
+        if variant is None:
             raise VerificationError(
-                f"op {name!r} is outside the delegates, and kernels run on the ExecuTorch runtime only"
+                f"op {name}.{described.overload} is outside the delegates, and torch has none like it"
             )
-        result = call.args[-1]
-        dtype = _TYPES[int(self.plan.values[result].val.scalar_type)]
-        values[result] = values[call.args[0]].to(dtype)
+        given: list[Any] = []
+        outputs: dict[str, Tensor] = {}
+        for argument, index in zip(variant._schema.arguments, call.args, strict=False):
+            if argument.is_out:
+                outputs[argument.name] = values[index] = self._empty(index)
+            else:
+                given.append(self._value(index, values))
+        positional = [a for a in variant._schema.arguments if not a.is_out]
+        plain = [v for a, v in zip(positional, given, strict=False) if not a.kwarg_only]
+        named = {a.name: v for a, v in zip(positional, given, strict=False) if a.kwarg_only}
+        try:
+            variant(*plain, **named, **outputs)
+        except Exception as error:
+            raise VerificationError(
+                f"op {name}.{described.overload} is outside the delegates, and torch cannot run it on"
+                f" the values of the file: {error}"
+            ) from error
+
+    def _empty(self, index: int) -> Tensor:
+        described = self.plan.values[index].val
+        shape = [int(size) for size in described.sizes]
+        return torch.empty(shape, dtype=_TYPES[int(described.scalar_type)])
+
+    def _value(self, index: int, values: dict[int, Any]) -> Any:
+        """A value: computed before, or a tensor, number, text, list or None of the file."""
+        if index in values:
+            return values[index]
+        value = self.plan.values[index].val
+        kind = type(value).__name__
+        if kind == "Null":
+            return None
+        for field in ("int_val", "double_val", "bool_val", "string_val"):
+            if hasattr(value, field):
+                return getattr(value, field)
+        if hasattr(value, "items"):
+            items = list(value.items)
+            if kind in ("IntList", "TensorList", "OptionalTensorList"):
+                return [
+                    None if item < 0
+                    else self._value(item, values)
+                    for item in items
+                ]  # fmt: skip
+            return items
+        if self._is_constant(index):
+            empty = self._empty(index)
+            if empty.numel():
+                raw = bytearray(self.constants[value.data_buffer_idx].storage)
+                size = empty.numel() * empty.element_size()
+                empty = torch.frombuffer(raw[:size], dtype=empty.dtype).reshape(empty.shape)
+            values[index] = empty
+            return empty
+        raise VerificationError(f"a {kind} in the plan is not evaluated here")
 
 
 def read_plan(path: Path) -> PlannedProgram:
@@ -118,4 +185,5 @@ def read_plan(path: Path) -> PlannedProgram:
         Payload(bytes(file.program.backend_delegate_data[each.processed.index].data), named)
         for each in plan.delegates
     )
-    return PlannedProgram(plan, payloads, tuple(each.id for each in plan.delegates))
+    ids = tuple(each.id for each in plan.delegates)
+    return PlannedProgram(plan, payloads, ids, tuple(file.program.constant_buffer))

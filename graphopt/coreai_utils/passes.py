@@ -160,14 +160,18 @@ def quantize_weights(
     allowed = (_Gran.PER_TENSOR, _Gran.PER_CHANNEL, _Gran.PER_BLOCK)
     kind = option_of(_Gran, granularity, allowed, "granularity")
     if wanted is DType.FP4_E2M1FN and (kind is not _Gran.PER_BLOCK or block_size != 32):
-        raise ConfigError("fp4_e2m1fn has one scale per block of 32; use PER_BLOCK and block_size=32")
+        raise ConfigError(
+            "fp4_e2m1fn has one scale per block of 32; use PER_BLOCK and block_size=32"
+        )
     if kind is _Gran.PER_BLOCK and block_size < 1:
         raise ConfigError(f"block_size must be at least 1, got {block_size}")
     scales = None
     if scale_dtype is not None:
         found = option_of(DType, scale_dtype, (DType.FP8_E8M0FNU,), "scale_dtype")
         if not wanted.value.startswith("fp8"):
-            raise ConfigError(f"scale_dtype={found.value} is for fp8 weights, not for {wanted.value}")
+            raise ConfigError(
+                f"scale_dtype={found.value} is for fp8 weights, not for {wanted.value}"
+            )
         scales = torch_dtype(found)
 
     def compress(constant: Constant, value: Tensor) -> _Form | str:

@@ -6,12 +6,15 @@ No target refuses an uncompressed model of this list in the versions that the ex
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import zoo
 
 import graphopt
 from graphopt.palettization import KMeansPalettizer
+from graphopt.program import CompressedProgram
+from graphopt.quantization import Quantizer
 
 
 @pytest.mark.coreai
@@ -59,6 +62,51 @@ def test_core_ml_package_evaluates_as_pytorch_everywhere(
     outcome = artifact.verify(args)
     assert outcome.complete
     assert outcome.max_error < (1e-5 if precision == "float32" else 1e-2)
+
+
+def quantized(name: str) -> tuple[CompressedProgram, tuple[Any, ...]]:
+    """int8 weights and activations, rounded where XNNPACK rounds."""
+    model, args = zoo.MODELS[name]()
+    quantizer = Quantizer(model)
+    quantizer.prepare(args, backend="executorch")
+    quantizer.calibrate([args])
+    return quantizer.program(), args
+
+
+def check_pte(program: CompressedProgram, tmp_path: Path, **options: Any) -> float:
+    artifact = graphopt.lower(program, "executorch", **options)
+    artifact.save(tmp_path / "model.pte", overwrite=True)
+    return artifact.verify().max_error
+
+
+def check_every_pte(name: str, tmp_path: Path) -> None:
+    # XNNPACK requantizes in integers: a step of the last scale, and what it grows to in between
+    assert check_pte(quantized(name)[0], tmp_path) < 0.1
+    model, args = zoo.MODELS[name]()
+    palettizer = KMeansPalettizer(model)
+    palettizer.prepare(args)
+    program = palettizer.program()
+    assert check_pte(program, tmp_path) < 1e-5
+    assert check_pte(program, tmp_path, delegate="portable", tables="compressed") < 1e-5
+    assert check_pte(program, tmp_path, delegate="coreml", precision="float32") < 1e-5
+    assert check_pte(program, tmp_path, delegate="coreai") < 1e-5
+
+
+@pytest.mark.executorch
+@pytest.mark.coreml
+@pytest.mark.coreai
+@pytest.mark.parametrize("name", ["edsr", "bert"])
+def test_executorch_programs_run_as_pytorch(name: str, tmp_path: Path) -> None:
+    check_every_pte(name, tmp_path)
+
+
+@pytest.mark.executorch
+@pytest.mark.coreml
+@pytest.mark.coreai
+@pytest.mark.slow
+@pytest.mark.parametrize("name", sorted(set(zoo.MODELS) - {"edsr", "bert"}))
+def test_executorch_programs_run_as_pytorch_everywhere(name: str, tmp_path: Path) -> None:
+    check_every_pte(name, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["resnet", "bert", "lstm_bi2"])
