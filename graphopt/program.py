@@ -181,8 +181,8 @@ class CompressedProgram(Program):
     pass_report: Any = None
 
     def report(self) -> CompressionTable:
-        """One row per candidate tensor."""
-        return self.table
+        """One row per candidate tensor; prints as a table, with `to_json()` and `to_html(path)`."""
+        return replace(self.table, program=self)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Lower to the target that the suffix names and save: .aimodel, .mlpackage or .pt2.

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
 import io
+import json
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["ActivationRecord", "CompressionTable", "TensorRecord", "merged"]
+from graphopt.errors import StateError
+
+__all__ = ["ActivationRecord", "CompressionTable", "TensorRecord", "finite_values", "merged"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,11 +103,13 @@ class CompressionTable:
         rows: One per candidate tensor, in the order of the graph.
         warnings: Config keys that had no effect, and other remarks on the whole model.
         activations: One per scale of activations, and per op that stays in float.
+        program: The program that this reports on, where it is one's report.
     """
 
     rows: tuple[TensorRecord, ...]
     warnings: tuple[str, ...] = ()
     activations: tuple[ActivationRecord, ...] = ()
+    program: Any = field(default=None, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[TensorRecord]:
         return iter(self.rows)
@@ -151,6 +158,36 @@ class CompressionTable:
         """Stored bits per element over the compressed rows."""
         done = self.compressed
         return sum(row.stored_bits for row in done) / max(sum(row.numel for row in done), 1)
+
+    def to_json(self) -> str:
+        """Rows, activations and remarks as one JSON object."""
+        plain = {
+            "bits_per_weight": self.bits_per_weight,
+            "stored_bytes": self.stored_bytes,
+            "tensors": self.to_dicts(),
+            "activations": [asdict(record) for record in self.activations],
+            "warnings": list(self.warnings),
+        }
+        # JSON has no infinity
+        return json.dumps(finite_values(plain), indent=2, default=str)
+
+    def to_html(self, path: str | Path, **options: Any) -> Path:
+        """Write a self-contained page about the program that this is the report of.
+
+        Args:
+            path: An .html file.
+            options: `before`, `data`, `sensitivities`, `curve`, `title`, `overwrite`, as for
+                `graphopt.inspection.write_page`.
+
+        Raises:
+            StateError: The table is no program's report.
+        """
+        if self.program is None:
+            raise StateError("call to_html() on program.report(); a table alone has no weights")
+        # what draws stands above this; it is imported by name as backends are
+        page = importlib.import_module("graphopt.inspection.page")
+        written: Path = page.write_page(self.program, path, **options)
+        return written
 
     def to_dicts(self) -> list[dict[str, Any]]:
         """Rows as plain values."""
@@ -233,3 +270,12 @@ def merged(first: CompressionTable, second: CompressionTable) -> CompressionTabl
         (*first.warnings, *second.warnings),
         (*first.activations, *second.activations),
     )
+
+
+def finite_values(value: Any) -> Any:
+    """Plain values with None for infinite ones, which JSON has not."""
+    if isinstance(value, dict):
+        return {key: finite_values(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite_values(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

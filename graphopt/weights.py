@@ -12,7 +12,15 @@ from torch import Tensor, fx
 
 from graphopt.config.selection import ModuleFrame, StateUse
 
-__all__ = ["Source", "WeightTensor", "find_weights", "module_frames", "source_of", "state_operands"]
+__all__ = [
+    "Source",
+    "WeightTensor",
+    "find_weights",
+    "module_frames",
+    "op_names",
+    "source_of",
+    "state_operands",
+]
 
 _aten = torch.ops.aten
 _Slot = tuple[int, str, int]  # (argument, role, output-channel axis of the operand)
@@ -180,7 +188,7 @@ def find_weights(gm: fx.GraphModule) -> list[WeightTensor]:
                 data_like.add(key)
             aliases = [str(constant.target) for constant in constants[key]]
             tensor, frames = _placed(module_frames(node), aliases)
-            use = StateUse(tensor, node.name, _op_names(node), role, frames)
+            use = StateUse(tensor, node.name, op_names(node), role, frames)
             uses.setdefault(key, []).append(use)
             axes.setdefault(key, source.axis)
     found = []
@@ -235,7 +243,8 @@ def _is_matmul(node: fx.Node) -> bool:
     return node.target in _OPS and _OPS[node.target][1][0][2] == -2
 
 
-def _op_names(node: fx.Node) -> tuple[str, ...]:
+def op_names(node: fx.Node) -> tuple[str, ...]:
+    """What configs call an op: its family, the op itself, and its overload."""
     full = str(node.target)
     if node.target in _RECURRENT:
         return (_RECURRENT[node.target], full)
@@ -244,6 +253,8 @@ def _op_names(node: fx.Node) -> tuple[str, ...]:
         rank = value.ndim - 2 if isinstance(value, Tensor) else 2
         kind = "conv_transpose" if node.args[6] else "conv"
         return (f"{kind}{rank}d", "convolution", full)
+    if node.target not in _OPS:
+        return (_short(node), full)
     names = _OPS[node.target][0]
     if node.target in (_aten.mm.default, _aten.addmm.default) and _turned(node.args[-1]):
         # what decompositions make of a linear layer
