@@ -63,7 +63,7 @@ def test_tables_are_for_people(folder: Path) -> None:
     done = command(folder, "compress", "m.pt2", "--config", "c.yaml", "-o", "o.pt2")
     assert done.returncode == 0
     assert "1 of 2 tensors palettized" in done.stdout
-    assert "bits per palettized weight" in done.stdout
+    assert "bits per compressed weight" in done.stdout
     tree = command(folder, "inspect", "m.pt2").stdout
     assert "torch.nn.modules.linear.Linear" in tree
     assert "linear_1" in tree
@@ -96,3 +96,89 @@ def test_file_that_is_no_program_has_its_exit_code(folder: Path) -> None:
     done = command(folder, "inspect", "broken.pt2")
     assert done.returncode == 3
     assert "CaptureError" in done.stderr
+
+
+# --- pipes ------------------------------------------------------------------------------------------------
+JOINT = """
+quantization_config:
+  global_config: {}
+"""
+
+
+@pytest.fixture
+def with_data(folder: Path) -> Path:
+    (folder / "q.yaml").write_text(JOINT)
+    torch.save(torch.randn(8, 16), folder / "d.pt")
+    return folder
+
+
+def piped(folder: Path, stdin: bytes, *words: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-m", "graphopt.cli.main", *words],
+        cwd=folder,
+        capture_output=True,
+        input=stdin,
+        check=False,
+    )
+
+
+def test_stages_compose_through_standard_streams(with_data: Path) -> None:
+    source = (with_data / "m.pt2").read_bytes()
+    first = piped(with_data, source, "compress", "-", "--config", "c.yaml", "-o", "-")
+    assert first.returncode == 0, first.stderr
+    assert b"1 of 2 tensors palettized" in first.stderr
+    words = ("compress", "-", "--config", "q.yaml", "--data", "d.pt", "-o", "-", "--json")
+    second = piped(with_data, first.stdout, *words)
+    assert second.returncode == 0, second.stderr
+    report = json.loads(second.stderr)
+    assert {t["name"] for t in report["tensors"] if t["status"] == "quantized"} == {"2.weight"}
+    assert report["verification"]["max_error"] == 0.0
+    last = piped(with_data, second.stdout, "lower", "-", "-o", "o.pt2", "--json")
+    assert json.loads(last.stdout)["verification"]["max_error"] == 0.0
+    module = torch.export.load(with_data / "o.pt2").module()
+    targets = {str(node.target) for node in module.graph.nodes}
+    assert "graphopt.lut_to_dense.default" in targets
+    assert "quantized_decomposed.quantize_per_tensor.default" in targets
+    seen = piped(with_data, second.stdout, "inspect", "-", "--json", "--graph", "g.json")
+    assert json.loads(seen.stdout)["palettized"] == 1
+    assert (with_data / "g.json").exists()
+
+
+def test_only_pt2_goes_to_standard_output(folder: Path) -> None:
+    done = command(
+        folder, "compress", "m.pt2", "--config", "c.yaml", "-o", "-", "--backend", "coreai"
+    )
+    assert done.returncode == 6
+    assert "only .pt2 goes to standard output" in done.stderr
+
+
+def test_passes_are_dumped_verified_and_reported(folder: Path) -> None:
+    words = ("compress", "m.pt2", "--config", "c.yaml", "-o", "o.pt2", "--json")
+    done = command(folder, *words, "--dump-passes", "dump", "--verify-passes", "--report", "r.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert json.loads((folder / "r.json").read_text()) == report
+    passes = {record["name"]: record for record in report["passes"]}
+    assert passes["palettize-weights"]["error"] <= passes["palettize-weights"]["tolerance"]
+    assert list((folder / "dump").glob("*-palettize-weights/changes.diff"))
+
+
+def test_missing_data_are_named(with_data: Path) -> None:
+    done = command(with_data, "compress", "m.pt2", "--config", "q.yaml", "-o", "o.pt2")
+    assert done.returncode == 5
+    assert "was never observed" in done.stderr
+    assert not (with_data / "o.pt2").exists()
+
+
+def test_differences_and_pages_are_written(with_data: Path) -> None:
+    command(with_data, "compress", "m.pt2", "--config", "c.yaml", "-o", "o.pt2")
+    words = ("diff", "m.pt2", "o.pt2", "--data", "d.pt", "--json")
+    layers = json.loads(command(with_data, *words).stdout)["layers"]
+    assert [layer["dtype"] for layer in layers] == ["float32 → 4-bit table", "float32"]
+    assert layers[1]["weight_sqnr"] is None
+    assert 10 < layers[1]["output_sqnr"] < 40
+    page = ("report", "o.pt2", "--before", "m.pt2", "--data", "d.pt", "-o", "page.html")
+    done = command(with_data, *page)
+    assert done.returncode == 0, done.stderr
+    assert "0.weight" in (with_data / "page.html").read_text()
+    assert command(with_data, *page).returncode == 7

@@ -359,7 +359,9 @@ def test_page_is_drawn_by_a_browser_without_network(page: Path, tmp_path: Path) 
 
 def test_report_is_json_too(compressed: CompressedProgram) -> None:
     found = json.loads(compressed.report().to_json())
-    assert [row["status"] for row in found["tensors"] if row["status"] != "skipped"] == ["palettized"] * 3
+    assert [row["status"] for row in found["tensors"] if row["status"] != "skipped"] == [
+        "palettized"
+    ] * 3
     assert found["activations"]
     assert found["stored_bytes"] == compressed.report().stored_bytes
 

@@ -1,0 +1,134 @@
+"""Targets by suffix, and what is said of an artifact."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+
+from graphopt import errors
+from graphopt.backends.base import Artifact, Verification
+from graphopt.cli.common import is_stream, scratch_folder, to_stdout
+
+__all__ = [
+    "SUFFIX",
+    "BackendName",
+    "Delegate",
+    "Limit",
+    "Precision",
+    "Tables",
+    "backend_of",
+    "check_limit",
+    "check_output",
+    "options_of",
+    "plain",
+    "sentence",
+    "write",
+]
+
+SUFFIX = {"coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte", "torch": ".pt2"}
+BackendName = Literal["coreai", "coreml", "executorch", "torch"]
+Limit = Annotated[
+    float | None,
+    typer.Option(help="Fail (exit code 8) above this max|a−b|/max|b| of the outputs."),
+]
+Precision = Annotated[
+    Literal["float32", "float16"] | None,
+    typer.Option(help="Float type of the artifact; the target's own default when omitted."),
+]
+Delegate = Annotated[
+    Literal["xnnpack", "portable", "coreml", "coreai"] | None,
+    typer.Option(help="For .pte: what computes; xnnpack when omitted."),
+]
+Tables = Annotated[
+    Literal["auto", "dense", "int8", "compressed"] | None,
+    typer.Option(help="For .pte with xnnpack or portable: what becomes of lookup tables."),
+]
+
+
+def backend_of(path: Path) -> BackendName:
+    """The target that a path's suffix names; "-" is a .pt2."""
+    if is_stream(path):
+        return "torch"
+    for name, suffix in SUFFIX.items():
+        if path.suffix == suffix:
+            return name  # type: ignore[return-value]
+    raise errors.LoweringError(
+        f"cannot tell the target of {path.name}; suffixes are {sorted(SUFFIX.values())}"
+    )
+
+
+def check_output(output: Path, backend: str | None, *, overwrite: bool) -> str:
+    """The target, before any work is done.
+
+    Raises:
+        LoweringError: The suffix is another target's.
+        ArtifactExistsError: The output exists.
+    """
+    target = backend or backend_of(output)
+    if is_stream(output):
+        if target != "torch":
+            raise errors.LoweringError(f"only .pt2 goes to standard output, not {SUFFIX[target]}")
+        return target
+    if output.suffix != SUFFIX[target]:
+        raise errors.LoweringError(f"{output.name} must end in {SUFFIX[target]} for {target}")
+    if output.exists() and not overwrite:
+        raise errors.ArtifactExistsError(f"{output} exists; pass --overwrite to replace it")
+    return target
+
+
+def options_of(
+    target: str, precision: str | None, delegate: str | None, tables: str | None
+) -> dict[str, Any]:
+    """Options of `graphopt.lower` that were given and that the target has."""
+    given: dict[str, Any] = {}
+    if target == "executorch":
+        given = {"delegate": delegate, "tables": tables}
+        if delegate in ("coreml", "coreai"):
+            given["precision"] = precision
+    elif target != "torch":
+        given = {"precision": precision}
+    return {key: value for key, value in given.items() if value is not None}
+
+
+def write(artifact: Artifact, output: Path, *, overwrite: bool) -> None:
+    """Save an artifact, or write it to standard output."""
+    if is_stream(output):
+        artifact.save(scratch_folder() / f"stdout{artifact.suffix}")
+        assert artifact.path is not None
+        to_stdout(artifact.path)
+    else:
+        artifact.save(output, overwrite=overwrite)
+
+
+def plain(outcome: Verification) -> dict[str, Any]:
+    """An outcome as plain values."""
+    return {
+        "max_error": outcome.max_error,
+        "outputs": list(outcome.outputs),
+        "how": outcome.how,
+        "complete": outcome.complete,
+        "notes": list(outcome.notes),
+        "weights": outcome.weights,
+    }
+
+
+def sentence(outcome: Verification) -> str:
+    """An outcome for people."""
+    notes = "".join(f"; {note}" for note in outcome.notes)
+    if not outcome.complete:
+        return f"{outcome.how}: {outcome.weights} compressed weights, a partial check{notes}"
+    return f"{outcome.how}: outputs differ by {outcome.max_error:.2e} of the largest{notes}"
+
+
+def check_limit(outcome: Verification | None, max_error: float | None) -> None:
+    """Refuse an artifact that differs by more than allowed.
+
+    Raises:
+        VerificationError: It does, or was checked only in part.
+    """
+    if outcome is None or max_error is None:
+        return
+    if not outcome.complete or not outcome.max_error <= max_error:
+        raise errors.VerificationError(f"{sentence(outcome)}; allowed is {max_error:g}")

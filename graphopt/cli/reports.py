@@ -1,0 +1,55 @@
+"""graphopt diff and report: what compression did to a program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphopt.api import as_program
+from graphopt.cli.common import OUT, Json, Model, print_json
+from graphopt.cli.mixed_precision import BatchSize, read_data
+from graphopt.inspection import diff, write_page
+from graphopt.table import finite_values
+
+__all__ = ["compare", "report"]
+
+Before = Annotated[Path, typer.Argument(help="The .pt2 before compression.", exists=True)]
+Inputs = Annotated[
+    Path | None,
+    typer.Option(help="Inputs, as for analyze, on which outputs are compared.", exists=True),
+]
+
+
+def compare(
+    before: Before,
+    after: Model,
+    data: Inputs = None,
+    batch_size: BatchSize = 32,
+    as_json: Json = False,
+) -> None:
+    """Show type, size and errors of each layer before and after."""
+    batches = None if data is None else read_data(data, batch_size)
+    found = diff(as_program(before), as_program(after), batches)
+    if as_json:
+        print_json(finite_values(found.to_dict()))
+    else:
+        OUT.print(found)
+
+
+def report(
+    program: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html.")],
+    before: Annotated[
+        Path | None, typer.Option(help="The .pt2 before compression.", exists=True)
+    ] = None,
+    data: Inputs = None,
+    batch_size: BatchSize = 32,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+) -> None:
+    """Write one self-contained HTML page about a compressed program."""
+    batches = None if data is None else read_data(data, batch_size)
+    source = None if before is None else as_program(before)
+    path = write_page(as_program(program), output, before=source, data=batches, overwrite=overwrite)
+    OUT.print(f"{path}: {path.stat().st_size:,} bytes")
