@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import Field
 
@@ -90,6 +90,8 @@ class ModuleQuantizerConfig(ModuleCompressionConfig[QuantizationSpec, OpQuantize
         qat_schedule: When observers and fake quantization switch in training.
     """
 
+    presets: ClassVar[type[_ModulePresets]]
+
     qat_schedule: QATSchedule | None = None
 
     @classmethod
@@ -124,6 +126,11 @@ class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):
         """int8 activations and per-channel int8 weights."""
         return ModuleQuantizerConfig()
 
+    def set_execution_mode(self, mode: ExecutionMode | str) -> Self:
+        """Set `execution_mode`, which has no effect here."""
+        self.execution_mode = ExecutionMode(mode)
+        return self
+
     @property
     def has_activations(self) -> bool:
         """Whether any activation gets a spec."""
@@ -143,69 +150,65 @@ def _has_activations(config: dict[Any, Any]) -> bool:
     return False
 
 
-def _weight_only(spec: QuantizationSpec) -> QuantizerConfig:
-    module = ModuleQuantizerConfig(
+def _weight_only(spec: QuantizationSpec) -> ModuleQuantizerConfig:
+    return ModuleQuantizerConfig(
         op_input_spec=None, op_output_spec=None, op_state_spec={"weight": spec}
     )
-    return QuantizerConfig(global_config=module)
 
 
-def _everywhere(activation: QuantizationSpec, weight: QuantizationSpec) -> QuantizerConfig:
-    module = ModuleQuantizerConfig(
+def _everywhere(activation: QuantizationSpec, weight: QuantizationSpec) -> ModuleQuantizerConfig:
+    return ModuleQuantizerConfig(
         op_input_spec={ANY: activation},
         op_output_spec={ANY: activation},
         op_state_spec={"weight": weight},
     )
-    return QuantizerConfig(global_config=module)
 
 
-class _Presets:
-    """Ready-made configs for a whole model."""
+def _affine() -> QuantizationSpec:
+    return QuantizationSpec(qscheme=QuantizationScheme.ASYMMETRIC, qparam_calculator_cls="lp")
+
+
+class _ModulePresets:
+    """Ready-made configs for one module."""
 
     @staticmethod
-    def w8(*, axis: int | None = None) -> QuantizerConfig:
+    def w8(*, axis: int | None = None) -> ModuleQuantizerConfig:
         """int8 weights, one scale per channel."""
         return _weight_only(QuantizationSpec(granularity=PerChannelGranularity(axis=axis)))
 
     @staticmethod
-    def w4(*, axis: int | None = None) -> QuantizerConfig:
+    def w4(*, axis: int | None = None) -> ModuleQuantizerConfig:
         """int4 weights, one scale per channel."""
         granularity = PerChannelGranularity(axis=axis)
         return _weight_only(QuantizationSpec(dtype=parse_dtype("int4"), granularity=granularity))
 
     @staticmethod
-    def w4_per_block(*, block_size: int = 32) -> QuantizerConfig:
-        """int4 weights, one scale per block of input channels."""
-        granularity = PerBlockGranularity(block_size=block_size)
+    def w4_per_block(*, block_size: int = 32, axis: int | None = None) -> ModuleQuantizerConfig:
+        """int4 weights, one scale per block of input channels, or along `axis`."""
+        granularity = PerBlockGranularity(block_size=block_size, axis=axis)
         return _weight_only(QuantizationSpec(dtype=parse_dtype("int4"), granularity=granularity))
 
     @staticmethod
-    def w8a8() -> QuantizerConfig:
+    def w8a8() -> ModuleQuantizerConfig:
         """int8 weights and activations, the default."""
-        return QuantizerConfig()
+        return ModuleQuantizerConfig()
 
     @staticmethod
-    def w8a8_affine() -> QuantizerConfig:
+    def w8a8_affine() -> ModuleQuantizerConfig:
         """int8 weights; affine int8 activations with ranges of least error."""
-        activation = QuantizationSpec(
-            qscheme=QuantizationScheme.ASYMMETRIC, qparam_calculator_cls="lp"
-        )
-        return _everywhere(activation, default_weight_quantization_spec())
+        return _everywhere(_affine(), default_weight_quantization_spec())
 
     @staticmethod
-    def w4a8(*, block_size: int = 32) -> QuantizerConfig:
+    def w4a8(*, block_size: int = 32) -> ModuleQuantizerConfig:
         """int4 weights, one scale per block of input channels; affine int8 activations."""
-        activation = QuantizationSpec(
-            qscheme=QuantizationScheme.ASYMMETRIC, qparam_calculator_cls="lp"
-        )
         granularity = PerBlockGranularity(block_size=block_size)
         weight = QuantizationSpec(
             dtype=parse_dtype("int4"), granularity=granularity, range_calculator_cls="mse"
         )
-        return _everywhere(activation, weight)
+        return _everywhere(_affine(), weight)
 
     @staticmethod
-    def fp8() -> QuantizerConfig:
+    def fp8() -> ModuleQuantizerConfig:
         """float8 (e4m3) weights, one scale per channel."""
         granularity = PerChannelGranularity()
         return _weight_only(
@@ -213,7 +216,7 @@ class _Presets:
         )
 
     @staticmethod
-    def mxfp4() -> QuantizerConfig:
+    def mxfp4() -> ModuleQuantizerConfig:
         """float4 (e2m1) weights with a power-of-two scale per 32 input channels."""
         granularity = PerBlockGranularity(block_size=32)
         return _weight_only(
@@ -221,4 +224,58 @@ class _Presets:
         )
 
 
+_Mode = ExecutionMode
+
+
+class _Presets:
+    """Ready-made configs for a whole model: those of modules, everywhere."""
+
+    @staticmethod
+    def w8(*, axis: int | None = None, execution_mode: _Mode = _Mode.GRAPH) -> QuantizerConfig:
+        """int8 weights, one scale per channel."""
+        return _whole(_ModulePresets.w8(axis=axis), execution_mode)
+
+    @staticmethod
+    def w4(*, axis: int | None = None, execution_mode: _Mode = _Mode.GRAPH) -> QuantizerConfig:
+        """int4 weights, one scale per channel."""
+        return _whole(_ModulePresets.w4(axis=axis), execution_mode)
+
+    @staticmethod
+    def w4_per_block(
+        *, block_size: int = 32, axis: int | None = None, execution_mode: _Mode = _Mode.GRAPH
+    ) -> QuantizerConfig:
+        """int4 weights, one scale per block of input channels, or along `axis`."""
+        return _whole(_ModulePresets.w4_per_block(block_size=block_size, axis=axis), execution_mode)
+
+    @staticmethod
+    def w8a8() -> QuantizerConfig:
+        """int8 weights and activations, the default."""
+        return _whole(_ModulePresets.w8a8())
+
+    @staticmethod
+    def w8a8_affine() -> QuantizerConfig:
+        """int8 weights; affine int8 activations with ranges of least error."""
+        return _whole(_ModulePresets.w8a8_affine())
+
+    @staticmethod
+    def w4a8(*, block_size: int = 32) -> QuantizerConfig:
+        """int4 weights, one scale per block of input channels; affine int8 activations."""
+        return _whole(_ModulePresets.w4a8(block_size=block_size))
+
+    @staticmethod
+    def fp8() -> QuantizerConfig:
+        """float8 (e4m3) weights, one scale per channel."""
+        return _whole(_ModulePresets.fp8())
+
+    @staticmethod
+    def mxfp4() -> QuantizerConfig:
+        """float4 (e2m1) weights with a power-of-two scale per 32 input channels."""
+        return _whole(_ModulePresets.mxfp4())
+
+
+def _whole(module: ModuleQuantizerConfig, mode: _Mode = _Mode.GRAPH) -> QuantizerConfig:
+    return QuantizerConfig(global_config=module, execution_mode=mode)
+
+
+ModuleQuantizerConfig.presets = _ModulePresets
 QuantizerConfig.presets = _Presets

@@ -8,6 +8,7 @@ from graphopt.observers.lp import LpObserver
 from graphopt.observers.moving_average import MovingAverageObserver
 from graphopt.observers.mse import MSEObserver
 from graphopt.observers.percentile import PercentileObserver
+from graphopt.observers.running import QParamsCalculatorBase, RunningRangeMixin
 from graphopt.observers.static import StaticObserver
 from graphopt.specs import QuantizationSpec
 
@@ -20,6 +21,8 @@ __all__ = [
     "MovingAverageObserver",
     "Observer",
     "PercentileObserver",
+    "QParamsCalculatorBase",
+    "RunningRangeMixin",
     "State",
     "StaticObserver",
     "observer_of",

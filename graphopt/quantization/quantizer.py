@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from graphopt.api import as_program, convert_for, lower_by_suffix
 from graphopt.backends import load_backend
+from graphopt.capture import capture
 from graphopt.captured_module import CapturedModule, holder_of
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QATSchedule, QuantizerConfig
@@ -95,6 +96,7 @@ class Quantizer:
         backend: ExportBackend | str | None = None,
         on_unmatched: Literal["error", "warn"] = "error",
         export_with_no_grad: bool = True,
+        dynamic_shapes: Any = "auto",
     ) -> CapturedModule:
         """Capture the model and insert quantizers.
 
@@ -106,6 +108,7 @@ class Quantizer:
                 them. None rounds behind the function everywhere.
             on_unmatched: Whether a config key that matches no module, op or state raises or warns.
             export_with_no_grad: Accepted for compatibility; capture needs no gradients.
+            dynamic_shapes: As for `graphopt.capture`, where the model is no program yet.
 
         Returns:
             A module with the model's signature and state-dict names that computes with rounded
@@ -121,7 +124,11 @@ class Quantizer:
         del export_with_no_grad
         if self._annotated is not None:
             raise StateError("prepare() was called before; make a new Quantizer")
-        annotated = as_program(self._model, example_inputs, example_kwargs)
+        model = self._model
+        if dynamic_shapes != "auto" and not isinstance(model, Program):
+            model = capture(model, example_inputs, example_kwargs, dynamic_shapes)
+            example_inputs = example_kwargs = None
+        annotated = as_program(model, example_inputs, example_kwargs)
         fused = None if backend is None else load_backend(backend).capabilities.fused_activations
         tables: list[Pass] = []
         if self._palettization is not None:

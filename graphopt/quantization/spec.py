@@ -4,6 +4,7 @@ from graphopt.config.quantization import (
     default_activation_quantization_spec,
     default_weight_quantization_spec,
 )
+from graphopt.observers import QParamsCalculatorBase, RunningRangeMixin
 from graphopt.specs import (
     PerBlockGranularity,
     PerChannelGranularity,
@@ -20,10 +21,12 @@ __all__ = [
     "PerChannelGranularity",
     "PerGroupedChannelGranularity",
     "PerTensorGranularity",
+    "QParamsCalculatorBase",
     "QuantizationFormulation",
     "QuantizationGranularity",
     "QuantizationScheme",
     "QuantizationSpec",
+    "RunningRangeMixin",
     "default_activation_quantization_spec",
     "default_weight_quantization_spec",
 ]

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import importlib
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import Field, field_serializer, field_validator, model_validator
 
+from graphopt.errors import ConfigError
 from graphopt.specs.dtypes import TorchDType, dtype_name, parse_dtype
 from graphopt.specs.granularity import PerTensorGranularity, QuantizationGranularity
 from graphopt.specs.model import SpecModel
 
-__all__ = ["QuantizationFormulation", "QuantizationScheme", "QuantizationSpec"]
+__all__ = [
+    "QuantizationFormulation",
+    "QuantizationScheme",
+    "QuantizationSpec",
+    "register_calculator",
+]
 
 
 class QuantizationScheme(StrEnum):
@@ -49,6 +55,20 @@ _QUANTIZED = {
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 3, 4, 6, 8)),
     *("float8_e4m3fn", "float8_e5m2", "float4_e2m1fn_x2"),
 }
+
+
+_registered: dict[str, type] = {}
+
+
+def register_calculator(name: str, calculator: type) -> None:
+    """Let specs name a class of range statistics.
+
+    Raises:
+        ConfigError: The name is one of the built-in ones, or another class has it.
+    """
+    if name in get_args(QParamCalculator) or _registered.get(name, calculator) is not calculator:
+        raise ConfigError(f"{name!r} already names range statistics; choose another name")
+    _registered[name] = calculator
 
 
 class QuantizationSpec(SpecModel):
@@ -103,6 +123,8 @@ class QuantizationSpec(SpecModel):
     @field_validator("qparam_calculator_cls", mode="before")
     @classmethod
     def _class_by_name(cls, value: Any) -> Any:
+        if isinstance(value, str) and value in _registered:
+            return _registered[value]
         if not isinstance(value, str) or "." not in value:
             return value
         module, _, name = value.rpartition(".")

@@ -127,7 +127,8 @@ def test_stages_compose_through_standard_streams(with_data: Path) -> None:
     first = piped(with_data, source, "compress", "-", "--config", "c.yaml", "-o", "-")
     assert first.returncode == 0, first.stderr
     assert b"1 of 2 tensors palettized" in first.stderr
-    words = ("compress", "-", "--config", "q.yaml", "--data", "d.pt", "-o", "-", "--json")
+    words = ("compress", "-", "--config", "q.yaml", "--data", "d.pt", "--batch-size", "2")
+    words += ("-o", "-", "--json")
     second = piped(with_data, first.stdout, *words)
     assert second.returncode == 0, second.stderr
     report = json.loads(second.stderr)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from torch import nn
+from torch import Tensor, nn
 
 from graphopt.config.base import CompressionConfig, type_name
 from graphopt.config.selection import ModuleFrame, Selector, StateUse
@@ -287,3 +287,94 @@ def test_invalid_pattern_is_named() -> None:
     config = KMeansPalettizerConfig(module_name_configs={"layer(": None})
     with pytest.raises(ConfigError, match=r"'layer\(' is not a valid regular expression"):
         Selector(config).select(use())
+
+
+# --- forms that coreai-opt's documentation shows ------------------------------------------------------
+def test_presets_of_modules_go_into_configs_of_the_whole() -> None:
+    from graphopt.quantization.config import ExecutionMode, ModuleQuantizerConfig
+
+    config = QuantizerConfig.presets.w4(execution_mode=ExecutionMode.GRAPH)
+    config.set_module_type(nn.Embedding, ModuleQuantizerConfig.presets.w8())
+    config.set_module_name(
+        "head", ModuleQuantizerConfig.presets.w4_per_block(block_size=16, axis=1)
+    )
+    assert config.set_execution_mode("graph") is config
+    assert config.global_config == QuantizerConfig.presets.w4().global_config
+    whole = {
+        name: (getattr(QuantizerConfig.presets, name)().global_config,
+               getattr(ModuleQuantizerConfig.presets, name)())
+        for name in ("w8", "w4", "w4_per_block", "w8a8", "w8a8_affine", "w4a8", "fp8", "mxfp4")
+    }  # fmt: skip
+    assert all(first == second for first, second in whole.values())
+
+
+def test_registered_statistics_are_named_by_configs_and_calibrate() -> None:
+    from graphopt.quantization import Quantizer
+    from graphopt.quantization.config import ModuleQuantizerConfig
+    from graphopt.quantization.spec import (
+        QParamsCalculatorBase,
+        QuantizationSpec,
+        RunningRangeMixin,
+    )
+
+    @QParamsCalculatorBase.register("widest")
+    class Widest(RunningRangeMixin, QParamsCalculatorBase):
+        """The widest range of all tensors."""
+
+        def update_running_range(self, min_val: Tensor, max_val: Tensor) -> tuple[Tensor, Tensor]:
+            return (
+                torch.minimum(self.running_min, min_val), torch.maximum(self.running_max, max_val)
+            )  # fmt: skip
+
+    def scales(name: str) -> list[float | None]:
+        spec = {"*": QuantizationSpec(qparam_calculator_cls=name)}
+        inside = ModuleQuantizerConfig(op_input_spec=spec, op_output_spec=spec)
+        quantizer = Quantizer(
+            nn.Sequential(nn.Linear(4, 4)).eval(), QuantizerConfig(global_config=inside)
+        )
+        torch.manual_seed(0)
+        quantizer.prepare((torch.randn(2, 4),))
+        quantizer.calibrate([torch.randn(2, 4), 3 * torch.randn(2, 4), torch.randn(2, 4)])
+        return [record.scale for record in quantizer.program().report().activations]
+
+    torch.manual_seed(0)
+    first = scales("widest")
+    torch.manual_seed(0)
+    assert first == scales("global_minmax")
+    assert QuantizationSpec(qparam_calculator_cls="widest").qparam_calculator_cls is Widest
+    with pytest.raises(ConfigError, match="already names"):
+        QParamsCalculatorBase.register("global_minmax")(Widest)
+
+
+PRUNING = """
+pruning_spec: &half
+  target_sparsity: 0.5
+  pruning_scheme: {type: unstructured}
+magnitude_pruning_config:
+  global_config:
+    op_state_spec: {weight: *half}
+    sparsity_schedule: {type: polynomial_decay, total_iters: 5}
+  module_type_configs:
+    torch.nn.modules.conv.Conv2d:
+      op_state_spec:
+        weight: {target_sparsity: 0.75, pruning_scheme: {type: n_m_structured, n: 2, m: 4, axis: 1}}
+  module_name_configs:
+    head: null
+"""
+
+
+def test_pruning_configs_are_read_from_yaml() -> None:
+    from io import StringIO
+
+    from graphopt.pruning.config import MagnitudePrunerConfig, PolynomialDecaySchedule
+    from graphopt.pruning.spec import NMStructured, Unstructured, default_weight_pruning_spec
+
+    config = MagnitudePrunerConfig.from_yaml(StringIO(PRUNING))
+    assert config.global_config is not None
+    assert config.global_config.sparsity_schedule == PolynomialDecaySchedule(total_iters=5)
+    spec = config.global_config.op_state_spec["weight"]
+    assert spec == default_weight_pruning_spec()
+    assert isinstance(spec.pruning_scheme, Unstructured)
+    conv = config.module_type_configs["torch.nn.modules.conv.Conv2d"].op_state_spec["weight"]
+    assert conv.pruning_scheme == NMStructured(n=2, m=4, axis=1)
+    assert config.module_name_configs["head"] is None
