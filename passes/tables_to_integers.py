@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -35,14 +36,21 @@ class TablesToIntegers(Pass):
     tables along one axis become scales per channel, those of a grid of tables scales per block; a
     scale per channel behind the lookup is multiplied in. Lookups of float tables, and those with
     outliers, stay.
+
+    Attributes:
+        wanted: (weight, op that reads it) → whether that op gains by integers; lookups with another
+            reader stay. None takes all.
     """
 
     name: ClassVar[str] = "tables-to-integers"
+    wanted: Callable[[fx.Node, fx.Node], bool] | None = None
 
     @override
     def run(self, edit: Editor) -> None:
         for lookup in find_lookups(edit.gm):
             node = lookup.dense
+            if self.wanted is not None and not all(self.wanted(node, user) for user in node.users):
+                continue
             channel: Tensor | None = None
             inner = node
             if inner.target is _ops.shift_scale.default:

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from typing_extensions import override
@@ -29,7 +29,11 @@ from graphopt.backends.base import (
 )
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.executorch.compress_tables import CompressTables
-from graphopt.backends.executorch.legalize import DuplicateDequantize, LegalizeForXNNPACK
+from graphopt.backends.executorch.legalize import (
+    DuplicateDequantize,
+    LegalizeForXNNPACK,
+    why_not_integers,
+)
 from graphopt.backends.executorch.partition import partition_configs
 from graphopt.backends.executorch.plan import read_plan
 from graphopt.backends.quiet import silent
@@ -53,8 +57,14 @@ DelegateName = Literal["xnnpack", "portable", "coreml", "coreai"]
 Tables = Literal["auto", "dense", "int8", "compressed"]
 _DELEGATES = ("xnnpack", "portable", "coreml", "coreai")
 _OTHERS = {"coreml": "CoreMLBackend", "coreai": "CoreAIBackend"}  # names in a .pte
+
+
+def _as_integers(weight: fx.Node, reader: fx.Node) -> bool:
+    return not why_not_integers(weight, reader)
+
+
 _TABLE_PASSES: dict[str, tuple[Pass, ...]] = {
-    "auto": (TablesToIntegers(), ExpandTables()),
+    "auto": (CompressTables(rows_only=True), TablesToIntegers(_as_integers), ExpandTables()),
     "int8": (TablesToIntegers(), ExpandTables()),
     "dense": (ExpandTables(),),
     "compressed": (CompressTables(),),
@@ -192,9 +202,10 @@ class ExecuTorchBackend(Backend):
                 hold the whole program in the form of these targets and run on Apple's systems.
             tables: What becomes of lookup tables for "xnnpack" and "portable". "dense": the weights
                 that they stand for, the fastest and largest. "int8": tables of int8 entries become
-                int8 weights, exactly equal and a quarter of the size, which XNNPACK computes with
-                where activations are int8; others dense. "compressed": packed codes that are decoded
-                at every call, the smallest file and the slowest. "auto" is "int8".
+                int8 weights, exactly equal and a quarter of the size; others dense. "compressed":
+                packed codes that are decoded at every call, the smallest file and the slowest.
+                "auto": int8 where XNNPACK computes with it (then it is the fastest, too), codes for
+                embeddings, of which only the rows that are read are decoded, dense for the rest.
             options: Those of the Core ML and Core AI backends for these delegates: `precision`,
                 `minimum_deployment_target`.
 

@@ -45,9 +45,13 @@ class CompressTables(Pass):
     that all layers share; 3- and 6-bit codes are split into planes of 1, 2 and 4 bits for that. An
     embedding layer decodes the rows it reads, other layers their whole weight at every call. What
     has outliers or block-wise scales behind the lookup is stored densely.
+
+    Attributes:
+        rows_only: Only take weights that embedding layers alone read, and leave all others.
     """
 
     name: ClassVar[str] = "compress-tables"
+    rows_only: bool = False
 
     @override
     def run(self, edit: Editor) -> None:
@@ -56,6 +60,8 @@ class CompressTables(Pass):
             node = lookup.dense
             reason = _refusal(edit, lookup)
             made: fx.Node | None
+            if self.rows_only and (reason or not _Decoder(edit, lookup, shared).reads_rows()):
+                continue
             if reason:
                 dense = constant_value(edit, node)
                 made = edit.constant(f"{lookup.name}_dense", dense, like=node)
@@ -128,15 +134,19 @@ class _Decoder:
 
     def emit(self) -> fx.Node | None:
         """The node of the dense weight, or None where every reader decodes its own rows."""
-        readers = list(self.lookup.dense.users)
-        if self._by_rows() and all(
-            reader.target is _aten.embedding.default and reader.args[0] is self.lookup.dense
-            for reader in readers
-        ):
+        if self.reads_rows():
+            readers = list(self.lookup.dense.users)
             for reader in readers:
                 self.edit.replace(reader, self._rows(reader))
             return None
         return self._scaled(self._whole())
+
+    def reads_rows(self) -> bool:
+        """Whether embedding layers alone read the weight, and its rows can be decoded one by one."""
+        return self._by_rows() and all(
+            reader.target is _aten.embedding.default and reader.args[0] is self.lookup.dense
+            for reader in self.lookup.dense.users
+        )
 
     # --- the whole weight ---------------------------------------------------------------------------
     def _whole(self) -> fx.Node:

@@ -14,7 +14,7 @@ from graphopt.pass_base import Pass
 from graphopt.passes import DequantizeToShiftScale
 from graphopt.quantized import QuantizedTensor, find_quantized_weights, quantized_ops
 
-__all__ = ["DuplicateDequantize", "LegalizeForXNNPACK", "bias_apart"]
+__all__ = ["DuplicateDequantize", "LegalizeForXNNPACK", "bias_apart", "why_not_integers"]
 
 _aten = torch.ops.aten
 _ours = torch.ops.graphopt
@@ -260,12 +260,12 @@ def _elements(edit: Editor, weight: QuantizedTensor) -> tuple[Tensor, Tensor, Te
     return stored.to(torch.int8), edit.value(scale).to(torch.float32), zero
 
 
-def _why_not_int8(edit: Editor, weight: QuantizedTensor, reader: fx.Node) -> str:
-    """Why XNNPACK cannot compute with the integers themselves, or ""."""
+def why_not_integers(weight: fx.Node, reader: fx.Node) -> str:
+    """Why the activations around an op keep XNNPACK from computing it with integers, or ""."""
     known = reader.target in _CONVS or reader.target in _TRANSPOSED
     if not known and reader.target is not _aten.linear.default:
         return f"{str(reader.target).split('.')[1]} takes float weights"
-    if reader.args[1] is not weight.node:
+    if reader.args[1] is not weight:
         return "it is no weight operand"
     x = reader.args[0]
     if isinstance(x, fx.Node) and x.target is _aten.constant_pad_nd.default:
@@ -279,6 +279,14 @@ def _why_not_int8(edit: Editor, weight: QuantizedTensor, reader: fx.Node) -> str
     behind = None if result is None else _only_user(result)
     if behind is None or str(behind.target) != _QUANTIZE:
         return "its op's output is not quantized"
+    return ""
+
+
+def _why_not_int8(edit: Editor, weight: QuantizedTensor, reader: fx.Node) -> str:
+    """Why XNNPACK cannot compute with the integers themselves, or ""."""
+    reason = why_not_integers(weight.node, reader)
+    if reason:
+        return reason
     if not weight.per_channel:
         return "scales run over blocks"
     axes = [axis for axis, count in enumerate(weight.counts) if count > 1]

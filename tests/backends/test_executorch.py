@@ -295,3 +295,30 @@ def test_passes_run_inside_executorch() -> None:
     assert all(len(node.users) == 1 for node in values)
     want = program.module()(IMAGE)
     assert torch.allclose(edge.exported_program().module()(IMAGE), want, atol=1e-6)
+
+
+def test_default_takes_the_fastest_exact_form_of_each_weight(tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(256, 32)
+            self.first = nn.Linear(32, 64)
+            self.second = nn.Linear(64, 16)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(self.words(ids))))
+
+    weight = {"n_bits": 4, "lut_qspec": {"dtype": "int8"}}
+    config = {
+        "palettization": {"global_config": {"op_state_spec": {"weight": weight}}},
+        "quantization": {"module_name_configs": {"second": None}},
+    }
+    program = graphopt.compress(
+        Mixed().eval(), (IDS,), config, calibration_data=[IDS], backend="executorch"
+    )
+    artifact = saved(program, tmp_path)
+    assert artifact.verify().max_error < 0.02
+    notes = {note.split(":")[0]: note for note in artifact.delegation.notes}
+    assert "decoded at every call" in notes["words.weight"]
+    assert "first.weight" not in notes  # int8, as XNNPACK computes it
+    assert "stored as a dense weight" in notes["second.weight"]
