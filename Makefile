@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-slow lint bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-peer clean
+.PHONY: demo test test-slow lint bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -38,6 +38,12 @@ bench-mixed-precision: $(STAMP)
 
 bench-rdo: $(STAMP)
 	$(BIN)/python tests/benchmarks/rdo.py
+
+bench-executorch: $(STAMP)
+	$(BIN)/python tests/benchmarks/tables_in_pte.py
+
+bench-coreml: $(STAMP)
+	$(BIN)/python tests/benchmarks/coreml_weights.py
 
 bench-calibrated: $(STAMP)
 	$(BIN)/python tests/benchmarks/calibrated.py

@@ -77,7 +77,7 @@ def data_values(gm: fx.GraphModule) -> set[fx.Node]:
         elif node.op in ("call_function", "call_module"):
             reads = node.all_input_nodes
             if str(node.target).startswith(("graphopt.", "quantized_decomposed.dequantize_per_ch")):
-                if all(each.op == "get_attr" for each in reads):
+                if all(each.op == "get_attr" or each in parameters for each in reads):
                     parameters.add(node)
                 continue_data = any(each in found for each in reads)
                 if continue_data:
