@@ -16,10 +16,10 @@ from graphopt.captured_module import CapturedModule
 from graphopt.errors import LoweringError
 from graphopt.pass_manager import run_passes
 from graphopt.passes import RaiseToVocabulary, RemoveUnused
-from graphopt.program import Program
+from graphopt.program import CompressedProgram, Program
 from graphopt.specs import ExportBackend
 
-__all__ = ["as_program", "convert_for", "lower", "lower_by_suffix"]
+__all__ = ["as_program", "compressed", "convert_for", "lower", "lower_by_suffix"]
 
 _SUFFIXES = {
     ".aimodel": ExportBackend.CoreAI,
@@ -105,3 +105,15 @@ def lower_by_suffix(program: Program, suffix: str) -> Artifact:
     if suffix not in _SUFFIXES:
         raise LoweringError(f"no target for {suffix!r}; use one of {sorted(_SUFFIXES)}")
     return lower(program, _SUFFIXES[suffix])
+
+
+def compressed(program: Program) -> CompressedProgram:
+    """What passes made of a program, as one that can be reported and saved."""
+    return CompressedProgram(
+        # the original weights are gone by now; what is copied here is small
+        graph_module=copy.deepcopy(program.graph_module),
+        example_args=program.example_args,
+        example_kwargs=program.example_kwargs,
+        provenance=program.provenance,
+        lower_with=lower_by_suffix,
+    )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -10,7 +9,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from graphopt.api import as_program, lower_by_suffix
+from graphopt.api import as_program, compressed
 from graphopt.backends import load_backend
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
@@ -40,7 +39,7 @@ from graphopt.sensitivity import LossFn
 from graphopt.specs import ExportBackend
 from graphopt.tuning import Tune
 
-__all__ = ["compress", "compressed", "joint_config", "joint_passes"]
+__all__ = ["compress", "joint_config", "joint_passes"]
 
 AnyConfig = JointConfig | KMeansPalettizerConfig | QuantizerConfig | MagnitudePrunerConfig
 
@@ -103,18 +102,6 @@ def compress(
     program = as_program(model, example_inputs, example_kwargs)
     run_passes(program.graph_module, passes)
     return compressed(program)
-
-
-def compressed(program: Program) -> CompressedProgram:
-    """What passes made of a program, as one that can be reported and saved."""
-    return CompressedProgram(
-        # the original weights are gone by now; what is copied here is small
-        graph_module=copy.deepcopy(program.graph_module),
-        example_args=program.example_args,
-        example_kwargs=program.example_kwargs,
-        provenance=program.provenance,
-        lower_with=lower_by_suffix,
-    )
 
 
 def joint_passes(

@@ -17,12 +17,12 @@ from typing import Any, Literal, overload
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
-from graphopt.api import as_program
+from graphopt.api import as_program, compressed
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
-from graphopt.joint import compressed, joint_config, joint_passes
+from graphopt.joint import joint_config, joint_passes
 from graphopt.pass_base import PassResult
 from graphopt.pass_manager import (
     AnyPass,

@@ -5,22 +5,22 @@ from __future__ import annotations
 import io
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from graphopt.api import as_program
 from graphopt.captured_module import CapturedModule, holder_of
 from graphopt.editor import Editor, operands
 from graphopt.errors import InputError
-from graphopt.layerwise import Batch, as_batch, flat_inputs
+from graphopt.inspection.output_errors import OutputErrors, error_of, sqnr
+from graphopt.layerwise import as_batch
 from graphopt.lookups import find_lookups
 from graphopt.pass_manager import run_passes
 from graphopt.passes import FoldBatchNorm, RemoveUnused
@@ -30,7 +30,7 @@ from graphopt.quantized import find_quantized_weights
 from graphopt.table import finite_values
 from graphopt.weights import module_frames, op_names, source_of, state_operands
 
-__all__ = ["Difference", "LayerDifference", "diff"]
+__all__ = ["Difference", "LayerDifference", "decibels", "diff"]
 
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 _SUFFIXES = ("_indices", "_lut", "_quantized", "_values", "_data")
@@ -113,7 +113,7 @@ class Difference:
         after = sum(layer.bytes_after for layer in self.layers)
         title = f"{before / 1024:,.1f} → {after / 1024:,.1f} KiB"
         if self.output_sqnr:
-            title += f", outputs {', '.join(_db(value) for value in self.output_sqnr)} dB"
+            title += f", outputs {', '.join(decibels(value) for value in self.output_sqnr)} dB"
         table = Table(title=title)
         for heading in (
             "weight",
@@ -129,7 +129,9 @@ class Difference:
             table.add_column(heading, justify="right" if right else "left", overflow="fold")
         for layer in self.layers:
             size = f"{layer.bytes_before / 1024:.1f} → {layer.bytes_after / 1024:.1f}"
-            errors = [_db(each) for each in (layer.weight_sqnr, layer.own_sqnr, layer.output_sqnr)]
+            errors = [
+                decibels(each) for each in (layer.weight_sqnr, layer.own_sqnr, layer.output_sqnr)
+            ]
             table.add_row(
                 layer.name, layer.op_type, layer.dtype, f"{layer.bits:.2f}", size, *errors
             )
@@ -141,7 +143,8 @@ class Difference:
         return stream.getvalue()
 
 
-def _db(value: float | None) -> str:
+def decibels(value: float | None) -> str:
+    """A figure for people: "exact" where nothing differs, nothing where nothing is known."""
     return "" if value is None else "exact" if value == math.inf else f"{value:.1f}"
 
 
@@ -182,7 +185,7 @@ def diff(
     pairs = _pairs(exact, found)
     if not pairs:
         raise InputError("the two programs have no op with a weight in common")
-    measured = _Outputs(exact, found, pairs)
+    measured = OutputErrors(exact, found, pairs)
     for batch in batches:
         measured.add(batch)
     stored = _storage(found)
@@ -252,7 +255,7 @@ def _layer(
     one: fx.Node,
     other: fx.Node,
     stored: dict[str, tuple[str, int]],
-    measured: _Outputs | None,
+    measured: OutputErrors | None,
 ) -> LayerDifference:
     first, second = _weight_operand(one), _weight_operand(other)
     assert first is not None
@@ -279,7 +282,7 @@ def _layer(
         name=_name(first), op=one.name, op_type=op_names(one)[0], shape=tuple(values[0].shape),
         dtype=kind, bits=8 * sizes[1] / max(values[0].numel(), 1), tables=tables,
         bytes_before=sizes[0], bytes_after=sizes[1],
-        weight_sqnr=_sqnr(*_error(values[0], values[1])), output_sqnr=output, own_sqnr=own,
+        weight_sqnr=sqnr(*error_of(values[0], values[1])), output_sqnr=output, own_sqnr=own,
     )  # fmt: skip
 
 
@@ -296,103 +299,3 @@ def _bytes(gm: fx.GraphModule, node: fx.Node) -> int:
         tensor = getattr(holder, name)
         total += tensor.numel() * tensor.element_size()
     return total
-
-
-def _error(want: Tensor, got: Tensor) -> tuple[float, float]:
-    if want.shape != got.shape:
-        return float(want.double().square().sum()), math.inf
-    exact = want.detach().double()
-    gap = exact - got.detach().double()
-    return float(exact.square().sum()), float(gap.square().sum())
-
-
-def _sqnr(energy: float, noise: float) -> float:
-    if noise == 0:
-        return math.inf
-    return 10 * math.log10(energy / noise) if energy > 0 and math.isfinite(noise) else -math.inf
-
-
-class _Outputs:
-    """Energies and errors of the outputs of paired ops, summed over batches."""
-
-    def __init__(
-        self, exact: CapturedModule, found: CapturedModule, pairs: Sequence[tuple[fx.Node, fx.Node]]
-    ) -> None:
-        self.exact, self.found, self.pairs = exact, found, pairs
-        self.sums = {one: [0.0, 0.0, 0.0] for one, _ in pairs}
-        self.whole: list[list[float]] = []
-
-    def add(self, batch: Batch) -> None:
-        twins = dict(self.pairs)
-        first = _Recorder(self.exact, {one for one, _ in self.pairs}).run_on(batch)
-        second = _Recorder(self.found, {other for _, other in self.pairs}).run_on(batch)
-        edit = Editor(self.found)
-        for one, other in self.pairs:
-            want, got = first.values[one], second.values[other]
-            energy, noise = _error(want, got)
-            sums = self.sums[one]
-            sums[0] += energy
-            sums[1] += noise
-            sums[2] += _error(want, self._alone(edit, one, twins[one], first))[1]
-        for place, (want, got) in enumerate(zip(first.outputs, second.outputs, strict=True)):
-            if place == len(self.whole):
-                self.whole.append([0.0, 0.0])
-            energy, noise = _error(want, got)
-            self.whole[place][0] += energy
-            self.whole[place][1] += noise
-
-    def _alone(self, edit: Editor, one: fx.Node, other: fx.Node, exact: _Recorder) -> Tensor:
-        """The compressed op on the exact inputs: constants of the one, data of the other."""
-        own = {node: node for node in operands(other)}
-        given: dict[fx.Node, Any] = {}
-        for mine, theirs in zip(operands(other), operands(one), strict=False):
-            if theirs in exact.inputs:
-                given[mine] = exact.inputs[theirs]
-            else:
-                given[mine] = constant_value(edit, own[mine])
-        args = fx.map_arg(other.args, given.__getitem__)
-        kwargs = fx.map_arg(other.kwargs, given.__getitem__)
-        found: Tensor = other.target(*args, **kwargs)  # type: ignore[operator]
-        return found
-
-    def of(self, one: fx.Node) -> tuple[float, float]:
-        energy, noise, alone = self.sums[one]
-        return _sqnr(energy, noise), _sqnr(energy, alone)
-
-    def totals(self) -> tuple[float, ...]:
-        return tuple(_sqnr(*sums) for sums in self.whole)
-
-
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the outputs of some ops and the data that they read."""
-
-    def __init__(self, gm: CapturedModule, kept: set[fx.Node]) -> None:
-        super().__init__(gm)
-        self.gm, self.kept = gm, kept
-        constant: set[fx.Node] = set()
-        for node in gm.graph.nodes:
-            if node.op == "get_attr" or (
-                node.op == "call_function" and node.all_input_nodes
-                and all(each in constant for each in node.all_input_nodes)
-            ):  # fmt: skip
-                constant.add(node)
-        self.read = {
-            operand for node in kept for operand in operands(node) if operand not in constant
-        }
-        self.values: dict[fx.Node, Tensor] = {}
-        self.inputs: dict[fx.Node, Any] = {}
-        self.outputs: list[Tensor] = []
-
-    def run_on(self, batch: Batch) -> _Recorder:
-        with torch.no_grad():
-            result = self.run(*flat_inputs(self.gm, batch), enable_io_processing=False)
-        self.outputs = [each for each in pytree.tree_leaves(result) if isinstance(each, Tensor)]
-        return self
-
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.kept:
-            self.values[n] = value
-        if n in self.read:
-            self.inputs[n] = value
-        return value

@@ -19,7 +19,7 @@ from graphopt.errors import ArtifactExistsError
 from graphopt.extras import require
 from graphopt.files import replace_path, temporary_sibling
 from graphopt.inspection.bits import bits_per_weight
-from graphopt.inspection.difference import Difference, diff
+from graphopt.inspection.difference import Difference, decibels, diff
 from graphopt.lookups import find_lookups
 from graphopt.passes.expand_tables import constant_value
 from graphopt.program import Program
@@ -116,7 +116,7 @@ def _facts(program: Program, difference: Difference | None) -> str:
         now = max(1, sum(layer.bytes_after for layer in difference))
         rows.append(("weights", f"{was / 1024:,.1f} → {now / 1024:,.1f} KiB, {was / now:.2f}×"))
         if difference.output_sqnr:
-            shown = ", ".join(_db(value) for value in difference.output_sqnr)
+            shown = ", ".join(decibels(value) for value in difference.output_sqnr)
             rows.append(("signal to error of the outputs", f"{shown} dB"))
     rows += [
         ("torch", program.provenance.torch_version),
@@ -124,10 +124,6 @@ def _facts(program: Program, difference: Difference | None) -> str:
     ]
     items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows)
     return f"<dl>{items}</dl>"
-
-
-def _db(value: float | None) -> str:
-    return "" if value is None else "exact" if value == math.inf else f"{value:.1f}"
 
 
 def _new(width: float, height: float) -> tuple[Any, Any]:
@@ -194,8 +190,8 @@ def _layers(difference: Difference) -> str:
         (
             layer.name, layer.op_type, "×".join(map(str, layer.shape)), layer.dtype,
             f"{layer.bits:.2f}", str(layer.tables or ""), f"{layer.bytes_before / 1024:.1f}",
-            f"{layer.bytes_after / 1024:.1f}", _db(layer.weight_sqnr), _db(layer.own_sqnr),
-            _db(layer.output_sqnr),
+            f"{layer.bytes_after / 1024:.1f}", decibels(layer.weight_sqnr), decibels(layer.own_sqnr),
+            decibels(layer.output_sqnr),
         )
         for layer in difference
     ]  # fmt: skip
@@ -207,7 +203,7 @@ def _tensors(program: Program) -> str:
     rows = [
         (
             row.name, row.status, "; ".join(filter(None, (row.detail, row.note))),
-            f"{row.bits_per_weight:.3f}", f"{row.stored_bits / 8192:.2f}", _db(row.snr_db),
+            f"{row.bits_per_weight:.3f}", f"{row.stored_bits / 8192:.2f}", decibels(row.snr_db),
         )
         for row in program.table
     ]  # fmt: skip

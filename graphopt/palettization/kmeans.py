@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from graphopt.api import convert_for
+from graphopt.api import compressed, convert_for
 from graphopt.backends import load_backend
 from graphopt.capture import capture
 from graphopt.captured_module import CapturedModule, holder_of, set_tensor
@@ -344,22 +344,13 @@ class KMeansPalettizer:
             InputError: `model` is something else.
             StateError: `prepare` was not called.
         """
-        from graphopt.api import lower_by_suffix
-
         annotated, _ = self._ready()
         source, palettes = self._fitted or annotated, self._palettes
         if self._training is not None:
             source, palettes = self._training.fitted(model)
         converted = source.copy()
         run_passes(converted.graph_module, [PalettizeWeights(palettes)])
-        return CompressedProgram(
-            # the original weights are gone by now; what is copied here is small
-            graph_module=copy.deepcopy(converted.graph_module),
-            example_args=converted.example_args,
-            example_kwargs=converted.example_kwargs,
-            provenance=converted.provenance,
-            lower_with=lower_by_suffix,
-        )
+        return compressed(converted)
 
     def summary(self, backend: ExportBackend | str | None = None) -> CompressionTable:
         """One row per candidate tensor: what was done, or why not.

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from graphopt.api import as_program, convert_for, lower_by_suffix
+from graphopt.api import as_program, compressed, convert_for
 from graphopt.captured_module import CapturedModule, holder_of
 from graphopt.config.pruning import MagnitudePrunerConfig
 from graphopt.errors import CompressionError, InputError, StateError
@@ -167,13 +167,7 @@ class MagnitudePruner:
             if pruner.sparsity == pruner.spec.final_sparsity:
                 masks[pruner.origin.name] = pruner.mask
         run_passes(gm, [PruneWeights(masks)])
-        return CompressedProgram(
-            graph_module=copy.deepcopy(gm),
-            example_args=converted.example_args,
-            example_kwargs=converted.example_kwargs,
-            provenance=converted.provenance,
-            lower_with=lower_by_suffix,
-        )
+        return compressed(converted)
 
     def summary(self) -> CompressionTable:
         """One row per candidate tensor: what is done, or why not.

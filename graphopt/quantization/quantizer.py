@@ -11,7 +11,7 @@ from typing import Any, Literal
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from graphopt.api import as_program, convert_for, lower_by_suffix
+from graphopt.api import as_program, compressed, convert_for
 from graphopt.backends import load_backend
 from graphopt.capture import capture
 from graphopt.captured_module import CapturedModule, holder_of
@@ -330,13 +330,7 @@ class Quantizer:
         records = tuple(activation_records(self._annotated.graph_module, prepared))
         known = gm.meta["graphopt.table"]
         gm.meta["graphopt.table"] = merged(known, CompressionTable((), (), records))
-        return CompressedProgram(
-            graph_module=copy.deepcopy(gm),
-            example_args=converted.example_args,
-            example_kwargs=converted.example_kwargs,
-            provenance=converted.provenance,
-            lower_with=lower_by_suffix,
-        )
+        return compressed(converted)
 
     def summary(self) -> CompressionTable:
         """One row per weight and one record per activation scale: what is done, or why not.

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graphopt.api import lower_by_suffix
+from graphopt.api import compressed
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.editor import Editor
@@ -73,12 +72,5 @@ def assemble(
         assert isinstance(grids, QuantizerConfig)
         passes += [AnnotateQuantization(grids), ConvertQuantization(weights=integers)]
     run_passes(gm, [*passes, RemoveUnused()])
-    done = CompressedProgram(
-        # the exact weights are gone by now; what is copied here is small
-        copy.deepcopy(gm),
-        made.example_args,
-        made.example_kwargs,
-        made.provenance,
-        lower_by_suffix,
-    )
+    done = compressed(made)
     return quantize_activations(done, data, config.activations, config.backend, progress=progress)

@@ -29,7 +29,7 @@ from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.editor import Editor, operands
-from graphopt.errors import CalibrationError
+from graphopt.errors import CalibrationError, StateError
 from graphopt.fake_quantize import ActivationQuantizer
 from graphopt.joint import joint_config
 from graphopt.passes import AnnotatePalettization, AnnotateQuantization
@@ -95,7 +95,7 @@ class _WeightObserver(ObserverBase):  # type: ignore[misc]
         return x
 
     def calculate_qparams(self, **options: Any) -> tuple[Tensor, Tensor]:
-        raise NotImplementedError("a weight's stored form is computed in convert()")
+        raise StateError("a weight has no scale before convert_pt2e turns it into its stored form")
 
     def convert(self, model: fx.GraphModule, node: fx.Node) -> None:
         """Replace the observer's call by a lookup or dequantize op of constants."""

@@ -1,0 +1,123 @@
+"""Errors of the outputs of single ops, over data."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from graphopt.captured_module import CapturedModule
+from graphopt.editor import Editor, operands
+from graphopt.layerwise import Batch, flat_inputs
+from graphopt.passes.expand_tables import constant_value
+
+__all__ = ["OutputErrors", "error_of", "sqnr"]
+
+
+def error_of(want: Tensor, got: Tensor) -> tuple[float, float]:
+    """Sum of squares and of squared differences; infinite where shapes differ."""
+    if want.shape != got.shape:
+        return float(want.double().square().sum()), math.inf
+    exact = want.detach().double()
+    gap = exact - got.detach().double()
+    return float(exact.square().sum()), float(gap.square().sum())
+
+
+def sqnr(energy: float, noise: float) -> float:
+    """10·log10(energy / noise) in dB; inf without noise."""
+    if noise == 0:
+        return math.inf
+    return 10 * math.log10(energy / noise) if energy > 0 and math.isfinite(noise) else -math.inf
+
+
+class OutputErrors:
+    """Energies and errors of the outputs of paired ops, summed over batches."""
+
+    def __init__(
+        self, exact: CapturedModule, found: CapturedModule, pairs: Sequence[tuple[fx.Node, fx.Node]]
+    ) -> None:
+        self.exact, self.found, self.pairs = exact, found, pairs
+        self.sums = {one: [0.0, 0.0, 0.0] for one, _ in pairs}
+        self.whole: list[list[float]] = []
+
+    def add(self, batch: Batch) -> None:
+        """Run one call through both graphs."""
+        twins = dict(self.pairs)
+        first = _Recorder(self.exact, {one for one, _ in self.pairs}).run_on(batch)
+        second = _Recorder(self.found, {other for _, other in self.pairs}).run_on(batch)
+        edit = Editor(self.found)
+        for one, other in self.pairs:
+            want, got = first.values[one], second.values[other]
+            energy, noise = error_of(want, got)
+            sums = self.sums[one]
+            sums[0] += energy
+            sums[1] += noise
+            sums[2] += error_of(want, self._alone(edit, one, twins[one], first))[1]
+        for place, (want, got) in enumerate(zip(first.outputs, second.outputs, strict=True)):
+            if place == len(self.whole):
+                self.whole.append([0.0, 0.0])
+            energy, noise = error_of(want, got)
+            self.whole[place][0] += energy
+            self.whole[place][1] += noise
+
+    def _alone(self, edit: Editor, one: fx.Node, other: fx.Node, exact: _Recorder) -> Tensor:
+        """The compressed op on the exact inputs: constants of the one, data of the other."""
+        own = {node: node for node in operands(other)}
+        given: dict[fx.Node, Any] = {}
+        for mine, theirs in zip(operands(other), operands(one), strict=False):
+            if theirs in exact.inputs:
+                given[mine] = exact.inputs[theirs]
+            else:
+                given[mine] = constant_value(edit, own[mine])
+        args = fx.map_arg(other.args, given.__getitem__)
+        kwargs = fx.map_arg(other.kwargs, given.__getitem__)
+        found: Tensor = other.target(*args, **kwargs)  # type: ignore[operator]
+        return found
+
+    def of(self, one: fx.Node) -> tuple[float, float]:
+        """DB of an op's outputs in the whole program, and on exact inputs."""
+        energy, noise, alone = self.sums[one]
+        return sqnr(energy, noise), sqnr(energy, alone)
+
+    def totals(self) -> tuple[float, ...]:
+        """DB of each output of the whole."""
+        return tuple(sqnr(*sums) for sums in self.whole)
+
+
+class _Recorder(fx.Interpreter):
+    """Runs a graph and keeps the outputs of some ops and the data that they read."""
+
+    def __init__(self, gm: CapturedModule, kept: set[fx.Node]) -> None:
+        super().__init__(gm)
+        self.gm, self.kept = gm, kept
+        constant: set[fx.Node] = set()
+        for node in gm.graph.nodes:
+            if node.op == "get_attr" or (
+                node.op == "call_function" and node.all_input_nodes
+                and all(each in constant for each in node.all_input_nodes)
+            ):  # fmt: skip
+                constant.add(node)
+        self.read = {
+            operand for node in kept for operand in operands(node) if operand not in constant
+        }
+        self.values: dict[fx.Node, Tensor] = {}
+        self.inputs: dict[fx.Node, Any] = {}
+        self.outputs: list[Tensor] = []
+
+    def run_on(self, batch: Batch) -> _Recorder:
+        with torch.no_grad():
+            result = self.run(*flat_inputs(self.gm, batch), enable_io_processing=False)
+        self.outputs = [each for each in pytree.tree_leaves(result) if isinstance(each, Tensor)]
+        return self
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n in self.kept:
+            self.values[n] = value
+        if n in self.read:
+            self.inputs[n] = value
+        return value
