@@ -29,6 +29,7 @@ from graphopt.backends.base import (
 )
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.executorch.compress_tables import CompressTables
+from graphopt.backends.executorch.convolutions_as_linear import ConvolutionsAsLinear
 from graphopt.backends.executorch.legalize import (
     DuplicateDequantize,
     LegalizeForXNNPACK,
@@ -67,7 +68,7 @@ _TABLE_PASSES: dict[str, tuple[Pass, ...]] = {
     "auto": (CompressTables(rows_only=True), TablesToIntegers(_as_integers), ExpandTables()),
     "int8": (TablesToIntegers(), ExpandTables()),
     "dense": (ExpandTables(),),
-    "compressed": (CompressTables(),),
+    "compressed": (CompressTables(), ConvolutionsAsLinear()),
 }
 
 

@@ -322,3 +322,27 @@ def test_default_takes_the_fastest_exact_form_of_each_weight(tmp_path: Path) -> 
     assert "decoded at every call" in notes["words.weight"]
     assert "first.weight" not in notes  # int8, as XNNPACK computes it
     assert "stored as a dense weight" in notes["second.weight"]
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(6, 8, 1),
+        nn.Conv2d(6, 8, 3, padding=1, bias=False),
+        nn.Conv2d(6, 8, (3, 2), stride=(2, 3), padding=(1, 0)),
+        nn.Conv2d(6, 8, 3, stride=2, padding=2, dilation=2),
+        nn.Conv2d(6, 8, 1, stride=2),
+        nn.Conv2d(6, 8, 3, padding=1, groups=2),
+    ],
+    ids=["1×1", "3×3", "oblong", "dilated", "1×1 strided", "groups"],
+)
+def test_convolutions_with_decoded_weights_run_as_linear_layers(
+    conv: nn.Module, tmp_path: Path
+) -> None:
+    program = palettized(nn.Sequential(conv, nn.ReLU()), torch.randn(2, 6, 9, 11), SPECS["4 bits"])
+    artifact = saved(program, tmp_path, tables="compressed")
+    assert artifact.verify().max_error < 1e-6
+    targets = [str(node.target) for node in artifact.lowered.graph.nodes]
+    in_groups = conv.groups > 1
+    assert any("conv2d" in target for target in targets) == in_groups
+    assert ("aten.convolution.default" in artifact.delegation.outside) == in_groups

@@ -1,0 +1,103 @@
+"""Compute convolutions whose weight is decoded at run time as linear layers, which delegates take."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, fx
+from typing_extensions import override
+
+from graphopt.backends.executorch.legalize import bias_apart
+from graphopt.editor import Editor
+from graphopt.pass_base import Pass
+
+__all__ = ["ConvolutionsAsLinear"]
+
+_aten = torch.ops.aten
+_END = 2**63 - 1
+
+
+@dataclass(frozen=True)
+class ConvolutionsAsLinear(Pass):
+    """Rewrite 2-D convolutions, not in groups, that read a computed weight.
+
+    Before:
+        %y = conv2d(%x, %w, %b, stride, padding, dilation)      # %w is no constant
+
+    After:
+        %p = constant_pad_nd(%x, …)
+        %c = cat([slice(%p, …) for each place of the kernel], 1)
+        %l = linear(permute(%c, [0, 2, 3, 1]), view(permute(%w, [0, 2, 3, 1]), [out, −1]), %b)
+        %y = permute(%l, [0, 3, 1, 2])
+
+    XNNPACK computes linear layers with weights of run time, and no convolutions; the portable kernel
+    of convolutions is some twenty times slower than that of linear layers. The price is a copy of the
+    input per place of the kernel.
+    """
+
+    name: ClassVar[str] = "convolutions-as-linear"
+    tolerance: ClassVar[float | None] = 1e-5
+
+    @override
+    def run(self, edit: Editor) -> None:
+        for conv in edit.calls(_aten.conv2d.default):
+            weight = conv.args[1]
+            if isinstance(weight, fx.Node) and _is_decoded(weight) and _argument(conv, 6, 1) == 1:
+                _rewrite(edit, conv, weight)
+
+
+def _is_decoded(weight: fx.Node) -> bool:
+    return weight.op == "call_function" and not str(weight.target).startswith(
+        "quantized_decomposed."
+    )
+
+
+def _argument(conv: fx.Node, place: int, default: Any) -> Any:
+    return conv.args[place] if len(conv.args) > place else default
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    listed = list(value) if isinstance(value, list | tuple) else [value]
+    return (int(listed[0]), int(listed[-1]))
+
+
+def _rewrite(edit: Editor, conv: fx.Node, weight: fx.Node) -> None:
+    def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        return edit.call(target, *args, like=conv, **kwargs)
+
+    x = conv.args[0]
+    stride, padding, dilation = (
+        _pair(_argument(conv, place, default)) for place, default in ((3, 1), (4, 0), (5, 1))
+    )
+    value = weight.meta["val"]
+    assert isinstance(value, Tensor)
+    outputs, _, height, width = (int(size) for size in value.shape)
+    if any(padding):
+        vertical, horizontal = padding
+        x = call(_aten.constant_pad_nd.default, x, [horizontal, horizontal, vertical, vertical])
+    rows = [_slice(call, x, 2, row, height, stride[0], dilation[0]) for row in range(height)]
+    places = [
+        _slice(call, row, 3, column, width, stride[1], dilation[1])
+        for row in rows
+        for column in range(width)
+    ]
+    joined = places[0] if len(places) == 1 else call(_aten.cat.default, places, 1)
+    last = call(_aten.permute.default, joined, [0, 2, 3, 1])
+    flat = call(_aten.permute.default, weight, [0, 2, 3, 1])
+    if height * width > 1:
+        flat = call(_aten.clone.default, flat, memory_format=torch.contiguous_format)
+    matrix = call(_aten.view.default, flat, [outputs, -1])
+    bias = () if _argument(conv, 2, None) is None else (conv.args[2],)
+    linear = call(_aten.linear.default, last, matrix, *bias)
+    edit.replace(conv, call(_aten.permute.default, linear, [0, 3, 1, 2]))
+    bias_apart(edit, linear)
+
+
+def _slice(call: Any, x: Any, axis: int, place: int, size: int, stride: int, dilation: int) -> Any:
+    """What one place of the kernel reads along an axis; ends count from behind, sizes stay open."""
+    if size == 1 and stride == 1:
+        return x
+    rest = (size - 1 - place) * dilation
+    return call(_aten.slice.Tensor, x, axis, place * dilation, -rest if rest else _END, stride)
