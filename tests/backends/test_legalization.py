@@ -60,5 +60,6 @@ def test_passes_of_targets_verify(name: str, target: str, form: str | None) -> N
     backend: Any = load_backend(target)
     passes = backend.legalize() if form is None else backend.legalize(form)
     report = PassManager([RemoveUnused(), *passes], verify=True, example_inputs=X).run(gm)
-    assert report.modified
+    # coremltools takes our ops as they are
+    assert report.modified or target == "coreml"
     assert all(record.error is not None for record in report)
