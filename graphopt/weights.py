@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -16,6 +17,7 @@ __all__ = [
     "Source",
     "WeightTensor",
     "find_weights",
+    "identity_of",
     "module_frames",
     "op_names",
     "source_of",
@@ -143,6 +145,19 @@ class WeightTensor:
         """Class name of the module around the first use."""
         types = [frame.type for frame in self.uses[0].frames if frame.type] if self.uses else []
         return types[-1].rpartition(".")[2] if types else ""
+
+
+def identity_of(weight: WeightTensor) -> dict[str, Any]:
+    """Which tensor a row of the report is about: the fields of a `TensorRecord` that say so."""
+    return {
+        "name": weight.name,
+        "aliases": weight.aliases,
+        "module_type": weight.module_type,
+        "ops": tuple(dict.fromkeys(use.op_types[0] for use in weight.uses)),
+        "nodes": tuple(use.node for use in weight.uses),
+        "shape": tuple(weight.tensor.shape),
+        "dtype": str(weight.tensor.dtype).removeprefix("torch."),
+    }
 
 
 def module_frames(node: fx.Node) -> tuple[ModuleFrame, ...]:

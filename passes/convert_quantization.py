@@ -35,7 +35,7 @@ from graphopt.quantized_state import parts_of
 from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
 from graphopt.specs import PerChannelGranularity, QuantizationSpec
 from graphopt.table import CompressionTable, TensorRecord, merged
-from graphopt.weights import WeightTensor, find_weights
+from graphopt.weights import WeightTensor, find_weights, identity_of
 
 __all__ = ["ConvertQuantization", "Scales", "emit_rounding", "emit_weight", "record_of"]
 
@@ -251,13 +251,7 @@ def record_of(
     energy, sse = quantized.energy, quantized.sse
     snr = None if energy <= 0 else math.inf if sse <= 0 else 10 * math.log10(energy / sse)
     return TensorRecord(
-        name=weight.name,
-        aliases=weight.aliases,
-        module_type=weight.module_type,
-        ops=tuple(dict.fromkeys(use.op_types[0] for use in weight.uses)),
-        nodes=tuple(use.node for use in weight.uses),
-        shape=tuple(weight.tensor.shape),
-        dtype=str(weight.tensor.dtype).removeprefix("torch."),
+        **identity_of(weight),
         status="quantized",
         detail=detail,
         n_bits=grid_of(spec).bits,

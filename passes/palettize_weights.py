@@ -22,7 +22,7 @@ from graphopt.progress import track
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 from graphopt.specs import PalettizationSpec, PerGroupedChannelGranularity
 from graphopt.table import CompressionTable, TensorRecord, merged
-from graphopt.weights import WeightTensor, find_weights
+from graphopt.weights import WeightTensor, find_weights, identity_of
 
 __all__ = ["PalettizeWeights", "cluster_annotated", "emit_palette"]
 
@@ -242,13 +242,7 @@ def record_of(
             math.inf if palettized.sse <= 0 else 10 * math.log10(palettized.energy / palettized.sse)
         )
     return TensorRecord(
-        name=weight.name,
-        aliases=weight.aliases,
-        module_type=weight.module_type,
-        ops=tuple(dict.fromkeys(use.op_types[0] for use in weight.uses)),
-        nodes=tuple(use.node for use in weight.uses),
-        shape=tuple(weight.tensor.shape),
-        dtype=str(weight.tensor.dtype).removeprefix("torch."),
+        **identity_of(weight),
         status="palettized",
         detail=", ".join(parts),
         note=layout.note,

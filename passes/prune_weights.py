@@ -18,7 +18,7 @@ from graphopt.pass_base import Pass
 from graphopt.passes.annotate_pruning import AnnotatePruning
 from graphopt.schemes.prune import PrunedWeight, mask_of, prune
 from graphopt.table import CompressionTable, TensorRecord, merged
-from graphopt.weights import WeightTensor, find_weights
+from graphopt.weights import WeightTensor, find_weights, identity_of
 
 __all__ = ["PruneWeights", "annotated_masks"]
 
@@ -110,13 +110,7 @@ def _record(weight: WeightTensor, pruned: PrunedWeight) -> TensorRecord:
     if pruned.energy > 0:
         snr = math.inf if pruned.sse <= 0 else 10 * math.log10(pruned.energy / pruned.sse)
     return TensorRecord(
-        name=weight.name,
-        aliases=weight.aliases,
-        module_type=weight.module_type,
-        ops=tuple(dict.fromkeys(use.op_types[0] for use in weight.uses)),
-        nodes=tuple(use.node for use in weight.uses),
-        shape=tuple(weight.tensor.shape),
-        dtype=str(weight.tensor.dtype).removeprefix("torch."),
+        **identity_of(weight),
         status="pruned",
         detail=f"{100 * (1 - kept / max(weight.tensor.numel(), 1)):.1f} % zeros",
         stored_bits=pruned.stored_bits(),

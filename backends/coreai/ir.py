@@ -62,7 +62,7 @@ class Constant:
     def value(self) -> Tensor:
         """The values, copied."""
         raw = _raw(self.op, math.prod(self.shape) * torch.finfo(self.dtype).bits // 8)
-        return torch.frombuffer(bytearray(raw), dtype=self.dtype).reshape(self.shape).clone()
+        return torch.from_numpy(raw).view(self.dtype).reshape(self.shape)
 
 
 def _ir() -> Any:
@@ -72,14 +72,14 @@ def _ir() -> Any:
         return importlib.import_module("coreai._compiler.ir")
 
 
-def _raw(op: Any, size: int) -> bytes:
+def _raw(op: Any, size: int) -> Any:
     import numpy as np
 
     _ir()
     bindings = importlib.import_module("coreai._compiler._mlir_libs._coreaiIR")._bindings
     buffer = np.zeros(max(1, size), dtype=np.uint8)
     bindings.compiler.copy_constant_value_to_array(constant_op=op, destination=buffer)
-    return buffer.tobytes()
+    return buffer
 
 
 def find_constants(program: Any, least: int) -> list[Constant]:
@@ -146,7 +146,7 @@ def _integers(op: Any) -> list[int]:
     bits = kind.element_type.width
     raw = _raw(op, math.prod(kind.shape) * bits // 8)
     dtype = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[bits]
-    return [int(each) for each in torch.frombuffer(bytearray(raw), dtype=dtype)]
+    return [int(each) for each in torch.from_numpy(raw).view(dtype)]
 
 
 def _name(op: Any) -> str:
@@ -202,7 +202,7 @@ class _Builder:
 
     def lookup(self, stored: PalettizedWeight) -> Any:
         shape = list(stored.layout.index_shape())
-        packed = self.packed(stored.indices, f"ui{stored.n_bits}", shape)
+        packed = self.raw(stored.indices, f"ui{stored.n_bits}", shape)
         table_shape = stored.lut_shape()
         axis = self.numbers(torch.tensor(stored.op_vector_axis or 0), "si16")
         if stored.lut_storage is None:
@@ -210,7 +210,7 @@ class _Builder:
             dense = self.dialect.lut_to_dense(packed, table, axis)
         else:
             name = _STORED[stored.lut_storage]
-            table = self.packed(stored.lut, name, table_shape)
+            table = self.raw(stored.lut, name, table_shape)
             dense = self.dialect.lut_to_dense(packed, table, axis)
             assert stored.lut_scale is not None
             scale = stored.lut_scale[..., 0, 0]
@@ -222,7 +222,7 @@ class _Builder:
 
     def integers(self, stored: QuantizedWeight) -> Any:
         name = _STORED[stored.storage]
-        data = self.packed(stored.data, name, list(stored.blocks.shape))
+        data = self.raw(stored.data, name, list(stored.blocks.shape))
         scale = stored.scale.reshape(stored.blocks.counts)
         offset = None if stored.offset is None else stored.offset.reshape(stored.blocks.counts)
         powers = name == "f4E2M1FN" or (name.startswith("f8") and _are_powers(scale))
@@ -237,7 +237,7 @@ class _Builder:
             kept = self.integers(values)
         else:
             kept = self.floats(stored.values, self.float_type)
-        mask = self.packed(stored.mask, "ui1", list(stored.shape))
+        mask = self.raw(stored.mask, "ui1", list(stored.shape))
         return self.dialect.sparse_with_bitmask_to_dense(
             self.dialect.build_sparse_with_bitmask(kept, mask)
         )
@@ -283,11 +283,8 @@ class _Builder:
         dtype = torch.int8 if name == "si8" else torch.uint8
         return self.raw(flat.to(dtype).view(torch.uint8), name, shape)
 
-    def packed(self, data: Tensor, name: str, shape: list[int]) -> Any:
-        """A constant of packed elements, least significant bit first as Core AI has them, too."""
-        return self.raw(data, name, shape)
-
     def raw(self, data: Tensor, name: str, shape: list[int]) -> Any:
+        """A constant of bytes, elements packed least significant bit first as ours are."""
         import numpy as np
 
         tensor = self.ir.RankedTensorType.get(shape, self.type_of(name))

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 
+from graphopt.errors import VerificationError
+
 __all__ = ["OPS"]
 
 Values = dict[str, Any]
@@ -195,7 +197,7 @@ def upsample_bilinear(v: Values) -> Array:
 def resize_bilinear(v: Values) -> Array:
     mode = str(v.get("sampling_mode", "DEFAULT"))
     if mode not in ("STRICT_ALIGN_CORNERS", "UNALIGN_CORNERS"):
-        raise NotImplementedError(f"resize_bilinear sampling_mode {mode}")
+        raise VerificationError(f"resize_bilinear sampling_mode {mode}")
     size = [int(v["target_size_height"]), int(v["target_size_width"])]
     return _resize(v, size, "bilinear", mode == "STRICT_ALIGN_CORNERS")
 
@@ -240,7 +242,7 @@ def _scan(
 def lstm(v: Values) -> tuple[Array, ...]:
     """Gate order [input, forget, output, cell]; outputs (sequence, h, c)."""
     if v.get("peephole") is not None or v.get("clip") is not None:
-        raise NotImplementedError("lstm: peephole or clip")
+        raise VerificationError("lstm: peephole or clip")
     gate = _activation(str(v.get("recurrent_activation", "sigmoid")))
     cell_act, act = (
         _activation(str(v.get("cell_activation", "tanh"))),

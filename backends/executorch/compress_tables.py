@@ -211,7 +211,8 @@ class _Decoder:
 
     def _bytes(self, bits: int, codes: Tensor, name: str) -> fx.Node:
         """Packed codes, every group in whole bytes, as int32 indices [groups, bytes]."""
-        packed = torch.stack([pack(group, bits) for group in codes])
+        filled = torch.nn.functional.pad(codes, (0, -codes.shape[1] % (8 // bits)))
+        packed = pack(filled, bits).reshape(self.groups, -1)
         stored = self._constant(name, packed)
         like = self.lookup.dense
         return self.edit.call(_aten._to_copy.default, stored, dtype=torch.int32, like=like)

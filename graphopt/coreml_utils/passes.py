@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -242,7 +243,12 @@ def _compressed(
     places = []
     for weight, spec in chosen:
         value = weight.value()
-        key = (tuple(value.shape), weight.output_axis, spec, value.numpy().tobytes())
+        key = (
+            tuple(value.shape),
+            weight.output_axis,
+            spec,
+            hashlib.sha256(value.numpy().data).digest(),
+        )
         if key not in known:
             known[key] = len(work)
             work.append((weight, value, spec))

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from graphopt.captured_module import holder_of
 from graphopt.editor import Editor
 from graphopt.errors import ArtifactExistsError
 from graphopt.extras import require
@@ -240,7 +239,7 @@ def _histograms(program: Program, before: Any) -> str:
             tables = constant_value(edit, lookup.node.args[1]).detach().float()  # type: ignore[arg-type]
         figure, ax = _new(3.0, 2.1)
         exact = originals.get(lookup.name.removesuffix("_values"))
-        values = dense if exact is None else exact
+        values = dense if exact is None else exact.float()
         low, high = float(values.min()), float(values.max())
         if low == high:
             low, high = low - 1, high + 1
@@ -269,8 +268,4 @@ def _originals(before: Any) -> dict[str, Tensor]:
     module = before.graph_module if isinstance(before, Program) else before
     if isinstance(module, ExportedProgram):
         module = module.module()
-    found = {}
-    for name, _ in module.named_parameters():
-        holder, attribute = holder_of(module, name)
-        found[name] = getattr(holder, attribute).detach().float()
-    return found
+    return {name: parameter.detach() for name, parameter in module.named_parameters()}
