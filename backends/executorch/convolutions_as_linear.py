@@ -30,7 +30,7 @@ class ConvolutionsAsLinear(Pass):
         %p = constant_pad_nd(%x, …)
         %c = cat([slice(%p, …) for each place of the kernel], 1)
         %l = linear(permute(%c, [0, 2, 3, 1]), view(permute(%w, [0, 2, 3, 1]), [out, −1]), %b)
-        %y = permute(%l, [0, 3, 1, 2])
+        %y = clone(permute(%l, [0, 3, 1, 2]))
 
     XNNPACK computes linear layers with weights of run time, and no convolutions; the portable kernel
     of convolutions is some twenty times slower than that of linear layers. The price is a copy of the
@@ -87,12 +87,19 @@ def _rewrite(edit: Editor, conv: fx.Node, weight: fx.Node) -> None:
     last = call(_aten.permute.default, joined, [0, 2, 3, 1])
     flat = call(_aten.permute.default, weight, [0, 2, 3, 1])
     if height * width > 1:
-        flat = call(_aten.clone.default, flat, memory_format=torch.contiguous_format)
+        flat = _contiguous(call, flat)
     matrix = call(_aten.view.default, flat, [outputs, -1])
     bias = () if _argument(conv, 2, None) is None else (conv.args[2],)
     linear = call(_aten.linear.default, last, matrix, *bias)
-    edit.replace(conv, call(_aten.permute.default, linear, [0, 3, 1, 2]))
+    channels_first = call(_aten.permute.default, linear, [0, 3, 1, 2])
+    edit.replace(conv, _contiguous(call, channels_first))
     bias_apart(edit, linear)
+
+
+def _contiguous(call: Any, x: fx.Node) -> fx.Node:
+    """In the order of its axes, as readers had it: some export to other ops for other strides."""
+    found: fx.Node = call(_aten.clone.default, x, memory_format=torch.contiguous_format)
+    return found
 
 
 def _slice(call: Any, x: Any, axis: int, place: int, size: int, stride: int, dilation: int) -> Any:
