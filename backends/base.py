@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.backends.delegate import Delegate
 from graphopt.errors import ArtifactExistsError, InputError, LoweringError, StateError
-from graphopt.files import replace_path, temporary_sibling
+from graphopt.files import replaced
 from graphopt.lookups import find_lookups, find_sparse
 from graphopt.pass_base import Pass
 from graphopt.program import Program
@@ -132,10 +132,8 @@ class Artifact(ABC):
             raise LoweringError(f"{target.name} must end in {self.suffix}")
         if target.exists() and not overwrite:
             raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_sibling(target) as temporary:
+        with replaced(target) as temporary:
             self._write(temporary)
-            replace_path(temporary, target)
         self.path = target
         return target
 

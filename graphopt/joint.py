@@ -39,7 +39,7 @@ from graphopt.sensitivity import LossFn
 from graphopt.specs import ExportBackend
 from graphopt.tuning import Tune
 
-__all__ = ["compress", "joint_config", "joint_passes"]
+__all__ = ["AnyConfig", "compress", "joint_config", "joint_passes"]
 
 AnyConfig = JointConfig | KMeansPalettizerConfig | QuantizerConfig | MagnitudePrunerConfig
 

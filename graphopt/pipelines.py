@@ -22,7 +22,7 @@ from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
-from graphopt.joint import joint_config, joint_passes
+from graphopt.joint import AnyConfig, joint_config, joint_passes
 from graphopt.pass_base import PassResult
 from graphopt.pass_manager import (
     AnyPass,
@@ -222,7 +222,7 @@ def quantize(
 
 
 def joint(
-    config: JointConfig | Mapping[str, Any] | str | Path | None = None,
+    config: AnyConfig | Mapping[str, Any] | str | Path | None = None,
     data: Sequence[Any] | None = None,
     loss_fn: LossFn | None = None,
     **options: Any,
@@ -230,8 +230,8 @@ def joint(
     """Palettized weights and quantized activations, in one pipeline: what `graphopt.compress` runs.
 
     Args:
-        config: A `JointConfig`, or a mapping or YAML file of it; 4-bit tables and int8 activations
-            by default.
+        config: A `JointConfig`, one of its parts, or a mapping or YAML file of either; 4-bit tables
+            and int8 activations by default.
         data: Calibration inputs of one call each; pairs (inputs, target) with `loss_fn`.
         loss_fn: `loss_fn(output, target)`; None needs no labels.
         options: As for `graphopt.compress`: `backend`, `correct_statistics`, `tune_steps`, `seed`,

@@ -78,6 +78,19 @@ def check_output(output: Path, backend: str | None, *, overwrite: bool) -> str:
     return target
 
 
+def check_report(path: Path, *, overwrite: bool) -> None:
+    """Whether a report can be written there, before any work is done.
+
+    Raises:
+        ConfigError: The suffix is neither .json nor .html.
+        ArtifactExistsError: The file exists.
+    """
+    if path.suffix not in (".json", ".html"):
+        raise errors.ConfigError(f"{path.name} must end in .json or .html")
+    if path.exists() and not overwrite:
+        raise errors.ArtifactExistsError(f"{path} exists; pass --overwrite to replace it")
+
+
 def options_of(
     target: str, precision: str | None, delegate: str | None, tables: str | None
 ) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import typer
 
 from graphopt import pipelines
 from graphopt.api import as_program, lower
+from graphopt.backends.stored import as_stored
 from graphopt.cli.artifacts import (
     BackendName,
     Delegate,
@@ -19,6 +20,7 @@ from graphopt.cli.artifacts import (
     Tables,
     check_limit,
     check_output,
+    check_report,
     options_of,
     plain,
     sentence,
@@ -29,11 +31,10 @@ from graphopt.cli.mixed_precision import BatchSize, is_recipe, read_data
 from graphopt.config.base import read_yaml
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
-from graphopt.errors import ConfigError
+from graphopt.files import replaced
+from graphopt.joint import AnyConfig
 from graphopt.mixed_precision import Recipe
-from graphopt.palettization import KMeansPalettizer
 from graphopt.program import CompressedProgram, Program
-from graphopt.table import CompressionTable
 
 __all__ = ["compress", "lower_program"]
 
@@ -87,31 +88,21 @@ def compress(
     """Compress a program as a config or a recipe says and write it for a target."""
     started = time.perf_counter()
     target = check_output(output, backend, overwrite=overwrite)
-    if report is not None and report.suffix not in (".json", ".html"):
-        raise ConfigError(f"{report.name} must end in .json or .html")
+    if report is not None:
+        check_report(report, overwrite=overwrite)
     original = as_program(model)
-    wanted = None if is_recipe(config) else _plain_config(config)
-    if (
-        isinstance(wanted, KMeansPalettizerConfig)
-        and data is None
-        and not (dump_passes or verify_passes)
-    ):
-        program, table = _palettized(
-            original, wanted, lenient=lenient, target=target, quiet=as_json
-        )
-    else:
-        batches = None if data is None else read_data(data, batch_size)
-        joint: Any = wanted
-        if joint is None:
-            recipe = Recipe.load(config)
-            recipe.check(original)
-            joint = recipe.to_config()
-        pipeline = pipelines.joint(
-            joint, batches, backend=target, seed=seed, progress=False if as_json else None,
-            on_unmatched="warn" if lenient else "error",
-        )  # fmt: skip
-        program = pipeline.run(original, dump_dir=dump_passes, verify=verify_passes)
-        table = program.report()
+    wanted = None if is_recipe(config) else _config(config)
+    batches = None if data is None else read_data(data, batch_size)
+    if wanted is None:
+        recipe = Recipe.load(config)
+        recipe.check(original)
+        wanted = recipe.to_config()
+    pipeline = pipelines.joint(
+        wanted, batches, backend=target, seed=seed, progress=False if as_json else None,
+        on_unmatched="warn" if lenient else "error",
+    )  # fmt: skip
+    program = pipeline.run(original, dump_dir=dump_passes, verify=verify_passes)
+    table = as_stored(program, target)
     artifact = lower(program, target, **options_of(target, precision, delegate, tables))
     write(artifact, output, overwrite=overwrite)
     outcome = artifact.verify() if verify else None
@@ -175,7 +166,7 @@ def lower_program(
     check_limit(outcome, max_error)
 
 
-def _plain_config(path: Path) -> JointConfig | KMeansPalettizerConfig:
+def _config(path: Path) -> AnyConfig:
     """A config of one or several parts; one without a root key is of palettization."""
     found = read_yaml(path, "config")
     joint = {"pruning", "palettization", "quantization", "magnitude_pruning_config",
@@ -185,17 +176,6 @@ def _plain_config(path: Path) -> JointConfig | KMeansPalettizerConfig:
     if path.suffix == ".json":
         return KMeansPalettizerConfig.from_json(path)
     return KMeansPalettizerConfig.from_yaml(path)
-
-
-def _palettized(
-    program: Program, config: KMeansPalettizerConfig, *, lenient: bool, target: str, quiet: bool
-) -> tuple[CompressedProgram, CompressionTable]:
-    """The compressed program and the table of what was done, as the target stores it."""
-    palettizer = KMeansPalettizer(program, config)
-    palettizer.prepare(
-        on_unmatched="warn" if lenient else "error", progress=False if quiet else None
-    )
-    return palettizer.program(), palettizer.summary(target)
 
 
 def _write_report(
@@ -209,5 +189,5 @@ def _write_report(
     if path.suffix == ".html":
         program.report().to_html(path, before=before, overwrite=overwrite)
         return
-    with path.open("w", encoding="utf-8") as file:
+    with replaced(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         print_json(found, stream=file)

@@ -20,6 +20,7 @@ from pydantic import ConfigDict, Field, field_validator, model_validator
 from torch import nn
 
 from graphopt.errors import ConfigError
+from graphopt.files import replaced
 from graphopt.specs.model import SpecModel
 
 __all__ = [
@@ -242,14 +243,16 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
         """The config as YAML text, also written to `path` when given."""
         text = yaml.safe_dump(self.to_dict(), sort_keys=False)
         if path is not None:
-            Path(path).write_text(text)
+            with replaced(Path(path)) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         return text
 
     def to_json(self, path: str | Path | None = None) -> str:
         """The config as JSON text, also written to `path` when given."""
         text = json.dumps(self.to_dict(), indent=2)
         if path is not None:
-            Path(path).write_text(text)
+            with replaced(Path(path)) as temporary:
+                temporary.write_text(text, encoding="utf-8")
         return text
 
     @classmethod

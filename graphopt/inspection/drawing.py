@@ -12,7 +12,7 @@ from torch import fx
 from graphopt.annotations import describe_annotations
 from graphopt.errors import InputError
 from graphopt.extras import require
-from graphopt.files import replace_path, temporary_sibling
+from graphopt.files import replaced
 from graphopt.graph_text import op_name, value_text
 from graphopt.program import Program
 from graphopt.weights import module_frames
@@ -70,8 +70,7 @@ def save_graph(program: Program, path: str | Path, *, weights: bool = True) -> P
             f"{len(graph)} nodes are too many for a picture (at most {_LARGEST}); use .graphml, or"
             " weights=False"
         )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_sibling(target) as temporary:
+    with replaced(target) as temporary:
         if suffix == ".graphml":
             nx.write_graphml(graph, temporary)
         elif suffix == ".gexf":
@@ -80,7 +79,6 @@ def save_graph(program: Program, path: str | Path, *, weights: bool = True) -> P
             temporary.write_text(json.dumps(nx.node_link_data(graph, edges="links"), indent=1))
         else:
             _draw(graph).savefig(temporary, format=suffix[1:])
-        replace_path(temporary, target)
     return target
 
 

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from graphopt.editor import Editor
 from graphopt.errors import ArtifactExistsError
 from graphopt.extras import require
-from graphopt.files import replace_path, temporary_sibling
+from graphopt.files import replaced
 from graphopt.inspection.bits import bits_per_weight
 from graphopt.inspection.difference import Difference, decibels, diff
 from graphopt.lookups import find_lookups
@@ -91,10 +91,8 @@ def write_page(
         f"<!doctype html>\n<html lang='en'><head><meta charset='utf-8'><title>{html.escape(heading)}"
         f"</title><style>{_STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
     )
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_sibling(target) as temporary:
+    with replaced(target) as temporary:
         temporary.write_text(page, encoding="utf-8")
-        replace_path(temporary, target)
     return target
 
 

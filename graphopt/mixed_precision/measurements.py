@@ -18,6 +18,7 @@ from torch.export import ExportedProgram
 from graphopt.api import as_program
 from graphopt.errors import InputError, StateError
 from graphopt.extras import require
+from graphopt.files import replaced, write_csv
 from graphopt.mixed_precision.candidates import Candidate
 from graphopt.mixed_precision.layers import Layer, weights_of
 from graphopt.mixed_precision.metrics import METRICS, Metric, as_metric
@@ -338,14 +339,8 @@ class Measurements:
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the rows as CSV."""
-        import csv
-
         rows = self.to_rows()
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(rows[0]))
-            writer.writeheader()
-            writer.writerows(rows)
-        return Path(path)
+        return write_csv(Path(path), rows, list(rows[0]))
 
     def to_parquet(self, path: str | Path) -> Path:
         """Write the rows as Parquet.
@@ -354,7 +349,8 @@ class Measurements:
             MissingDependencyError: pandas or pyarrow is not installed (extra "plot").
         """
         require("pyarrow", "plot")
-        self.to_pandas().to_parquet(path)
+        with replaced(Path(path)) as temporary:
+            self.to_pandas().to_parquet(temporary)
         return Path(path)
 
     def __rich__(self) -> Table:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphopt.extras import require
+from graphopt.files import replaced
 from graphopt.mixed_precision.measurements import Measurements
 from graphopt.mixed_precision.sweep import Sweep
 
@@ -28,7 +29,8 @@ def save_plot(ax: Axes, path: str | Path) -> None:
     """Write the figure of some axes."""
     figure = ax.get_figure(root=True)
     assert figure is not None
-    figure.savefig(path, dpi=150)
+    with replaced(Path(path)) as temporary:
+        figure.savefig(temporary, dpi=150)
 
 
 def plot_table(table: Measurements, ax: Axes | None = None, *, metric: str | None = None) -> Axes:

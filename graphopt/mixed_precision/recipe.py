@@ -15,7 +15,7 @@ from rich.table import Table
 
 from graphopt.config.base import read_yaml
 from graphopt.errors import ArtifactExistsError, InputError
-from graphopt.files import replace_path, temporary_sibling
+from graphopt.files import replaced
 from graphopt.mixed_precision.candidates import KEEP, Candidate
 from graphopt.mixed_precision.configs import AnyConfig, config_for
 from graphopt.mixed_precision.layers import Layer
@@ -153,11 +153,9 @@ class Recipe:
         target = Path(path)
         if target.exists() and not overwrite:
             raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
-        target.parent.mkdir(parents=True, exist_ok=True)
         text = yaml.safe_dump(self.to_dict(), sort_keys=False, allow_unicode=True)
-        with temporary_sibling(target) as temporary:
+        with replaced(target) as temporary:
             temporary.write_text(text, encoding="utf-8")
-            replace_path(temporary, target)
         return target
 
     @classmethod

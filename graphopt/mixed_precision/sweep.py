@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graphopt.errors import InfeasibleError, InputError
+from graphopt.files import write_csv
 from graphopt.mixed_precision.choose import uniform
 from graphopt.mixed_precision.measurements import Measurements
 from graphopt.mixed_precision.recipe import Recipe
@@ -97,13 +98,7 @@ class Sweep:
 
     def to_csv(self, path: str | Path) -> Path:
         """Write the points as CSV."""
-        import csv
-
-        with Path(path).open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, list(Point.__dataclass_fields__))
-            writer.writeheader()
-            writer.writerows(self.to_rows())
-        return Path(path)
+        return write_csv(Path(path), self.to_rows(), list(Point.__dataclass_fields__))
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Accuracy against realised bits per weight; see `graphopt.mixed_precision.plots`."""

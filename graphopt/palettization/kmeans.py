@@ -6,7 +6,6 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sized
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.api import compressed, convert_for
-from graphopt.backends import load_backend
+from graphopt.backends.stored import as_stored
 from graphopt.capture import capture
 from graphopt.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.config.palettization import KMeansPalettizerConfig
@@ -360,20 +359,10 @@ class KMeansPalettizer:
                 ones); None counts the codes' own width.
 
         Raises:
+            LoweringError: There is no such target.
             StateError: `prepare` was not called.
         """
         self._ready()
-        summary = self._summary if self._training is None else self.program().report()
-        if backend is None:
-            return summary
-        capabilities = load_backend(backend).capabilities
-        rows = []
-        for row in summary:
-            width = None if row.n_bits is None else capabilities.stored_bits(row.n_bits)
-            if width is None or width == row.n_bits:
-                rows.append(row)
-                continue
-            bits = self._palettes[row.name].stored_bits(width)
-            note = f"{row.note}; " if row.note else ""
-            rows.append(replace(row, stored_bits=bits, note=f"{note}stored as {width}-bit codes"))
-        return CompressionTable(tuple(rows), summary.warnings)
+        if backend is not None:
+            return as_stored(self.program(), backend)
+        return self._summary if self._training is None else self.program().report()

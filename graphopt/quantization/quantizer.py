@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 
 from graphopt.api import as_program, compressed, convert_for
 from graphopt.backends import load_backend
+from graphopt.backends.stored import as_stored
 from graphopt.capture import capture
 from graphopt.captured_module import CapturedModule, holder_of
 from graphopt.config.palettization import KMeansPalettizerConfig
@@ -332,14 +333,18 @@ class Quantizer:
         gm.meta["graphopt.table"] = merged(known, CompressionTable((), (), records))
         return compressed(converted)
 
-    def summary(self) -> CompressionTable:
+    def summary(self, backend: ExportBackend | str | None = None) -> CompressionTable:
         """One row per weight and one record per activation scale: what is done, or why not.
 
+        Args:
+            backend: Count sizes as this target stores them; None counts the codes' own width.
+
         Raises:
+            LoweringError: There is no such target.
             StateError: `prepare` was not called.
         """
         self._ready()
-        return self.program(on_unobserved="skip").report()
+        return as_stored(self.program(on_unobserved="skip"), backend)
 
     def _ready(self) -> CapturedModule:
         if self._prepared is None:

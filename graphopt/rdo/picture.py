@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from graphopt.extras import require
+from graphopt.files import replaced
 from graphopt.rdo.report import RDOReport
 
 if TYPE_CHECKING:
@@ -58,4 +59,5 @@ def draw_comparison(report: RDOReport) -> Figure:
 
 def save_comparison(report: RDOReport, path: Path) -> None:
     """Draw it to an image file."""
-    draw_comparison(report).savefig(path, dpi=130)
+    with replaced(path) as temporary:
+        draw_comparison(report).savefig(temporary, dpi=130)

@@ -20,7 +20,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import ArtifactExistsError, InfeasibleError
-from graphopt.files import replace_path, temporary_sibling
+from graphopt.files import replaced
 from graphopt.layerwise import Batch, as_batch
 from graphopt.program import CompressedProgram, Program
 from graphopt.rdo.allocation import Allocation, Rates, allocate
@@ -302,12 +302,10 @@ def _samples(batch: Batch) -> int:
 
 def _write(target: Path, session: Session, program: CompressedProgram, report: RDOReport) -> None:
     """Write the folder beside its place and rename it."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with temporary_sibling(target) as folder:
+    with replaced(target) as folder:
         folder.mkdir()
         report.save(folder / "report.json")
         (folder / "config.yaml").write_text(session.config.to_yaml(), encoding="utf-8")
         (folder / "bits.json").write_text(json.dumps(report.bits(), indent=2) + "\n")
         save_comparison(report, folder / "comparison.png")
         program.save(folder / "quantized.pt2")
-        replace_path(folder, target)

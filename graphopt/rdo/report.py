@@ -11,6 +11,8 @@ from typing import Any
 from rich.console import Console, Group
 from rich.table import Table
 
+from graphopt.files import replaced
+
 __all__ = ["BlockReport", "Comparison", "LayerReport", "RDOReport"]
 
 
@@ -155,7 +157,8 @@ class RDOReport:
     def save(self, path: str | Path) -> Path:
         """Write it as JSON."""
         target = Path(path)
-        target.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+        with replaced(target) as temporary:
+            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
         return target
 
     def __rich__(self) -> Group:

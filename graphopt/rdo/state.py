@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from graphopt.errors import InputError
-from graphopt.files import delete_path, replace_path, temporary_sibling
+from graphopt.files import delete_path, replaced
 from graphopt.mixed_precision.layers import weights_of
 from graphopt.mixed_precision.records import batch_hash, weights_hash
 from graphopt.numerics.blocks import Blocks
@@ -81,9 +81,8 @@ class RunState:
         if self.folder is None:
             return
         target = self.folder / f"{name}.json"
-        with temporary_sibling(target) as temporary:
+        with replaced(target) as temporary:
             temporary.write_text(json.dumps(value))
-            replace_path(temporary, target)
 
     def add_block(self, block: BlockFit) -> None:
         """Keep a finished block."""
@@ -92,9 +91,8 @@ class RunState:
         target = self.folder / f"block{block.number}.pt"
         layers = {name: _plain_fit(fitted) for name, fitted in block.layers.items()}
         rounded = None if block.rounded is None else {**asdict(block.rounded), "fitted": {}}
-        with temporary_sibling(target) as temporary:
+        with replaced(target) as temporary:
             torch.save({"number": block.number, "layers": layers, "rounded": rounded}, temporary)
-            replace_path(temporary, target)
 
     def blocks(self) -> dict[int, BlockFit]:
         """Finished blocks by number."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from graphopt.errors import InputError
+from graphopt.files import replaced
 
 __all__ = ["allocate", "load_sensitivities", "save_sensitivities"]
 
@@ -24,14 +24,9 @@ def save_sensitivities(path: str | Path, sensitivities: Mapping[str, Tensor]) ->
         sensitivities: Name of the weight → float tensor of its shape.
     """
     target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}")
     tensors = {name: value.detach().float().contiguous() for name, value in sensitivities.items()}
-    try:
+    with replaced(target) as temporary:
         save_file(tensors, temporary, metadata={"format": "graphopt.sensitivities"})
-        temporary.replace(target)
-    finally:
-        temporary.unlink(missing_ok=True)
     return target
 
 
