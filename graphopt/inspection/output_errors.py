@@ -11,9 +11,8 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphopt.captured_module import CapturedModule
-from graphopt.editor import Editor, operands
+from graphopt.editor import operands
 from graphopt.layerwise import Batch, flat_inputs
-from graphopt.passes.expand_tables import constant_value
 
 __all__ = ["OutputErrors", "error_of", "sqnr"]
 
@@ -49,34 +48,19 @@ class OutputErrors:
         twins = dict(self.pairs)
         first = _Recorder(self.exact, {one for one, _ in self.pairs}).run_on(batch)
         second = _Recorder(self.found, {other for _, other in self.pairs}).run_on(batch)
-        edit = Editor(self.found)
         for one, other in self.pairs:
             want, got = first.values[one], second.values[other]
             energy, noise = error_of(want, got)
             sums = self.sums[one]
             sums[0] += energy
             sums[1] += noise
-            sums[2] += error_of(want, self._alone(edit, one, twins[one], first))[1]
+            sums[2] += error_of(want, _alone(one, twins[one], first, second))[1]
         for place, (want, got) in enumerate(zip(first.outputs, second.outputs, strict=True)):
             if place == len(self.whole):
                 self.whole.append([0.0, 0.0])
             energy, noise = error_of(want, got)
             self.whole[place][0] += energy
             self.whole[place][1] += noise
-
-    def _alone(self, edit: Editor, one: fx.Node, other: fx.Node, exact: _Recorder) -> Tensor:
-        """The compressed op on the exact inputs: constants of the one, data of the other."""
-        own = {node: node for node in operands(other)}
-        given: dict[fx.Node, Any] = {}
-        for mine, theirs in zip(operands(other), operands(one), strict=False):
-            if theirs in exact.inputs:
-                given[mine] = exact.inputs[theirs]
-            else:
-                given[mine] = constant_value(edit, own[mine])
-        args = fx.map_arg(other.args, given.__getitem__)
-        kwargs = fx.map_arg(other.kwargs, given.__getitem__)
-        found: Tensor = other.target(*args, **kwargs)  # type: ignore[operator]
-        return found
 
     def of(self, one: fx.Node) -> tuple[float, float]:
         """DB of an op's outputs in the whole program, and on exact inputs."""
@@ -88,22 +72,32 @@ class OutputErrors:
         return tuple(sqnr(*sums) for sums in self.whole)
 
 
+def _alone(one: fx.Node, other: fx.Node, exact: _Recorder, found: _Recorder) -> Tensor:
+    """The compressed op on the exact inputs: constants of the one, data of the other."""
+    given: dict[fx.Node, Any] = {}
+    for mine, theirs in zip(operands(other), operands(one), strict=False):
+        held = mine in found.constant or theirs in exact.constant
+        given[mine] = found.inputs[mine] if held else exact.inputs[theirs]
+    args = fx.map_arg(other.args, given.__getitem__)
+    kwargs = fx.map_arg(other.kwargs, given.__getitem__)
+    value: Tensor = other.target(*args, **kwargs)  # type: ignore[operator]
+    return value
+
+
 class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the outputs of some ops and the data that they read."""
+    """Runs a graph and keeps the outputs of some ops and what they read, decoded weights included."""
 
     def __init__(self, gm: CapturedModule, kept: set[fx.Node]) -> None:
         super().__init__(gm)
         self.gm, self.kept = gm, kept
-        constant: set[fx.Node] = set()
+        self.constant: set[fx.Node] = set()
         for node in gm.graph.nodes:
             if node.op == "get_attr" or (
                 node.op == "call_function" and node.all_input_nodes
-                and all(each in constant for each in node.all_input_nodes)
+                and all(each in self.constant for each in node.all_input_nodes)
             ):  # fmt: skip
-                constant.add(node)
-        self.read = {
-            operand for node in kept for operand in operands(node) if operand not in constant
-        }
+                self.constant.add(node)
+        self.read = {operand for node in kept for operand in operands(node)}
         self.values: dict[fx.Node, Tensor] = {}
         self.inputs: dict[fx.Node, Any] = {}
         self.outputs: list[Tensor] = []
