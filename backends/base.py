@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ __all__ = [
     "Backend",
     "Capabilities",
     "Verification",
+    "check_precision",
     "compare_outputs",
     "expected_outputs",
     "match_inputs",
@@ -275,7 +277,9 @@ def stored_weights(gm: fx.GraphModule) -> int:
 
 
 def compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, ...]:
-    """max|a − b| / max|b| of each pair; equal shapes are required.
+    """max|a − b| / max|b| of each pair, over what is finite; equal shapes are required.
+
+    Infinite where one is NaN or infinite and the other is not the same.
 
     Raises:
         InputError: The number of outputs or a shape differs.
@@ -288,10 +292,26 @@ def compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tupl
             raise InputError(f"an output has shape {tuple(a.shape)}, PyTorch's {tuple(b.shape)}")
         want = b.detach().to(torch.float64)
         got = a.detach().to(torch.float64).reshape(want.shape)
-        scale = float(want.abs().max()) if want.numel() else 0.0
-        worst = float((got - want).abs().max()) if want.numel() else 0.0
+        finite = want.isfinite() & got.isfinite()
+        same = (got == want) | (got.isnan() & want.isnan())
+        if not bool((finite | same).all()):
+            errors.append(math.inf)
+            continue
+        gap, size = (got - want)[finite].abs(), want[finite].abs()
+        scale = float(size.max()) if size.numel() else 0.0
+        worst = float(gap.max()) if gap.numel() else 0.0
         errors.append(worst / scale if scale > 0 else worst)
     return tuple(errors)
+
+
+def check_precision(precision: str) -> None:
+    """Refuse what is no type to compute in.
+
+    Raises:
+        LoweringError: It is neither "float32" nor "float16".
+    """
+    if precision not in ("float32", "float16"):
+        raise LoweringError(f"precision must be 'float32' or 'float16', got {precision!r}")
 
 
 def named_inputs(

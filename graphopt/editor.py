@@ -115,9 +115,17 @@ class Editor:
         return node
 
     def module(self, path: str, module: nn.Module) -> str:
-        """Add a submodule under dotted `path`, if it is not there yet; returns the path."""
-        holder, name = holder_of(self.gm, path, create=True)
-        if getattr(holder, name, None) is not module:
+        """Add a submodule under dotted `path`, made unique unless it is there already.
+
+        Returns:
+            The path that it got.
+        """
+        wanted, number = path, 0
+        while (held := self._held(path)) is not module and held is not None:
+            number += 1
+            path = f"{wanted}_{number}"
+        if held is None:
+            holder, name = holder_of(self.gm, path, create=True)
             holder.add_module(name, module)
             self.changed = True
         return path
@@ -223,6 +231,12 @@ class Editor:
         except AttributeError:
             return False
         return hasattr(holder, name)
+
+    def _held(self, path: str) -> nn.Module | None:
+        try:
+            return self.gm.get_submodule(path)
+        except AttributeError:
+            return None
 
     def _inherit(self, node: fx.Node, like: fx.Node) -> None:
         origin = like

@@ -71,7 +71,7 @@ class InsertFakeQuantize(Pass):
             if point.derived:
                 continue
             path = f"{QUANTIZERS}.at_{point.group}"
-            edit.module(path, _activation_quantizer(edit, path, point, operand))
+            path = edit.module(path, _activation_quantizer(edit, path, point, operand))
             readers = set(operand.users)
             rounded = edit.run_module(path, operand, place=place_behind(operand), like=operand)
             redirect(edit, operand, rounded, readers, users)
@@ -228,6 +228,6 @@ def _erase(edit: Editor, norm: fx.Node) -> None:
 def _insert_weight(edit: Editor, node: fx.Node, found: tuple[WeightQuantizer, str]) -> None:
     quantizer, path = found
     quantizer.start(edit.value(node))
-    edit.module(path, quantizer)
+    path = edit.module(path, quantizer)
     rounded = edit.run_module(path, node, place=node.next, like=node)
     edit.redirect(node, rounded, lambda _: False)

@@ -61,7 +61,7 @@ class InsertTaps(Pass):
                 x = use.node.args[use.form.data]
                 assert isinstance(x, fx.Node)
                 shape = weight.tensor.shape
-                path = f"{_TAPS}.at_{use.node.name}_{number}"
-                edit.module(path, GradientTap(self.collector, weight.name, use, shape))
+                inner = GradientTap(self.collector, weight.name, use, shape)
+                path = edit.module(f"{_TAPS}.at_{use.node.name}_{number}", inner)
                 made = edit.run_module(path, x, use.node, place=use.node.next, like=use.node)
                 edit.redirect(use.node, made, lambda _: False)

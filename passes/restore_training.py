@@ -44,8 +44,9 @@ class RestoreTraining(Pass):
             )
             if item is None:
                 continue
-            path = f"{QUANTIZERS}.norm_{norm.name}"
-            edit.module(path, TrainableNorm(momentum, eps).eval())
+            path = edit.module(
+                f"{QUANTIZERS}.norm_{norm.name}", TrainableNorm(momentum, eps).eval()
+            )
             edit.replace(item, edit.run_module(path, *norm.args[:5], place=norm, like=item))
             for user in list(norm.users):
                 edit.erase(user)

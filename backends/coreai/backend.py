@@ -19,6 +19,7 @@ from graphopt.backends.base import (
     Backend,
     Capabilities,
     Verification,
+    check_precision,
     compare_outputs,
     expected_outputs,
     match_inputs,
@@ -185,7 +186,12 @@ class CoreAIBackend(Backend):
         return CoreAIArtifact(self, program, exported, ai_program)
 
     def legal_export(self, program: Program, precision: str) -> ExportedProgram:
-        """The program in Core AI's ops, decomposed as coreai-torch wants it."""
+        """The program in Core AI's ops, decomposed as coreai-torch wants it.
+
+        Raises:
+            LoweringError: There is no such precision.
+        """
+        check_precision(precision)
         with quiet("coreai_torch"):
             coreai_torch = require("coreai_torch", "coreai")
         legal = program.copy()

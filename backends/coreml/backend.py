@@ -19,6 +19,7 @@ from graphopt.backends.base import (
     Backend,
     Capabilities,
     Verification,
+    check_precision,
     compare_outputs,
     expected_outputs,
     match_inputs,
@@ -155,6 +156,7 @@ class CoreMLBackend(Backend):
         known = "'minimum_deployment_target', 'precision'"
         if options:
             raise LoweringError(f"Core ML has no option {sorted(options)}; there are {known}")
+        check_precision(precision)
         with quiet("coremltools"):
             ct = require("coremltools", "coreml")
         exported = self.legal_export(program, minimum_deployment_target)

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from typing_extensions import override
 
+from graphopt.backends.base import check_precision
 from graphopt.backends.coreml.backend import CoreMLBackend, Target
 from graphopt.backends.delegate import Delegate, Payload
 from graphopt.backends.quiet import quiet
@@ -72,6 +73,7 @@ class CoreMLDelegate(Delegate):
 
     @override
     def export(self, program: Any) -> ExportedProgram:
+        check_precision(self.precision)
         return CoreMLBackend().legal_export(
             program, self.minimum_deployment_target, OneLookupPerReader()
         )

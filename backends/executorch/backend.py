@@ -165,7 +165,19 @@ class ExecuTorchBackend(Backend):
 
     @override
     def unsupported(self, program: Program) -> list[str]:
-        return quantization_refusals(program.graph_module, self.capabilities)
+        gm = program.graph_module
+        reasons = quantization_refusals(gm, self.capabilities)
+        for node in gm.graph.nodes:
+            value = node.meta.get("val")
+            if node.op != "call_function" or not isinstance(value, Tensor):
+                continue
+            name = str(node.target)
+            if "dequantize_per" in name and value.dtype != torch.float32:
+                kind = str(value.dtype).removeprefix("torch.")
+                reasons.append(f"{node.name}: integers beside {kind}; quantize a float32 model")
+            if "aten.conv" in name and value.ndim == 5:
+                reasons.append(f"{node.name}: there are no kernels of 3-D convolutions")
+        return reasons
 
     @override
     def legalize(self, tables: Tables = "auto") -> tuple[Pass, ...]:
@@ -215,9 +227,19 @@ class ExecuTorchBackend(Backend):
         """
         if delegate not in _DELEGATES:
             raise LoweringError(f"delegate must be one of {_DELEGATES}, got {delegate!r}")
-        if tables not in _TABLE_PASSES:
+        if not isinstance(tables, str) or tables not in _TABLE_PASSES:
             raise LoweringError(f"tables must be one of {list(_TABLE_PASSES)}, got {tables!r}")
+        # the runtime reads inputs in the order of their axes
+        program = program.with_example(
+            *pytree.tree_map_only(
+                Tensor, Tensor.contiguous, (program.example_args, program.example_kwargs)
+            )
+        )
         if delegate in _OTHERS:
+            if tables != "auto":
+                raise LoweringError(
+                    f"tables={tables!r} is for xnnpack and portable, not {delegate}"
+                )
             return self._through(program, delegate, options)
         if options:
             raise LoweringError(
@@ -287,6 +309,9 @@ class ExecuTorchBackend(Backend):
                 raise LoweringError(
                     f"ExecuTorch cannot convert the program for {name}: {error}\n{said()}"
                 ) from error
+            lacking = _lacking(plan) if target is None else []
+        if lacking:
+            raise LoweringError(f"the ExecuTorch runtime has no kernel for {', '.join(lacking)}")
         memory = sum(int(size) for size in plan.non_const_buffer_sizes)
         return ExecuTorchArtifact(self, program, buffer, delegation, lowered, memory)
 
@@ -308,6 +333,15 @@ class ExecuTorchBackend(Backend):
         errors = compare_outputs(found, expected_outputs(program, args, kwargs))
         weights = stored_weights(program.graph_module)
         return Verification(max(errors, default=0.0), errors, how, weights=weights)
+
+
+def _lacking(plan: Any) -> list[str]:
+    """Ops of a plan that no kernel of this process computes."""
+    from executorch.runtime import Runtime
+
+    known = Runtime.get().operator_registry.operator_names
+    wanted = {f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators}
+    return sorted(wanted - set(known))
 
 
 def _own_storage(gm: CapturedModule) -> None:

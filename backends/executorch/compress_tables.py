@@ -83,9 +83,15 @@ class CompressTables(Pass):
             drop_unread(edit, read)
 
 
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
 def _refusal(edit: Editor, lookup: Lookup) -> str:
     if lookup.outliers:
         return "it has outliers"
+    if any(str(reader.target).split(".")[1] in _RECURRENT for reader in lookup.dense.users):
+        # they become linear layers with biases after these passes
+        return "a recurrent layer reads it"
     if lookup.channel_scale:
         scale = edit.value(lookup.dense.args[1])  # type: ignore[arg-type]
         whole = all(

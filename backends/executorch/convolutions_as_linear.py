@@ -21,7 +21,7 @@ _END = 2**63 - 1
 
 @dataclass(frozen=True)
 class ConvolutionsAsLinear(Pass):
-    """Rewrite 2-D convolutions, not in groups, that read a computed weight.
+    """Rewrite 2-D convolutions of batches, not in groups, that read a computed weight.
 
     Before:
         %y = conv2d(%x, %w, %b, stride, padding, dilation)      # %w is no constant
@@ -44,7 +44,11 @@ class ConvolutionsAsLinear(Pass):
     def run(self, edit: Editor) -> None:
         for conv in edit.calls(_aten.conv2d.default):
             weight = conv.args[1]
-            if isinstance(weight, fx.Node) and _is_decoded(weight) and _argument(conv, 6, 1) == 1:
+            value = conv.meta.get("val")
+            batched = isinstance(value, Tensor) and value.ndim == 4
+            if not batched or not isinstance(weight, fx.Node) or _argument(conv, 6, 1) != 1:
+                continue
+            if _is_decoded(weight):
                 _rewrite(edit, conv, weight)
 
 

@@ -69,7 +69,7 @@ class LegalizeForXNNPACK(Pass):
         for node in edit.calls(_aten.mean.dim):
             _keep_dims(edit, node)
         for node in edit.calls(_aten.clamp.default):
-            if len(node.args) == 3 and None not in node.args:
+            if _is_hardtanh(node):
                 edit.replace(node, edit.call(_aten.hardtanh.default, *node.args, like=node))
         _to_int8(edit)
         for node in edit.calls(_aten.cat.default):
@@ -78,6 +78,9 @@ class LegalizeForXNNPACK(Pass):
             _round_again(edit, node)
         for weight in find_quantized_weights(edit.gm):
             _weight(edit, weight)
+        for node in edit.calls(*_CONVS, *_TRANSPOSED, _aten.linear.default):
+            _own_bias(edit, node)
+        _own_outputs(edit)
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,43 @@ def _is_rounded(node: object) -> bool:
         return False
     source = node.args[0]
     return isinstance(source, fx.Node) and source.op != "get_attr"
+
+
+def _is_hardtanh(clamp: fx.Node) -> bool:
+    """Whether a clamp has the type of its input and both ends, the lower one first."""
+    value = clamp.args[0].meta.get("val") if isinstance(clamp.args[0], fx.Node) else None
+    ends = clamp.args[1:3]
+    if not isinstance(value, Tensor) or not value.is_floating_point() or len(ends) != 2:
+        return False
+    low, high = ends
+    return isinstance(low, int | float) and isinstance(high, int | float) and low < high
+
+
+def _own_bias(edit: Editor, node: fx.Node) -> None:
+    """A bias of its own for each op that computes with integers: XNNPACK scales one only once."""
+    bias = node.args[2] if len(node.args) > 2 else None
+    if not isinstance(bias, fx.Node) or bias.op != "get_attr" or not _is_rounded(node.args[0]):
+        return
+    readers = [
+        reader for each in edit.constants() if each.target == bias.target for reader in each.users
+    ]
+    if len(readers) > 1:
+        copied = edit.constant(
+            f"{bias.target}_of_{node.name}", edit.value(bias).detach().clone(), like=node
+        )
+        edit.set_args(node, (*node.args[:2], copied, *node.args[3:]))
+
+
+def _own_outputs(edit: Editor) -> None:
+    """Constants that are outputs apart from those that ops read, which delegates take with them."""
+    for output in edit.gm.graph.find_nodes(op="output"):
+        for constant in edit.constants():
+            if output in constant.users and len(constant.users) > 1:
+                value = edit.value(constant).detach().clone()
+                copied = edit.constant(
+                    f"{constant.target}_out", value, like=constant, before=output
+                )
+                edit.substitute(output, constant, copied)
 
 
 def _scale_of(node: fx.Node) -> tuple[Any, ...]:
@@ -211,7 +251,7 @@ def _weight(edit: Editor, weight: QuantizedTensor) -> None:
         reason = _why_not_int8(edit, weight, reader)
         if not reason:
             edit.substitute(reader, weight.node, _int8(edit, weight, reader))
-        elif reader.target in _TAKES_ROWS and _has_rows(weight):
+        elif reader.target in _TAKES_ROWS and _has_rows(weight) and _is_float32(weight):
             edit.substitute(reader, weight.node, _rows(edit, weight, reader))
             if reader.target is _aten.linear.default:
                 bias_apart(edit, reader)
@@ -220,7 +260,8 @@ def _weight(edit: Editor, weight: QuantizedTensor) -> None:
             dense = _dense(edit, weight)
             made = edit.constant(f"{weight.name}_dense", dense, like=weight.node, before=reader)
             edit.substitute(reader, weight.node, made)
-            _note(edit, f"{weight.name}: stored as float32 ({reason})")
+            kind = str(dense.dtype).removeprefix("torch.")
+            _note(edit, f"{weight.name}: stored as {kind} ({reason})")
 
 
 def bias_apart(edit: Editor, linear: fx.Node) -> None:
@@ -321,6 +362,11 @@ def _int8(edit: Editor, weight: QuantizedTensor, reader: fx.Node) -> fx.Node:
         ops.dequantize_per_channel.default, data, factors, zero, axes[0], *limits, like=like,
         before=reader,
     )  # fmt: skip
+
+
+def _is_float32(weight: QuantizedTensor) -> bool:
+    value = weight.node.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype == torch.float32
 
 
 def _has_rows(weight: QuantizedTensor) -> bool:

@@ -11,6 +11,8 @@ from graphopt.specs import PruningSpec
 
 __all__ = ["WeightPruner"]
 
+_BILLION = 10**9
+
 
 class WeightPruner(nn.Module):
     """Stands between a weight and its op.
@@ -18,17 +20,19 @@ class WeightPruner(nn.Module):
     Attributes:
         origin: What it serves.
         spec: What the weight becomes.
-        sparsity: Share of zeros that the mask has.
+        progress: Training steps that were counted, and the share of zeros that the mask has in parts
+            per billion, int64: a cast of the model leaves them as they are.
         mask: True where an element stays, bool of the weight's shape.
     """
 
     mask: Tensor
+    progress: Tensor
 
     def __init__(self, weight: Tensor, spec: PruningSpec) -> None:
         super().__init__()
         self.spec = spec
         self.origin = Origin()
-        self.sparsity = 0.0
+        self.register_buffer("progress", torch.zeros(2, dtype=torch.int64))
         self.register_buffer("mask", torch.ones(weight.shape, dtype=torch.bool))
 
     def forward(self, weight: Tensor) -> Tensor:
@@ -37,9 +41,27 @@ class WeightPruner(nn.Module):
 
     def update(self, weight: Tensor, sparsity: float) -> None:
         """Choose the mask anew, from the dense weight as it is now, if the share has changed."""
-        if sparsity != self.sparsity:
+        if not self.has(sparsity):
             self.mask = mask_of(weight, self.spec, sparsity).to(self.mask.device)
-            self.sparsity = sparsity
+            self.progress[1] = round(sparsity * _BILLION)
+
+    @property
+    def steps(self) -> int:
+        """Training steps that were counted."""
+        return int(self.progress[0])
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros that the mask has."""
+        return int(self.progress[1]) / _BILLION
+
+    def count_step(self) -> None:
+        """One more training step."""
+        self.progress[0] += 1
+
+    def has(self, sparsity: float) -> bool:
+        """Whether the mask has this share of zeros."""
+        return round(sparsity * _BILLION) == int(self.progress[1])
 
     def extra_repr(self) -> str:
         """Scheme and share of zeros for print()."""

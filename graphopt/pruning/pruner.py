@@ -57,7 +57,6 @@ class MagnitudePruner:
         self._config = MagnitudePrunerConfig() if config is None else config
         self._annotated: Program | None = None
         self._prepared: CapturedModule | None = None
-        self._steps = 0
 
     def prepare(
         self,
@@ -103,7 +102,8 @@ class MagnitudePruner:
             StateError: `prepare` was not called.
         """
         prepared = self._ready()
-        self._steps += 1
+        for pruner in parts_of(prepared, WeightPruner):
+            pruner.count_step()
         self._follow(prepared)
 
     @contextmanager
@@ -164,7 +164,7 @@ class MagnitudePruner:
         take_state(gm, prepared)
         masks = {}
         for pruner in parts_of(prepared, WeightPruner):
-            if pruner.sparsity == pruner.spec.final_sparsity:
+            if pruner.has(pruner.spec.final_sparsity):
                 masks[pruner.origin.name] = pruner.mask
         run_passes(gm, [PruneWeights(masks)])
         return compressed(converted)
@@ -188,7 +188,7 @@ class MagnitudePruner:
             schedule = self._config.schedule_at(pruner.origin.path, "sparsity_schedule")
             share = (
                 target if schedule is None
-                else schedule.compute_sparsity(self._steps, target, pruner.sparsity)
+                else schedule.compute_sparsity(pruner.steps, target, pruner.sparsity)
             )  # fmt: skip
             holder, name = holder_of(prepared, pruner.origin.name)
             try:

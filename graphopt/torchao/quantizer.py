@@ -248,7 +248,8 @@ class GraphOptQuantizer(Quantizer):  # type: ignore[misc]
                 continue
             inputs = input_points(node)
             for position, operand in enumerate(operands(node)):
-                if position in inputs:
+                # an op that reads a value twice has one entry for both
+                if position in inputs and operand not in operands(node)[:position]:
                     spec = spec_of(inputs[position], (operand, node))
                     _annotation(node).input_qspec_map[operand] = spec
             point = output_point(node)

@@ -324,3 +324,37 @@ def test_older_core_ml_refuses_pruned_weights() -> None:
     pruner.prepare((X,))
     with pytest.raises(LoweringError, match="pruned weights for iOS17"):
         graphopt.lower(pruner.program(), "coreml", minimum_deployment_target="iOS17")
+
+
+def test_names_that_differ_by_a_dot_keep_masks_of_their_own() -> None:
+    class Twins(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc_1 = nn.Linear(16, 16)
+            self.fc = nn.ModuleList([nn.Linear(16, 16), nn.Linear(16, 8)])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc[1](self.fc[0](self.fc_1(x)))
+
+    x = torch.randn(4, 16)
+    pruner = MagnitudePruner(Twins().eval())
+    prepared = pruner.prepare((x,))
+    masks = [value for key, value in prepared.state_dict().items() if key.endswith("mask")]
+    assert len(masks) == 3
+    assert torch.allclose(pruner.program().module()(x), prepared(x), atol=1e-6)
+
+
+def test_training_goes_on_from_a_state_dict() -> None:
+    chosen = config(PruningSpec(), PolynomialDecaySchedule(total_iters=6))
+    first, second = (MagnitudePruner(Net().eval(), chosen) for _ in range(2))
+    mine, theirs = (pruner.prepare((X,)) for pruner in (first, second))
+    for _ in range(4):
+        with torch.no_grad():
+            for weight in mine.parameters():
+                weight.add_(torch.randn(weight.shape))
+        first.step()
+    theirs.load_state_dict(mine.state_dict())
+    first.step()
+    second.step()
+    assert torch.equal(mine(X), theirs(X))
+    assert torch.equal(first.program().module()(X), second.program().module()(X))

@@ -1,0 +1,161 @@
+"""Models that ask for something unusual of ExecuTorch: each runs as in PyTorch, or is refused."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.api import as_program
+from graphopt.errors import LoweringError
+from graphopt.palettization import KMeansPalettizer
+from graphopt.quantization import Quantizer
+
+pytestmark = pytest.mark.executorch
+
+
+class Calls(nn.Module):
+    """A function of some layers and the inputs."""
+
+    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            setattr(self, name, layer)
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.function(self, *inputs)
+
+
+def error(program: Any, folder: Path, **options: Any) -> float:
+    artifact = graphopt.lower(program, "executorch", **options)
+    artifact.save(folder / "model.pte", overwrite=True)
+    return artifact.verify().max_error
+
+
+def quantized(model: nn.Module, *inputs: Tensor) -> Any:
+    quantizer = Quantizer(model.eval())
+    quantizer.prepare(inputs, backend="executorch")
+    quantizer.calibrate([inputs])
+    return quantizer.program()
+
+
+def palettized(model: nn.Module, *inputs: Tensor) -> Any:
+    palettizer = KMeansPalettizer(model.eval())
+    palettizer.prepare(inputs)
+    return palettizer.program()
+
+
+# --- one bias for several layers ------------------------------------------------------------------
+def shared_bias(first: nn.Module, second: nn.Module) -> nn.Module:
+    second.bias = first.bias
+    return nn.Sequential(first, nn.ReLU(), second)
+
+
+@pytest.mark.parametrize("delegate", ["xnnpack", "portable"])
+@pytest.mark.parametrize("kind", ["a layer twice", "two linear layers", "two convolutions"])
+def test_layers_that_share_a_bias_scale_it_each_for_itself(
+    kind: str, delegate: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 32)
+    layer = nn.Linear(32, 32)
+    model: nn.Module = nn.Sequential(layer, nn.ReLU(), layer)
+    if kind == "two linear layers":
+        model = shared_bias(layer, nn.Linear(32, 32))
+    elif kind == "two convolutions":
+        model = shared_bias(nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3))
+        x = torch.randn(2, 4, 8, 8)
+    assert error(quantized(model, x), tmp_path, delegate=delegate) < 1e-2  # a step of int8
+
+
+# --- layers that need another form ----------------------------------------------------------------
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+@pytest.mark.parametrize("tables", ["compressed", "int8", "dense"])
+def test_recurrent_layers_with_biases_run(
+    kind: Callable[..., nn.Module], tables: str, tmp_path: Path
+) -> None:
+    model = Calls(lambda self, x: self.layer(x)[0], layer=kind(16, 32, batch_first=True))
+    program = palettized(model, torch.randn(2, 5, 16))
+    assert error(program, tmp_path, tables=tables) < 1e-5
+
+
+@pytest.mark.parametrize("tables", ["compressed", "auto"])
+def test_convolution_of_one_image_without_a_batch_runs(tables: str, tmp_path: Path) -> None:
+    program = palettized(nn.Conv2d(16, 32, 3, padding=1), torch.randn(16, 9, 9))
+    assert error(program, tmp_path, delegate="portable", tables=tables) < 1e-5
+
+
+def test_layout_of_decoded_convolutions_is_that_of_convolutions(tmp_path: Path) -> None:
+    # pixel_shuffle is exported to other ops for other strides
+    model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(4, 4, 3))
+    program = palettized(model, torch.randn(2, 4, 8, 8))
+    for delegate in ("xnnpack", "portable"):
+        assert error(program, tmp_path, delegate=delegate, tables="compressed") < 1e-5
+
+
+# --- values and types -----------------------------------------------------------------------------
+@pytest.mark.parametrize("delegate", ["xnnpack", "portable"])
+def test_clamps_keep_their_types_and_ends(delegate: str, tmp_path: Path) -> None:
+    model = Calls(
+        lambda self, x, i: (self.f(x) * i.clamp(0.5, 20.5), self.f(x).clamp(1.0, -1.0)),
+        f=nn.Linear(8, 8),
+    )
+    program = as_program(model.eval(), (torch.randn(2, 8), torch.arange(16).reshape(2, 8)))
+    assert error(program, tmp_path, delegate=delegate) < 1e-5
+
+
+@pytest.mark.parametrize("delegate", ["xnnpack", "portable"])
+def test_examples_in_another_layout_are_read_in_order(delegate: str, tmp_path: Path) -> None:
+    image = torch.randn(2, 8, 9, 9).to(memory_format=torch.channels_last)
+    assert error(as_program(nn.Conv2d(8, 8, 3), image), tmp_path, delegate=delegate) < 1e-5
+    turned = torch.randn(32, 2).t()
+    assert error(as_program(nn.Linear(32, 8), turned), tmp_path, delegate=delegate) < 1e-5
+
+
+def test_weight_that_is_an_output_too_is_stored_apart(tmp_path: Path) -> None:
+    model = Calls(lambda self, x: (self.f(x), self.f.bias), f=nn.Linear(8, 8))
+    assert error(as_program(model.eval(), torch.randn(2, 8)), tmp_path) < 1e-5
+
+
+@pytest.mark.parametrize("tables", ["int8", "compressed", "dense"])
+def test_tables_of_16_bit_models_run(tables: str, tmp_path: Path) -> None:
+    program = palettized(nn.Linear(32, 48).half(), torch.randn(2, 32).half())
+    assert error(program, tmp_path, tables=tables) < 5e-3
+
+
+# --- refusals -------------------------------------------------------------------------------------
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_integers_in_16_bit_models_are_refused(dtype: torch.dtype) -> None:
+    program = quantized(nn.Linear(32, 48).to(dtype), torch.randn(2, 32).to(dtype))
+    with pytest.raises(LoweringError, match="quantize a float32 model"):
+        graphopt.lower(program, "executorch")
+
+
+def test_layers_without_a_kernel_are_refused() -> None:
+    solid = as_program(nn.Conv3d(2, 2, 3).eval(), torch.randn(1, 2, 4, 4, 4))
+    with pytest.raises(LoweringError, match="3-D convolutions"):
+        graphopt.lower(solid, "executorch")
+    pair = Calls(lambda self, x: self.f(x, x), f=nn.Bilinear(8, 8, 4))
+    with pytest.raises(LoweringError, match="no kernel for aten::_trilinear"):
+        graphopt.lower(as_program(pair.eval(), torch.randn(2, 8)), "executorch")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"delegate": "coreml", "precision": "fp16"}, "precision must be"),
+        ({"delegate": "coreai", "precision": "int"}, "precision must be"),
+        ({"delegate": "coreml", "tables": "dense"}, "is for xnnpack and portable"),
+        ({"tables": ["auto"]}, "tables must be one of"),
+    ],
+)
+def test_wrong_options_are_refused(options: dict[str, Any], message: str) -> None:
+    program = as_program(nn.Linear(8, 8).eval(), torch.randn(2, 8))
+    with pytest.raises(LoweringError, match=message):
+        graphopt.lower(program, "executorch", **options)
