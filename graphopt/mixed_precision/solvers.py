@@ -26,6 +26,8 @@ __all__ = [
     "solve_on_hull",
 ]
 
+_ATTEMPTS = 6  # of branch and bound, where a choice is above the budget by rounding
+
 Floats = npt.NDArray[np.float64]
 
 
@@ -301,20 +303,32 @@ def _branch_and_bound(
     ]
     if limit is not None:
         constraints.append(LinearConstraint(limit[0][None, :], -np.inf, limit[1]))
-    with silent():  # HiGHS writes notes of its own to the process's streams
-        solved = milp(
-            (loss - base[layers]) / scale, constraints=constraints, integrality=np.ones(len(pairs)),
-            bounds=Bounds(0, 1), options={"mip_rel_gap": gap, "time_limit": seconds},
-        )  # fmt: skip
+    taken = np.zeros(len(pairs), dtype=bool)
     bound = None
-    if solved.mip_dual_bound is not None:
-        bound = float(solved.mip_dual_bound) * scale + float(base.sum())
-    if solved.x is None:
-        return None, bound
+    for attempt in range(_ATTEMPTS):
+        with silent():  # HiGHS writes notes of its own to the process's streams
+            solved = milp(
+                (loss - base[layers]) / scale, constraints=constraints,
+                integrality=np.ones(len(pairs)), bounds=Bounds(0, 1),
+                options={"mip_rel_gap": gap, "time_limit": seconds},
+            )  # fmt: skip
+        if attempt == 0 and solved.mip_dual_bound is not None:
+            bound = float(solved.mip_dual_bound) * scale + float(base.sum())
+        if solved.x is None:
+            return None, bound
+        taken = solved.x > 0.5
+        if float(size[taken].sum()) <= budget:
+            break
+        # HiGHS lets a row be exceeded a little: leave out this choice, in the end all that are so near
+        constraints.append(LinearConstraint(taken[None, :].astype(float), -np.inf, len(base) - 1))
+        if attempt >= _ATTEMPTS // 2:
+            constraints[1] = LinearConstraint(
+                above[None, :], -np.inf, slack / max(slack, 1.0) - 2e-6
+            )
     choice = [0] * len(base)
-    for (layer, candidate), taken in zip(pairs, solved.x, strict=True):
-        if taken > 0.5:
-            choice[layer] = candidate
+    for place in np.flatnonzero(taken):
+        layer, candidate = pairs[int(place)]
+        choice[layer] = candidate
     return tuple(choice), bound
 
 

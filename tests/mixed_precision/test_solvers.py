@@ -54,6 +54,18 @@ def test_exact_solution_is_the_best_of_all_choices(
     assert solve_exactly(problem, budget).loss <= best * (1 + 1e-5)
 
 
+@pytest.mark.parametrize("short", [1e-12, 1e-7, 1e-3, 1.0])
+def test_choice_just_above_the_budget_is_not_taken_and_the_next_one_is(short: float) -> None:
+    # the solver behind it lets a constraint be exceeded by some 1e-6
+    losses = [[6.1, 3.2, 2.4, 0.3], [3.0, 2.1, 1.8, 1.1]]
+    sizes = [[473.0, 512.0, 755.0, 950.0], [35.0, 145.0, 823.0, 948.0]]
+    problem = Problem.of(losses, sizes)
+    budget = 1898.0 * (1 - 1e-16) - short
+    found = solve_exactly(problem, budget)
+    assert found.choice == (3, 2)
+    assert found.bound <= found.loss == pytest.approx(brute_force(problem, budget))
+
+
 def test_every_choice_of_the_front_is_the_best_of_its_size() -> None:
     problem = random_problem(3, 4, 4)
     found = front(problem)
