@@ -118,6 +118,17 @@ def find_quantized_weights(gm: fx.GraphModule) -> list[QuantizedTensor]:
     return found
 
 
+def zero_points(gm: fx.GraphModule) -> set[str]:
+    """Names of the constants that hold zero points, which the ecosystem's ops take as int64."""
+    return {
+        str(node.args[2].target)
+        for node in gm.graph.nodes
+        if str(node.target).startswith("quantized_decomposed.dequantize_per_channel")
+        and isinstance(node.args[2], fx.Node)
+        and node.args[2].op == "get_attr"
+    }
+
+
 def _plain(
     name: str, node: fx.Node, data: fx.Node, counts: tuple[int, ...], scale_dtype: torch.dtype
 ) -> QuantizedTensor:

@@ -14,11 +14,13 @@ from graphopt.captured_module import CapturedModule
 from graphopt.errors import InputError
 from graphopt.fake_quantize import ActivationQuantizer, WeightQuantizer
 from graphopt.lookups import find_lookups, find_sparse
-from graphopt.program import Program
-from graphopt.quantized import find_quantized_weights
+from graphopt.pass_manager import run_passes
+from graphopt.passes import RaiseToVocabulary, RemoveUnused
+from graphopt.program import Program, share_graph
+from graphopt.quantized import find_quantized_weights, zero_points
 from graphopt.table import CompressionTable
 
-__all__ = ["BitsPerWeightResult", "bits_per_weight"]
+__all__ = ["BitsPerWeightResult", "StoredTensor", "bits_per_weight", "stored_tensors"]
 
 
 @dataclass(frozen=True)
@@ -65,22 +67,56 @@ def bits_per_weight(
         program = Program(program, ())
     if not isinstance(program, Program):
         program = as_program(program, example_inputs)
-    gm = program.graph_module
+    stored = stored_tensors(program.graph_module)
+    owners: dict[str, list[int]] = {}
+    for name, tensor in stored.items():
+        entry = owners.setdefault(name.rpartition(".")[0], [0, 0])
+        entry[0] += tensor.bits
+        entry[1] += tensor.elements
+    total_bits = sum(tensor.bits for tensor in stored.values())
+    total = sum(tensor.elements for tensor in stored.values())
+    per_module = {name: bits / max(count, 1) for name, (bits, count) in owners.items()}
+    return BitsPerWeightResult(total_bits / max(total, 1), total_bits, total, per_module)
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """A parameter or buffer of a program.
+
+    Attributes:
+        elements: Elements of the weight that it stands for: its own, or those of the compressed
+            weight whose first part it is, 0 for the other parts.
+        bits: Bits that are stored.
+        compressed: Whether it is part of a compressed weight.
+    """
+
+    elements: int
+    bits: int
+    compressed: bool
+
+
+def stored_tensors(gm: torch.fx.GraphModule) -> dict[str, StoredTensor]:
+    """What a program stores, by name; ops of a target are read as ours.
+
+    Zero points count as bytes, and not at all where they are 0, as no target stores them.
+    """
+    if any(str(node.target).startswith("coreai.") for node in gm.graph.nodes):
+        gm = share_graph(gm)
+        run_passes(gm, [RaiseToVocabulary(), RemoveUnused()])
     tensors = dict((*gm.named_parameters(), *gm.named_buffers()))
-    elements = {name: tensor.numel() for name, tensor in tensors.items()} | _stand_for(gm)
+    elements = _stand_for(gm)
     bits = {name: 8 * t.numel() * t.element_size() for name, t in tensors.items()}
+    for name in zero_points(gm):
+        points = tensors[name]
+        bits[name] = 8 * points.numel() if bool(points.any()) else 0
     for row in gm.meta.get("graphopt.table", CompressionTable(())).compressed:
         # a prepared module computes with dense palettes
         if row.name in bits and tensors[row.name].numel() == row.numel:
             bits[row.name] = row.stored_bits
-    owners: dict[str, list[int]] = {}
-    for name in tensors:
-        entry = owners.setdefault(name.rpartition(".")[0], [0, 0])
-        entry[0] += bits[name]
-        entry[1] += elements.get(name, 0)
-    total_bits, total = sum(bits.values()), sum(elements[name] for name in tensors)
-    per_module = {name: stored / max(count, 1) for name, (stored, count) in owners.items()}
-    return BitsPerWeightResult(total_bits / max(total, 1), total_bits, total, per_module)
+    return {
+        name: StoredTensor(elements.get(name, tensor.numel()), bits[name], name in elements)
+        for name, tensor in tensors.items()
+    }
 
 
 def _stand_for(gm: torch.fx.GraphModule) -> dict[str, int]:

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-import torch
 from rich.table import Table
 from rich.tree import Tree
 
+from graphopt.inspection.bits import StoredTensor, stored_tensors
 from graphopt.lookups import find_lookups
 from graphopt.program import Program
-from graphopt.weights import WeightTensor, find_weights, module_frames
+from graphopt.weights import find_weights, module_frames
 
 __all__ = ["ModelReport", "ModuleRow", "inspect_program"]
 
@@ -26,7 +27,7 @@ class ModuleRow:
         ops: (node name for `op_name_config`, type for `op_type_config`) of its own ops with state.
         parameters: Elements of the state that its own ops use.
         stored_bytes: Bytes of that state as it is stored.
-        bits_per_weight: Stored bits per element of the palettized part, None without one.
+        bits_per_weight: Stored bits per element of the compressed part, None without one.
     """
 
     name: str
@@ -85,62 +86,38 @@ def inspect_program(program: Program) -> ModelReport:
     for node in gm.graph.nodes:
         for frame in module_frames(node):
             types.setdefault(frame.name, frame.type)
-    dense = {lookup.name: lookup for lookup in find_lookups(gm)}
+    held = stored_tensors(gm)
+    known = {name for name, _ in gm.named_parameters()}
     ops: dict[str, dict[str, str]] = {}
-    elements: dict[str, int] = {}
-    stored: dict[str, int] = {}
-    packed_bits: dict[str, int] = {}
-    packed_elements: dict[str, int] = {}
     for weight in find_weights(gm):
-        owner = _owner(weight)
-        types.setdefault(owner, "")
-        size = weight.tensor.numel() * weight.tensor.element_size()
-        stored[owner] = stored.get(owner, 0) + size
+        known.update((weight.name, *weight.aliases))
+        types.setdefault(weight.name.rpartition(".")[0], "")
         for use in weight.uses:
             inside = use.frames[-1].name if use.frames else ""
             ops.setdefault(inside, {})[use.node] = use.op_types[0]
-        base = weight.name.removesuffix("_indices")
-        if base in dense:
-            count = _product(dense[base].shape)
-            packed_elements[owner] = packed_elements.get(owner, 0) + count
-            packed_bits[owner] = packed_bits.get(owner, 0) + _stored_bits(gm, base)
-            stored[owner] += _stored_bits(gm, base) // 8 - size
-            elements[owner] = elements.get(owner, 0) + count
-        else:
-            elements[owner] = elements.get(owner, 0) + weight.tensor.numel()
+    modules: dict[str, list[StoredTensor]] = {}
+    for name, tensor in held.items():
+        if tensor.compressed or name in known:
+            modules.setdefault(name.rpartition(".")[0], []).append(tensor)
     rows = tuple(
-        ModuleRow(
-            name, types[name], tuple(ops.get(name, {}).items()), elements.get(name, 0),
-            stored.get(name, 0),
-            packed_bits[name] / packed_elements[name] if packed_elements.get(name) else None,
-        )
-        for name in sorted(types, key=_natural)
-    )  # fmt: skip
-    tensors = {id(t): t for t in [*gm.parameters(), *gm.buffers()]}.values()
-    total_bytes = sum(t.numel() * t.element_size() for t in tensors)
-    parameters = sum(t.numel() for t in gm.parameters()) + sum(
-        _product(lookup.shape) for lookup in dense.values()
+        _row(name, types.get(name, ""), ops.get(name, {}), modules.get(name, ()))
+        for name in sorted({*types, *modules}, key=_natural)
     )
+    stored_bits = sum(tensor.bits for tensor in held.values())
     return ModelReport(
-        program.provenance.source, rows, parameters, total_bytes, len(dense),
-        program.provenance.static_dims,
+        program.provenance.source, rows, sum(row.parameters for row in rows),
+        -(-stored_bits // 8), len(find_lookups(gm)), program.provenance.static_dims,
     )  # fmt: skip
 
 
-def _owner(weight: WeightTensor) -> str:
-    return weight.name.rpartition(".")[0]
-
-
-def _product(shape: tuple[int, ...]) -> int:
-    return int(torch.Size(shape).numel())
-
-
-def _stored_bits(gm: torch.fx.GraphModule, base: str) -> int:
-    suffixes = ("_indices", "_lut", "_lut_scale", "_lut_offset", "_channel_scale",
-                "_outliers", "_outlier_mask")  # fmt: skip
-    buffers = dict(gm.named_buffers())
-    found = [buffers[base + suffix] for suffix in suffixes if base + suffix in buffers]
-    return sum(8 * tensor.numel() * tensor.element_size() for tensor in found)
+def _row(name: str, kind: str, ops: dict[str, str], tensors: Sequence[StoredTensor]) -> ModuleRow:
+    packed = [tensor for tensor in tensors if tensor.compressed]
+    count = sum(tensor.elements for tensor in packed)
+    return ModuleRow(
+        name, kind, tuple(ops.items()), sum(tensor.elements for tensor in tensors),
+        -(-sum(tensor.bits for tensor in tensors) // 8),
+        sum(tensor.bits for tensor in packed) / count if count else None,
+    )  # fmt: skip
 
 
 def _natural(name: str) -> list[tuple[int, int | str]]:
