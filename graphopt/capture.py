@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.captured_module import CapturedModule, InputGuards, holder_of
 from graphopt.errors import CaptureError, InputError
-from graphopt.export_errors import explain_export_error
+from graphopt.export_errors import explain_export_error, without_warnings
 from graphopt.inference_form import dropout_kept, is_plain, to_inference_form
 from graphopt.program import Program, Provenance, share_graph
 
@@ -91,7 +91,8 @@ def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Progr
     import graphopt.ops  # noqa: F401 - saved programs may use our ops
 
     try:
-        exported = torch.export.load(path)
+        with without_warnings("torch.export"):
+            exported = torch.export.load(path)
     except Exception as error:
         raise CaptureError(
             f"{path} is not a program that torch.export can load: {error}"

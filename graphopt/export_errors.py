@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["explain_export_error"]
+__all__ = ["explain_export_error", "without_warnings"]
 
 _HINTS = (
     (
@@ -73,3 +76,15 @@ def explain_export_error(model: nn.Module, error: BaseException) -> str:
         f"  source: {place or 'unknown'}\n"
         f"  what usually helps: {hint}"
     )
+
+
+@contextmanager
+def without_warnings(name: str) -> Iterator[None]:
+    """Keep a library's logger from warning of what our own error says."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

@@ -9,14 +9,15 @@ for everything behind it.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import fx
 from torch.utils import _pytree as pytree
 
-from graphopt.captured_module import CapturedModule, holder_of
+from graphopt.captured_module import CapturedModule, InputGuards, holder_of
 from graphopt.editor import operands
 from graphopt.errors import InputError
 
@@ -56,6 +57,22 @@ def flat_inputs(gm: CapturedModule, batch: Batch) -> list[Any]:
     return leaves
 
 
+@contextmanager
+def explained(gm: CapturedModule, batch: Batch) -> Iterator[None]:
+    """Say of inputs with which an op fails that the graph was captured for other sizes, if it was.
+
+    Raises:
+        InputError: In the place of the op's own error.
+    """
+    try:
+        yield
+    except RuntimeError:
+        for guard in gm._forward_pre_hooks.values():
+            if isinstance(guard, InputGuards):
+                guard(gm, *batch)
+        raise
+
+
 def _writes(node: fx.Node) -> bool:
     schema = getattr(node.target, "_schema", None)
     return schema is not None and bool(schema.is_mutable)
@@ -84,6 +101,7 @@ class LayerwiseRun:
                 if used and all(each in self._constant for each in used):
                     self._constant.add(node)
         placeholders = gm.graph.find_nodes(op="placeholder")
+        self._batches = batches
         flat = [flat_inputs(gm, batch) for batch in batches]
         for place, node in enumerate(placeholders):
             values = [inputs[place] for inputs in flat]
@@ -132,7 +150,8 @@ class LayerwiseRun:
         results = []
         for number in range(self._count):
             given = {each: self._values[each][number] for each in used if each not in fixed}
-            results.append(self.call(node, {**fixed, **given}))
+            with explained(self.gm, self._batches[number]):
+                results.append(self.call(node, {**fixed, **given}))
         self._values[node] = results
         if keep_inputs:
             return

@@ -193,10 +193,12 @@ def check_order(passes: Sequence[AnyPass], gm: fx.GraphModule | None = None) -> 
         gm: The module that it is for, whose earlier passes count; None for a fresh one.
 
     Raises:
-        PassError: Names the pass and what is missing before it.
+        PassError: Names the pass and what is missing before it, or what is no pass.
     """
     known: set[str] = set()
     for each in passes:
+        if not callable(each):
+            raise PassError(f"{each!r} is no pass: it cannot be called with a graph module")
         if isinstance(each, Pass):
             absent = [needed.name for needed in each.after if needed.name not in known]
             if gm is not None:

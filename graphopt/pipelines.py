@@ -59,16 +59,21 @@ class Pipeline(Sequence[AnyPass]):
 
     Attributes:
         name: Name for people.
-        passes: Ours, or any callable in torch.fx's pass form.
+        passes: Ours, any callable in torch.fx's pass form, or pipelines, whose passes take their
+            place.
 
     Raises:
-        PassError: A pass comes before one that it needs.
+        PassError: A pass comes before one that it needs, or is no pass.
     """
 
     name: str
     passes: tuple[AnyPass, ...]
 
     def __post_init__(self) -> None:
+        flat: list[AnyPass] = []
+        for each in self.passes:
+            flat += each.passes if isinstance(each, Pipeline) else (each,)
+        object.__setattr__(self, "passes", tuple(flat))
         check_order(self.passes)
 
     @overload

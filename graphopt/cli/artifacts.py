@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -78,15 +79,15 @@ def check_output(output: Path, backend: str | None, *, overwrite: bool) -> str:
     return target
 
 
-def check_report(path: Path, *, overwrite: bool) -> None:
+def check_report(path: Path, suffixes: Sequence[str], *, overwrite: bool) -> None:
     """Whether a report can be written there, before any work is done.
 
     Raises:
-        ConfigError: The suffix is neither .json nor .html.
+        ConfigError: It has another suffix.
         ArtifactExistsError: The file exists.
     """
-    if path.suffix not in (".json", ".html"):
-        raise errors.ConfigError(f"{path.name} must end in .json or .html")
+    if path.suffix not in suffixes:
+        raise errors.ConfigError(f"{path.name} must end in {' or '.join(suffixes)}")
     if path.exists() and not overwrite:
         raise errors.ArtifactExistsError(f"{path} exists; pass --overwrite to replace it")
 

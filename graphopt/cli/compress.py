@@ -56,6 +56,7 @@ def compress(
             help="YAML or JSON config of palettization, quantization, pruning or several of them, or"
             " a recipe.",
             exists=True,
+            dir_okay=False,
         ),
     ],
     output: Output,
@@ -64,7 +65,8 @@ def compress(
     delegate: Delegate = None,
     tables: Tables = None,
     data: Annotated[
-        Path | None, typer.Option(help="Calibration inputs, as for analyze.", exists=True)
+        Path | None,
+        typer.Option(help="Calibration inputs, as for analyze.", exists=True, dir_okay=False),
     ] = None,
     batch_size: BatchSize = 32,
     verify: Verify = True,
@@ -89,7 +91,7 @@ def compress(
     started = time.perf_counter()
     target = check_output(output, backend, overwrite=overwrite)
     if report is not None:
-        check_report(report, overwrite=overwrite)
+        check_report(report, (".json", ".html"), overwrite=overwrite)
     original = as_program(model)
     wanted = None if is_recipe(config) else _config(config)
     batches = None if data is None else read_data(data, batch_size)

@@ -124,6 +124,10 @@ def run() -> None:
         ERR.print(str(error), markup=False, highlight=False)
         code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
         sys.exit(code)
+    except OSError as error:
+        ERR.print("[red]OSError[/red]: ", end="")
+        ERR.print(str(error), markup=False, highlight=False)
+        sys.exit(1)
     except KeyboardInterrupt:
         ERR.print("interrupted; nothing was written")
         sys.exit(130)

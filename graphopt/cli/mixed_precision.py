@@ -29,11 +29,14 @@ Data = Annotated[
     typer.Option(
         help="Inputs: a .pt file with a tensor or a list of calls, or .npy / .npz with arrays.",
         exists=True,
+        dir_okay=False,
     ),
 ]
-BatchSize = Annotated[int, typer.Option(help="Samples of a call, where the file has one array.")]
+BatchSize = Annotated[
+    int, typer.Option(help="Samples of a call, where the file has one array.", min=1)
+]
 TableFile = Annotated[
-    Path, typer.Argument(help="What `graphopt analyze` has written.", exists=True)
+    Path, typer.Argument(help="What `graphopt analyze` has written.", exists=True, dir_okay=False)
 ]
 Pins = Annotated[
     list[str] | None,
@@ -107,7 +110,9 @@ def recipe(
     refine: Annotated[
         Path | None, typer.Option(help="Refine on this model, a .pt2 file; needs --data.")
     ] = None,
-    data: Annotated[Path | None, typer.Option(help="Inputs, as for analyze.", exists=True)] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Inputs, as for analyze.", exists=True, dir_okay=False)
+    ] = None,
     evaluations: Annotated[int, typer.Option(help="Models that --refine may measure.")] = 16,
     batch_size: BatchSize = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,

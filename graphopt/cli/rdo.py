@@ -21,7 +21,8 @@ def rdo(
     data: Data,
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
     config: Annotated[
-        Path | None, typer.Option("--config", "-c", help="RDOConfig as YAML.", exists=True)
+        Path | None,
+        typer.Option("--config", "-c", help="RDOConfig as YAML.", exists=True, dir_okay=False),
     ] = None,
     target_bits: Annotated[
         float | None, typer.Option(help="Largest mean of bits per weight, scales included.")
@@ -38,7 +39,11 @@ def rdo(
     ] = None,
     evaluation: Annotated[
         Path | None,
-        typer.Option(help="Inputs, as for --data, on which outputs are compared.", exists=True),
+        typer.Option(
+            help="Inputs, as for --data, on which outputs are compared.",
+            exists=True,
+            dir_okay=False,
+        ),
     ] = None,
     batch_size: BatchSize = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from graphopt.api import as_program
+from graphopt.cli.artifacts import check_report
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.cli.mixed_precision import BatchSize, read_data
 from graphopt.inspection import diff, write_page
@@ -15,10 +16,14 @@ from graphopt.table import finite_values
 
 __all__ = ["compare", "report"]
 
-Before = Annotated[Path, typer.Argument(help="The .pt2 before compression.", exists=True)]
+Before = Annotated[
+    Path, typer.Argument(help="The .pt2 before compression.", exists=True, dir_okay=False)
+]
 Inputs = Annotated[
     Path | None,
-    typer.Option(help="Inputs, as for analyze, on which outputs are compared.", exists=True),
+    typer.Option(
+        help="Inputs, as for analyze, on which outputs are compared.", exists=True, dir_okay=False
+    ),
 ]
 
 
@@ -42,13 +47,14 @@ def report(
     program: Model,
     output: Annotated[Path, typer.Option("--output", "-o", help="Page to write, .html.")],
     before: Annotated[
-        Path | None, typer.Option(help="The .pt2 before compression.", exists=True)
+        Path | None, typer.Option(help="The .pt2 before compression.", exists=True, dir_okay=False)
     ] = None,
     data: Inputs = None,
     batch_size: BatchSize = 32,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Write one self-contained HTML page about a compressed program."""
+    check_report(output, (".html",), overwrite=overwrite)
     batches = None if data is None else read_data(data, batch_size)
     source = None if before is None else as_program(before)
     path = write_page(as_program(program), output, before=source, data=batches, overwrite=overwrite)

@@ -287,7 +287,8 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
         Raises:
             ConfigError: The file is no YAML mapping, or see `from_dict`.
         """
-        return cls.from_dict(read_yaml(source, cls.__name__))
+        place = f" in {source}" if isinstance(source, str | Path) else ""
+        return cls._from_file(read_yaml(source, cls.__name__), place)
 
     @classmethod
     def from_json(cls, source: str | Path | IO[Any]) -> Self:
@@ -296,24 +297,43 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
         Raises:
             ConfigError: The file is no JSON mapping, or see `from_dict`.
         """
-        text = Path(source).read_text() if isinstance(source, str | Path) else source.read()
+        text, place = _text_of(source)
         try:
-            return cls.from_dict(json.loads(text))
+            found = json.loads(text)
         except json.JSONDecodeError as error:
-            raise ConfigError(f"{cls.__name__}: not valid JSON: {error}") from None
+            raise ConfigError(f"{cls.__name__}{place}: not valid JSON: {error}") from None
+        return cls._from_file(found, place)
+
+    @classmethod
+    def _from_file(cls, found: Any, place: str) -> Self:
+        if not isinstance(found, dict):
+            raise ConfigError(
+                f"{cls.__name__}{place}: expected a mapping, got {type(found).__name__}"
+            )
+        return cls.from_dict(found)
 
 
 def read_yaml(source: str | Path | IO[Any], owner: str) -> Any:
     """The values of a YAML file or stream.
 
     Raises:
-        ConfigError: It is no YAML; the message begins with `owner`.
+        ConfigError: It cannot be read, or is no YAML; the message begins with `owner`.
     """
-    text = Path(source).read_text() if isinstance(source, str | Path) else source.read()
+    text, place = _text_of(source)
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:
-        raise ConfigError(f"{owner}: not valid YAML: {error}") from None
+        raise ConfigError(f"{owner}{place}: not valid YAML: {error}") from None
+
+
+def _text_of(source: str | Path | IO[Any]) -> tuple[str, str]:
+    """The text of a file or stream, and words for messages that say where it is."""
+    if not isinstance(source, str | Path):
+        return source.read(), ""
+    try:
+        return Path(source).read_text(encoding="utf-8"), f" in {source}"
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{source} cannot be read: {error}") from None
 
 
 def _targets(targets: tuple[Any, ...]) -> list[Any]:

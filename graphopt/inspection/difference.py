@@ -16,11 +16,12 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphopt.api import as_program
-from graphopt.captured_module import CapturedModule, holder_of
+from graphopt.captured_module import CapturedModule
 from graphopt.editor import Editor, operands
 from graphopt.errors import InputError
+from graphopt.inspection.bits import StoredTensor, stored_tensors
 from graphopt.inspection.output_errors import OutputErrors, error_of, sqnr
-from graphopt.layerwise import as_batch
+from graphopt.layerwise import Batch, as_batch
 from graphopt.lookups import find_lookups
 from graphopt.pass_manager import run_passes
 from graphopt.passes import FoldBatchNorm, RemoveUnused
@@ -38,7 +39,7 @@ _SUFFIXES = ("_indices", "_lut", "_quantized", "_values", "_data")
 
 @dataclass(frozen=True)
 class LayerDifference:
-    """One op with a weight.
+    """One weight of an op; those of a recurrent layer share the figures of its outputs.
 
     Attributes:
         name: Name of the weight.
@@ -166,17 +167,21 @@ def diff(
             those of the other program by default.
 
     Returns:
-        One entry per op that has a weight in both. Batch norms that were folded into `after` are
+        One entry per weight that an op reads in both. Batch norms that were folded into `after` are
         folded into `before` first.
 
     Raises:
-        InputError: The two have no op in common, or data do not fit.
+        InputError: The two have no op in common or are not of one model, or data do not fit.
     """
     batches = [] if data is None else [as_batch(each) for each in data]
-    given = example_inputs
-    if given is None:
-        known = [each for each in (before, after) if isinstance(each, Program)]
-        given = known[0].example_args if known else batches[0][0] if batches else None
+    known = [each for each in (before, after) if isinstance(each, Program)]
+    given: Batch | None = None
+    if example_inputs is not None:
+        given = as_batch(example_inputs)
+    elif known:
+        given = (known[0].example_args, known[0].example_kwargs)
+    elif batches:
+        given = batches[0]
     first, second = _captured(before, given), _captured(after, given)
     exact, found = first.graph_module, second.graph_module
     if _norms(found) < _norms(exact):
@@ -185,19 +190,33 @@ def diff(
     pairs = _pairs(exact, found)
     if not pairs:
         raise InputError("the two programs have no op with a weight in common")
+    for one, other in pairs:
+        shapes = [
+            [tuple(each.meta["val"].shape) for each in _weight_operands(node)]
+            for node in (one, other)
+        ]
+        if shapes[0] != shapes[1]:
+            raise InputError(
+                f"{one.name} has weights {shapes[0]} before and {shapes[1]} after: the second program"
+                " is not made from the first"
+            )
     measured = OutputErrors(exact, found, pairs)
     for batch in batches:
         measured.add(batch)
     stored = _storage(found)
+    sizes = (stored_tensors(exact), stored_tensors(found))
     layers = [
-        _layer(exact, found, one, other, stored, measured if batches else None)
+        _layer((exact, found), operands, (one, other), stored, sizes, measured if batches else None)
         for one, other in pairs
+        for operands in zip(_weight_operands(one), _weight_operands(other), strict=True)
     ]
     return Difference(tuple(layers), measured.totals() if batches else ())
 
 
-def _captured(model: Any, example: Any) -> Program:
-    return as_program(model) if isinstance(model, Program) else as_program(model, example)
+def _captured(model: Any, example: Batch | None) -> Program:
+    if isinstance(model, Program) or example is None:
+        return as_program(model)
+    return as_program(model, *example)
 
 
 def _norms(gm: fx.GraphModule) -> int:
@@ -211,7 +230,7 @@ def _pairs(first: fx.GraphModule, second: fx.GraphModule) -> list[tuple[fx.Node,
         seen: dict[tuple[str, str], int] = {}
         found = {}
         for node in gm.graph.nodes:
-            if _weight_operand(node) is None:
+            if not _weight_operands(node):
                 continue
             frames = module_frames(node)
             place = (frames[-1].name if frames else "", op_names(node)[0])
@@ -223,11 +242,15 @@ def _pairs(first: fx.GraphModule, second: fx.GraphModule) -> list[tuple[fx.Node,
     return [(node, others[key]) for key, node in keyed(first).items() if key in others]
 
 
-def _weight_operand(node: fx.Node) -> fx.Node | None:
-    for operand, position, role, axis in state_operands(node):
-        if role == "weight" and position >= 0 and source_of(operand, axis) is not None:
-            return operand
-    return None
+def _weight_operands(node: fx.Node) -> list[fx.Node]:
+    """The weights of an op: one, or those of all gates and directions of a recurrent one."""
+    found = [
+        (operand, position)
+        for operand, position, role, axis in state_operands(node)
+        if role == "weight" and source_of(operand, axis) is not None
+    ]
+    recurrent = bool(found) and found[0][1] < 0
+    return [operand for operand, _ in (found if recurrent else found[:1])]
 
 
 def _name(operand: fx.Node) -> str:
@@ -250,24 +273,20 @@ def _storage(gm: fx.GraphModule) -> dict[str, tuple[str, int]]:
 
 
 def _layer(
-    exact: CapturedModule,
-    found: CapturedModule,
-    one: fx.Node,
-    other: fx.Node,
+    graphs: tuple[CapturedModule, CapturedModule],
+    weights: tuple[fx.Node, fx.Node],
+    ops: tuple[fx.Node, fx.Node],
     stored: dict[str, tuple[str, int]],
+    tensors: tuple[dict[str, StoredTensor], dict[str, StoredTensor]],
     measured: OutputErrors | None,
 ) -> LayerDifference:
-    first, second = _weight_operand(one), _weight_operand(other)
-    assert first is not None
-    assert second is not None
-    edits = (Editor(exact), Editor(found))
     with torch.no_grad():
         values = [
-            constant_value(edit, node) for edit, node in zip(edits, (first, second), strict=True)
+            constant_value(Editor(gm), node) for gm, node in zip(graphs, weights, strict=True)
         ]
     kinds, tables = [], 0
-    sizes = [_bytes(exact, first), _bytes(found, second)]
-    for node in _chain(second):
+    sizes = [_bytes(held, node) for held, node in zip(tensors, weights, strict=True)]
+    for node in _chain(weights[1]):
         if node.name in stored:
             kinds.append(stored[node.name][0])
             tables = max(tables, stored[node.name][1])
@@ -277,11 +296,11 @@ def _layer(
     kind = source if not kinds else f"{source} → {' '.join(kinds)}"
     output = own = None
     if measured is not None:
-        output, own = measured.of(one)
+        output, own = measured.of(ops[0])
     return LayerDifference(
-        name=_name(first), op=one.name, op_type=op_names(one)[0], shape=tuple(values[0].shape),
-        dtype=kind, bits=8 * sizes[1] / max(values[0].numel(), 1), tables=tables,
-        bytes_before=sizes[0], bytes_after=sizes[1],
+        name=_name(weights[0]), op=ops[0].name, op_type=op_names(ops[0])[0],
+        shape=tuple(values[0].shape), dtype=kind, bits=8 * sizes[1] / max(values[0].numel(), 1),
+        tables=tables, bytes_before=sizes[0], bytes_after=sizes[1],
         weight_sqnr=sqnr(*error_of(values[0], values[1])), output_sqnr=output, own_sqnr=own,
     )  # fmt: skip
 
@@ -292,10 +311,6 @@ def _chain(node: fx.Node) -> list[fx.Node]:
     return [node, *(each for operand in operands(node) for each in _chain(operand))]
 
 
-def _bytes(gm: fx.GraphModule, node: fx.Node) -> int:
-    total = 0
-    for path in {str(each.target) for each in _chain(node) if each.op == "get_attr"}:
-        holder, name = holder_of(gm, path)
-        tensor = getattr(holder, name)
-        total += tensor.numel() * tensor.element_size()
-    return total
+def _bytes(held: dict[str, StoredTensor], node: fx.Node) -> int:
+    paths = {str(each.target) for each in _chain(node) if each.op == "get_attr"}
+    return -(-sum(held[path].bits for path in paths) // 8)

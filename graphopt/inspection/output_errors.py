@@ -12,9 +12,17 @@ from torch.utils import _pytree as pytree
 
 from graphopt.captured_module import CapturedModule
 from graphopt.editor import operands
-from graphopt.layerwise import Batch, flat_inputs
+from graphopt.errors import InputError
+from graphopt.layerwise import Batch, explained, flat_inputs
 
 __all__ = ["OutputErrors", "error_of", "sqnr"]
+
+
+def errors_of(want: Any, got: Any) -> tuple[float, float]:
+    """The same over all tensors of two structures."""
+    pairs = zip(pytree.tree_leaves(want), pytree.tree_leaves(got), strict=True)
+    sums = [error_of(a, b) for a, b in pairs if isinstance(a, Tensor)]
+    return sum(energy for energy, _ in sums), sum(noise for _, noise in sums)
 
 
 def error_of(want: Tensor, got: Tensor) -> tuple[float, float]:
@@ -50,11 +58,16 @@ class OutputErrors:
         second = _Recorder(self.found, {other for _, other in self.pairs}).run_on(batch)
         for one, other in self.pairs:
             want, got = first.values[one], second.values[other]
-            energy, noise = error_of(want, got)
+            energy, noise = errors_of(want, got)
             sums = self.sums[one]
             sums[0] += energy
             sums[1] += noise
-            sums[2] += error_of(want, _alone(one, twins[one], first, second))[1]
+            sums[2] += errors_of(want, _alone(one, twins[one], first, second))[1]
+        if len(first.outputs) != len(second.outputs):
+            raise InputError(
+                f"{len(first.outputs)} outputs before and {len(second.outputs)} after: the second"
+                " program is not made from the first"
+            )
         for place, (want, got) in enumerate(zip(first.outputs, second.outputs, strict=True)):
             if place == len(self.whole):
                 self.whole.append([0.0, 0.0])
@@ -72,7 +85,7 @@ class OutputErrors:
         return tuple(sqnr(*sums) for sums in self.whole)
 
 
-def _alone(one: fx.Node, other: fx.Node, exact: _Recorder, found: _Recorder) -> Tensor:
+def _alone(one: fx.Node, other: fx.Node, exact: _Recorder, found: _Recorder) -> Any:
     """The compressed op on the exact inputs: constants of the one, data of the other."""
     given: dict[fx.Node, Any] = {}
     for mine, theirs in zip(operands(other), operands(one), strict=False):
@@ -80,8 +93,7 @@ def _alone(one: fx.Node, other: fx.Node, exact: _Recorder, found: _Recorder) -> 
         given[mine] = found.inputs[mine] if held else exact.inputs[theirs]
     args = fx.map_arg(other.args, given.__getitem__)
     kwargs = fx.map_arg(other.kwargs, given.__getitem__)
-    value: Tensor = other.target(*args, **kwargs)  # type: ignore[operator]
-    return value
+    return other.target(*args, **kwargs)  # type: ignore[operator]
 
 
 class _Recorder(fx.Interpreter):
@@ -98,12 +110,12 @@ class _Recorder(fx.Interpreter):
             ):  # fmt: skip
                 self.constant.add(node)
         self.read = {operand for node in kept for operand in operands(node)}
-        self.values: dict[fx.Node, Tensor] = {}
+        self.values: dict[fx.Node, Any] = {}
         self.inputs: dict[fx.Node, Any] = {}
         self.outputs: list[Tensor] = []
 
     def run_on(self, batch: Batch) -> _Recorder:
-        with torch.no_grad():
+        with torch.no_grad(), explained(self.gm, batch):
             result = self.run(*flat_inputs(self.gm, batch), enable_io_processing=False)
         self.outputs = [each for each in pytree.tree_leaves(result) if isinstance(each, Tensor)]
         return self

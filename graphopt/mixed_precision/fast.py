@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.errors import InputError
-from graphopt.layerwise import Batch, flat_inputs
+from graphopt.layerwise import Batch, explained, flat_inputs
 from graphopt.matrix_form import WeightUse
 from graphopt.mixed_precision.exact import Bench
 from graphopt.mixed_precision.layers import Layer, uses_of
@@ -107,7 +107,8 @@ def _forward(plan: GraphPlan, batch: Batch, wanted: set[str]) -> tuple[_Values, 
     for node in plan.nodes:
         if node.op in ("placeholder", "output"):
             continue
-        result = call_node(plan.gm, node, env.__getitem__)
+        with explained(plan.gm, batch):
+            result = call_node(plan.gm, node, env.__getitem__)
         if node.op == "get_attr" and isinstance(result, Tensor):
             result = result.detach()
         if node.name in wanted:

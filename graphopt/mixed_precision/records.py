@@ -144,12 +144,13 @@ class Records:
             found, end = _read(path)
             if found is None and not first.encode().startswith(path.read_bytes()):
                 raise InputError(f"{path}: not a sensitivity table; write to another file")
-            if found is not None:
+            # of a table that got no further than its first line nothing is lost
+            if found is not None and (found.values or found.vectors or found.hashes):
                 difference = header.difference(found.header)
                 if difference:
                     raise InputError(
                         f"{path} was measured with other settings: {difference}; write to another"
-                        " file, or pass resume=False to begin anew"
+                        " file, or begin anew (resume=False, --restart)"
                     )
                 # a line that was cut off in the middle goes
                 os.truncate(path, end)
@@ -181,7 +182,7 @@ class Records:
         if self.hashes.setdefault(number, digest) != digest:
             raise InputError(
                 f"{self.path or 'the table'}: batch {number} was measured on other data; give the"
-                " same data, or pass resume=False to begin anew"
+                " same data, or begin anew (resume=False, --restart)"
             )
 
     def add(self, batch: int, layer: str, values: Mapping[str, Mapping[str, float]]) -> None:

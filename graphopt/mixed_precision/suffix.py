@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.captured_module import CapturedModule, holder_of
 from graphopt.editor import operands
-from graphopt.layerwise import Batch, flat_inputs
+from graphopt.layerwise import Batch, explained, flat_inputs
 
 __all__ = ["Downstream", "GraphPlan", "SuffixRun", "call_node"]
 
@@ -137,7 +137,8 @@ class SuffixRun:
         for node in self.plan.nodes:
             if node.op in ("placeholder", "output"):
                 continue
-            values[node] = call_node(self.plan.gm, node, values.__getitem__)
+            with explained(self.plan.gm, self._batch):
+                values[node] = call_node(self.plan.gm, node, values.__getitem__)
             for each in (*operands(node), node):
                 if last[each] <= place[node] and each in values:
                     del values[each]
@@ -154,7 +155,8 @@ class SuffixRun:
                     missing.add(each)
                     stack += operands(each)
             for each in sorted(missing, key=self.plan.place.__getitem__):
-                self._exact[each] = call_node(self.plan.gm, each, self._exact.__getitem__)
+                with explained(self.plan.gm, self._batch):
+                    self._exact[each] = call_node(self.plan.gm, each, self._exact.__getitem__)
         return self._exact[node]
 
     def advance(self, place: int) -> None:

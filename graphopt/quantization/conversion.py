@@ -37,7 +37,7 @@ def scales_of(
         raise CalibrationError(
             "activations without a usable range:\n"
             + "\n".join(problems)
-            + "\nrun data that reaches them through calibration_mode(), exclude them in the config, or"
+            + "\nrun data that reaches them through calibration_mode() (--data), exclude them in the config, or"
             " pass on_unobserved='skip' to leave them in float"
         )
     return found

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.captured_module import CapturedModule
 from graphopt.errors import InputError
-from graphopt.layerwise import Batch, flat_inputs
+from graphopt.layerwise import Batch, explained, flat_inputs
 from graphopt.matrix_form import WeightUse
 from graphopt.mixed_precision.fast import project
 from graphopt.progress import track
@@ -209,5 +209,6 @@ class _Watched(fx.Interpreter):
 
 
 def _leaves(runner: _Watched, gm: CapturedModule, batch: Batch) -> list[Tensor]:
-    done = runner.run(*flat_inputs(gm, batch), enable_io_processing=False)
+    with explained(gm, batch):
+        done = runner.run(*flat_inputs(gm, batch), enable_io_processing=False)
     return [each for each in pytree.tree_leaves(done) if isinstance(each, Tensor)]

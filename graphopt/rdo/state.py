@@ -60,7 +60,7 @@ class RunState:
             if (folder / "key").read_text() != key:
                 raise InputError(
                     f"{folder} holds an unfinished run of another model, other data or another"
-                    " config; finish that one, delete the folder, or pass resume=False"
+                    " config; finish that one, delete the folder, or begin anew (resume=False, --restart)"
                 )
             return
         folder.mkdir(parents=True)

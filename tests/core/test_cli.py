@@ -183,3 +183,66 @@ def test_differences_and_pages_are_written(with_data: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "0.weight" in (with_data / "page.html").read_text()
     assert command(with_data, *page).returncode == 7
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "message"),
+    [
+        (("diff", "m.pt2", "o.pt2", "--data", "wide.pt"), 3, "do not fit the captured graph"),
+        (("diff", "m.pt2", "o.pt2", "--data", "d.pt", "--batch-size", "0"), 2, "batch-size"),
+        (("report", "o.pt2", "-o", "page.txt"), 4, "must end in .html"),
+        (("report", "o.pt2", "-o", "c.yaml/page.html"), 1, "File exists"),
+        (("compress", "m.pt2", "--config", "empty.yaml", "-o", "p.pt2"), 4, "in empty.yaml"),
+        (("compress", "m.pt2", "--config", ".", "-o", "p.pt2"), 2, "is a directory"),
+        (
+            ("compress", "cut.pt2", "--config", "c.yaml", "-o", "p.pt2"),
+            3,
+            "cut.pt2 is not a program",
+        ),
+        (
+            ("compress", "m.pt2", "--config", "c.yaml", "-o", "p.pt2", "--report", "r.txt"),
+            4,
+            "must end in .json or .html",
+        ),
+    ],
+)
+def test_mistakes_are_told_without_a_traceback(
+    with_data: Path, words: tuple[str, ...], code: int, message: str
+) -> None:
+    command(with_data, "compress", "m.pt2", "--config", "c.yaml", "-o", "o.pt2")
+    torch.save(torch.randn(8, 17), with_data / "wide.pt")
+    (with_data / "empty.yaml").write_text("")
+    (with_data / "cut.pt2").write_bytes((with_data / "m.pt2").read_bytes()[:2000])
+    before = sorted(path.name for path in with_data.iterdir())
+    done = command(with_data, *words)
+    assert done.returncode == code, done.stderr
+    assert message in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert sorted(path.name for path in with_data.iterdir()) == before
+
+
+def test_report_that_exists_is_kept_and_nothing_else_is_written(folder: Path) -> None:
+    (folder / "r.json").write_text("mine")
+    words = ("compress", "m.pt2", "--config", "c.yaml", "-o", "o.pt2", "--report", "r.json")
+    assert command(folder, *words).returncode == 7
+    assert (folder / "r.json").read_text() == "mine"
+    assert not (folder / "o.pt2").exists()
+    assert command(folder, *words, "--overwrite").returncode == 0
+    assert json.loads((folder / "r.json").read_text())["output"] == "o.pt2"
+
+
+def test_parameters_of_quantized_programs_are_counted(with_data: Path) -> None:
+    options = ("--config", "q.yaml", "--data", "d.pt", "--batch-size", "2")
+    done = command(with_data, "compress", "m.pt2", *options, "-o", "q.pt2")
+    assert done.returncode == 0, done.stderr
+    words = ("inspect", "--json")
+    before, after = (
+        json.loads(command(with_data, *words, name).stdout) for name in ("m.pt2", "q.pt2")
+    )
+    assert after["parameters"] == before["parameters"] == 16 * 32 + 32 + 32 * 4 + 4
+    assert {
+        row["name"]: row["bits_per_weight"] for row in after["modules"] if row["parameters"]
+    } == {
+        "0": pytest.approx(8 + 32 * 32 / 512),
+        "2": pytest.approx(8 + 4 * 32 / 128),
+    }

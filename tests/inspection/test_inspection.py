@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import json
 import math
 import shutil
@@ -23,6 +24,7 @@ from graphopt.inspection import (
     save_graph,
     write_page,
 )
+from graphopt.numerics.packing import unpack
 from graphopt.palettization import KMeansPalettizer, KMeansPalettizerConfig
 from graphopt.program import CompressedProgram
 from graphopt.pruning import MagnitudePruner
@@ -190,8 +192,8 @@ def test_bits_of_int8_weights_are_integers_and_scales(net: nn.Module) -> None:
     quantizer = Quantizer(net, QuantizerConfig.presets.w8())
     prepared = quantizer.prepare((X,))
     found = bits_per_weight(quantizer.program())
-    # a scale of 32 bits and a zero point of 64 per channel
-    assert found.total_bits == 8 * (2 * 256 + 64) + 36 * (32 + 64) + 32 * 32
+    # a scale of 32 bits per channel; zero points are 0
+    assert found.total_bits == 8 * (2 * 256 + 64) + 36 * 32 + 32 * 32
     assert found.total_weights == 2 * 256 + 64 + 32
     with pytest.raises(InputError, match="still observes"):
         bits_per_weight(prepared)
@@ -390,3 +392,89 @@ def test_graph_is_written_for_viewers(compressed: CompressedProgram, tmp_path: P
     assert not [node for node in plain["nodes"] if node["kind"] == "weight"]
     with pytest.raises(InputError, match=r"use \.svg"):
         save_graph(compressed, tmp_path / "graph.onnx")
+
+
+# --- what else diff and bits meet -----------------------------------------------------------------------
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(16, 8, batch_first=True, bidirectional=True)
+        self.head = nn.Linear(16, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0])
+
+
+def test_recurrent_weights_are_compared_gate_by_gate() -> None:
+    model, x = Recurrent().eval(), torch.randn(2, 5, 16)
+    palettizer = KMeansPalettizer(model)
+    palettizer.prepare((x,))
+    program = palettizer.program()
+    found = diff(model, program, [x])
+    names = ["weight_ih_l0", "weight_hh_l0", "weight_ih_l0_reverse", "weight_hh_l0_reverse"]
+    assert [row.name for row in found] == [*(f"lstm.{name}" for name in names), "head.weight"]
+    exact, rounded = model.lstm.double(), copy.deepcopy(model.lstm).double()
+    for row in list(found)[:4]:
+        weight = getattr(exact, row.name.removeprefix("lstm."))
+        dense = _dense(program, row.name).double()
+        energy, noise = weight.square().sum(), (weight - dense).square().sum()
+        assert row.weight_sqnr == pytest.approx(10 * math.log10(float(energy / noise)), abs=1e-4)
+        setattr(rounded, row.name.removeprefix("lstm."), nn.Parameter(dense))
+    want, got = ((y, *states) for y, states in (exact(x.double()), rounded(x.double())))
+    energy = sum(float(each.square().sum()) for each in want)
+    noise = sum(float((a - b).square().sum()) for a, b in zip(want, got, strict=True))
+    assert found.layers[0].own_sqnr == pytest.approx(10 * math.log10(energy / noise), abs=1e-3)
+
+
+def _dense(program: CompressedProgram, name: str) -> Tensor:
+    state = program.module().state_dict()
+    codes = unpack(state[f"{name}_indices"], 4, program.table[name].numel)
+    return state[f"{name}_lut"].flatten()[codes.long()].reshape(program.table[name].shape)
+
+
+def test_keyword_inputs_are_compared() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.f = nn.Linear(16, 8)
+
+        def forward(self, x: Tensor, *, y: Tensor) -> Tensor:
+            return self.f(x) + y
+
+    model, call = Keyword().eval(), {"x": torch.randn(2, 16), "y": torch.randn(2, 8)}
+    palettizer = KMeansPalettizer(model)
+    palettizer.prepare((call["x"],), {"y": call["y"]})
+    assert diff(model, palettizer.program(), [call]).output_sqnr[0] > 15
+    assert diff(model, model, [call]).output_sqnr == (math.inf,)
+
+
+def test_programs_of_two_models_are_not_compared() -> None:
+    x = torch.randn(2, 16)
+    with pytest.raises(InputError, match="not made from the first"):
+        diff(nn.Sequential(nn.Linear(16, 8)), nn.Sequential(nn.Linear(16, 4)), [x])
+    with pytest.raises(InputError, match="do not fit the captured graph"):
+        diff(graphopt.capture(Net().eval(), (x,)), Net().eval(), [torch.randn(2, 17)])
+
+
+@pytest.mark.coreai
+def test_bits_of_a_module_finalized_for_a_target_are_those_of_the_program() -> None:
+    palettizer = KMeansPalettizer(nn.Sequential(nn.Linear(64, 128)).eval())
+    palettizer.prepare((torch.randn(2, 64),))
+    by_hand = (64 * 128 * 4 + 16 * 32 + 128 * 32) / (64 * 128 + 128)
+    for made in (palettizer.program(), *(palettizer.finalize(backend=t) for t in TARGETS)):
+        assert bits_per_weight(made).bpw == pytest.approx(by_hand)
+
+
+TARGETS = ("coreai", "coreml", "torch")
+
+
+def test_zero_points_that_are_zero_are_not_counted() -> None:
+    x = torch.randn(2, 64)
+    model = nn.Sequential(nn.Linear(64, 128, bias=False)).eval()
+    quantizer = Quantizer(model)
+    quantizer.prepare((x,))
+    quantizer.calibrate([x])
+    program = quantizer.program()
+    by_hand = 8 + 32 * 128 / (64 * 128)
+    assert bits_per_weight(program).bpw == pytest.approx(by_hand)
+    assert diff(model, program, example_inputs=(x,)).layers[0].bits == pytest.approx(by_hand)

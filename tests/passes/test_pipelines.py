@@ -287,3 +287,17 @@ def test_pipeline_leaves_the_model_and_its_copy_alone(net: nn.Module, data: list
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
     assert program.graph_module.meta.get("graphopt_findings") is not None
     assert program.graph_module.meta["graphopt_findings"].reference is None
+
+
+def test_pipelines_inside_pipelines_are_their_passes() -> None:
+    inner = pipelines.palettize()
+    whole = pipelines.Pipeline("whole", (inner,))
+    assert whole.names == inner.names
+    model, x = nn.Sequential(nn.Linear(16, 8)).eval(), torch.randn(2, 16)
+    program = whole.run(model, (x,), verify=True)
+    assert torch.equal(program.module()(x), inner.run(model, (x,)).module()(x))
+
+
+def test_what_cannot_be_called_is_no_pass() -> None:
+    with pytest.raises(PassError, match="3 is no pass"):
+        pipelines.palettize().insert_after("remove-unused", 3)
