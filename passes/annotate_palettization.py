@@ -79,8 +79,12 @@ class AnnotatePalettization(Pass):
         threshold = self.config.weight_threshold
         if weight.tensor.numel() <= threshold:
             return f"{weight.tensor.numel()} elements do not exceed weight_threshold={threshold}"
-        if weight.sparse is not None:
+        if weight.sparse is not None and _of_values(spec) != spec:
             spec = _of_values(spec)
+            warnings.warn(
+                f"{weight.name}: its values, which pruning has left, get one scalar table by k-means",
+                ConfigWarning, stacklevel=2,
+            )  # fmt: skip
         try:
             layout = plan_layout(weight.tensor.shape, weight.output_axis, spec)
         except CompressionError as error:

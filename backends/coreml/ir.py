@@ -31,6 +31,7 @@ _SLOTS = {
     "gather": {"x": 0}, "gather_along_axis": {"x": 0}, "gather_nd": {"x": 0},
 }  # fmt: skip
 _RECURRENT = ("lstm", "gru", "rnn")
+_OLD_FORMS = ("constexpr_lut_to_dense", "constexpr_sparse_to_dense")  # changed with iOS 18
 # gather counts negative indices from the end before iOS 17 and not after it
 _GUARDS = (
     "common::guard_negative_gather_indices", "common::const_elimination",
@@ -157,8 +158,15 @@ def open_model(model: Any, *, modern: bool) -> BuiltProgram:
                 for name in _GUARDS:
                     PASS_REGISTRY[name](program)
     except Exception as error:
+        held = sorted(set(_OLD_FORMS) & _op_types(spec)) if before < _IOS18 <= version else []
         raise InputError(
-            f"the model (specification {before}) cannot be read as specification {version}: {error}"
+            f"the model (specification {before}) cannot be read as specification {version}: "
+            + (
+                f"it holds weights as {', '.join(held)} of before iOS 18; compress the uncompressed"
+                " model, or convert it for iOS 18 first"
+                if held
+                else str(error)
+            )
         ) from error
     if version > before:
         _log.warning(
@@ -166,6 +174,15 @@ def open_model(model: Any, *, modern: bool) -> BuiltProgram:
             version, {_IOS16: 16, _IOS17: 17}.get(version, 18), before,
         )  # fmt: skip
     return BuiltProgram(program, spec, version, model.compute_unit)
+
+
+def _op_types(spec: Any) -> set[str]:
+    return {
+        op.type
+        for function in spec.mlProgram.functions.values()
+        for block in function.block_specializations.values()
+        for op in block.operations
+    }
 
 
 def _constants(block: Any) -> Iterator[Any]:
@@ -192,7 +209,7 @@ def _as_weight(op: Any) -> Weight | None:
     ]
     axes = {_output_axis(user, slot, var) for user, slot in uses}
     known = {axis for axis in axes if axis is not None}
-    if known != axes or not known or not np.isfinite(value).all():
+    if known != axes or not known:
         return None
     users = tuple((user.name, user.op_type) for user, _ in uses)
     return Weight(op.name, op, users, value.shape, min(known), len(known) > 1)

@@ -11,7 +11,7 @@ from graphopt.errors import ConfigError
 from graphopt.specs import QuantizationScheme
 from graphopt.specs.dtypes import parse_dtype
 
-__all__ = ["CompressionGranularity", "DType", "QScheme", "option_of", "torch_dtype"]
+__all__ = ["CompressionGranularity", "DType", "QScheme", "check_whole", "option_of", "torch_dtype"]
 
 
 class DType(StrEnum):
@@ -67,6 +67,16 @@ def option_of(kind: type[OptionT], value: str, allowed: tuple[OptionT, ...], nam
         known = [each.value for each in allowed]
         raise ConfigError(f"{name} must be one of {known}, got {value!r}")
     return found
+
+
+def check_whole(value: object, name: str, least: int) -> None:
+    """Refuse what is no whole number of at least `least`.
+
+    Raises:
+        ConfigError: With the option's name.
+    """
+    if not isinstance(value, int) or isinstance(value, bool) or value < least:
+        raise ConfigError(f"{name} must be a whole number of at least {least}, got {value!r}")
 
 
 def torch_dtype(dtype: DType) -> torch.dtype:

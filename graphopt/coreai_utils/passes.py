@@ -15,12 +15,14 @@ from graphopt.coreai_utils.common import (
     CompressionGranularity,
     DType,
     QScheme,
+    check_whole,
     option_of,
     torch_dtype,
 )
 from graphopt.errors import CompressionError, ConfigError, InputError
 from graphopt.extras import require
 from graphopt.numerics.parallel import map_tasks
+from graphopt.schemes.layout import plan_layout
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 from graphopt.schemes.prune import PrunedWeight, mask_of, prune, unfit
 from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
@@ -75,7 +77,8 @@ def palettize_weights(
         granularity: PER_TENSOR, PER_CHANNEL (a table per output channel) or PER_GROUPED_CHANNEL.
         group_size: Output channels per table with PER_GROUPED_CHANNEL; 0 is all. One that does not
             divide becomes the nearest divisor, or one table if tables would outgrow the codes.
-        cluster_dim: Length of an entry, along the output channels.
+        cluster_dim: Length of an entry, along the output channels. A weight whose channels it does
+            not divide stays, with a warning in the log.
         enable_per_channel_scale: Divide every output channel by its largest magnitude first.
         weight_num_threshold: Constants of no more elements stay.
         num_kmeans_workers: Accepted for compatibility; clustering uses torch's threads.
@@ -97,10 +100,8 @@ def palettize_weights(
     kind = option_of(_Gran, granularity, allowed, "granularity")
     if n_bits not in _BITS:
         raise ConfigError(f"n_bits must be one of {_BITS}, got {n_bits!r}")
-    if cluster_dim < 1:
-        raise ConfigError(f"cluster_dim must be at least 1, got {cluster_dim}")
-    if group_size < 0:
-        raise ConfigError(f"group_size must not be negative, got {group_size}")
+    check_whole(cluster_dim, "cluster_dim", 1)
+    check_whole(group_size, "group_size", 0)
     entries = None
     if lut_dtype is not None:
         entries = QuantizationSpec(
@@ -116,6 +117,12 @@ def palettize_weights(
             n_bits=n_bits, lut_qspec=entries, granularity=groups, cluster_dim=cluster_dim,
             enable_per_channel_scale=enable_per_channel_scale,
         )  # fmt: skip
+        try:
+            note = plan_layout(value.shape, constant.output_axis, spec).note
+        except CompressionError as error:
+            return str(error)
+        if note:
+            _log.warning("%s: %s", constant.name, note)
         return palettize(value, spec, output_axis=constant.output_axis), None
 
     return _compressed(coreai_program, compress, weight_num_threshold, in_place)
@@ -163,8 +170,7 @@ def quantize_weights(
         raise ConfigError(
             "fp4_e2m1fn has one scale per block of 32; use PER_BLOCK and block_size=32"
         )
-    if kind is _Gran.PER_BLOCK and block_size < 1:
-        raise ConfigError(f"block_size must be at least 1, got {block_size}")
+    check_whole(block_size, "block_size", 1)
     scales = None
     if scale_dtype is not None:
         found = option_of(DType, scale_dtype, (DType.FP8_E8M0FNU,), "scale_dtype")
@@ -234,10 +240,14 @@ def sparsify_weights(
     """
     if (target_sparsity is None) == (n_m_ratio is None):
         raise ConfigError("give either target_sparsity or n_m_ratio (with target_sparsity=None)")
-    if target_sparsity is not None and not 0 <= target_sparsity <= 1:
-        raise ConfigError(f"target_sparsity must be in [0, 1], got {target_sparsity}")
-    if block_size is not None and (block_size <= 1 or n_m_ratio is not None):
-        raise ConfigError("block_size must be greater than 1, and has no meaning with n_m_ratio")
+    if target_sparsity is not None and not (
+        isinstance(target_sparsity, int | float) and 0 <= target_sparsity <= 1
+    ):
+        raise ConfigError(f"target_sparsity must be in [0, 1], got {target_sparsity!r}")
+    if block_size is not None:
+        check_whole(block_size, "block_size", 2)
+        if n_m_ratio is not None:
+            raise ConfigError("block_size has no meaning with n_m_ratio")
     if n_m_ratio is not None and not _is_ratio(n_m_ratio):
         raise ConfigError(f"n_m_ratio must be whole numbers 0 ≤ n ≤ m, m > 0, got {n_m_ratio}")
     if quantize_dtype is not None and palettize_nbits is not None:
@@ -297,8 +307,7 @@ def _compressed(
             f"expected an AIProgram, got {type(program).__name__}; of an asset it is"
             " AIModelAsset.load(path).program"
         )
-    if threshold < 0:
-        raise ConfigError(f"weight_num_threshold must not be negative, got {threshold}")
+    check_whole(threshold, "weight_num_threshold", 0)
     target = program if in_place else copy.deepcopy(program)
     constants = find_constants(target, threshold)
     values = [constant.value() for constant in constants]

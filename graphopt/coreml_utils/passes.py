@@ -22,6 +22,7 @@ from graphopt.specs import (
     PalettizationSpec,
     PerBlockGranularity,
     PerChannelGranularity,
+    PerGroupedChannelGranularity,
     PerTensorGranularity,
     QuantizationFormulation,
     QuantizationSpec,
@@ -32,6 +33,7 @@ from graphopt.specs.model import SpecModel
 __all__ = ["WeightInfo", "palettize_weights", "quantize_weights", "weights_of"]
 
 _log = logging.getLogger(__name__)
+_BLOCKS = (PerBlockGranularity, PerGroupedChannelGranularity)  # need iOS 18
 _TYPES = ("int4", "uint4", "int8", "uint8")
 SpecT = TypeVar("SpecT", bound=SpecModel)
 
@@ -83,7 +85,8 @@ def palettize_weights(
     Weights of convolutions (transposed too), linear and recurrent layers, matrix products and gathers
     are clustered exactly, as `KMeansPalettizer` does. The given model stays as it is; states,
     functions, descriptions and metadata are kept. Tables per group, of vectors or integers, scales
-    and 3 bits need iOS 18: an older model is raised to it, with a warning in the log.
+    and 3 bits need iOS 18: an older model is raised to it, with a warning in the log, unless it
+    holds tables or sparse weights already.
 
     Args:
         model: An `MLModel` of type ML program, loaded (`skip_model_load=True` will do) or converted.
@@ -99,7 +102,7 @@ def palettize_weights(
 
     Raises:
         ConfigError: A key matches nothing, or a spec asks for what Core ML cannot hold.
-        CompressionError: A weight cannot be clustered so.
+        CompressionError: A weight contains NaN or Inf, or cannot be clustered so.
         InputError: It is no `MLModel` of type ML program.
         MissingDependencyError: coremltools is not installed.
     """
@@ -145,7 +148,7 @@ def quantize_weights(
 
     Raises:
         ConfigError: A key matches nothing, or a spec asks for what Core ML cannot hold.
-        CompressionError: A weight cannot be quantized so.
+        CompressionError: A weight contains NaN or Inf, or cannot be quantized so.
         InputError: It is no `MLModel` of type ML program.
         MissingDependencyError: coremltools is not installed.
     """
@@ -155,11 +158,13 @@ def quantize_weights(
             continue
         if dtype_name(each.dtype) not in _TYPES:
             raise ConfigError(f"Core ML holds weights of {_TYPES}, not {dtype_name(each.dtype)}")
+        if each.scale_dtype is torch.float8_e8m0fnu:
+            raise ConfigError("Core ML's scales are float16 or float32, not float8_e8m0fnu")
         if each.qformulation is QuantizationFormulation.MINVAL:
             raise ConfigError("Core ML has no float minimum; use qformulation 'zp'")
     modern = any(
         each is not None
-        and ("4" in dtype_name(each.dtype) or isinstance(each.granularity, PerBlockGranularity))
+        and ("4" in dtype_name(each.dtype) or isinstance(each.granularity, _BLOCKS))
         for each in chosen
     )
 

@@ -261,6 +261,34 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_changes(tmp_path: P
     assert size(saved(own, tmp_path)) == before
 
 
+def test_weight_that_vectors_do_not_fit_stays_and_the_others_do_not(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 33)).eval(), torch.randn(2, 64)
+    exported = torch.export.export(model, (x,)).run_decompositions(coreai_torch.get_decomp_table())
+    own = coreai_torch.TorchConverter().add_exported_program(exported).to_coreai()
+    small = saved(coreai_utils.palettize_weights(own, cluster_dim=2), tmp_path)
+    assert "left as it is: cluster_dim=2 does not divide the 33 channels" in caplog.text
+    first = model[0].weight
+    first.data = palettize(first.data, PalettizationSpec(cluster_dim=2), output_axis=0).dense()
+    close(run_asset(small, {"input": x}), [model(x)])
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_weights_are_compressed(kind: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = kind(32, 64, batch_first=True).eval(), torch.randn(2, 5, 32)
+    exported = torch.export.export(model, (x,)).run_decompositions(coreai_torch.get_decomp_table())
+    own = coreai_torch.TorchConverter().add_exported_program(exported).to_coreai()
+    small = saved(coreai_utils.palettize_weights(own), tmp_path)
+    weights = [each for each in model.parameters() if each.ndim == 2]
+    assert size(small) < size(saved(own, tmp_path)) - 3 * sum(each.numel() for each in weights)
+    for weight in weights:
+        weight.data = palettize(weight.data, PalettizationSpec()).dense()
+    close(run_asset(small, {"input": x})[:1], [model(x)[0]])
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -275,10 +303,22 @@ def test_weights_that_are_not_finite_are_refused_and_nothing_changes(tmp_path: P
             lambda p: coreai_utils.quantize_weights(p, "int8", scale_dtype="fp8_e8m0fnu"),
             "is for fp8 weights",
         ),
+        (
+            lambda p: coreai_utils.palettize_weights(p, cluster_dim="2"),
+            "cluster_dim must be a whole",
+        ),
+        (lambda p: coreai_utils.sparsify_weights(p, "0.5"), "target_sparsity must be in"),
+        (
+            lambda p: coreai_utils.quantize_weights(p, "int8", weight_num_threshold=None),
+            "weight_num_threshold must be a whole number",
+        ),
         (lambda p: coreai_utils.sparsify_weights(p, 1.5), "target_sparsity must be in"),
         (lambda p: coreai_utils.sparsify_weights(p, n_m_ratio=(1, 2)), "either target_sparsity"),
         (lambda p: coreai_utils.sparsify_weights(p, None, n_m_ratio=(3, 2)), "n_m_ratio must be"),
-        (lambda p: coreai_utils.sparsify_weights(p, block_size=1), "block_size must be greater"),
+        (
+            lambda p: coreai_utils.sparsify_weights(p, block_size=1),
+            "block_size must be a whole number",
+        ),
         (
             lambda p: coreai_utils.sparsify_weights(p, quantize_dtype="int8", palettize_nbits=4),
             "either quantize_dtype",

@@ -232,6 +232,82 @@ def test_functions_of_one_model_are_kept_and_share_weights(tmp_path: Path) -> No
     assert sizes[0] < 1.1 * sizes[1]
 
 
+def test_tables_of_an_old_model_are_not_mixed_with_forms_that_it_cannot_hold(
+    tmp_path: Path,
+) -> None:
+    small = tmp_path / "small.mlpackage"
+    chosen = {"linear": None}
+    coreml_utils.palettize_weights(built("iOS16", "float32"), op_type_specs=chosen).save(str(small))
+    blocks = QuantizationSpec(granularity=PerBlockGranularity(block_size=16))
+    with pytest.raises(InputError, match=r"constexpr_lut_to_dense of before iOS 18; compress the"):
+        coreml_utils.quantize_weights(opened(small), blocks)
+
+
+def test_scales_of_channel_groups_raise_an_old_model(tmp_path: Path) -> None:
+    path, exact = tmp_path / "small.mlpackage", tmp_path / "exact.mlpackage"
+    model = built("iOS16", "float32")
+    model.save(str(exact))
+    groups = QuantizationSpec(granularity=PerGroupedChannelGranularity(group_size=4))
+    small = coreml_utils.quantize_weights(model, groups)
+    assert small.get_spec().specificationVersion == 9
+    small.save(str(path))
+    found, wanted = weights(path), weights(exact)
+    assert set(found) == set(wanted)
+    for name, (_, value) in wanted.items():
+        assert np.abs(found[name][1] - value).max() <= np.abs(value).max() / 200
+
+
+class Recurrent(nn.Module):
+    def __init__(self, kind: type[nn.Module]) -> None:
+        super().__init__()
+        self.layer = kind(48, 64, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        state = torch.zeros(1, 2, 64)
+        first = (state, state) if isinstance(self.layer, nn.LSTM) else state
+        return self.layer(x, first)[0]
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
+def test_recurrent_weights_are_found_and_read_back(kind: Any, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Recurrent(kind).eval(), torch.randn(2, 5, 48)
+    whole = ct.convert(
+        torch.jit.trace(model, x), inputs=[ct.TensorType(name="x", shape=x.shape)],
+        minimum_deployment_target=ct.target.iOS18, compute_precision=ct.precision.FLOAT32,
+        skip_model_load=True,
+    )  # fmt: skip
+    small, large = tmp_path / "small.mlpackage", tmp_path / "large.mlpackage"
+    coreml_utils.palettize_weights(whole).save(str(small))
+    whole.save(str(large))
+    inside = "Data/com.apple.CoreML/weights/weight.bin"
+    matrices = [each for each in model.parameters() if each.ndim == 2]
+    gain = (large / inside).stat().st_size - (small / inside).stat().st_size
+    assert gain > 3.4 * sum(each.numel() for each in matrices)
+    assert not coreml_utils.weights_of(opened(small))
+    if kind is nn.LSTM:  # a loop over the steps, as a GRU becomes, is not evaluated on this host
+        for weight in matrices:
+            weight.data = palettize(weight.data, PalettizationSpec()).dense()
+        found = next(iter(evaluate(load_program(small), {"x": x.numpy()}).outputs.values()))
+        assert np.abs(found - model(x).detach().numpy()).max() < 1e-5
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    class Broken(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(64, 64)
+            self.fc.weight.data[0, 0] = float("nan")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    exported = torch.export.export(Broken().eval(), (torch.randn(1, 64),)).run_decompositions({})
+    model = ct.convert(exported, minimum_deployment_target=ct.target.iOS18, skip_model_load=True)
+    with pytest.raises(CompressionError, match="fc_weight.*NaN or Inf"):
+        coreml_utils.palettize_weights(model)
+
+
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -254,6 +330,16 @@ def test_functions_of_one_model_are_kept_and_share_weights(tmp_path: Path) -> No
         (
             lambda m: coreml_utils.palettize_weights(m, PalettizationSpec(cluster_dim=5)),
             CompressionError, "cluster_dim=5",
+        ),
+        (
+            lambda m: coreml_utils.quantize_weights(
+                m, QuantizationSpec(dtype=torch.float8_e4m3fn, scale_dtype=torch.float8_e8m0fnu)
+            ),
+            ConfigError, "holds weights of",
+        ),
+        (
+            lambda m: coreml_utils.quantize_weights(m, QuantizationSpec(scale_dtype=torch.float8_e8m0fnu)),
+            ConfigError, "scales are float16 or float32",
         ),
         (lambda m: coreml_utils.palettize_weights("net.mlpackage"), InputError, "expected a coremltools"),
     ],
