@@ -6,7 +6,7 @@ import importlib
 import io
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +17,14 @@ from rich.table import Table
 from graphopt.errors import StateError
 
 __all__ = ["ActivationRecord", "CompressionTable", "TensorRecord", "finite_values", "merged"]
+
+
+_PARTS = (
+    "_indices",
+    "_quantized",
+    "_values",
+    "_data",
+)  # what a compressed weight's first part is called
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -262,11 +270,21 @@ class CompressionTable:
 
 
 def merged(first: CompressionTable, second: CompressionTable) -> CompressionTable:
-    """Rows of both, the second's replacing the first's of the same tensor."""
-    replaced = {row.name for row in second.rows}
-    kept: Sequence[TensorRecord] = [row for row in first.rows if row.name not in replaced]
+    """Rows of both, the second's replacing the first's of the same tensor.
+
+    Of a weight that the first compressed the second has nothing to say of what it consists of now.
+    """
+    done = {row.name for row in first.compressed}
+    added = [
+        row for row in second.rows
+        if row.status != "skipped" or not any(
+            row.name.endswith(part) and row.name.removesuffix(part) in done for part in _PARTS
+        )
+    ]  # fmt: skip
+    replaced = {row.name for row in added}
+    kept = [row for row in first.rows if row.name not in replaced]
     return CompressionTable(
-        (*kept, *second.rows),
+        (*kept, *added),
         (*first.warnings, *second.warnings),
         (*first.activations, *second.activations),
     )

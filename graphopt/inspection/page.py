@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import html
 import io
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -138,7 +140,11 @@ def _figure(figure: Any) -> str:
     with matplotlib.rc_context({"svg.hashsalt": "graphopt", "svg.fonttype": "none"}):
         figure.savefig(stream, format="svg", metadata={"Date": None})
     text = stream.getvalue()
-    return f"<div class='wide'>{text[text.index('<svg') :]}</div>"
+    text = text[text.index("<svg") :]
+    # matplotlib numbers the parts of each figure anew; ids must differ within a page
+    own = hashlib.sha256(text.encode()).hexdigest()[:8]
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{own}-", text)
+    return f"<div class='wide'>{text}</div>"
 
 
 def _sizes(difference: Difference) -> str:

@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import json
 import math
+import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
@@ -478,3 +479,13 @@ def test_zero_points_that_are_zero_are_not_counted() -> None:
     by_hand = 8 + 32 * 128 / (64 * 128)
     assert bits_per_weight(program).bpw == pytest.approx(by_hand)
     assert diff(model, program, example_inputs=(x,)).layers[0].bits == pytest.approx(by_hand)
+
+
+def test_ids_of_a_page_are_unique_and_references_are_met(tmp_path: Path) -> None:
+    model, x = Net().eval(), torch.randn(2, 16)
+    palettizer = KMeansPalettizer(model)
+    palettizer.prepare((x,))
+    text = write_page(palettizer.program(), tmp_path / "page.html", before=model).read_text()
+    ids = re.findall(r'\bid="([^"]+)"', text)
+    assert len(ids) == len(set(ids)) > 50
+    assert set(re.findall(r'(?:url\(#|href="#)([^")]+)', text)) <= set(ids)

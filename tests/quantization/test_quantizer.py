@@ -694,3 +694,21 @@ def test_weights_without_tables_are_quantized_in_the_same_prepare() -> None:
     table = quantizer.summary()
     assert {row.name for row in table.palettized} == {"conv.weight", "conv2.weight"}
     assert {row.name for row in table.quantized} == {"fc.weight"}
+
+
+def test_weights_with_tables_keep_one_row_when_activations_are_quantized() -> None:
+    model, x = (
+        nn.Sequential(nn.Linear(16, 8), nn.ReLU(), nn.Linear(8, 8)).eval(),
+        torch.randn(2, 16),
+    )
+    palettizer = KMeansPalettizer(model)
+    palettizer.prepare((x,))
+    quantizer = Quantizer(palettizer.program())
+    quantizer.prepare((x,))
+    quantizer.calibrate([x])
+    rows = quantizer.program().report()
+    assert [(row.name, row.status) for row in rows] == [
+        ("0.weight", "palettized"),
+        ("2.weight", "palettized"),
+    ]
+    assert rows.activations
