@@ -1,4 +1,4 @@
-"""XNNPACK's partitioner with two repairs.
+"""XNNPACK's partitioner with repairs.
 
 Its rules for convolutions and linear layers mark quantize and dequantize ops as part of a delegate
 before they know whether they will take the op; where they then do not, the delegate drops the marked
@@ -36,6 +36,8 @@ def _with_clean_refusal(base: Any) -> Any:
 
     class Repaired(base):  # type: ignore[misc]
         def get_deps(self, node: Any, program: Any) -> Any:
+            if _is_half_quantized(node):
+                return False, []
             marked = {each for each in program.graph.nodes if each.meta.get(IS_IMPLICIT_Q_DQ_TAG)}
             taken, needed = super().get_deps(node, program)
             if not taken:
@@ -46,6 +48,16 @@ def _with_clean_refusal(base: Any) -> Any:
 
     Repaired.__name__ = Repaired.__qualname__ = base.__name__
     return Repaired
+
+
+def _is_half_quantized(node: Any) -> bool:
+    """A 1-D transposed convolution of integers by a float weight, which is taken and then fails."""
+    value = node.meta.get("val")
+    if "convolution" not in str(node.target) or not node.args[6] or value.ndim != 3:
+        return False
+    from executorch.backends.xnnpack.utils.quant_utils import is_dequant
+
+    return is_dequant(node.args[0]) and not is_dequant(node.args[1])
 
 
 def _with_computed_weights(base: Any) -> Any:

@@ -99,6 +99,17 @@ def test_layout_of_decoded_convolutions_is_that_of_convolutions(tmp_path: Path) 
         assert error(program, tmp_path, delegate=delegate, tables="compressed") < 1e-5
 
 
+@pytest.mark.parametrize("groups", [1, 4])
+@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d])
+def test_transposed_convolutions_of_integers_run(
+    kind: Callable[..., nn.Module], groups: int, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 16, 9) if kind is nn.ConvTranspose1d else torch.randn(2, 16, 9, 9)
+    program = quantized(kind(16, 32, 4, stride=2, groups=groups), x)
+    assert error(program, tmp_path) < 1e-2
+
+
 # --- values and types -----------------------------------------------------------------------------
 @pytest.mark.parametrize("delegate", ["xnnpack", "portable"])
 def test_clamps_keep_their_types_and_ends(delegate: str, tmp_path: Path) -> None:
