@@ -13,6 +13,8 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from graphopt.table import finite_values
+
 __all__ = ["ERR", "OUT", "Json", "Model", "is_stream", "print_json", "scratch_folder", "to_stdout"]
 
 OUT = Console()
@@ -61,5 +63,6 @@ Model = Annotated[
 
 
 def print_json(value: dict[str, Any], *, stream: Any = None) -> None:
-    """Write one object to standard output, or to a stream."""
-    (stream or sys.stdout).write(json.dumps(value, indent=2, default=str) + "\n")
+    """Write one object to standard output, or to a stream; figures that are not finite are null."""
+    text = json.dumps(finite_values(value), indent=2, default=str, allow_nan=False)
+    (stream or sys.stdout).write(text + "\n")

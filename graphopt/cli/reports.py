@@ -12,7 +12,6 @@ from graphopt.cli.artifacts import check_report
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.cli.mixed_precision import BatchSize, read_data
 from graphopt.inspection import diff, write_page
-from graphopt.table import finite_values
 
 __all__ = ["compare", "report"]
 
@@ -38,7 +37,7 @@ def compare(
     batches = None if data is None else read_data(data, batch_size)
     found = diff(as_program(before), as_program(after), batches)
     if as_json:
-        print_json(finite_values(found.to_dict()))
+        print_json(found.to_dict())
     else:
         OUT.print(found)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.backends import BACKENDS, Backend, load_backend
+from graphopt.backends.base import compare_outputs
 from graphopt.errors import ArtifactExistsError, LoweringError, StateError
 from graphopt.lookups import find_lookups
 from graphopt.palettization import (
@@ -271,3 +273,21 @@ def test_op_that_cannot_be_evaluated_is_named_and_the_check_is_partial(
     assert not outcome.complete
     assert outcome.notes == ("no rule for MIL op conv",)
     assert outcome.weights == 5
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted", "error"),
+    [
+        ([1.0, 2.0], [1.0, 4.0], 0.5),
+        ([math.nan, 1.0], [1.0, 1.0], math.inf),
+        ([1.0, 1.0], [math.nan, 1.0], math.inf),
+        ([math.inf, 1.0], [-math.inf, 1.0], math.inf),
+        ([math.nan, math.inf, 1.5], [math.nan, math.inf, 1.0], 0.5),
+        ([0.25], [0.0], 0.25),
+        ([], [], 0.0),
+    ],
+)
+def test_what_is_not_finite_is_no_agreement(
+    found: list[float], wanted: list[float], error: float
+) -> None:
+    assert compare_outputs([torch.tensor(found)], [torch.tensor(wanted)]) == (error,)
