@@ -7,7 +7,7 @@ import io
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -272,17 +272,24 @@ class CompressionTable:
 def merged(first: CompressionTable, second: CompressionTable) -> CompressionTable:
     """Rows of both, the second's replacing the first's of the same tensor.
 
-    Of a weight that the first compressed the second has nothing to say of what it consists of now.
+    Of a weight that the first compressed the second knows only a part, which it leaves: the first's
+    row says so.
     """
     done = {row.name for row in first.compressed}
-    added = [
-        row for row in second.rows
-        if row.status != "skipped" or not any(
-            row.name.endswith(part) and row.name.removesuffix(part) in done for part in _PARTS
-        )
-    ]  # fmt: skip
+    added, left = [], {}
+    for row in second.rows:
+        parts = [part for part in _PARTS if row.name.endswith(part)]
+        whole = row.name.removesuffix(parts[0]) if parts else ""
+        if row.status == "skipped" and whole in done:
+            left[whole] = row.detail
+        else:
+            added.append(row)
     replaced = {row.name for row in added}
-    kept = [row for row in first.rows if row.name not in replaced]
+    kept = [
+        replace(row, note=left[row.name]) if row.name in left and not row.note else row
+        for row in first.rows
+        if row.name not in replaced
+    ]
     return CompressionTable(
         (*kept, *added),
         (*first.warnings, *second.warnings),

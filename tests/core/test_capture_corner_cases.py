@@ -188,7 +188,8 @@ def test_compressed_weights_are_listed_as_such() -> None:
     first.prepare((torch.randn(2, 5, 4),))
     second = KMeansPalettizer(first.program())
     second.prepare()
-    assert [row.detail for row in second.summary().skipped] == ["already compressed"]
+    rows = second.summary()
+    assert [(row.status, row.note) for row in rows] == [("palettized", "already compressed")]
 
 
 def test_subnormal_and_huge_weights_are_clustered() -> None:
