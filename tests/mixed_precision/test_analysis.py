@@ -286,3 +286,11 @@ def test_a_metric_of_ones_own_travels_if_it_can_be_imported() -> None:
         assert table.values() == analyze(model, (x[0],), [2], x, sharpness).values()
         with pytest.raises(InputError, match="cannot be sent"):
             analyze(model, (x[0],), [2], x, lambda a, b: 0.0, executor=executor)
+
+
+def test_table_that_got_no_further_than_its_first_line_is_begun_anew(tmp_path: Path) -> None:
+    path, x = tmp_path / "table.jsonl", pictures(1)
+    analyze(residual(1), (x[0],), [2], x, path=path)
+    path.write_text(path.read_text().splitlines()[0] + "\n")
+    found = analyze(residual(1), (x[0],), [2, 4], x, path=path)
+    assert {row["candidate"] for row in found.to_rows()} == {"2-bit", "4-bit"}

@@ -367,3 +367,23 @@ def test_converted_weights_are_left_alone_unless_asked(net: nn.Module, data: lis
     report = pipelines.palettize().run(gm, (X,)).report()
     assert not report.palettized
     assert sum(row.detail == "already compressed" for row in report.skipped) == 3
+
+
+def test_value_that_an_op_reads_twice_is_observed_once() -> None:
+    class Squared(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x * x)
+
+    torch.manual_seed(0)
+    model, x = Squared().eval(), torch.randn(4, 16)
+    graph = torch.export.export(model, (x,)).run_decompositions({}).module()
+    config = QuantizerConfig()
+    prepared = prepare_pt2e(graph, GraphOptQuantizer(config))
+    prepared(x)
+    theirs = convert_pt2e(prepared)(x)
+    ours = unrounded_calibration(pipelines.quantize(config, [x]), [x]).run(model, (x,)).module()(x)
+    assert (theirs - ours).abs().max() <= 1e-5 * ours.abs().max()
