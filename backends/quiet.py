@@ -11,26 +11,23 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 
+from graphopt.export_errors import without_warnings
+
 __all__ = ["quiet", "silent"]
 
 
 @contextlib.contextmanager
 def quiet(logger_name: str) -> Iterator[None]:
     """Silence a library's prints, bars, warnings and log lines below errors; errors still raise."""
-    logger = logging.getLogger(logger_name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
     sink = io.StringIO()
-    try:
-        with (
-            contextlib.redirect_stderr(sink),
-            contextlib.redirect_stdout(sink),
-            warnings.catch_warnings(),
-        ):
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logger.setLevel(level)
+    with (
+        without_warnings(logger_name),
+        contextlib.redirect_stderr(sink),
+        contextlib.redirect_stdout(sink),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("ignore")
+        yield
 
 
 @contextlib.contextmanager

@@ -33,10 +33,10 @@ from graphopt.backends.executorch.convolutions_as_linear import ConvolutionsAsLi
 from graphopt.backends.executorch.legalize import (
     DuplicateDequantize,
     LegalizeForXNNPACK,
-    why_not_integers,
 )
 from graphopt.backends.executorch.partition import partition_configs
 from graphopt.backends.executorch.plan import read_plan
+from graphopt.backends.executorch.weight_forms import why_not_integers
 from graphopt.backends.quiet import silent
 from graphopt.captured_module import CapturedModule
 from graphopt.errors import LoweringError, VerificationError

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.backends.executorch.legalize import bias_apart
+from graphopt.backends.executorch.weight_forms import bias_apart
 from graphopt.editor import Editor, operands
 from graphopt.lookups import Lookup, find_lookups
 from graphopt.numerics.packing import pack, unpack

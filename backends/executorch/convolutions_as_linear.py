@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.backends.executorch.legalize import bias_apart
+from graphopt.backends.executorch.weight_forms import bias_apart
 from graphopt.editor import Editor
 from graphopt.pass_base import Pass
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -9,25 +10,24 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.backends.executorch.weight_forms import (
+    CONVOLUTIONS,
+    DEQUANTIZE,
+    QUANTIZE,
+    TRANSPOSED,
+    is_rounded,
+    only_user,
+    store_weight,
+)
 from graphopt.editor import Editor
 from graphopt.pass_base import Pass
 from graphopt.passes import DequantizeToShiftScale
-from graphopt.quantized import QuantizedTensor, find_quantized_weights, quantized_ops
+from graphopt.quantized import find_quantized_weights, quantized_ops
 
-__all__ = ["DuplicateDequantize", "LegalizeForXNNPACK", "bias_apart", "why_not_integers"]
+__all__ = ["DuplicateDequantize", "LegalizeForXNNPACK"]
 
 _aten = torch.ops.aten
 _ours = torch.ops.graphopt
-_QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
-_DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
-_CONVS = {
-    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv1d.padding, _aten.conv2d.padding),
-}
-_TRANSPOSED = {_aten.conv_transpose1d.default, _aten.conv_transpose2d.input}
-_GROUPS = 6  # argument of a transposed convolution
-_FUSED = {_aten.relu.default, _aten.hardtanh.default, _aten.relu6.default}
-# ops whose weight may be computed when the program runs
-_TAKES_ROWS = {_aten.linear.default, _aten.embedding.default}
 # rounding what these give with the scale of what they read changes nothing
 _LAYOUT = {
     *(_aten.max_pool2d.default, _aten.view.default, _aten.reshape.default, _aten.permute.default),
@@ -77,9 +77,8 @@ class LegalizeForXNNPACK(Pass):
         for node in edit.calls(*_LAYOUT):
             _round_again(edit, node)
         for weight in find_quantized_weights(edit.gm):
-            _weight(edit, weight)
-        for node in edit.calls(*_CONVS, *_TRANSPOSED, _aten.linear.default):
-            _own_bias(edit, node)
+            store_weight(edit, weight)
+        _own_biases(edit)
         _own_outputs(edit)
 
 
@@ -109,14 +108,6 @@ class DuplicateDequantize(Pass):
                 reader.replace_input_with(node, copied)
 
 
-def _is_rounded(node: object) -> bool:
-    """Whether a value is a dequantized activation."""
-    if not isinstance(node, fx.Node) or str(node.target) != _DEQUANTIZE:
-        return False
-    source = node.args[0]
-    return isinstance(source, fx.Node) and source.op != "get_attr"
-
-
 def _is_hardtanh(clamp: fx.Node) -> bool:
     """Whether a clamp has the type of its input and both ends, the lower one first."""
     value = clamp.args[0].meta.get("val") if isinstance(clamp.args[0], fx.Node) else None
@@ -127,19 +118,19 @@ def _is_hardtanh(clamp: fx.Node) -> bool:
     return isinstance(low, int | float) and isinstance(high, int | float) and low < high
 
 
-def _own_bias(edit: Editor, node: fx.Node) -> None:
+def _own_biases(edit: Editor) -> None:
     """A bias of its own for each op that computes with integers: XNNPACK scales one only once."""
-    bias = node.args[2] if len(node.args) > 2 else None
-    if not isinstance(bias, fx.Node) or bias.op != "get_attr" or not _is_rounded(node.args[0]):
-        return
-    readers = [
-        reader for each in edit.constants() if each.target == bias.target for reader in each.users
-    ]
-    if len(readers) > 1:
-        copied = edit.constant(
-            f"{bias.target}_of_{node.name}", edit.value(bias).detach().clone(), like=node
-        )
-        edit.set_args(node, (*node.args[:2], copied, *node.args[3:]))
+    readers = Counter(str(each.target) for each in edit.constants() for _ in each.users)
+    for node in edit.calls(*CONVOLUTIONS, *TRANSPOSED, _aten.linear.default):
+        bias = node.args[2] if len(node.args) > 2 else None
+        if not isinstance(bias, fx.Node) or bias.op != "get_attr" or not is_rounded(node.args[0]):
+            continue
+        name = str(bias.target)
+        if readers[name] > 1:
+            readers[name] -= 1
+            value = edit.value(bias).detach().clone()
+            copied = edit.constant(f"{name}_of_{node.name}", value, like=node)
+            edit.set_args(node, (*node.args[:2], copied, *node.args[3:]))
 
 
 def _own_outputs(edit: Editor) -> None:
@@ -156,10 +147,6 @@ def _own_outputs(edit: Editor) -> None:
 
 def _scale_of(node: fx.Node) -> tuple[Any, ...]:
     return tuple(node.args[1:])
-
-
-def _only_user(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.users)) if len(node.users) == 1 else None
 
 
 def _keep_dims(edit: Editor, node: fx.Node) -> None:
@@ -182,9 +169,7 @@ def _to_int8(edit: Editor) -> None:
     ops = quantized_ops()
     for node in list(edit.gm.graph.nodes):
         target = str(node.target)
-        if target not in (_QUANTIZE, _DEQUANTIZE) or (
-            target == _DEQUANTIZE and not _is_rounded(node)
-        ):
+        if target not in (QUANTIZE, DEQUANTIZE) or (target == DEQUANTIZE and not is_rounded(node)):
             continue
         x, scale, zero, low, high, kind = node.args
         if kind is torch.uint8:
@@ -192,7 +177,7 @@ def _to_int8(edit: Editor) -> None:
         if (low, high, kind) == (-128, 127, torch.int8):
             continue
         limits = (scale, zero, -128, 127, torch.int8)
-        if target == _DEQUANTIZE:
+        if target == DEQUANTIZE:
             made = edit.call(
                 ops.dequantize_per_tensor.default, x, *limits, like=node, **node.kwargs
             )
@@ -216,9 +201,9 @@ def _items(argument: object) -> list[fx.Node]:
 
 
 def _one_scale(edit: Editor, node: fx.Node) -> None:
-    items = [item for item in _items(node.args[0]) if _is_rounded(item)]
-    user = _only_user(node)
-    if len(items) != len(_items(node.args[0])) or user is None or str(user.target) != _QUANTIZE:
+    items = [item for item in _items(node.args[0]) if is_rounded(item)]
+    user = only_user(node)
+    if len(items) != len(_items(node.args[0])) or user is None or str(user.target) != QUANTIZE:
         return
     wanted = _scale_of(user)
     made = [
@@ -229,173 +214,17 @@ def _one_scale(edit: Editor, node: fx.Node) -> None:
 
 def _round_again(edit: Editor, node: fx.Node) -> None:
     source = node.args[0]
-    if not isinstance(source, fx.Node) or not _is_rounded(source):
+    if not isinstance(source, fx.Node) or not is_rounded(source):
         return
     scale = _scale_of(source)
     fill = node.args[2] if len(node.args) > 2 else 0
     if node.target is _aten.constant_pad_nd.default and fill not in (0, 0.0, None):
         return
-    user = _only_user(node)
-    if user is not None and str(user.target) == _QUANTIZE and _scale_of(user) == scale:
+    user = only_user(node)
+    if user is not None and str(user.target) == QUANTIZE and _scale_of(user) == scale:
         return
     if all(reader.op == "output" for reader in node.users):
         return
     readers = set(node.users)
     rounded = _pair(edit, node, scale, node.next)
     edit.redirect(node, rounded, lambda reader: reader not in readers)
-
-
-def _weight(edit: Editor, weight: QuantizedTensor) -> None:
-    """Replace one `shift_scale` weight, for each op that reads it, by what XNNPACK can hold."""
-    for reader in list(weight.node.users):
-        reason = _why_not_int8(edit, weight, reader)
-        if not reason:
-            edit.substitute(reader, weight.node, _int8(edit, weight, reader))
-        elif reader.target in _TAKES_ROWS and _has_rows(weight) and _is_float32(weight):
-            edit.substitute(reader, weight.node, _rows(edit, weight, reader))
-            if reader.target is _aten.linear.default:
-                bias_apart(edit, reader)
-            _note(edit, f"{weight.name}: dequantized when the program runs ({reason})")
-        else:
-            dense = _dense(edit, weight)
-            made = edit.constant(f"{weight.name}_dense", dense, like=weight.node, before=reader)
-            edit.substitute(reader, weight.node, made)
-            kind = str(dense.dtype).removeprefix("torch.")
-            _note(edit, f"{weight.name}: stored as {kind} ({reason})")
-
-
-def bias_apart(edit: Editor, linear: fx.Node) -> None:
-    """Add a bias behind the layer: XNNPACK crashes on one beside a weight computed at run time."""
-    bias = linear.args[2] if len(linear.args) > 2 else None
-    if not isinstance(bias, fx.Node):
-        return
-    product = edit.call(_aten.linear.default, *linear.args[:2], like=linear)
-    edit.replace(linear, edit.call(_aten.add.Tensor, product, bias, like=linear))
-
-
-def _note(edit: Editor, text: str) -> None:
-    edit.gm.meta["graphopt.notes"] = (*edit.gm.meta.get("graphopt.notes", ()), text)
-
-
-def _dense(edit: Editor, weight: QuantizedTensor) -> Tensor:
-    arguments = [
-        edit.value(each) if isinstance(each, fx.Node) else each for each in weight.node.args
-    ]
-    with torch.no_grad():
-        return _ours.shift_scale.default(*arguments).clone()
-
-
-def _elements(edit: Editor, weight: QuantizedTensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Elements as int8 with the weight's shape; scale and zero point, shape `counts`."""
-    data, scale, offset, storage, shape, _ = weight.node.args
-    assert isinstance(data, fx.Node)
-    ones = torch.ones([1] * len(weight.shape))
-    stored = _ours.shift_scale.default(edit.value(data), ones, None, storage, shape, torch.float32)
-    zero = torch.zeros(weight.counts)
-    if isinstance(offset, fx.Node):
-        zero = edit.value(offset).to(torch.float32)
-    if str(storage).startswith("u"):
-        middle = 128 if storage == "uint8" else 0
-        stored, zero = stored - middle, zero - middle
-    assert isinstance(scale, fx.Node)
-    return stored.to(torch.int8), edit.value(scale).to(torch.float32), zero
-
-
-def why_not_integers(weight: fx.Node, reader: fx.Node) -> str:
-    """Why the activations around an op keep XNNPACK from computing it with integers, or ""."""
-    known = reader.target in _CONVS or reader.target in _TRANSPOSED
-    if not known and reader.target is not _aten.linear.default:
-        return f"{str(reader.target).split('.')[1]} takes float weights"
-    if reader.args[1] is not weight:
-        return "it is no weight operand"
-    x = reader.args[0]
-    if isinstance(x, fx.Node) and x.target is _aten.constant_pad_nd.default:
-        x = x.args[0]
-    if not _is_rounded(x):
-        return "its op reads a float activation"
-    result: fx.Node | None = reader
-    user = _only_user(reader)
-    if user is not None and user.target in _FUSED:
-        result = user
-    behind = None if result is None else _only_user(result)
-    if behind is None or str(behind.target) != _QUANTIZE:
-        return "its op's output is not quantized"
-    return ""
-
-
-def _why_not_int8(edit: Editor, weight: QuantizedTensor, reader: fx.Node) -> str:
-    """Why XNNPACK cannot compute with the integers themselves, or ""."""
-    reason = why_not_integers(weight.node, reader)
-    if reason:
-        return reason
-    if not weight.per_channel:
-        return "scales run over blocks"
-    axes = [axis for axis, count in enumerate(weight.counts) if count > 1]
-    wanted = 1 if reader.target in _TRANSPOSED else 0
-    if axes and axes != [wanted]:
-        return f"scales run along axis {axes[0]}"
-    groups = reader.args[_GROUPS] if len(reader.args) > _GROUPS else 1
-    if reader.target in _TRANSPOSED and axes and groups != 1:
-        return "a transposed convolution in groups has one scale"
-    if weight.offset == "minimum" or bool(_elements(edit, weight)[2].any()):
-        return "weights have zero points"
-    return ""
-
-
-def _int8(edit: Editor, weight: QuantizedTensor, reader: fx.Node) -> fx.Node:
-    ops = quantized_ops()
-    stored, scale, _ = _elements(edit, weight)
-    limits = (-128, 127, torch.int8)
-    like = weight.node
-    data = edit.constant(f"{weight.name}_int8", stored.contiguous(), like=like, before=reader)
-    axes = [axis for axis, count in enumerate(weight.counts) if count > 1]
-    if not axes:
-        return edit.call(
-            ops.dequantize_per_tensor.default, data, float(scale), 0, *limits, like=like,
-            before=reader,
-        )  # fmt: skip
-    flat = scale.reshape(-1).clone()
-    factors = edit.constant(f"{weight.name}_scales", flat, like=like, before=reader)
-    zeros = torch.zeros(flat.numel(), dtype=torch.int64)
-    zero = edit.constant(f"{weight.name}_zeros", zeros, like=like, before=reader)
-    return edit.call(
-        ops.dequantize_per_channel.default, data, factors, zero, axes[0], *limits, like=like,
-        before=reader,
-    )  # fmt: skip
-
-
-def _is_float32(weight: QuantizedTensor) -> bool:
-    value = weight.node.meta.get("val")
-    return isinstance(value, Tensor) and value.dtype == torch.float32
-
-
-def _has_rows(weight: QuantizedTensor) -> bool:
-    """Whether the scales belong to runs of consecutive elements, and offsets are integers."""
-    whole = len(weight.shape) == 2 and weight.offset != "minimum"
-    return whole and (weight.counts[0] == weight.shape[0] or weight.counts == (1, 1))
-
-
-def _rows(edit: Editor, weight: QuantizedTensor, reader: fx.Node) -> fx.Node:
-    """Dequantize runs of elements as the rows of a matrix, which the portable kernel can."""
-    ops = quantized_ops()
-    stored, scale, zero = _elements(edit, weight)
-    outputs, inputs = weight.shape
-    counts = (outputs, weight.counts[1])
-    runs = stored.reshape(outputs * counts[1], inputs // counts[1]).contiguous()
-    like = weight.node
-    data = edit.constant(f"{weight.name}_rows", runs, like=like, before=reader)
-    factors = edit.constant(
-        f"{weight.name}_row_scales", scale.expand(counts).reshape(-1).clone(), like=like,
-        before=reader,
-    )  # fmt: skip
-    points = edit.constant(
-        f"{weight.name}_row_zeros", zero.expand(counts).reshape(-1).to(torch.int64), like=like,
-        before=reader,
-    )  # fmt: skip
-    dense = edit.call(
-        ops.dequantize_per_channel.default, data, factors, points, 0, -128, 127, torch.int8,
-        like=like, before=reader,
-    )  # fmt: skip
-    if counts[1] == 1:
-        return dense
-    return edit.call(_aten.view.default, dense, [outputs, inputs], like=like, before=reader)
