@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from graphopt.analysis.lookups import find_lookups, find_sparse
+from graphopt.analysis.quantized import find_quantized_activations, find_quantized_weights
 from graphopt.backends.delegate import Delegate
 from graphopt.errors import ArtifactExistsError, InputError, LoweringError, StateError
 from graphopt.files import replaced
-from graphopt.lookups import find_lookups, find_sparse
-from graphopt.pass_base import Pass
-from graphopt.program import Program
-from graphopt.quantized import find_quantized_activations, find_quantized_weights
+from graphopt.ir.program import Program
+from graphopt.passes.pass_base import Pass
 
 __all__ = [
     "Artifact",
@@ -270,9 +270,10 @@ def quantization_refusals(gm: fx.GraphModule, allowed: Capabilities) -> list[str
 def stored_weights(gm: fx.GraphModule) -> int:
     """Number of weights that a program stores compressed."""
     plain = [
-        node for node in find_sparse(gm)
+        node
+        for node in find_sparse(gm)
         if isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
-    ]  # fmt: skip
+    ]
     return len(find_lookups(gm)) + len(find_quantized_weights(gm)) + len(plain)
 
 

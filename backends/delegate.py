@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.export import ExportedProgram
 
-from graphopt.program import Program
+from graphopt.ir.program import Program
 
 __all__ = ["Delegate", "Payload"]
 

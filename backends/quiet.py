@@ -11,7 +11,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 
-from graphopt.export_errors import without_warnings
+from graphopt.capture.export_errors import without_warnings
 
 __all__ = ["quiet", "silent"]
 

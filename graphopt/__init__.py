@@ -1,15 +1,14 @@
 """graphopt: graph-rewriting compression of PyTorch models for edge targets."""
 
-from graphopt import casting, errors, mixed_precision, ops, pipelines, rdo
-from graphopt.api import lower
-from graphopt.capture import capture
-from graphopt.captured_module import CapturedModule
+import sys
+
+from graphopt import casting, errors, mixed_precision, moved, ops, pipelines, rdo
+from graphopt.api import capture, compress, lower, tune
 from graphopt.config.joint import JointConfig
-from graphopt.joint import compress
-from graphopt.program import CompressedProgram, Program
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.records import CompressionTable, TensorRecord
 from graphopt.specs import ExportBackend
-from graphopt.table import CompressionTable, TensorRecord
-from graphopt.tuning import tune
 
 __version__ = "0.1.0"
 
@@ -33,3 +32,11 @@ __all__ = [
     "rdo",
     "tune",
 ]
+
+moved.register(__name__)
+
+
+def __getattr__(name: str) -> object:
+    if name in moved.MOVED:
+        return sys.modules[f"{__name__}.{name}"]
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -9,10 +9,10 @@ import torch
 from torch import fx
 from typing_extensions import override
 
-from graphopt.editor import Editor
+from graphopt.ir.editor import Editor
 from graphopt.numerics.batchnorm import scale_outputs
-from graphopt.pass_base import Pass
 from graphopt.passes.fold_batchnorm import conv_state, is_foldable
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["AbsorbChannelScale"]
 

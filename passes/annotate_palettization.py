@@ -9,24 +9,24 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from graphopt.annotations import WeightAnnotation, annotate_weight
-from graphopt.config.palettization import KMeansPalettizerConfig
-from graphopt.config.selection import Selector
-from graphopt.editor import Editor
-from graphopt.errors import CompressionError, ConfigWarning
-from graphopt.pass_base import Pass
-from graphopt.passes.select_weights import (
+from graphopt.analysis.select_weights import (
     FLOAT_DTYPES,
     decide,
     report_unmatched,
     skipped_row,
     touch_modules,
 )
+from graphopt.analysis.weights import WeightTensor, find_weights
+from graphopt.config.palettization import KMeansPalettizerConfig
+from graphopt.config.selection import Selector
+from graphopt.errors import CompressionError, ConfigWarning
+from graphopt.ir.annotations import WeightAnnotation, annotate_weight
+from graphopt.ir.editor import Editor
+from graphopt.ir.records import CompressionTable, merged
+from graphopt.passes.pass_base import Pass
 from graphopt.schemes.layout import plan_layout
 from graphopt.specs import PalettizationSpec, PerTensorGranularity
 from graphopt.specs.model import SpecModel
-from graphopt.table import CompressionTable, merged
-from graphopt.weights import WeightTensor, find_weights
 
 __all__ = ["AnnotatePalettization"]
 
@@ -83,8 +83,9 @@ class AnnotatePalettization(Pass):
             spec = _of_values(spec)
             warnings.warn(
                 f"{weight.name}: its values, which pruning has left, get one scalar table by k-means",
-                ConfigWarning, stacklevel=2,
-            )  # fmt: skip
+                ConfigWarning,
+                stacklevel=2,
+            )
         try:
             layout = plan_layout(weight.tensor.shape, weight.output_axis, spec)
         except CompressionError as error:
@@ -98,7 +99,10 @@ class AnnotatePalettization(Pass):
 def _of_values(spec: PalettizationSpec) -> PalettizationSpec:
     """What a spec means for the values of a pruned weight, which know no channels: one scalar table."""
     changes = {
-        "granularity": PerTensorGranularity(), "cluster_dim": 1, "enable_per_channel_scale": False,
-        "outlier_fraction": 0.0, "algorithm": "kmeans",
-    }  # fmt: skip
+        "granularity": PerTensorGranularity(),
+        "cluster_dim": 1,
+        "enable_per_channel_scale": False,
+        "outlier_fraction": 0.0,
+        "algorithm": "kmeans",
+    }
     return spec.model_copy(update=changes)

@@ -9,24 +9,24 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from graphopt.annotations import WeightAnnotation, annotate_pruning
-from graphopt.config.pruning import MagnitudePrunerConfig
-from graphopt.config.selection import Selector
-from graphopt.editor import Editor
-from graphopt.errors import ConfigWarning
-from graphopt.pass_base import Pass
-from graphopt.passes.select_weights import (
+from graphopt.analysis.select_weights import (
     FLOAT_DTYPES,
     decide,
     report_unmatched,
     skipped_row,
     touch_modules,
 )
+from graphopt.analysis.weights import WeightTensor, find_weights
+from graphopt.config.pruning import MagnitudePrunerConfig
+from graphopt.config.selection import Selector
+from graphopt.errors import ConfigWarning
+from graphopt.ir.annotations import WeightAnnotation, annotate_pruning
+from graphopt.ir.editor import Editor
+from graphopt.ir.records import CompressionTable, merged
+from graphopt.passes.pass_base import Pass
 from graphopt.schemes.prune import unfit
 from graphopt.specs import PruningSpec
 from graphopt.specs.model import SpecModel
-from graphopt.table import CompressionTable, merged
-from graphopt.weights import WeightTensor, find_weights
 
 __all__ = ["AnnotatePruning"]
 

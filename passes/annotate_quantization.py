@@ -9,32 +9,32 @@ from typing import ClassVar, Literal
 
 from typing_extensions import override
 
-from graphopt.annotations import (
-    WeightAnnotation,
-    annotate_input,
-    annotate_norm,
-    annotate_output,
-    annotate_weight,
-)
-from graphopt.config.quantization import QuantizerConfig
-from graphopt.config.selection import Selector
-from graphopt.editor import Editor
-from graphopt.errors import CompressionError, ConfigWarning
-from graphopt.pass_base import Pass
-from graphopt.passes.fold_batchnorm import is_foldable
-from graphopt.passes.quantization_plan import ActivationPlan, plan_activations
-from graphopt.passes.select_weights import (
+from graphopt.analysis.quantization_plan import ActivationPlan, plan_activations
+from graphopt.analysis.select_weights import (
     FLOAT_DTYPES,
     decide,
     report_unmatched,
     skipped_row,
     touch_modules,
 )
+from graphopt.analysis.weights import WeightTensor, find_weights
+from graphopt.config.quantization import QuantizerConfig
+from graphopt.config.selection import Selector
+from graphopt.errors import CompressionError, ConfigWarning
+from graphopt.ir.annotations import (
+    WeightAnnotation,
+    annotate_input,
+    annotate_norm,
+    annotate_output,
+    annotate_weight,
+)
+from graphopt.ir.editor import Editor
+from graphopt.ir.records import ActivationRecord, CompressionTable, merged
+from graphopt.passes.fold_batchnorm import is_foldable
+from graphopt.passes.pass_base import Pass
 from graphopt.schemes.quantize import plan_blocks
 from graphopt.specs import PerTensorGranularity, QuantizationSpec
 from graphopt.specs.model import SpecModel
-from graphopt.table import ActivationRecord, CompressionTable, merged
-from graphopt.weights import WeightTensor, find_weights
 
 __all__ = ["AnnotateQuantization"]
 

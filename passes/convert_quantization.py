@@ -11,17 +11,18 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.annotations import (
+from graphopt.analysis.quantized import quantized_ops
+from graphopt.analysis.weights import WeightTensor, find_weights, identity_of
+from graphopt.ir.annotations import (
     WeightAnnotation,
     findings_of,
     keep_findings,
     quantization_annotation,
 )
-from graphopt.captured_module import holder_of, set_tensor
-from graphopt.editor import Editor
-from graphopt.fake_quantize import ActivationQuantizer, WeightQuantizer
+from graphopt.ir.captured_module import holder_of, set_tensor
+from graphopt.ir.editor import Editor
+from graphopt.ir.records import CompressionTable, TensorRecord, merged
 from graphopt.numerics.affine import grid_of, has_whole_offsets
-from graphopt.pass_base import Pass
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.insert_fake_quantize import (
     InsertFakeQuantize,
@@ -29,13 +30,12 @@ from graphopt.passes.insert_fake_quantize import (
     places_of,
     redirect,
 )
+from graphopt.passes.pass_base import Pass
 from graphopt.passes.sparse_records import of_whole_weight
-from graphopt.quantized import quantized_ops
-from graphopt.quantized_state import parts_of
+from graphopt.prepared import ActivationQuantizer, WeightQuantizer
+from graphopt.prepared.state import parts_of
 from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
 from graphopt.specs import PerChannelGranularity, QuantizationSpec
-from graphopt.table import CompressionTable, TensorRecord, merged
-from graphopt.weights import WeightTensor, find_weights, identity_of
 
 __all__ = ["ConvertQuantization", "Scales", "emit_rounding", "emit_weight", "record_of"]
 
@@ -207,9 +207,15 @@ def emit_weight(
     if weight.offset is not None:
         offset = edit.constant(f"{name}_offset", weight.offset, **place)
     return edit.call(
-        _ops.shift_scale.default, data, scale, offset, weight.storage, shape, weight.dtype,
+        _ops.shift_scale.default,
+        data,
+        scale,
+        offset,
+        weight.storage,
+        shape,
+        weight.dtype,
         **place,
-    )  # fmt: skip
+    )
 
 
 def _plain(
@@ -232,9 +238,16 @@ def _plain(
     factors = edit.constant(f"{name}_scale", weight.scale.reshape(-1), **place)
     zero_points = edit.constant(f"{name}_zero_point", zeros, **place)
     return edit.call(
-        ops.dequantize_per_channel.default, stored, factors, zero_points, axes[0], low, high,
-        container, **place,
-    )  # fmt: skip
+        ops.dequantize_per_channel.default,
+        stored,
+        factors,
+        zero_points,
+        axes[0],
+        low,
+        high,
+        container,
+        **place,
+    )
 
 
 def record_of(

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.captured_module import CapturedModule
-from graphopt.editor import Editor, operands
 from graphopt.errors import CalibrationError
-from graphopt.layerwise import LayerwiseRun, as_batch
-from graphopt.pass_base import Pass
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.editor import Editor, operands
+from graphopt.passes.pass_base import Pass
+from graphopt.run.layerwise import LayerwiseRun, as_batch
 
 __all__ = ["CorrectBias", "channel_axis"]
 
@@ -54,9 +54,10 @@ class CorrectBias(Pass):
         assert isinstance(gm, CapturedModule)
         exact_nodes = {node.name: node for node in self.reference.graph.nodes}
         layers = [
-            node for node in edit.calls(*_CHANNELS_LAST, *_CHANNELS_SECOND)
+            node
+            for node in edit.calls(*_CHANNELS_LAST, *_CHANNELS_SECOND)
             if _is_correctable(edit, node, self.dense) and node.name in exact_nodes
-        ]  # fmt: skip
+        ]
         if not layers:
             return
         if not self.data:

@@ -9,12 +9,12 @@ from typing import Any, ClassVar
 from torch import fx
 from typing_extensions import override
 
-from graphopt.annotations import findings_of, keep_findings
-from graphopt.editor import Editor
-from graphopt.pass_base import Pass
+from graphopt.ir.annotations import findings_of, keep_findings
+from graphopt.ir.editor import Editor
+from graphopt.ir.program import share_graph
 from graphopt.passes.correct_bias import CorrectBias
+from graphopt.passes.pass_base import Pass
 from graphopt.passes.reestimate_batchnorm import ReestimateBatchNorm
-from graphopt.program import share_graph
 
 __all__ = ["CorrectStatistics", "ForgetReference", "KeepReference", "reference_of"]
 

@@ -8,9 +8,9 @@ from typing import ClassVar
 import torch
 from typing_extensions import override
 
-from graphopt.editor import Editor
-from graphopt.pass_base import Pass
-from graphopt.quantized import find_quantized_weights
+from graphopt.analysis.quantized import find_quantized_weights
+from graphopt.ir.editor import Editor
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["DequantizeToShiftScale"]
 
@@ -53,7 +53,13 @@ class DequantizeToShiftScale(Pass):
                 zeros = zero.reshape(weight.counts).clone()
                 offset = edit.constant(f"{weight.name}_offset", zeros, like=node)
             dense = edit.call(
-                _ops.shift_scale.default, data, factors, offset, weight.storage,
-                list(weight.shape), node.meta["val"].dtype, like=node,
-            )  # fmt: skip
+                _ops.shift_scale.default,
+                data,
+                factors,
+                offset,
+                weight.storage,
+                list(weight.shape),
+                node.meta["val"].dtype,
+                like=node,
+            )
             edit.replace(node, dense)

@@ -8,10 +8,10 @@ from typing import ClassVar
 from torch import fx
 from typing_extensions import override
 
-from graphopt.editor import Editor, operands
-from graphopt.pass_base import Pass
+from graphopt.analysis.quantized import find_quantized_weights
+from graphopt.ir.editor import Editor, operands
 from graphopt.passes.expand_tables import constant_value, drop_unread
-from graphopt.quantized import find_quantized_weights
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["DequantizeWeights"]
 

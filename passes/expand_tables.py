@@ -8,9 +8,9 @@ from typing import ClassVar
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.editor import Editor, operands
-from graphopt.lookups import find_lookups
-from graphopt.pass_base import Pass
+from graphopt.analysis.lookups import find_lookups
+from graphopt.ir.editor import Editor, operands
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["ExpandTables", "constant_value", "drop_unread"]
 

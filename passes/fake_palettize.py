@@ -8,15 +8,15 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from graphopt.annotations import palette_annotation
-from graphopt.editor import Editor
+from graphopt.analysis.weights import find_weights
+from graphopt.ir.annotations import palette_annotation
+from graphopt.ir.editor import Editor
+from graphopt.ir.records import CompressionTable, merged
 from graphopt.numerics.parallel import map_tasks
-from graphopt.pass_base import Pass
 from graphopt.passes.palettize_weights import record_of
+from graphopt.passes.pass_base import Pass
 from graphopt.passes.sparse_records import of_whole_weight
 from graphopt.schemes.palettize import PalettizedWeight
-from graphopt.table import CompressionTable, merged
-from graphopt.weights import find_weights
 
 __all__ = ["FakePalettize"]
 

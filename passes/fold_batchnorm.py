@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.annotations import input_points, move_output, output_point
-from graphopt.editor import Editor
+from graphopt.ir.annotations import input_points, move_output, output_point
+from graphopt.ir.editor import Editor
 from graphopt.numerics.batchnorm import NormState, fold_norm
-from graphopt.pass_base import Pass
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["FoldBatchNorm", "conv_state", "is_foldable"]
 

@@ -4,38 +4,38 @@ from __future__ import annotations
 
 import operator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from typing_extensions import override
 
-from graphopt.annotations import (
+from graphopt.analysis.activation_places import places_of
+from graphopt.analysis.weights import find_weights
+from graphopt.config.selection import ModuleFrame
+from graphopt.errors import CompressionError
+from graphopt.ir.annotations import (
     ActivationPoint,
-    input_points,
     is_fused_norm,
-    output_point,
     quantization_annotation,
 )
-from graphopt.config.selection import ModuleFrame
-from graphopt.editor import Editor, operands
-from graphopt.errors import CompressionError
-from graphopt.fake_quantize import (
+from graphopt.ir.editor import Editor
+from graphopt.ir.module_frames import module_frames
+from graphopt.passes.annotate_quantization import AnnotateQuantization
+from graphopt.passes.fold_batchnorm import conv_state
+from graphopt.passes.pass_base import Pass
+from graphopt.passes.restore_training import RestoreTraining
+from graphopt.prepared import (
     QUANTIZERS,
     ActivationQuantizer,
     ConvNorm,
     Origin,
     WeightQuantizer,
 )
-from graphopt.pass_base import Pass
-from graphopt.passes.annotate_quantization import AnnotateQuantization
-from graphopt.passes.fold_batchnorm import conv_state
-from graphopt.passes.restore_training import RestoreTraining
 from graphopt.schemes.quantize import plan_blocks
 from graphopt.specs import PerChannelGranularity
-from graphopt.weights import find_weights, module_frames
 
-__all__ = ["InsertFakeQuantize", "place_behind", "places_of", "redirect"]
+__all__ = ["InsertFakeQuantize", "place_behind", "redirect"]
 
 _aten = torch.ops.aten
 _NORM = _aten._native_batch_norm_legit_no_training.default
@@ -82,26 +82,6 @@ class InsertFakeQuantize(Pass):
         RestoreTraining().run(edit)
 
 
-def places_of(
-    gm: fx.GraphModule,
-) -> list[tuple[ActivationPoint, fx.Node, tuple[tuple[fx.Node, int], ...] | None]]:
-    """Annotated activations: point, value, and who reads it rounded (None: everybody)."""
-    found: list[Any] = []
-    for node in gm.graph.nodes:
-        point = output_point(node)
-        value = node.meta.get("val")
-        if point is not None and isinstance(value, Tensor):
-            found.append((point, node, None))
-    local: dict[tuple[str, fx.Node], tuple[ActivationPoint, list[tuple[fx.Node, int]]]] = {}
-    for node in gm.graph.nodes:
-        for position, point in input_points(node).items():
-            operand = operands(node)[position]
-            entry = local.setdefault((point.group, operand), (point, []))
-            entry[1].append((node, position))
-    found += [(point, operand, tuple(users)) for (_, operand), (point, users) in local.items()]
-    return found
-
-
 def redirect(
     edit: Editor,
     operand: fx.Node,
@@ -133,9 +113,10 @@ def place_behind(node: fx.Node) -> fx.Node:
     """The node before which something that reads `node` can stand."""
     place = node.next
     while place.op == "placeholder" or (
-        node.target is not operator.getitem and place.target is operator.getitem
+        node.target is not operator.getitem
+        and place.target is operator.getitem
         and place.args[0] is node
-    ):  # fmt: skip
+    ):
         place = place.next
     return place
 

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from graphopt.annotations import palette_annotation
-from graphopt.editor import Editor
+from graphopt.analysis.weights import find_weights
 from graphopt.errors import CompressionError
-from graphopt.fake_quantize import QUANTIZERS, Origin, WeightPalettizer
-from graphopt.pass_base import Pass
+from graphopt.ir.annotations import palette_annotation
+from graphopt.ir.editor import Editor
+from graphopt.passes.pass_base import Pass
+from graphopt.prepared import QUANTIZERS, Origin, WeightPalettizer
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.specs import DefaultTrainingSpec, DKMTrainingSpec, TrainingStrategySpec
-from graphopt.weights import find_weights
 
 __all__ = ["InsertPalettizers"]
 
@@ -59,9 +59,12 @@ class InsertPalettizers(Pass):
                 )
             strategy = self._strategy(annotation.spec.training_strategy_spec)
             palettizer = WeightPalettizer(
-                weight.tensor, self.palettes[weight.name], annotation.spec, annotation.output_axis,
+                weight.tensor,
+                self.palettes[weight.name],
+                annotation.spec,
+                annotation.output_axis,
                 strategy,
-            )  # fmt: skip
+            )
             frames = weight.uses[0].frames
             owner = frames[-1].name if frames else ""
             palettizer.origin = Origin(weight.name, owner, annotation.path)

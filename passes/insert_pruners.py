@@ -7,12 +7,12 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from graphopt.annotations import pruning_annotation
-from graphopt.editor import Editor
-from graphopt.fake_quantize import QUANTIZERS, Origin, WeightPruner
-from graphopt.pass_base import Pass
+from graphopt.analysis.weights import find_weights
+from graphopt.ir.annotations import pruning_annotation
+from graphopt.ir.editor import Editor
 from graphopt.passes.annotate_pruning import AnnotatePruning
-from graphopt.weights import find_weights
+from graphopt.passes.pass_base import Pass
+from graphopt.prepared import QUANTIZERS, Origin, WeightPruner
 
 __all__ = ["InsertPruners"]
 

@@ -9,11 +9,11 @@ from typing import ClassVar
 from torch import fx
 from typing_extensions import override
 
-from graphopt.editor import Editor
-from graphopt.matrix_form import weight_uses
-from graphopt.pass_base import Pass
-from graphopt.sensitivity import GradientCollector, GradientTap, WeightTap
-from graphopt.weights import find_weights
+from graphopt.analysis.matrix_form import weight_uses
+from graphopt.analysis.weights import find_weights
+from graphopt.fitting.sensitivity import GradientCollector, GradientTap, WeightTap
+from graphopt.ir.editor import Editor
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["InsertTaps"]
 

@@ -9,9 +9,9 @@ import torch
 from torch import fx
 from typing_extensions import override
 
-from graphopt.editor import Editor
-from graphopt.ops import STORAGE_BITS
-from graphopt.pass_base import Pass
+from graphopt.ir.editor import Editor
+from graphopt.ir.ops import STORAGE_BITS
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["IntegersToTables"]
 

@@ -11,18 +11,18 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.annotations import WeightAnnotation, findings_of, keep_findings, palette_annotation
-from graphopt.editor import Editor
+from graphopt.analysis.weights import WeightTensor, find_weights, identity_of
 from graphopt.errors import CompressionError
+from graphopt.ir.annotations import WeightAnnotation, findings_of, keep_findings, palette_annotation
+from graphopt.ir.editor import Editor
+from graphopt.ir.records import CompressionTable, TensorRecord, merged
 from graphopt.numerics.parallel import map_tasks
-from graphopt.pass_base import Pass
 from graphopt.passes.annotate_palettization import AnnotatePalettization
+from graphopt.passes.pass_base import Pass
 from graphopt.passes.sparse_records import of_whole_weight
 from graphopt.progress import track
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 from graphopt.specs import PalettizationSpec, PerGroupedChannelGranularity
-from graphopt.table import CompressionTable, TensorRecord, merged
-from graphopt.weights import WeightTensor, find_weights, identity_of
 
 __all__ = ["PalettizeWeights", "cluster_annotated", "emit_palette"]
 
@@ -63,9 +63,12 @@ def cluster_annotated(
         tensor, annotation = found[name]
         try:
             return name, palettize(
-                tensor, annotation.spec, output_axis=annotation.output_axis, seed=seed,
+                tensor,
+                annotation.spec,
+                output_axis=annotation.output_axis,
+                seed=seed,
                 importance=_smoothed((importance or {}).get(name)),
-            )  # fmt: skip
+            )
         except CompressionError as error:
             raise CompressionError(
                 f"{name}: {error}; exclude it in the config or repair the model"
@@ -196,9 +199,15 @@ def emit_palette(
         if palettized.lut_offset is not None:
             offset = edit.constant(f"{name}_lut_offset", palettized.lut_offset, **place)
         lut = edit.call(
-            _ops.shift_scale.default, lut, scale, offset, palettized.lut_storage,
-            palettized.lut_shape(), palettized.dtype, **place,
-        )  # fmt: skip
+            _ops.shift_scale.default,
+            lut,
+            scale,
+            offset,
+            palettized.lut_storage,
+            palettized.lut_shape(),
+            palettized.dtype,
+            **place,
+        )
     vector_axis = palettized.op_vector_axis
     extra = () if vector_axis is None else (vector_axis,)
     dense = edit.call(
@@ -207,9 +216,15 @@ def emit_palette(
     if palettized.channel_scale is not None:
         scale = edit.constant(f"{name}_channel_scale", palettized.channel_scale, **place)
         dense = edit.call(
-            _ops.shift_scale.default, dense, scale, None, "float", shape, palettized.dtype,
+            _ops.shift_scale.default,
+            dense,
+            scale,
+            None,
+            "float",
+            shape,
+            palettized.dtype,
             **place,
-        )  # fmt: skip
+        )
     if palettized.outliers is None or palettized.outlier_mask is None:
         return dense
     values = edit.constant(f"{name}_outliers", palettized.outliers, **place)

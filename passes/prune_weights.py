@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.annotations import pruning_annotation
-from graphopt.editor import Editor
+from graphopt.analysis.weights import WeightTensor, find_weights, identity_of
 from graphopt.errors import CompressionError
-from graphopt.pass_base import Pass
+from graphopt.ir.annotations import pruning_annotation
+from graphopt.ir.editor import Editor
+from graphopt.ir.records import CompressionTable, TensorRecord, merged
 from graphopt.passes.annotate_pruning import AnnotatePruning
+from graphopt.passes.pass_base import Pass
 from graphopt.schemes.prune import PrunedWeight, mask_of, prune
-from graphopt.table import CompressionTable, TensorRecord, merged
-from graphopt.weights import WeightTensor, find_weights, identity_of
 
 __all__ = ["PruneWeights", "annotated_masks"]
 

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from graphopt.editor import Editor
+from graphopt.analysis.quantized import quantized_ops
 from graphopt.errors import LoweringError
+from graphopt.ir.editor import Editor
 from graphopt.numerics.packing import pack
-from graphopt.quantized import quantized_ops
 from graphopt.specs.dtypes import bits_of, dtype_name
 
 __all__ = ["raise_activation", "raise_weight"]
@@ -136,9 +136,11 @@ def raise_activation(edit: Editor, node: fx.Node) -> None:
         raise LoweringError(f"{node.name}: {kind} activations cannot be raised")
     zero = torch.zeros(scale.shape) if zero_node is None else edit.value(zero_node)
     verb = "quantize" if quantizing else "dequantize"
-    out = {} if quantizing or node.meta["val"].dtype == torch.float32 else {
-        "out_dtype": node.meta["val"].dtype
-    }  # fmt: skip
+    out = (
+        {}
+        if quantizing or node.meta["val"].dtype == torch.float32
+        else {"out_dtype": node.meta["val"].dtype}
+    )
     if scale.numel() > 1:
         base = f"{node.name}_{verb}"
         factors = edit.constant(f"{base}_scale", scale.reshape(-1).clone(), like=node)

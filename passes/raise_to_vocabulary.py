@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.editor import Editor
+from graphopt.ir.editor import Editor
 from graphopt.numerics.packing import pack
-from graphopt.pass_base import Pass
+from graphopt.passes.pass_base import Pass
 from graphopt.passes.raise_quantization import raise_activation, raise_weight
 
 __all__ = ["RaiseToVocabulary"]
@@ -130,16 +130,28 @@ def _raise_quantized(
     if offset is not None:
         zeros = edit.constant(f"{base}_lut_offset", offset.contiguous(), like=scaling)
     table = edit.call(
-        _ops.shift_scale.default, data, factors, zeros, _STORAGE[lut.dtype], list(lut.shape),
-        scale.dtype, like=scaling,
-    )  # fmt: skip
+        _ops.shift_scale.default,
+        data,
+        factors,
+        zeros,
+        _STORAGE[lut.dtype],
+        list(lut.shape),
+        scale.dtype,
+        like=scaling,
+    )
     dense = edit.call(_ops.lut_to_dense.default, packed, table, n_bits, shape, *extra, like=scaling)
     if not on_table:
         channel = edit.constant(f"{base}_channel_scale", scale.detach().clone(), like=scaling)
         dense = edit.call(
-            _ops.shift_scale.default, dense, channel, None, "float", shape, scale.dtype,
+            _ops.shift_scale.default,
+            dense,
+            channel,
+            None,
+            "float",
+            shape,
+            scale.dtype,
             like=scaling,
-        )  # fmt: skip
+        )
     for old in (scale_node, zero_node):
         if isinstance(old, fx.Node) and set(old.users) == {scaling}:
             scaling.replace_input_with(old, dense)
@@ -165,9 +177,15 @@ def _raise_integers(
     scale = edit.constant(f"{base}_factor", edit.value(scale_node).clone(), like=scaling)
     zero = edit.constant(f"{base}_zeros", edit.value(zero_node).clone(), like=scaling)
     dense = edit.call(
-        _ops.shift_scale.default, whole, scale, zero, "float", shape, scaling.meta["val"].dtype,
+        _ops.shift_scale.default,
+        whole,
+        scale,
+        zero,
+        "float",
+        shape,
+        scaling.meta["val"].dtype,
         like=scaling,
-    )  # fmt: skip
+    )
     for old in (scale_node, zero_node):
         if set(old.users) == {scaling}:
             scaling.replace_input_with(old, dense)
@@ -191,9 +209,15 @@ def _raise_channel_scale(edit: Editor, node: fx.Node) -> None:
     assert isinstance(dense, fx.Node)
     value = node.meta["val"]
     scaled = edit.call(
-        _ops.shift_scale.default, dense, scale, None, "float", list(dense.meta["val"].shape),
-        value.dtype, like=node,
-    )  # fmt: skip
+        _ops.shift_scale.default,
+        dense,
+        scale,
+        None,
+        "float",
+        list(dense.meta["val"].shape),
+        value.dtype,
+        like=node,
+    )
     edit.replace(node, scaled)
 
 

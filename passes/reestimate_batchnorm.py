@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.captured_module import CapturedModule
-from graphopt.editor import Editor
 from graphopt.errors import CalibrationError
-from graphopt.layerwise import LayerwiseRun, as_batch
-from graphopt.pass_base import Pass
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.editor import Editor
+from graphopt.passes.pass_base import Pass
+from graphopt.run.layerwise import LayerwiseRun, as_batch
 
 __all__ = ["ReestimateBatchNorm"]
 
@@ -67,9 +67,13 @@ class ReestimateBatchNorm(Pass):
                 _catch_up(exact, upcoming, twin)
 
     def _renew(
-        self, edit: Editor, node: fx.Node, run: LayerwiseRun, exact: LayerwiseRun | None,
+        self,
+        edit: Editor,
+        node: fx.Node,
+        run: LayerwiseRun,
+        exact: LayerwiseRun | None,
         twin: fx.Node | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         x, mean_node, variance_node = node.args[0], node.args[3], node.args[4]
         assert isinstance(x, fx.Node)
         assert isinstance(mean_node, fx.Node)

@@ -8,8 +8,8 @@ from typing import ClassVar
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.editor import Editor
-from graphopt.pass_base import Pass
+from graphopt.ir.editor import Editor
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["RemoveUnused"]
 

@@ -10,9 +10,9 @@ import torch
 from torch import nn
 from typing_extensions import override
 
-from graphopt.editor import Editor
-from graphopt.fake_quantize import QUANTIZERS, TrainableNorm
-from graphopt.pass_base import Pass
+from graphopt.ir.editor import Editor
+from graphopt.passes.pass_base import Pass
+from graphopt.prepared import QUANTIZERS, TrainableNorm
 
 __all__ = ["RestoreTraining"]
 

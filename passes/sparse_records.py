@@ -7,8 +7,8 @@ from dataclasses import replace
 
 from torch import fx
 
-from graphopt.table import CompressionTable, TensorRecord
-from graphopt.weights import WeightTensor
+from graphopt.analysis.weights import WeightTensor
+from graphopt.ir.records import CompressionTable, TensorRecord
 
 __all__ = ["of_whole_weight"]
 
@@ -32,6 +32,10 @@ def of_whole_weight(gm: fx.GraphModule, weight: WeightTensor, row: TensorRecord)
         noise = 10 ** (-pruned.snr_db / 10) + 10 ** (-snr / 10)
         snr = math.inf if noise == 0 else -10 * math.log10(noise)
     return replace(
-        row, name=name, shape=shape, detail=f"{share}, {row.detail}", snr_db=snr,
+        row,
+        name=name,
+        shape=shape,
+        detail=f"{share}, {row.detail}",
+        snr_db=snr,
         stored_bits=row.stored_bits + mask_bits,
-    )  # fmt: skip
+    )

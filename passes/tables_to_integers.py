@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.editor import Editor, operands
-from graphopt.lookups import find_lookups
-from graphopt.pass_base import Pass
+from graphopt.analysis.lookups import find_lookups
+from graphopt.ir.editor import Editor, operands
 from graphopt.passes.expand_tables import drop_unread
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["TablesToIntegers"]
 

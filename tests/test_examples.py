@@ -16,8 +16,11 @@ ROOT = Path(__file__).parent.parent
 def run(*words: str, cwd: Path) -> str:
     done = subprocess.run(
         [sys.executable, "-W", "ignore", *words],
-        cwd=cwd, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        cwd=cwd,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 
@@ -48,9 +51,15 @@ def test_mnist_example_reads_idx_files(tmp_path: Path) -> None:
         head = bytes([0, 0, 8, 1]) + np.array(labels.shape, dtype=">u4").tobytes()
         (tmp_path / f"{part}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
     out = run(
-        str(ROOT / "examples/mnist/run.py"), "--mnist", str(tmp_path), "--epochs", "1",
-        "--out", str(tmp_path / "out"), cwd=tmp_path,
-    )  # fmt: skip
+        str(ROOT / "examples/mnist/run.py"),
+        "--mnist",
+        str(tmp_path),
+        "--epochs",
+        "1",
+        "--out",
+        str(tmp_path / "out"),
+        cwd=tmp_path,
+    )
     assert "4-bit, groups of 2:" in out
     assert (tmp_path / "out" / "2-bit.aimodel").exists()
 
@@ -59,9 +68,17 @@ def test_mnist_example_reads_idx_files(tmp_path: Path) -> None:
 def test_edsr_example_quantizes_and_runs(tmp_path: Path) -> None:
     """A network trained for a moment: enough to see that the workflow holds together."""
     out = run(
-        str(ROOT / "examples/edsr/run.py"), "--steps", "30", "--resblocks", "2", "--feats", "8",
-        "--out", str(tmp_path), cwd=tmp_path,
-    )  # fmt: skip
+        str(ROOT / "examples/edsr/run.py"),
+        "--steps",
+        "30",
+        "--resblocks",
+        "2",
+        "--feats",
+        "8",
+        "--out",
+        str(tmp_path),
+        cwd=tmp_path,
+    )
     rows = {line.split("│")[1].strip(): line.split("│") for line in out.splitlines() if "│" in line}
     for name in ("W_INT8_A_INT8", "W_INT8_A_INT8 affine", "W_P4(INT8)_A_INT8"):
         assert float(rows[name][4]) > (25 if "P4" in name else 35)  # PSNR to FP32
@@ -79,9 +96,19 @@ def test_edsr_example_reads_a_folder_of_images(tmp_path: Path) -> None:
         image = rng.integers(0, 256, (32, 48, 3), dtype=np.uint8)
         skimage.io.imsave(folder / f"{number:03d}.png", image, check_contrast=False)
     out = run(
-        str(ROOT / "examples/edsr/run.py"), "--steps", "1", "--resblocks", "1", "--feats", "4",
-        "--b100", str(folder), "--out", str(tmp_path / "out"), cwd=tmp_path,
-    )  # fmt: skip
+        str(ROOT / "examples/edsr/run.py"),
+        "--steps",
+        "1",
+        "--resblocks",
+        "1",
+        "--feats",
+        "4",
+        "--b100",
+        str(folder),
+        "--out",
+        str(tmp_path / "out"),
+        cwd=tmp_path,
+    )
     assert "2 held-out images" in out
 
 
@@ -90,9 +117,17 @@ def test_edsr_example_reads_a_folder_of_images(tmp_path: Path) -> None:
 @pytest.mark.coreml
 def test_digits_algorithms_keep_accuracy_where_they_have_data(tmp_path: Path) -> None:
     out = run(
-        str(ROOT / "examples/digits/algorithms.py"), "--bits", "2", "--epochs", "4", "--trials", "2",
-        "--out", str(tmp_path), cwd=tmp_path,
-    )  # fmt: skip
+        str(ROOT / "examples/digits/algorithms.py"),
+        "--bits",
+        "2",
+        "--epochs",
+        "4",
+        "--trials",
+        "2",
+        "--out",
+        str(tmp_path),
+        cwd=tmp_path,
+    )
     rows = [line.split("│") for line in out.splitlines() if "│" in line]
     scores = {row[2].strip(): float(row[4].split()[0]) for row in rows}
     ratios = {row[2].strip(): float(row[3]) for row in rows}
@@ -107,9 +142,17 @@ def test_digits_algorithms_keep_accuracy_where_they_have_data(tmp_path: Path) ->
 def test_sentence_encoder_example_gains_from_unlabelled_text(tmp_path: Path) -> None:
     """A small part of the text, at one width: the workflow, and that it beats k-means."""
     out = run(
-        str(ROOT / "examples/sentence_encoder/run.py"), "--sentences", "64", "--bits", "3",
-        "--tune-steps", "2", "--out", str(tmp_path), cwd=tmp_path,
-    )  # fmt: skip
+        str(ROOT / "examples/sentence_encoder/run.py"),
+        "--sentences",
+        "64",
+        "--bits",
+        "3",
+        "--tune-steps",
+        "2",
+        "--out",
+        str(tmp_path),
+        cwd=tmp_path,
+    )
     row = next(line.split("│") for line in out.splitlines() if line.startswith("│"))
     plain, fitted, tuned = (float(row[place]) for place in (4, 5, 6))
     assert fitted > plain + 0.02
@@ -169,10 +212,25 @@ def test_resnet18_example_reads_cifar10(tmp_path: Path) -> None:
         }
         (folder / name).write_bytes(pickle.dumps(part))
     out = run(
-        str(ROOT / "examples/resnet18_rdo/run.py"), "--cifar10", str(folder), "--width", "8",
-        "--epochs", "1", "--fine-tune", "1", "--images", "64", "--batch", "16", "--steps", "3",
-        "--out", str(tmp_path / "out"), cwd=tmp_path,
-    )  # fmt: skip
+        str(ROOT / "examples/resnet18_rdo/run.py"),
+        "--cifar10",
+        str(folder),
+        "--width",
+        "8",
+        "--epochs",
+        "1",
+        "--fine-tune",
+        "1",
+        "--images",
+        "64",
+        "--batch",
+        "16",
+        "--steps",
+        "3",
+        "--out",
+        str(tmp_path / "out"),
+        cwd=tmp_path,
+    )
     assert "32 held-out images, 64 calibration images" in out
     for name in ("4.19-integer", "3.0-integer", "3.0-palette"):
         report = json.loads((tmp_path / "out" / name / "report.json").read_text())

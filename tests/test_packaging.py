@@ -106,8 +106,19 @@ def test_bare_folder_names_are_refused_in_the_checkout(name: str) -> None:
 
 
 def test_core_imports_no_extra() -> None:
-    extras = ("coreai", "coreai_torch", "coremltools", "executorch", "torchao", "sklearn",
-              "skimage", "transformers", "matplotlib", "pandas", "dask")  # fmt: skip
+    extras = (
+        "coreai",
+        "coreai_torch",
+        "coremltools",
+        "executorch",
+        "torchao",
+        "sklearn",
+        "skimage",
+        "transformers",
+        "matplotlib",
+        "pandas",
+        "dask",
+    )
     code = (
         "import sys, graphopt, graphopt.palettization, graphopt.passes, graphopt.backends,"
         " graphopt.cli.main\n"

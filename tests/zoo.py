@@ -123,9 +123,14 @@ def vit() -> Built:
 
     torch.manual_seed(0)
     cfg = ViTConfig(
-        hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64, image_size=32, patch_size=8,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        image_size=32,
+        patch_size=8,
         num_labels=10,
-    )  # fmt: skip
+    )
     return _finish(
         TakeOutput(ViTForImageClassification(cfg), "logits", ("pixel_values",)), _image(32)
     )
@@ -136,9 +141,14 @@ def bert() -> Built:
 
     torch.manual_seed(0)
     cfg = BertConfig(
-        vocab_size=100, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=64, num_labels=3,
-    )  # fmt: skip
+        vocab_size=100,
+        hidden_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+        num_labels=3,
+    )
     model = TakeOutput(
         BertForSequenceClassification(cfg), "logits", ("input_ids", "attention_mask")
     )
@@ -152,9 +162,14 @@ def llama() -> Built:
 
     torch.manual_seed(0)
     cfg = LlamaConfig(
-        vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=128,
-    )  # fmt: skip
+        vocab_size=100,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+    )
     return _finish(
         TakeOutput(LlamaForCausalLM(cfg), "logits", ("input_ids",), use_cache=False),
         _tokens(100, 12),
@@ -167,9 +182,13 @@ def whisper_encoder() -> Built:
 
     torch.manual_seed(0)
     cfg = WhisperConfig(
-        d_model=32, encoder_layers=2, encoder_attention_heads=4, encoder_ffn_dim=64, num_mel_bins=16,
+        d_model=32,
+        encoder_layers=2,
+        encoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        num_mel_bins=16,
         max_source_positions=32,
-    )  # fmt: skip
+    )
     mel = torch.randn(1, 16, 64, generator=torch.Generator().manual_seed(1))
     return _finish(TakeOutput(WhisperEncoder(cfg), "last_hidden_state", ("input_features",)), mel)
 
@@ -235,10 +254,18 @@ class MobileNetV3Small(nn.Module):
     RE, HS = nn.ReLU, nn.Hardswish
     # kernel, expansion, out channels, squeeze-excite, activation, stride
     ROWS = (
-        (3, 16, 16, True, RE, 2), (3, 72, 24, False, RE, 2), (3, 88, 24, False, RE, 1), (5, 96, 40, True, HS, 2),
-        (5, 240, 40, True, HS, 1), (5, 240, 40, True, HS, 1), (5, 120, 48, True, HS, 1), (5, 144, 48, True, HS, 1),
-        (5, 288, 96, True, HS, 2), (5, 576, 96, True, HS, 1), (5, 576, 96, True, HS, 1),
-    )  # fmt: skip
+        (3, 16, 16, True, RE, 2),
+        (3, 72, 24, False, RE, 2),
+        (3, 88, 24, False, RE, 1),
+        (5, 96, 40, True, HS, 2),
+        (5, 240, 40, True, HS, 1),
+        (5, 240, 40, True, HS, 1),
+        (5, 120, 48, True, HS, 1),
+        (5, 144, 48, True, HS, 1),
+        (5, 288, 96, True, HS, 2),
+        (5, 576, 96, True, HS, 1),
+        (5, 576, 96, True, HS, 1),
+    )
 
     def __init__(self, width: float = 1.0, num_classes: int = 1000, hidden: int = 1024) -> None:
         super().__init__()
@@ -392,8 +419,15 @@ def edsr() -> Built:
 
 # --------------------------------------------------------------------------- LSTM classifier
 class LSTMClassifier(nn.Module):
-    def __init__(self, vocab: int = 100, dim: int = 16, hidden: int = 24, classes: int = 5, layers: int = 1,
-                 bidirectional: bool = False) -> None:  # fmt: skip
+    def __init__(
+        self,
+        vocab: int = 100,
+        dim: int = 16,
+        hidden: int = 24,
+        classes: int = 5,
+        layers: int = 1,
+        bidirectional: bool = False,
+    ) -> None:
         super().__init__()
         self.embed = nn.Embedding(vocab, dim)
         self.lstm = nn.LSTM(dim, hidden, layers, batch_first=True, bidirectional=bidirectional)

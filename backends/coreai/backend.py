@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from typing_extensions import override
 
+from graphopt.analysis.lookups import find_lookups
 from graphopt.backends.base import (
     Artifact,
     Backend,
@@ -27,18 +28,17 @@ from graphopt.backends.base import (
     quantization_refusals,
     stored_weights,
 )
+from graphopt.backends.casting import cast_to_16_bit_precision
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.quiet import quiet
-from graphopt.casting import cast_to_16_bit_precision
 from graphopt.errors import LoweringError, VerificationError
 from graphopt.extras import require
-from graphopt.lookups import find_lookups
-from graphopt.pass_base import Pass
-from graphopt.pass_manager import run_passes
+from graphopt.ir.program import Program, export_graph
 from graphopt.passes import IntegersToTables, RemoveUnused
-from graphopt.program import Program, export_graph
+from graphopt.passes.pass_base import Pass
+from graphopt.passes.pass_manager import run_passes
 
 __all__ = ["CoreAIArtifact", "CoreAIBackend", "run_asset"]
 
@@ -122,11 +122,10 @@ class CoreAIBackend(Backend):
         index_bits=(1, 2, 4, 6, 8),
         padded_bits=((3, 4),),
         lut_dtypes=("float32", "float16", "int8", "uint8", "fp8_e4m3", "fp8_e5m2"),
-        weight_types=("int2", "int4", "uint4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2",
-                      "fp4_e2m1"),
+        weight_types=("int2", "int4", "uint4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"),
         table_types=("uint2", "int3", "uint3", "int6", "uint6"),
         activation_types=("int8", "uint8", "fp8_e4m3", "fp8_e5m2"),
-    )  # fmt: skip
+    )
 
     @override
     def unsupported(self, program: Program) -> list[str]:

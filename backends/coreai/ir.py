@@ -23,15 +23,25 @@ __all__ = ["Constant", "find_constants", "replace_constant"]
 _FLOATS = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 _DTYPES = {name: dtype for dtype, name in _FLOATS.items()}
 _STORED = {
-    "int2": "si2", "int4": "si4", "int8": "si8", "uint2": "ui2", "uint4": "ui4", "uint8": "ui8",
-    "fp8_e4m3": "f8E4M3FN", "fp8_e5m2": "f8E5M2", "fp4_e2m1": "f4E2M1FN",
-}  # fmt: skip
+    "int2": "si2",
+    "int4": "si4",
+    "int8": "si8",
+    "uint2": "ui2",
+    "uint4": "ui4",
+    "uint8": "ui8",
+    "fp8_e4m3": "f8E4M3FN",
+    "fp8_e5m2": "f8E5M2",
+    "fp4_e2m1": "f4E2M1FN",
+}
 _SCALES = "f8E8M0FNU"
 # op → operand that is a weight, its output-channel axis and its input-channel axis
 _WEIGHTS = {
-    "coreai.conv2d": (1, 0, 1), "coreai.conv3d": (1, 0, 1), "coreai.conv_transpose2d": (1, 1, 0),
-    "coreai.conv_transpose3d": (1, 1, 0), "coreai.gather_nd": (0, 0, 1),
-}  # fmt: skip
+    "coreai.conv2d": (1, 0, 1),
+    "coreai.conv3d": (1, 0, 1),
+    "coreai.conv_transpose2d": (1, 1, 0),
+    "coreai.conv_transpose3d": (1, 1, 0),
+    "coreai.gather_nd": (0, 0, 1),
+}
 _PRODUCTS = ("coreai.batch_matmul", "coreai.decomposable.broadcasting_batch_matmul")
 
 
@@ -268,9 +278,10 @@ class _Builder:
             number = float(flat[0])
             whole = isinstance(kind, self.ir.IntegerType)
             attribute = (
-                self.ir.IntegerAttr.get(kind, int(number)) if whole
+                self.ir.IntegerAttr.get(kind, int(number))
+                if whole
                 else self.ir.FloatAttr.get(kind, number)
-            )  # fmt: skip
+            )
             tensor = self.ir.RankedTensorType.get(shape, kind)
             value = self.ir.DenseElementsAttr.get_splat(tensor, attribute)
             return self.dialect.ConstantOp(value=value).result
@@ -298,10 +309,14 @@ class _Builder:
 
     def type_of(self, name: str) -> Any:
         kinds = {
-            "f32": "F32Type", "f16": "F16Type", "bf16": "BF16Type", "f8E4M3FN": "Float8E4M3FNType",
-            "f8E5M2": "Float8E5M2Type", "f8E8M0FNU": "Float8E8M0FNUType",
+            "f32": "F32Type",
+            "f16": "F16Type",
+            "bf16": "BF16Type",
+            "f8E4M3FN": "Float8E4M3FNType",
+            "f8E5M2": "Float8E5M2Type",
+            "f8E8M0FNU": "Float8E8M0FNUType",
             "f4E2M1FN": "Float4E2M1FNType",
-        }  # fmt: skip
+        }
         if name in kinds:
             return getattr(self.ir, kinds[name]).get()
         width = int(name[2:])
@@ -315,10 +330,13 @@ def _numpy_type(name: str) -> Any:
     import numpy as np
 
     return {
-        "f32": np.float32, "f16": np.float16, "bf16": ml_dtypes.bfloat16,
-        "f8E4M3FN": ml_dtypes.float8_e4m3fn, "f8E5M2": ml_dtypes.float8_e5m2,
+        "f32": np.float32,
+        "f16": np.float16,
+        "bf16": ml_dtypes.bfloat16,
+        "f8E4M3FN": ml_dtypes.float8_e4m3fn,
+        "f8E5M2": ml_dtypes.float8_e5m2,
         "f8E8M0FNU": ml_dtypes.float8_e8m0fnu,
-    }[name]  # fmt: skip
+    }[name]
 
 
 def _are_powers(scale: Tensor) -> bool:

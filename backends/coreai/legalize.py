@@ -11,10 +11,10 @@ from torch import Tensor, fx
 from typing_extensions import override
 
 from graphopt.backends.quiet import quiet
-from graphopt.editor import Editor
 from graphopt.extras import require
+from graphopt.ir.editor import Editor
 from graphopt.numerics.packing import unpack
-from graphopt.pass_base import Pass
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["LegalizeForCoreAI"]
 
@@ -92,9 +92,15 @@ def _legalize(edit: Editor, lookup: fx.Node) -> None:
         if zero is not None:
             zero_node = edit.constant(f"{owner}_zero_point", zero, like=lookup)
         dense = edit.call(
-            coreai.constexpr_blockwise_shift_scale.default, dense, scale_node, zero_node,
-            None, None, scale.dtype if table.dtype.is_floating_point else None, like=lookup,
-        )  # fmt: skip
+            coreai.constexpr_blockwise_shift_scale.default,
+            dense,
+            scale_node,
+            zero_node,
+            None,
+            None,
+            scale.dtype if table.dtype.is_floating_point else None,
+            like=lookup,
+        )
         last = channel or lookup
     edit.replace(last, dense)
     for node in (lookup if last is not lookup else None, scaling):

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.analysis.quantized import QuantizedTensor, find_quantized_weights
 from graphopt.backends.quiet import quiet
-from graphopt.editor import Editor
 from graphopt.extras import require
+from graphopt.ir.editor import Editor
+from graphopt.ir.ops import STORAGE_BITS
 from graphopt.numerics.packing import unpack
-from graphopt.ops import STORAGE_BITS
-from graphopt.pass_base import Pass
-from graphopt.quantized import QuantizedTensor, find_quantized_weights
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["LegalizeQuantizationForCoreAI"]
 
@@ -86,9 +86,15 @@ def _weight(edit: Editor, weight: QuantizedTensor) -> None:
         zero = torch.zeros(scale.shape) if zero is None else zero
         zeros = edit.constant(f"{weight.name}_zeros", zero.to(container), like=node)
     dense = edit.call(
-        coreai.constexpr_blockwise_shift_scale.default, values, factors, zeros, lows, kind,
-        dtype if floats else None, like=node,
-    )  # fmt: skip
+        coreai.constexpr_blockwise_shift_scale.default,
+        values,
+        factors,
+        zeros,
+        lows,
+        kind,
+        dtype if floats else None,
+        like=node,
+    )
     readers = [each for each in node.args if isinstance(each, fx.Node)]
     edit.replace(node, dense)
     for each in readers:
@@ -168,9 +174,16 @@ def _dequantize(edit: Editor, node: fx.Node, known: dict[tuple[Any, ...], _Scale
     axis = node.args[3] if "per_channel" in str(node.target) else 0
     dtype = node.meta["val"].dtype
     dense = edit.call(
-        coreai.dequantize.default, node.args[0], scale, zero, None, axis, node.args[-1], dtype,
+        coreai.dequantize.default,
+        node.args[0],
+        scale,
+        zero,
+        None,
+        axis,
+        node.args[-1],
+        dtype,
         like=node,
-    )  # fmt: skip
+    )
     edit.replace(node, dense)
 
 
@@ -182,7 +195,14 @@ def _round(edit: Editor, node: fx.Node) -> None:
     factor = edit.constant(f"{x.name}_act_scale", torch.tensor(float(scale)), like=node)  # type: ignore[arg-type]
     stored = edit.call(coreai.quantize.default, x, factor, kind, like=node)
     dense = edit.call(
-        coreai.dequantize.default, stored, factor, None, None, 0, kind, node.meta["val"].dtype,
+        coreai.dequantize.default,
+        stored,
+        factor,
+        None,
+        None,
+        0,
+        kind,
+        node.meta["val"].dtype,
         like=node,
-    )  # fmt: skip
+    )
     edit.replace(node, dense)

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from typing_extensions import override
 
+from graphopt.analysis.lookups import Lookup, find_lookups, find_sparse
+from graphopt.analysis.quantized import find_quantized_activations, quantized_ops
 from graphopt.backends.base import (
     Artifact,
     Backend,
@@ -32,12 +34,10 @@ from graphopt.backends.delegate import Delegate
 from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError, VerificationError
 from graphopt.extras import require
-from graphopt.lookups import Lookup, find_lookups, find_sparse
-from graphopt.pass_base import Pass
-from graphopt.pass_manager import run_passes
+from graphopt.ir.program import Program, export_graph
 from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnused
-from graphopt.program import Program, export_graph
-from graphopt.quantized import find_quantized_activations, quantized_ops
+from graphopt.passes.pass_base import Pass
+from graphopt.passes.pass_manager import run_passes
 
 __all__ = ["CoreMLArtifact", "CoreMLBackend"]
 
@@ -92,18 +92,28 @@ class CoreMLBackend(Backend):
 
     name: ClassVar[str] = "Core ML"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        index_bits=(1, 2, 3, 4, 6, 8), lut_dtypes=("float32", "float16", "int8", "uint8"),
+        index_bits=(1, 2, 3, 4, 6, 8),
+        lut_dtypes=("float32", "float16", "int8", "uint8"),
         weight_types=("int4", "uint4", "int8", "uint8"),
-        table_types=("int2", "uint2", "int3", "uint3", "int6", "uint6"), minimum=False,
-        activation_types=("int8", "uint8"), activation_channels=False,
-    )  # fmt: skip
-    packed_capabilities: ClassVar[Capabilities] = Capabilities(
-        index_bits=(1, 2, 4, 6, 8), padded_bits=(), grouped=False, vector=False,
-        lut_dtypes=("float32", "float16"), channel_scale=False, sparse=False,
-        weight_types=("int8", "uint8"),
-        weight_blocks=False, minimum=False, activation_types=("int8", "uint8"),
+        table_types=("int2", "uint2", "int3", "uint3", "int6", "uint6"),
+        minimum=False,
+        activation_types=("int8", "uint8"),
         activation_channels=False,
-    )  # fmt: skip
+    )
+    packed_capabilities: ClassVar[Capabilities] = Capabilities(
+        index_bits=(1, 2, 4, 6, 8),
+        padded_bits=(),
+        grouped=False,
+        vector=False,
+        lut_dtypes=("float32", "float16"),
+        channel_scale=False,
+        sparse=False,
+        weight_types=("int8", "uint8"),
+        weight_blocks=False,
+        minimum=False,
+        activation_types=("int8", "uint8"),
+        activation_channels=False,
+    )
 
     @override
     def unsupported(self, program: Program) -> list[str]:

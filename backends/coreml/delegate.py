@@ -19,10 +19,10 @@ from graphopt.backends.base import check_precision
 from graphopt.backends.coreml.backend import CoreMLBackend, Target
 from graphopt.backends.delegate import Delegate, Payload
 from graphopt.backends.quiet import quiet
-from graphopt.editor import Editor
 from graphopt.errors import VerificationError
 from graphopt.extras import require
-from graphopt.pass_base import Pass
+from graphopt.ir.editor import Editor
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["CoreMLDelegate", "OneLookupPerReader"]
 

@@ -16,8 +16,8 @@ from graphopt.backends.coreml.lowerings import numpy_type
 from graphopt.backends.quiet import quiet
 from graphopt.errors import InputError
 from graphopt.extras import require
+from graphopt.ir.ops import STORAGE_BITS
 from graphopt.numerics.packing import unpack
-from graphopt.ops import STORAGE_BITS
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.schemes.quantize import QuantizedWeight
 
@@ -27,16 +27,21 @@ _log = logging.getLogger(__name__)
 _IOS16, _IOS17, _IOS18 = 7, 8, 9  # specification versions
 # op → input that is a weight → its output-channel axis
 _SLOTS = {
-    "conv": {"weight": 0}, "linear": {"weight": 0}, "conv_transpose": {"weight": 1},
-    "gather": {"x": 0}, "gather_along_axis": {"x": 0}, "gather_nd": {"x": 0},
-}  # fmt: skip
+    "conv": {"weight": 0},
+    "linear": {"weight": 0},
+    "conv_transpose": {"weight": 1},
+    "gather": {"x": 0},
+    "gather_along_axis": {"x": 0},
+    "gather_nd": {"x": 0},
+}
 _RECURRENT = ("lstm", "gru", "rnn")
 _OLD_FORMS = ("constexpr_lut_to_dense", "constexpr_sparse_to_dense")  # changed with iOS 18
 # gather counts negative indices from the end before iOS 17 and not after it
 _GUARDS = (
-    "common::guard_negative_gather_indices", "common::const_elimination",
+    "common::guard_negative_gather_indices",
+    "common::const_elimination",
     "common::dead_code_elimination",
-)  # fmt: skip
+)
 
 
 @dataclass(frozen=True)
@@ -116,10 +121,14 @@ class BuiltProgram:
                 shared = PASS_REGISTRY["common::const_deduplication"]
                 shared._deduplicate_const_across_functions(program)
             return mil_convert(
-                program, convert_from="milinternal", convert_to="mlprogram",
-                specification_version=self.version, compute_units=self.compute_units,
-                model_description=described, skip_model_load=True,
-            )  # fmt: skip
+                program,
+                convert_from="milinternal",
+                convert_to="mlprogram",
+                specification_version=self.version,
+                compute_units=self.compute_units,
+                model_description=described,
+                skip_model_load=True,
+            )
 
 
 def open_model(model: Any, *, modern: bool) -> BuiltProgram:
@@ -171,8 +180,10 @@ def open_model(model: Any, *, modern: bool) -> BuiltProgram:
     if version > before:
         _log.warning(
             "the compressed model needs specification version %d (iOS %d); the given one has %d",
-            version, {_IOS16: 16, _IOS17: 17}.get(version, 18), before,
-        )  # fmt: skip
+            version,
+            {_IOS16: 16, _IOS17: 17}.get(version, 18),
+            before,
+        )
     return BuiltProgram(program, spec, version, model.compute_unit)
 
 
@@ -259,8 +270,11 @@ def _lookup(op: Any, stored: PalettizedWeight, dtype: Any, modern: bool) -> Any:
         )
         table = Builder.constexpr_blockwise_shift_scale(
             data=_elements(stored.lut, stored.lut_storage, table_shape),
-            scale=stored.lut_scale.numpy().astype(dtype), name=f"{op.name}_lut", **offset, **place,
-        )  # fmt: skip
+            scale=stored.lut_scale.numpy().astype(dtype),
+            name=f"{op.name}_lut",
+            **offset,
+            **place,
+        )
     axis = stored.op_vector_axis
     vector = {} if axis is None else {"vector_axis": np.int32(axis)}
     made = Builder.constexpr_lut_to_dense(indices=codes, lut=table, name=name, **vector, **place)
@@ -288,9 +302,13 @@ def _integers(op: Any, stored: QuantizedWeight, dtype: Any, modern: bool) -> Any
     flat = (-1,) if axes else ()
     points = (np.zeros(counts) if zeros is None else zeros).astype(data.dtype)
     return Builder.constexpr_affine_dequantize(
-        quantized_data=data, zero_point=points.reshape(flat), scale=scale.reshape(flat),
-        axis=np.int32(axes[0] if axes else 0), name=name, **place,
-    )  # fmt: skip
+        quantized_data=data,
+        zero_point=points.reshape(flat),
+        scale=scale.reshape(flat),
+        axis=np.int32(axes[0] if axes else 0),
+        name=name,
+        **place,
+    )
 
 
 def _elements(packed: Tensor, storage: str, shape: Any) -> Any:

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 
 from graphopt.extras import require
+from graphopt.ir.ops import STORAGE_BITS
 from graphopt.numerics.packing import unpack
-from graphopt.ops import STORAGE_BITS
 
 __all__ = ["numpy_type", "register_lowerings"]
 
@@ -147,9 +147,12 @@ def _sparse_form(source: Any, bits: Any, name: str) -> tuple[Any, Any]:
                 data=given["data"].val.reshape(shape),
                 scale=given["scale"].val.reshape([1] * (rank + 2)),
                 name=f"{name}_lut",
-                **({} if given.get("offset") is None else
-                   {"offset": given["offset"].val.reshape([1] * (rank + 2))}),
-            )  # fmt: skip
+                **(
+                    {}
+                    if given.get("offset") is None
+                    else {"offset": given["offset"].val.reshape([1] * (rank + 2))}
+                ),
+            )
         else:
             table = lut.val.reshape(shape)
         mask, values = Builder.constexpr_lut_to_sparse(
@@ -159,9 +162,12 @@ def _sparse_form(source: Any, bits: Any, name: str) -> tuple[Any, Any]:
     offset = source.offset
     options = {} if offset is None else {"offset": offset.val.reshape([1] * rank)}
     mask, values = Builder.constexpr_sparse_blockwise_shift_scale(
-        data_mask=bits, nonzero_data=source.data.val,
-        scale=source.scale.val.reshape([1] * rank), name=name, **options,
-    )  # fmt: skip
+        data_mask=bits,
+        nonzero_data=source.data.val,
+        scale=source.scale.val.reshape([1] * rank),
+        name=name,
+        **options,
+    )
     return values, mask
 
 
@@ -174,9 +180,12 @@ def _affine(stored: Any, scale: Any, zero: Any, name: str) -> Any:
     zeros = np.zeros(scale.shape) if zero is None else zero
     flat = (-1,) if axes else ()
     return Builder.constexpr_affine_dequantize(
-        quantized_data=stored, zero_point=zeros.astype(stored.dtype).reshape(flat),
-        scale=scale.reshape(flat), axis=np.int32(axis), name=name,
-    )  # fmt: skip
+        quantized_data=stored,
+        zero_point=zeros.astype(stored.dtype).reshape(flat),
+        scale=scale.reshape(flat),
+        axis=np.int32(axis),
+        name=name,
+    )
 
 
 def _is_ios18() -> bool:

@@ -38,11 +38,10 @@ from graphopt.backends.executorch.partition import partition_configs
 from graphopt.backends.executorch.plan import read_plan
 from graphopt.backends.executorch.weight_forms import why_not_integers
 from graphopt.backends.quiet import silent
-from graphopt.captured_module import CapturedModule
 from graphopt.errors import LoweringError, VerificationError
 from graphopt.extras import require
-from graphopt.pass_base import Pass
-from graphopt.pass_manager import run_passes
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.program import Program, export_graph
 from graphopt.passes import (
     DequantizeToShiftScale,
     ExpandSparse,
@@ -50,7 +49,8 @@ from graphopt.passes import (
     RemoveUnused,
     TablesToIntegers,
 )
-from graphopt.program import Program, export_graph
+from graphopt.passes.pass_base import Pass
+from graphopt.passes.pass_manager import run_passes
 
 __all__ = ["Delegation", "ExecuTorchArtifact", "ExecuTorchBackend", "run_program"]
 
@@ -157,11 +157,16 @@ class ExecuTorchBackend(Backend):
 
     name: ClassVar[str] = "ExecuTorch"
     capabilities: ClassVar[Capabilities] = Capabilities(
-        index_bits=(), lut_dtypes=(), grouped=False, vector=False, channel_scale=False,
+        index_bits=(),
+        lut_dtypes=(),
+        grouped=False,
+        vector=False,
+        channel_scale=False,
         weight_types=("int8", "uint8", "int2", "int3", "int4", "uint4", "int6"),
-        activation_types=("int8", "uint8", "int4", "uint4"), activation_channels=False,
+        activation_types=("int8", "uint8", "int4", "uint4"),
+        activation_channels=False,
         fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
-    )  # fmt: skip
+    )
 
     @override
     def unsupported(self, program: Program) -> list[str]:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.analysis.lookups import Lookup, find_lookups
 from graphopt.backends.executorch.weight_forms import bias_apart
-from graphopt.editor import Editor, operands
-from graphopt.lookups import Lookup, find_lookups
+from graphopt.ir.editor import Editor, operands
 from graphopt.numerics.packing import pack, unpack
-from graphopt.pass_base import Pass
 from graphopt.passes.expand_tables import constant_value, drop_unread
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["CompressTables"]
 
@@ -203,10 +203,7 @@ class _Decoder:
             index = self._bytes(bits, part, f"codes{plane}")
             table = self._shared_table(bits, 2**shift)
             found = self._decoded(table, index, 8 // bits, 1)
-            code = (
-                found if code is None
-                else edit.call(_aten.add.Tensor, code, found, like=like)
-            )  # fmt: skip
+            code = found if code is None else edit.call(_aten.add.Tensor, code, found, like=like)
             shift += bits
         assert code is not None
         index = edit.call(_aten._to_copy.default, code, dtype=torch.int32, like=like)

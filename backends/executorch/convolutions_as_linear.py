@@ -10,8 +10,8 @@ from torch import Tensor, fx
 from typing_extensions import override
 
 from graphopt.backends.executorch.weight_forms import bias_apart
-from graphopt.editor import Editor
-from graphopt.pass_base import Pass
+from graphopt.ir.editor import Editor
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["ConvolutionsAsLinear"]
 

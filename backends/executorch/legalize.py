@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.analysis.quantized import find_quantized_weights, quantized_ops
 from graphopt.backends.executorch.weight_forms import (
     CONVOLUTIONS,
     DEQUANTIZE,
@@ -19,10 +20,9 @@ from graphopt.backends.executorch.weight_forms import (
     only_user,
     store_weight,
 )
-from graphopt.editor import Editor
-from graphopt.pass_base import Pass
+from graphopt.ir.editor import Editor
 from graphopt.passes import DequantizeToShiftScale
-from graphopt.quantized import find_quantized_weights, quantized_ops
+from graphopt.passes.pass_base import Pass
 
 __all__ = ["DuplicateDequantize", "LegalizeForXNNPACK"]
 

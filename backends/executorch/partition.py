@@ -22,9 +22,11 @@ def partition_configs() -> tuple[Any, ...]:
     repaired = {
         each: _with_clean_refusal(each)
         for each in (
-            gemm_configs.ConvolutionConfig, gemm_configs.AddmmConfig, gemm_configs.MMConfig
+            gemm_configs.ConvolutionConfig,
+            gemm_configs.AddmmConfig,
+            gemm_configs.MMConfig,
         )
-    }  # fmt: skip
+    }
     repaired[gemm_configs.LinearConfig] = _with_computed_weights(
         _with_clean_refusal(gemm_configs.LinearConfig)
     )

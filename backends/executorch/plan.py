@@ -18,9 +18,17 @@ __all__ = ["PlannedProgram", "read_plan"]
 
 _CASTS = ("aten::_to_copy", "dim_order_ops::_to_dim_order_copy", "dim_order_ops::_clone_dim_order")
 _TYPES = {
-    0: torch.uint8, 1: torch.int8, 2: torch.int16, 3: torch.int32, 4: torch.int64,
-    5: torch.float16, 6: torch.float32, 7: torch.float64, 11: torch.bool, 15: torch.bfloat16,
-}  # fmt: skip
+    0: torch.uint8,
+    1: torch.int8,
+    2: torch.int16,
+    3: torch.int32,
+    4: torch.int64,
+    5: torch.float16,
+    6: torch.float32,
+    7: torch.float64,
+    11: torch.bool,
+    15: torch.bfloat16,
+}
 Run = Callable[[Payload, Sequence[Tensor], Path], list[Tensor]]
 
 
@@ -144,11 +152,7 @@ class PlannedProgram:
         if hasattr(value, "items"):
             items = list(value.items)
             if kind in ("IntList", "TensorList", "OptionalTensorList"):
-                return [
-                    None if item < 0
-                    else self._value(item, values)
-                    for item in items
-                ]  # fmt: skip
+                return [None if item < 0 else self._value(item, values) for item in items]
             return items
         if self._is_constant(index):
             empty = self._empty(index)

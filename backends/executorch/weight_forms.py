@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from graphopt.editor import Editor
-from graphopt.quantized import QuantizedTensor, quantized_ops
+from graphopt.analysis.quantized import QuantizedTensor, quantized_ops
+from graphopt.ir.editor import Editor
 
 __all__ = [
     "CONVOLUTIONS",
@@ -153,17 +153,28 @@ def _int8(edit: Editor, weight: QuantizedTensor, reader: fx.Node) -> fx.Node:
     axes = [axis for axis, count in enumerate(weight.counts) if count > 1]
     if not axes:
         return edit.call(
-            ops.dequantize_per_tensor.default, data, float(scale), 0, *limits, like=like,
+            ops.dequantize_per_tensor.default,
+            data,
+            float(scale),
+            0,
+            *limits,
+            like=like,
             before=reader,
-        )  # fmt: skip
+        )
     flat = scale.reshape(-1).clone()
     factors = edit.constant(f"{weight.name}_scales", flat, like=like, before=reader)
     zeros = torch.zeros(flat.numel(), dtype=torch.int64)
     zero = edit.constant(f"{weight.name}_zeros", zeros, like=like, before=reader)
     return edit.call(
-        ops.dequantize_per_channel.default, data, factors, zero, axes[0], *limits, like=like,
+        ops.dequantize_per_channel.default,
+        data,
+        factors,
+        zero,
+        axes[0],
+        *limits,
+        like=like,
         before=reader,
-    )  # fmt: skip
+    )
 
 
 def _is_float32(weight: QuantizedTensor) -> bool:
@@ -187,17 +198,29 @@ def _rows(edit: Editor, weight: QuantizedTensor, reader: fx.Node) -> fx.Node:
     like = weight.node
     data = edit.constant(f"{weight.name}_rows", runs, like=like, before=reader)
     factors = edit.constant(
-        f"{weight.name}_row_scales", scale.expand(counts).reshape(-1).clone(), like=like,
+        f"{weight.name}_row_scales",
+        scale.expand(counts).reshape(-1).clone(),
+        like=like,
         before=reader,
-    )  # fmt: skip
+    )
     points = edit.constant(
-        f"{weight.name}_row_zeros", zero.expand(counts).reshape(-1).to(torch.int64), like=like,
+        f"{weight.name}_row_zeros",
+        zero.expand(counts).reshape(-1).to(torch.int64),
+        like=like,
         before=reader,
-    )  # fmt: skip
+    )
     dense = edit.call(
-        ops.dequantize_per_channel.default, data, factors, points, 0, -128, 127, torch.int8,
-        like=like, before=reader,
-    )  # fmt: skip
+        ops.dequantize_per_channel.default,
+        data,
+        factors,
+        points,
+        0,
+        -128,
+        127,
+        torch.int8,
+        like=like,
+        before=reader,
+    )
     if counts[1] == 1:
         return dense
     return edit.call(_aten.view.default, dense, [outputs, inputs], like=like, before=reader)

@@ -21,11 +21,11 @@ from graphopt.backends.base import (
     stored_weights,
 )
 from graphopt.errors import LoweringError, VerificationError
-from graphopt.ops import STORAGE_BITS
-from graphopt.pass_base import Pass
-from graphopt.pass_manager import run_passes
+from graphopt.ir.ops import STORAGE_BITS
+from graphopt.ir.program import Program, export_graph
 from graphopt.passes import RemoveUnused
-from graphopt.program import Program, export_graph
+from graphopt.passes.pass_base import Pass
+from graphopt.passes.pass_manager import run_passes
 
 __all__ = ["TorchArtifact", "TorchBackend"]
 
@@ -54,11 +54,19 @@ class TorchBackend(Backend):
     name: ClassVar[str] = "Torch"
     capabilities: ClassVar[Capabilities] = Capabilities(
         index_bits=(1, 2, 3, 4, 6, 8),
-        lut_dtypes=("float32", "float16", "bfloat16", "float64", "int8", "uint8", "fp8_e4m3",
-                    "fp8_e5m2"),
+        lut_dtypes=(
+            "float32",
+            "float16",
+            "bfloat16",
+            "float64",
+            "int8",
+            "uint8",
+            "fp8_e4m3",
+            "fp8_e5m2",
+        ),
         weight_types=tuple(STORAGE_BITS),
         activation_types=tuple(STORAGE_BITS),
-    )  # fmt: skip
+    )
 
     @override
     def unsupported(self, program: Program) -> list[str]:

@@ -134,9 +134,11 @@ def main() -> None:
             scores = [100 * score for score, _ in found]
             spread = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
             table.add_row(
-                str(bits), name, f"{full / found[0][1]:.2f}",
+                str(bits),
+                name,
+                f"{full / found[0][1]:.2f}",
                 f"{statistics.mean(scores):.2f}{spread} %",
-            )  # fmt: skip
+            )
     console.print(table)
 
 

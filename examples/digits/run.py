@@ -39,8 +39,17 @@ def main() -> None:
     weights = sum(p.numel() for p in model.parameters())
 
     table = Table(title="digits CNN, 450 held-out images")
-    for heading in ("weights", "bits each", "KiB", "accuracy", "seconds", ".aimodel KiB",
-                    ".mlpackage KiB", "Core AI diff", "Core ML diff"):  # fmt: skip
+    for heading in (
+        "weights",
+        "bits each",
+        "KiB",
+        "accuracy",
+        "seconds",
+        ".aimodel KiB",
+        ".mlpackage KiB",
+        "Core AI diff",
+        "Core ML diff",
+    ):
         table.add_column(heading, justify="right")
     # the uncompressed model goes the same way, for comparison
     rows = [("float32", None), ("4-bit", 4), ("2-bit", 2)]
@@ -66,10 +75,16 @@ def main() -> None:
         ml = graphopt.lower(program, graphopt.ExportBackend.CoreML, precision="float32")
         ml.save(args.out / f"digits-{name}.mlpackage", overwrite=True)
         table.add_row(
-            name, f"{per_weight:.3f}", f"{size / 1024:.1f}",
-            f"{100 * accuracy(scored, test_data):.2f} %", f"{seconds:.2f}", f"{ai.size / 1024:.1f}",
-            f"{ml.size / 1024:.1f}", f"{ai.verify().max_error:.1e}", f"{ml.verify().max_error:.1e}",
-        )  # fmt: skip
+            name,
+            f"{per_weight:.3f}",
+            f"{size / 1024:.1f}",
+            f"{100 * accuracy(scored, test_data):.2f} %",
+            f"{seconds:.2f}",
+            f"{ai.size / 1024:.1f}",
+            f"{ml.size / 1024:.1f}",
+            f"{ai.verify().max_error:.1e}",
+            f"{ml.verify().max_error:.1e}",
+        )
     console.print(table)
     console.print(palettizer.summary())
     console.print("diff: largest difference to PyTorch, relative to the largest output")

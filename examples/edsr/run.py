@@ -114,8 +114,15 @@ def main() -> None:
     base = evaluate(model, held_out)
     weights = sum(p.numel() for p in model.parameters())
     table = Table(title=f"EDSR {args.resblocks}×{args.feats}, {len(held_out)} held-out images")
-    for heading in ("variant", "PSNR dB", "loss dB", "PSNR to FP32", "seconds", ".aimodel KiB",
-                    "Core AI diff"):  # fmt: skip
+    for heading in (
+        "variant",
+        "PSNR dB",
+        "loss dB",
+        "PSNR to FP32",
+        "seconds",
+        ".aimodel KiB",
+        "Core AI diff",
+    ):
         table.add_column(heading, justify="right")
     table.add_row("bicubic", f"{evaluate(bicubic, held_out):.2f}", *[""] * 5)
     table.add_row("FP32", f"{base:.2f}", "", "", "", f"{4 * weights / 1024:.0f} (raw)", "")
@@ -141,9 +148,14 @@ def main() -> None:
         artifact.save(args.out / file, overwrite=True)
         difference = artifact.verify().max_error
         table.add_row(
-            name, f"{score:.2f}", f"{base - score:.3f}", f"{fidelity:.1f}", f"{seconds:.1f}",
-            f"{artifact.size / 1024:.0f}", f"{difference:.1e}",
-        )  # fmt: skip
+            name,
+            f"{score:.2f}",
+            f"{base - score:.3f}",
+            f"{fidelity:.1f}",
+            f"{seconds:.1f}",
+            f"{artifact.size / 1024:.0f}",
+            f"{difference:.1e}",
+        )
     console.print(table)
 
 

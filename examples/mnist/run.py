@@ -71,10 +71,15 @@ def load_digits_as_mnist() -> tuple[Split, Split]:
 def make_model() -> nn.Module:
     """Conv2d → ReLU → MaxPool → Flatten → Linear."""
     return nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Conv2d(16, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-        nn.Flatten(), nn.Linear(32 * 7 * 7, 10),
-    )  # fmt: skip
+        nn.Conv2d(1, 16, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(32 * 7 * 7, 10),
+    )
 
 
 def train(model: nn.Module, data: Split, epochs: int) -> None:
@@ -134,8 +139,9 @@ def main() -> None:
         prepared = palettizer.prepare(example)
         finalized = palettizer.finalize(backend=graphopt.ExportBackend.CoreAI)
         artifact = graphopt.lower(finalized, graphopt.ExportBackend.CoreAI, example)
-        path = artifact.save(args.out / f"{name.replace(', ', '-').replace(' ', '-')}.aimodel",
-                             overwrite=True)  # fmt: skip
+        path = artifact.save(
+            args.out / f"{name.replace(', ', '-').replace(' ', '-')}.aimodel", overwrite=True
+        )
         print(
             f"{name}: {accuracy(prepared, test_data):.2f} %,"
             f" {palettizer.summary().bits_per_weight:.3f} bits per weight,"

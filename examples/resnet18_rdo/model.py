@@ -65,8 +65,11 @@ def multiplications(model: nn.Module, x: Tensor) -> int:
         assert isinstance(module, nn.Conv2d | nn.Linear)
         total += module.weight[0].numel() * y[0].numel()
 
-    handles = [each.register_forward_hook(count) for each in model.modules()
-               if isinstance(each, nn.Conv2d | nn.Linear)]  # fmt: skip
+    handles = [
+        each.register_forward_hook(count)
+        for each in model.modules()
+        if isinstance(each, nn.Conv2d | nn.Linear)
+    ]
     with torch.no_grad():
         model(x)
     for handle in handles:

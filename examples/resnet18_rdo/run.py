@@ -30,9 +30,11 @@ from graphopt import rdo
 WANTED = (
     ("4, 6, 8 bits", {"target_bits": 4.19, "candidates": [4, 6, 8]}),
     ("2, 3, 4, 6, 8 bits", {"target_bits": 3.0, "candidates": [2, 3, 4, 6, 8]}),
-    ("palettes of 2 to 8 bits",
-     {"target_bits": 3.0, "candidates": [2, 3, 4, 6, 8], "family": "palette"}),
-)  # fmt: skip
+    (
+        "palettes of 2 to 8 bits",
+        {"target_bits": 3.0, "candidates": [2, 3, 4, 6, 8], "family": "palette"},
+    ),
+)
 
 
 class Accuracy:
@@ -47,8 +49,9 @@ class Accuracy:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("out/resnet18_rdo"))
     parser.add_argument("--cifar10", type=Path, help="folder with data_batch_1 … test_batch")
     parser.add_argument("--width", type=int, default=16)
@@ -69,13 +72,16 @@ def main() -> None:
     held = held[0][: args.test], held[1][: args.test]
     started = time.perf_counter()
     mirror = args.cifar10 is not None
-    model = trained(args.out / f"width{args.width}.pt", known, args.width, args.epochs, args.seed,
-                    mirror)  # fmt: skip
+    model = trained(
+        args.out / f"width{args.width}.pt", known, args.width, args.epochs, args.seed, mirror
+    )
     if args.fine_tune:
         train(model, known, args.fine_tune, 4e-4, mirror)
-    console.print(f"{multiplications(model, held[0][:1]) / 1e6:.1f} million multiply-accumulates,"
-                  f" {sum(p.numel() for p in model.parameters()):,} parameters;"
-                  f" trained in {time.perf_counter() - started:.0f} s")  # fmt: skip
+    console.print(
+        f"{multiplications(model, held[0][:1]) / 1e6:.1f} million multiply-accumulates,"
+        f" {sum(p.numel() for p in model.parameters()):,} parameters;"
+        f" trained in {time.perf_counter() - started:.0f} s"
+    )
     drawn = torch.randperm(len(known[0]), generator=torch.Generator().manual_seed(args.seed))
     calibration = list(known[0][drawn[: args.images]].split(args.batch))
     score = Accuracy(held, 256)
@@ -87,18 +93,27 @@ def main() -> None:
         begun = time.perf_counter()
         folder = args.out / f"{config['target_bits']}-{config.get('family', 'integer')}"
         program, report = rdo.optimize(
-            model, (held[0][:1],), calibration,
-            {**config, "seed": args.seed, "rounding": {"steps": args.steps}}, out=folder,
-            overwrite=True, evaluate=score, evaluation_data=held[0].split(256),
-        )  # fmt: skip
+            model,
+            (held[0][:1],),
+            calibration,
+            {**config, "seed": args.seed, "rounding": {"steps": args.steps}},
+            out=folder,
+            overwrite=True,
+            evaluate=score,
+            evaluation_data=held[0].split(256),
+        )
         seconds = time.perf_counter() - begun
         for row in report.comparison[3 if number else 0 :]:
             ours = row.name == "rate-distortion"
             table.add_row(
-                f"{row.name}, {name}" if ours else row.name, f"{row.score:.2f}",
-                f"{row.drop:.2f} ± {row.error:.2f}", f"{row.bits_per_weight:.3f}",
-                f"{row.ratio:.2f}×", f"{row.distance:.2g}", f"{seconds:.0f}" if ours else "",
-            )  # fmt: skip
+                f"{row.name}, {name}" if ours else row.name,
+                f"{row.score:.2f}",
+                f"{row.drop:.2f} ± {row.error:.2f}",
+                f"{row.bits_per_weight:.3f}",
+                f"{row.ratio:.2f}×",
+                f"{row.distance:.2g}",
+                f"{seconds:.0f}" if ours else "",
+            )
         console.print(report)
         program.save(folder / "resnet18.aimodel")
     console.print(table)

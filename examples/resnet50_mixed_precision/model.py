@@ -124,8 +124,11 @@ def imagenet(folder: Path, count: int, batch: int) -> list[Data]:
     from PIL import Image
 
     classes = sorted(each.name for each in folder.iterdir() if each.is_dir())
-    files = [(path, label) for label, name in enumerate(classes)
-             for path in sorted((folder / name).iterdir())]  # fmt: skip
+    files = [
+        (path, label)
+        for label, name in enumerate(classes)
+        for path in sorted((folder / name).iterdir())
+    ]
     chosen = files[:: max(1, len(files) // count)][:count]
     mean, spread = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])
 
@@ -133,8 +136,9 @@ def imagenet(folder: Path, count: int, batch: int) -> list[Data]:
         with Image.open(path) as file:
             image = file.convert("RGB")
         scale = 256 / min(image.size)
-        image = image.resize((round(image.width * scale), round(image.height * scale)),
-                             Image.Resampling.BILINEAR)  # fmt: skip
+        image = image.resize(
+            (round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR
+        )
         left, top = (image.width - 224) // 2, (image.height - 224) // 2
         pixels = np.asarray(image.crop((left, top, left + 224, top + 224)), dtype=np.float32)
         return ((torch.from_numpy(pixels) / 255 - mean) / spread).permute(2, 0, 1)

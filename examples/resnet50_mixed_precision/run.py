@@ -48,10 +48,13 @@ class Scores:
         )
         total = sum(len(y) for _, y in self.batches)
         means = {
-            name: float(np.mean([METRICS[name].compare(*pair)
-                                 for pair in zip(found, self.wanted, strict=True)]))
+            name: float(
+                np.mean(
+                    [METRICS[name].compare(*pair) for pair in zip(found, self.wanted, strict=True)]
+                )
+            )
             for name in ("psnr", "kl")
-        }  # fmt: skip
+        }
         return {"top1": 100 * right / total, **means}
 
     def top1(self, model: nn.Module) -> float:
@@ -73,14 +76,20 @@ def data(args: argparse.Namespace) -> tuple[nn.Module, list[torch.Tensor], list[
 def row(table: Table, name: str, recipe: Recipe, scores: dict[str, float]) -> None:
     kinds = ", ".join(f"{n}× {name}" for name, (n, _) in recipe.distribution.items())
     table.add_row(
-        name, f"{recipe.bits_per_weight:.3f}", f"{recipe.bytes / 2**20:.3f}",
-        f"{scores['top1']:.2f}", f"{scores['psnr']:.2f}", f"{scores['kl']:.5f}", kinds,
-    )  # fmt: skip
+        name,
+        f"{recipe.bits_per_weight:.3f}",
+        f"{recipe.bytes / 2**20:.3f}",
+        f"{scores['top1']:.2f}",
+        f"{scores['psnr']:.2f}",
+        f"{scores['kl']:.5f}",
+        kinds,
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, default=Path("out/resnet50_mixed_precision"))
     parser.add_argument("--weights", type=Path, help="torchvision's ResNet-50 checkpoint")
     parser.add_argument("--calibration", type=Path, help="folder of ImageNet images")
@@ -104,21 +113,33 @@ def main() -> None:
     # 1. layer-wise sensitivity, as published: PSNR of the logits, one layer compressed at a time
     begun = time.perf_counter()
     plain = analyze(
-        model, example, args.bits, calibration, mode="hybrid",
+        model,
+        example,
+        args.bits,
+        calibration,
+        mode="hybrid",
         path=args.out / "psnr.sensitivity.jsonl",
-    )  # fmt: skip
+    )
     console.print(plain)
     plain.plot().figure.savefig(args.out / "sensitivity.png", dpi=150)
     console.print(f"sensitivity of {len(plain.layers)} layers: {time.perf_counter() - begun:.0f} s")
     # the same under the corrections that are applied below, by what they do to the class probabilities
     aware = analyze(
-        model, example, args.bits, calibration, "kl", mode="hybrid", correction="statistics",
+        model,
+        example,
+        args.bits,
+        calibration,
+        "kl",
+        mode="hybrid",
+        correction="statistics",
         path=args.out / "kl.sensitivity.jsonl",
-    )  # fmt: skip
+    )
 
     # 2. recipes at one target
-    results = Table(title=f"target {args.target:g} bits per weight, {sum(len(y) for _, y in held)}"
-                    " held-out images")  # fmt: skip
+    results = Table(
+        title=f"target {args.target:g} bits per weight, {sum(len(y) for _, y in held)}"
+        " held-out images"
+    )
     for heading in ("", "bits/weight", "MiB", "top-1 %", "PSNR dB", "KL", "layers"):
         results.add_column(heading, justify="left" if heading in ("", "layers") else "right")
     flat = f"{min(args.bits, key=lambda bits: abs(bits - args.target))}-bit"
@@ -138,8 +159,10 @@ def main() -> None:
     best.save(args.out / "recipe.yaml", overwrite=True)
     artifact = graphopt.lower(tuned, graphopt.ExportBackend.CoreAI, example)
     artifact.save(args.out / "resnet.aimodel", overwrite=True)
-    console.print(f"{artifact.path}: {artifact.size:,} bytes, differs from PyTorch by"
-                  f" {artifact.verify().max_error:.1e}")  # fmt: skip
+    console.print(
+        f"{artifact.path}: {artifact.size:,} bytes, differs from PyTorch by"
+        f" {artifact.verify().max_error:.1e}"
+    )
 
     # 3. the curve
     curves = sweeps(plain, aware, calibration, score, args)
@@ -150,26 +173,38 @@ def main() -> None:
 
 
 def sweeps(
-    plain: SensitivityTable, aware: SensitivityTable, calibration: list[torch.Tensor],
-    score: Scores, args: argparse.Namespace,
-) -> dict[str, Sweep]:  # fmt: skip
+    plain: SensitivityTable,
+    aware: SensitivityTable,
+    calibration: list[torch.Tensor],
+    score: Scores,
+    args: argparse.Namespace,
+) -> dict[str, Sweep]:
     targets = np.linspace(2, 6, args.points)
     return {
         "greedy": plain.sweep(targets, score.top1, solver="greedy", uniform=False, score="top-1 %"),
         "MILP, refined": plain.sweep(targets, score.top1, refine_with=calibration, score="top-1 %"),
         "fitted to data": aware.sweep(
-            targets, score.top1, refine_with=calibration, uniform=False, score="top-1 %",
+            targets,
+            score.top1,
+            refine_with=calibration,
+            uniform=False,
+            score="top-1 %",
             apply=lambda recipe: aware.apply(recipe, calibration, algorithm="gptq"),
         ),
-    }  # fmt: skip
+    }
 
 
 def plot(curves: dict[str, Sweep], path: Path) -> None:
     axes = curves["MILP, refined"].plot()
     for name in ("greedy", "fitted to data"):
         found = curves[name].of_kind("recipe")
-        axes.plot([point.bits_per_weight for point in found], [point.score for point in found],
-                  marker=".", linestyle=":", label=name)  # fmt: skip
+        axes.plot(
+            [point.bits_per_weight for point in found],
+            [point.score for point in found],
+            marker=".",
+            linestyle=":",
+            label=name,
+        )
     axes.legend()
     axes.figure.savefig(path, dpi=150)
 

@@ -78,8 +78,17 @@ def main() -> None:
 
     title = f"{sum(len(ids) for ids, _ in evaluation)} held-out sentences"
     table = Table(title=title)
-    for heading in ("bits", "bits/weight", "MiB", "k-means", "output feedback", "tuned", "seconds",
-                    ".aimodel MiB", "Core AI diff"):  # fmt: skip
+    for heading in (
+        "bits",
+        "bits/weight",
+        "MiB",
+        "k-means",
+        "output feedback",
+        "tuned",
+        "seconds",
+        ".aimodel MiB",
+        "Core AI diff",
+    ):
         table.add_column(heading, justify="right")
     points: dict[str, list[tuple[float, float]]] = {"k-means": [], "calibrated": []}
     for bits in args.bits:
@@ -101,10 +110,16 @@ def main() -> None:
         artifact = graphopt.lower(program, graphopt.ExportBackend.CoreAI)
         artifact.save(args.out / f"encoder-{bits}-bit.aimodel", overwrite=True)
         table.add_row(
-            str(bits), f"{summary.bits_per_weight:.3f}", f"{summary.stored_bytes / 2**20:.2f}",
-            f"{plain:.4f}", f"{fitted:.4f}", tuned, f"{seconds:.0f}",
-            f"{artifact.size / 2**20:.2f}", f"{artifact.verify().max_error:.1e}",
-        )  # fmt: skip
+            str(bits),
+            f"{summary.bits_per_weight:.3f}",
+            f"{summary.stored_bytes / 2**20:.2f}",
+            f"{plain:.4f}",
+            f"{fitted:.4f}",
+            tuned,
+            f"{seconds:.0f}",
+            f"{artifact.size / 2**20:.2f}",
+            f"{artifact.verify().max_error:.1e}",
+        )
         points["k-means"].append((summary.bits_per_weight, plain))
         points["calibrated"].append((summary.bits_per_weight, best))
     console.print(table)

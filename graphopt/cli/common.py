@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from graphopt.table import finite_values
+from graphopt.ir.records import finite_values
 
 __all__ = ["ERR", "OUT", "Json", "Model", "is_stream", "print_json", "scratch_folder", "to_stdout"]
 
@@ -59,7 +59,7 @@ Model = Annotated[
         help="A .pt2 file of torch.export.save; - reads it from standard input.",
         callback=_from_stdin,
     ),
-]  # fmt: skip
+]
 
 
 def print_json(value: dict[str, Any], *, stream: Any = None) -> None:

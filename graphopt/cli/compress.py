@@ -10,8 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from graphopt import pipelines
-from graphopt.api import as_program, lower
-from graphopt.backends.stored import as_stored
+from graphopt.backends.lowering import as_program, lower
 from graphopt.cli.artifacts import (
     BackendName,
     Delegate,
@@ -28,13 +27,14 @@ from graphopt.cli.artifacts import (
 )
 from graphopt.cli.common import ERR, OUT, Json, Model, is_stream, print_json
 from graphopt.cli.mixed_precision import BatchSize, is_recipe, read_data
+from graphopt.compressors.joint import AnyConfig
 from graphopt.config.base import read_yaml
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.files import replaced
-from graphopt.joint import AnyConfig
-from graphopt.mixed_precision import Recipe
-from graphopt.program import CompressedProgram, Program
+from graphopt.ir.program import CompressedProgram, Program
+from graphopt.report.stored import as_stored
+from graphopt.search.mixed_precision import Recipe
 
 __all__ = ["compress", "lower_program"]
 
@@ -100,9 +100,13 @@ def compress(
         recipe.check(original)
         wanted = recipe.to_config()
     pipeline = pipelines.joint(
-        wanted, batches, backend=target, seed=seed, progress=False if as_json else None,
+        wanted,
+        batches,
+        backend=target,
+        seed=seed,
+        progress=False if as_json else None,
         on_unmatched="warn" if lenient else "error",
-    )  # fmt: skip
+    )
     program = pipeline.run(original, dump_dir=dump_passes, verify=verify_passes)
     table = as_stored(program, target)
     artifact = lower(program, target, **options_of(target, precision, delegate, tables))
@@ -171,8 +175,13 @@ def lower_program(
 def _config(path: Path) -> AnyConfig:
     """A config of one or several parts; one without a root key is of palettization."""
     found = read_yaml(path, "config")
-    joint = {"pruning", "palettization", "quantization", "magnitude_pruning_config",
-             "quantization_config"}  # fmt: skip
+    joint = {
+        "pruning",
+        "palettization",
+        "quantization",
+        "magnitude_pruning_config",
+        "quantization_config",
+    }
     if isinstance(found, dict) and joint & set(found):
         return JointConfig.from_dict(found)
     if path.suffix == ".json":

@@ -18,8 +18,8 @@ from typing import Annotated, Any
 import typer
 
 from graphopt import errors
-from graphopt.api import as_program
 from graphopt.backends import BACKENDS, load_backend
+from graphopt.backends.lowering import as_program
 from graphopt.cli import mixed_precision
 from graphopt.cli.artifacts import SUFFIX, Limit, backend_of, check_limit, plain, sentence
 from graphopt.cli.common import ERR, OUT, Json, Model, print_json

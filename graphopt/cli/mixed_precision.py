@@ -15,12 +15,12 @@ from torch.utils import _pytree as pytree
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.config.base import read_yaml
 from graphopt.errors import ArtifactExistsError, ConfigError, InputError
-from graphopt.layerwise import as_batch
-from graphopt.mixed_precision import SensitivityTable
-from graphopt.mixed_precision import analyze as run_analysis
-from graphopt.mixed_precision.candidates import as_candidates, read_candidates
-from graphopt.mixed_precision.metrics import METRICS, measure
-from graphopt.mixed_precision.plots import save_plot
+from graphopt.run.layerwise import as_batch
+from graphopt.search.mixed_precision import SensitivityTable
+from graphopt.search.mixed_precision import analyze as run_analysis
+from graphopt.search.mixed_precision.candidates import as_candidates, read_candidates
+from graphopt.search.mixed_precision.metrics import METRICS, measure
+from graphopt.search.mixed_precision.plots import save_plot
 
 __all__ = ["analyze", "is_recipe", "read_data", "recipe", "sweep"]
 
@@ -85,10 +85,20 @@ def analyze(
     else:
         chosen = as_candidates([each.strip() for each in candidates.split(",")])
     table = run_analysis(
-        model, None, chosen, read_data(data, batch_size), metric or ["psnr"], mode=mode,
-        backend=backend, layer_candidates=special, correction=correction, path=output,
-        resume=resume, seed=seed, progress=False if as_json else None,
-    )  # fmt: skip
+        model,
+        None,
+        chosen,
+        read_data(data, batch_size),
+        metric or ["psnr"],
+        mode=mode,
+        backend=backend,
+        layer_candidates=special,
+        correction=correction,
+        path=output,
+        resume=resume,
+        seed=seed,
+        progress=False if as_json else None,
+    )
     if csv is not None:
         table.to_csv(csv)
     if plot is not None:
@@ -129,9 +139,12 @@ def recipe(
     )
     if data is not None:
         found = known.refine(
-            found, read_data(data, batch_size), evaluations=evaluations, pin=_pins(pin),
+            found,
+            read_data(data, batch_size),
+            evaluations=evaluations,
+            pin=_pins(pin),
             progress=False if as_json else None,
-        )  # fmt: skip
+        )
     found.save(output, overwrite=overwrite)
     if as_json:
         print_json({"output": str(output), **found.to_dict()})
@@ -180,11 +193,15 @@ def sweep(
     if not resume:
         output.unlink(missing_ok=True)
     curve = known.sweep(
-        np.linspace(first, last, points), score, solver=solver, pin=_pins(pin),
-        refine_with=calls if refine else None, path=output,
+        np.linspace(first, last, points),
+        score,
+        solver=solver,
+        pin=_pins(pin),
+        refine_with=calls if refine else None,
+        path=output,
         score=metric if chosen.larger_is_better else f"-{metric}",
         progress=False if as_json else None,
-    )  # fmt: skip
+    )
     if plot is not None:
         save_plot(curve.plot(), plot)
     if as_json:

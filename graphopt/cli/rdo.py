@@ -11,7 +11,7 @@ from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.cli.mixed_precision import BatchSize, Data, read_data
 from graphopt.config.base import read_yaml
 from graphopt.errors import ConfigError
-from graphopt.rdo import RDOConfig, optimize
+from graphopt.search.rdo import RDOConfig, optimize
 
 __all__ = ["rdo"]
 
@@ -67,10 +67,16 @@ def rdo(
         raise ConfigError("give --target-bits, or target_bits or rate_weight in --config")
     checked = None if evaluation is None else read_data(evaluation, batch_size)
     done = optimize(
-        model, None, read_data(data, batch_size), RDOConfig.from_dict(settings), out=output,
-        overwrite=overwrite, resume=resume, evaluation_data=checked,
+        model,
+        None,
+        read_data(data, batch_size),
+        RDOConfig.from_dict(settings),
+        out=output,
+        overwrite=overwrite,
+        resume=resume,
+        evaluation_data=checked,
         progress=False if as_json else None,
-    )  # fmt: skip
+    )
     if as_json:
         print_json({"output": str(output), **done.report.to_dict()})
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from graphopt.api import as_program
+from graphopt.backends.lowering import as_program
 from graphopt.cli.artifacts import check_report
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.cli.mixed_precision import BatchSize, read_data

@@ -141,8 +141,9 @@ def _has_activations(config: dict[Any, Any]) -> bool:
     for key, value in config.items():
         if not isinstance(value, dict):
             continue
-        slots = key in (f"{owner}_{side}_spec" for owner in ("op", "module")
-                        for side in ("input", "output"))  # fmt: skip
+        slots = key in (
+            f"{owner}_{side}_spec" for owner in ("op", "module") for side in ("input", "output")
+        )
         if slots and any(spec is not None for spec in value.values()):
             return True
         if _has_activations(value):

@@ -1,7 +1,11 @@
 """Compress the weights of a Core AI program that is already built."""
 
-from graphopt.coreai_utils.common import CompressionGranularity, DType, QScheme
-from graphopt.coreai_utils.passes import palettize_weights, quantize_weights, sparsify_weights
+from graphopt.interop.coreai_utils.common import CompressionGranularity, DType, QScheme
+from graphopt.interop.coreai_utils.passes import (
+    palettize_weights,
+    quantize_weights,
+    sparsify_weights,
+)
 
 __all__ = [
     "CompressionGranularity",

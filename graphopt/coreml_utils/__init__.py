@@ -1,6 +1,6 @@
 """Compress the weights of a Core ML model that is already built."""
 
-from graphopt.coreml_utils.passes import (
+from graphopt.interop.coreml_utils.passes import (
     WeightInfo,
     palettize_weights,
     quantize_weights,

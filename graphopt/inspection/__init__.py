@@ -1,10 +1,10 @@
 """What is in a program and what compression did to it: names, sizes, bits, errors, pages."""
 
-from graphopt.inspection.bits import BitsPerWeightResult, bits_per_weight
-from graphopt.inspection.difference import Difference, LayerDifference, diff
-from graphopt.inspection.drawing import save_graph
-from graphopt.inspection.inspector import ModelInspector
-from graphopt.inspection.model import (
+from graphopt.report.bits import BitsPerWeightResult, bits_per_weight
+from graphopt.report.difference import Difference, LayerDifference, diff
+from graphopt.report.drawing import save_graph
+from graphopt.report.inspector import ModelInspector
+from graphopt.report.model import (
     BoundaryEdge,
     InputEdge,
     ModelSummary,
@@ -13,8 +13,8 @@ from graphopt.inspection.model import (
     OpInfo,
     SourceFrame,
 )
-from graphopt.inspection.page import write_page
-from graphopt.inspection.summary import ModelReport, ModuleRow, inspect_program
+from graphopt.report.page import write_page
+from graphopt.report.summary import ModelReport, ModuleRow, inspect_program
 
 __all__ = [
     "BitsPerWeightResult",

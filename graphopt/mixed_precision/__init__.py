@@ -1,12 +1,12 @@
 """Mixed precision: which layer gets how many bits."""
 
-from graphopt.mixed_precision.analysis import analyze
-from graphopt.mixed_precision.candidates import Candidate, as_candidates
-from graphopt.mixed_precision.metrics import METRICS, Metric
-from graphopt.mixed_precision.recipe import Recipe
-from graphopt.mixed_precision.sensitivity_table import SensitivityTable
-from graphopt.mixed_precision.sizes import SizeModel
-from graphopt.mixed_precision.solvers import (
+from graphopt.search.mixed_precision.analysis import analyze
+from graphopt.search.mixed_precision.candidates import Candidate, as_candidates
+from graphopt.search.mixed_precision.metrics import METRICS, Metric
+from graphopt.search.mixed_precision.recipe import Recipe
+from graphopt.search.mixed_precision.sensitivity_table import SensitivityTable
+from graphopt.search.mixed_precision.sizes import SizeModel
+from graphopt.search.mixed_precision.solvers import (
     Problem,
     Solution,
     front,
@@ -15,7 +15,7 @@ from graphopt.mixed_precision.solvers import (
     solve_near,
     solve_on_hull,
 )
-from graphopt.mixed_precision.sweep import Point, Sweep
+from graphopt.search.mixed_precision.sweep import Point, Sweep
 
 __all__ = [
     "METRICS",

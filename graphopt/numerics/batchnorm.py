@@ -50,8 +50,10 @@ def fold_norm(
     wide: NormState = (
         None if gamma is None else gamma.double(),
         None if beta is None else beta.double(),
-        mean.double(), variance.double(), eps,
-    )  # fmt: skip
+        mean.double(),
+        variance.double(),
+        eps,
+    )
     scale = gains(wide)
     shift = -wide[2] if bias is None else bias.double() - wide[2]
     shift = shift * scale + (0 if wide[1] is None else wide[1])

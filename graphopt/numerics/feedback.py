@@ -228,9 +228,13 @@ def _tasks(rows: int, size: int) -> list[tuple[slice, slice]]:
 
 
 def _pass(
-    w: Tensor, factor: Tensor, tables: Tensor, row_table: _Indices,
-    col_table: _Indices, size: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    w: Tensor,
+    factor: Tensor,
+    tables: Tensor,
+    row_table: _Indices,
+    col_table: _Indices,
+    size: int,
+) -> tuple[Tensor, Tensor]:
     q = torch.empty_like(w)
     codes = torch.empty((w.shape[0], w.shape[1] // size), dtype=torch.uint8)
 
@@ -248,9 +252,15 @@ def _pass(
 
 
 def _descend(
-    q: Tensor, codes: Tensor, w: Tensor, hessian: Tensor, tables: Tensor,
-    row_table: _Indices, col_table: _Indices, size: int,
-) -> int:  # fmt: skip
+    q: Tensor,
+    codes: Tensor,
+    w: Tensor,
+    hessian: Tensor,
+    tables: Tensor,
+    row_table: _Indices,
+    col_table: _Indices,
+    size: int,
+) -> int:
     slope = hessian @ (w - q)
 
     def run(task: tuple[slice, slice]) -> int:
@@ -269,9 +279,13 @@ def _descend(
 
 
 def _solve(
-    codes: Tensor, target: Tensor, hessian: Tensor, weight: Tensor, row_table: _Indices,
+    codes: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    weight: Tensor,
+    row_table: _Indices,
     tables: Tensor,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Entries that minimise the objective for given codes; scalar tables stay increasing."""
     accumulate = _by_products if tables.shape[1] <= _PRODUCTS_UP_TO else _by_scatter
     left, right = accumulate(codes, target, hessian, weight, row_table, tables)
@@ -286,9 +300,13 @@ def _solve(
 
 
 def _by_products(
-    codes: Tensor, target: Tensor, hessian: Tensor, weight: Tensor, row_table: _Indices,
+    codes: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    weight: Tensor,
+    row_table: _Indices,
     tables: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """Normal equations from products with one-hot codes: the fastest way for small tables."""
     (count, k, size), (columns, units) = tables.shape, codes.shape
     left = torch.zeros(count, k, k, dtype=torch.float64)
@@ -310,9 +328,13 @@ def _by_products(
 
 
 def _by_scatter(
-    codes: Tensor, target: Tensor, hessian: Tensor, weight: Tensor, row_table: _Indices,
+    codes: Tensor,
+    target: Tensor,
+    hessian: Tensor,
+    weight: Tensor,
+    row_table: _Indices,
     tables: Tensor,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     count, k, size = tables.shape
 
     def run(task: tuple[slice, slice]) -> tuple[Tensor, Tensor, int]:
@@ -323,8 +345,12 @@ def _by_scatter(
         kernels.normal_equations(
             np.ascontiguousarray(codes[:, units].numpy()),
             np.ascontiguousarray(target[:, rows].numpy()),
-            hessian.numpy(), weight[units].numpy(), own - low, left, right,
-        )  # fmt: skip
+            hessian.numpy(),
+            weight[units].numpy(),
+            own - low,
+            left,
+            right,
+        )
         return torch.from_numpy(left), torch.from_numpy(right), low
 
     left = torch.zeros(count, k, k, dtype=torch.float64)

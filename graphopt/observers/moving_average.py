@@ -35,9 +35,10 @@ class MovingAverageObserver(Observer):
     @override
     def init(self, groups: int) -> State:
         return {
-            "low": empty_range(groups), "high": empty_range(groups),
+            "low": empty_range(groups),
+            "high": empty_range(groups),
             "seen": torch.zeros(groups, dtype=torch.bool),
-        }  # fmt: skip
+        }
 
     @override
     def update(self, state: State, values: Tensor) -> State:

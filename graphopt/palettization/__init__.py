@@ -1,5 +1,8 @@
 """Palettization of weights: table lookups instead of floats."""
 
+from graphopt.compressors.dkm import DKMPalettizer
+from graphopt.compressors.fit_palettes import FitPalettes
+from graphopt.compressors.kmeans import KMeansPalettizer
 from graphopt.config.palettization import (
     DKMPalettizerConfig,
     KMeansPalettizerConfig,
@@ -8,9 +11,6 @@ from graphopt.config.palettization import (
     OpDKMPalettizerConfig,
     OpKMeansPalettizerConfig,
 )
-from graphopt.palettization.dkm import DKMPalettizer
-from graphopt.palettization.fit_palettes import FitPalettes
-from graphopt.palettization.kmeans import KMeansPalettizer
 from graphopt.specs import PalettizationSpec
 
 __all__ = [

@@ -1,11 +1,11 @@
 """Pruning: weights with zeros, stored as values and masks."""
 
+from graphopt.compressors.pruner import MagnitudePruner
 from graphopt.config.pruning import (
     MagnitudePrunerConfig,
     ModuleMagnitudePrunerConfig,
     OpMagnitudePrunerConfig,
 )
-from graphopt.pruning.pruner import MagnitudePruner
 from graphopt.specs.pruning import (
     BlockStructured,
     ChannelStructured,

@@ -1,5 +1,6 @@
 """Quantization: the compressor class, its configs and specs."""
 
+from graphopt.compressors.quantizer import Quantizer
 from graphopt.config.quantization import (
     ExecutionMode,
     KVCacheQuantConfig,
@@ -8,8 +9,7 @@ from graphopt.config.quantization import (
     QATSchedule,
     QuantizerConfig,
 )
-from graphopt.quantization.calibrate_activations import CalibrateActivations
-from graphopt.quantization.quantizer import Quantizer
+from graphopt.passes.calibrate_activations import CalibrateActivations
 from graphopt.specs import QuantizationFormulation, QuantizationScheme, QuantizationSpec
 
 __all__ = [

@@ -1,13 +1,13 @@
 """Rate-distortion-optimised mixed-precision quantization after training."""
 
-from graphopt.rdo.allocation import Allocation, allocate
-from graphopt.rdo.as_pass import OptimizeRateDistortion
-from graphopt.rdo.comparison import compare, uniform_program
-from graphopt.rdo.config import BlockOptions, FeedbackOptions, RDOConfig, RoundingOptions
-from graphopt.rdo.picture import draw_comparison
-from graphopt.rdo.pipeline import Optimized, optimize
-from graphopt.rdo.report import BlockReport, Comparison, LayerReport, RDOReport
-from graphopt.rdo.session import BlockFit, Costs, Session
+from graphopt.search.rdo.allocation import Allocation, allocate
+from graphopt.search.rdo.as_pass import OptimizeRateDistortion
+from graphopt.search.rdo.comparison import compare, uniform_program
+from graphopt.search.rdo.config import BlockOptions, FeedbackOptions, RDOConfig, RoundingOptions
+from graphopt.search.rdo.picture import draw_comparison
+from graphopt.search.rdo.pipeline import Optimized, optimize
+from graphopt.search.rdo.report import BlockReport, Comparison, LayerReport, RDOReport
+from graphopt.search.rdo.session import BlockFit, Costs, Session
 
 __all__ = [
     "Allocation",

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import CompressionError
+from graphopt.ir.ops import lut_to_dense, shift_scale, sparse_to_dense
 from graphopt.numerics.kmeans1d import cluster_1d, look_up, sum_of_squares
 from graphopt.numerics.kmeans_nd import cluster_vectors
 from graphopt.numerics.packing import pack, packed_size, unpack
-from graphopt.ops import lut_to_dense, shift_scale, sparse_to_dense
 from graphopt.schemes.layout import Layout, plan_layout
 from graphopt.schemes.tables import StoredTables, nearest_codes, quantize_tables
 from graphopt.specs import PalettizationSpec
@@ -183,9 +183,11 @@ def _palettize_around_outliers(
     )
     rest = (weight - found.dense())[~kept]
     found = replace(
-        found, outliers=rest.contiguous(), outlier_mask=pack((~kept).to(torch.uint8), 1),
+        found,
+        outliers=rest.contiguous(),
+        outlier_mask=pack((~kept).to(torch.uint8), 1),
         energy=sum_of_squares(weight),
-    )  # fmt: skip
+    )
     return replace(found, sse=float(_squared_error(weight, found)))
 
 

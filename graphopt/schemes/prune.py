@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import CompressionError
+from graphopt.ir.ops import sparse_to_dense
 from graphopt.numerics.packing import pack
 from graphopt.numerics.sparsity import block_mask, channel_mask, n_m_mask, unstructured_mask
-from graphopt.ops import sparse_to_dense
 from graphopt.specs import PruningSpec
 from graphopt.specs.pruning import BlockStructured, ChannelStructured, NMStructured
 

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import CompressionError
+from graphopt.ir.ops import shift_scale
 from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
 from graphopt.numerics.blocks import Blocks, nearest_divisor
 from graphopt.numerics.clipping import clip_by_value
 from graphopt.numerics.packing import pack
-from graphopt.ops import shift_scale
 from graphopt.specs import (
     PerBlockGranularity,
     PerChannelGranularity,
@@ -205,9 +205,13 @@ def quantize_weight(
 
 
 def store_weight(
-    weight: Tensor, stored: Tensor, scale: Tensor, offset: Tensor | None, spec: QuantizationSpec,
+    weight: Tensor,
+    stored: Tensor,
+    scale: Tensor,
+    offset: Tensor | None,
+    spec: QuantizationSpec,
     blocks: Blocks,
-) -> QuantizedWeight:  # fmt: skip
+) -> QuantizedWeight:
     """The stored form of given elements.
 
     Args:
@@ -226,9 +230,15 @@ def store_weight(
     sse = float((restored - exact).double().square().sum())
     energy = float(exact.double().square().sum())
     return QuantizedWeight(
-        _packed(stored, grid.storage), scale.to(kept), _stored_offset(offset, spec),
-        grid.storage, blocks, weight.dtype, sse, energy,
-    )  # fmt: skip
+        _packed(stored, grid.storage),
+        scale.to(kept),
+        _stored_offset(offset, spec),
+        grid.storage,
+        blocks,
+        weight.dtype,
+        sse,
+        energy,
+    )
 
 
 def scale_precision(weight: Tensor, spec: QuantizationSpec) -> torch.dtype:

@@ -12,7 +12,7 @@ from graphopt.extras import require
 
 require("torchao.quantization.pt2e", "torchao")
 
-from graphopt.torchao.annotate import AnnotateFromTorchao, quantize_with  # noqa: E402
-from graphopt.torchao.quantizer import GraphOptQuantizer  # noqa: E402
+from graphopt.interop.torchao.annotate import AnnotateFromTorchao, quantize_with  # noqa: E402
+from graphopt.interop.torchao.quantizer import GraphOptQuantizer  # noqa: E402
 
 __all__ = ["AnnotateFromTorchao", "GraphOptQuantizer", "quantize_with"]

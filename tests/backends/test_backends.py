@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.backends import BACKENDS, Backend, load_backend
+from graphopt.analysis.lookups import find_lookups
+from graphopt.backends import BACKENDS, Backend, load_backend, lowering
 from graphopt.backends.base import compare_outputs
 from graphopt.errors import ArtifactExistsError, LoweringError, StateError
-from graphopt.lookups import find_lookups
 from graphopt.palettization import (
     KMeansPalettizer,
     KMeansPalettizerConfig,
@@ -101,7 +101,7 @@ def test_module_finalized_for_core_ai_goes_to_every_other_target(name: str) -> N
     neutral = palettizer.program()
     finalized = palettizer.finalize(backend="coreai")
     torch.testing.assert_close(finalized(*ARGS)[0], neutral.graph_module(*ARGS)[0])
-    raised = graphopt.api.as_program(finalized, ARGS)
+    raised = lowering.as_program(finalized, ARGS)
     torch.testing.assert_close(raised.graph_module(*ARGS)[0], neutral.graph_module(*ARGS)[0])
     before, after = find_lookups(neutral.graph_module), find_lookups(raised.graph_module)
     assert [lookup.n_bits for lookup in before] == [lookup.n_bits for lookup in after]

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 import graphopt
 from graphopt import pipelines
 from graphopt.errors import LoweringError
+from graphopt.ir.program import CompressedProgram
 from graphopt.palettization import (
     KMeansPalettizerConfig,
     ModuleKMeansPalettizerConfig,
     PalettizationSpec,
 )
 from graphopt.palettization.spec import PerGroupedChannelGranularity
-from graphopt.program import CompressedProgram
 from graphopt.quantization import Quantizer, QuantizerConfig
 from graphopt.specs import QuantizationSpec
 
@@ -218,9 +218,11 @@ def test_quantized_activations_go_through_every_delegate(delegate: str, tmp_path
 def test_tables_and_activations_go_through_the_core_ml_delegate(tmp_path: Path) -> None:
     pytest.importorskip("coremltools")
     program = graphopt.compress(
-        Convolutions().eval(), (IMAGE,), {"palettization": {}, "quantization": {}},
+        Convolutions().eval(),
+        (IMAGE,),
+        {"palettization": {}, "quantization": {}},
         calibration_data=[IMAGE],
-    )  # fmt: skip
+    )
     artifact = saved(program, tmp_path, delegate="coreml")
     outcome = artifact.verify()
     assert outcome.max_error < 0.01

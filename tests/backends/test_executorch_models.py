@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.api import as_program
+from graphopt.backends.lowering import as_program
 from graphopt.errors import LoweringError
 from graphopt.palettization import KMeansPalettizer
 from graphopt.quantization import Quantizer

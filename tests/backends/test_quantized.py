@@ -11,6 +11,7 @@ import zoo
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.backends import lowering
 from graphopt.backends.base import Artifact
 from graphopt.errors import LoweringError
 from graphopt.palettization import (
@@ -83,7 +84,9 @@ SPECS = {
     "int2": QuantizationSpec(dtype="int2", granularity=BLOCKS),
     "uint2": QuantizationSpec(dtype="uint2", granularity=BLOCKS, qscheme=ASYMMETRIC),
     "int4 minimum": QuantizationSpec(
-        dtype="int4", granularity=CHANNELS, qscheme=ASYMMETRIC,
+        dtype="int4",
+        granularity=CHANNELS,
+        qscheme=ASYMMETRIC,
         qformulation=QuantizationFormulation.MINVAL,
     ),
     "fp8 e4m3": QuantizationSpec(dtype="fp8_e4m3", granularity=CHANNELS),
@@ -91,7 +94,7 @@ SPECS = {
         dtype="fp8_e5m2", granularity=CHANNELS, scale_dtype="e8m0"
     ),
     "fp4": QuantizationSpec(dtype="fp4_e2m1", granularity=BLOCKS),
-}  # fmt: skip
+}
 REFUSED = {
     "coreml": {"int4 minimum", "fp8 e4m3", "fp8 e5m2 powers of two", "fp4"},
     "executorch": {
@@ -140,7 +143,7 @@ def test_weights_finalized_for_core_ai_are_raised_back(name: str) -> None:
     quantizer = weight_only(name)
     neutral, finalized = quantizer.program().graph_module, quantizer.finalize(backend="coreai")
     torch.testing.assert_close(finalized(*ARGS)[0], neutral(*ARGS)[0], rtol=1e-5, atol=1e-5)
-    raised = graphopt.api.as_program(finalized, ARGS).graph_module
+    raised = lowering.as_program(finalized, ARGS).graph_module
     torch.testing.assert_close(raised(*ARGS)[0], neutral(*ARGS)[0], rtol=1e-5, atol=1e-5)
     assert not any("coreai" in str(node.target) for node in raised.graph.nodes)
 
@@ -246,8 +249,9 @@ def resnet() -> tuple[Quantizer, tuple[Tensor, ...], nn.Module]:
 
     model, _ = zoo.MODELS["resnet"]()
     photo = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 127.5 - 1
-    crops = torch.stack([photo[:, y : y + 64, x : x + 64]
-                         for y in range(0, 448, 64) for x in range(0, 448, 64)])  # fmt: skip
+    crops = torch.stack(
+        [photo[:, y : y + 64, x : x + 64] for y in range(0, 448, 64) for x in range(0, 448, 64)]
+    )
     norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
     for norm in norms:
         norm.reset_running_stats()
@@ -404,8 +408,11 @@ def test_joint_form_keeps_tables_of_integers(target: str, tmp_path: Path) -> Non
         targets = [str(n.target) for n in quantizer.finalize(backend="coreai").graph.nodes]
         assert targets.count("coreai.lut_to_dense.default") == spec_count(palettized)
         # LUT → int8 → scale: the dequantize follows the lookup of integers
-        lookups = [n for n in quantizer.finalize(backend="coreai").graph.nodes
-                   if str(n.target) == "coreai.lut_to_dense.default"]  # fmt: skip
+        lookups = [
+            n
+            for n in quantizer.finalize(backend="coreai").graph.nodes
+            if str(n.target) == "coreai.lut_to_dense.default"
+        ]
         for lookup in lookups:
             assert lookup.meta["val"].dtype == torch.int8
             assert [str(user.target) for user in lookup.users] == [

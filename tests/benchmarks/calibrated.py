@@ -91,8 +91,10 @@ def prepare(folder: Path, seed: int) -> None:
             F.cross_entropy(model(x[batch]), y[batch]).backward()
             optimizer.step()
             schedule.step()
-    torch.save({"state": model.state_dict(), "train": (x, y), "test": (images[held], labels[held])},
-               folder / "net.pt")  # fmt: skip
+    torch.save(
+        {"state": model.state_dict(), "train": (x, y), "test": (images[held], labels[held])},
+        folder / "net.pt",
+    )
 
 
 class Memory:
@@ -204,13 +206,20 @@ def coreml_skm(model: nn.Module, train: tuple[Tensor, Tensor], bits: int) -> Any
         return F.cross_entropy(network(data[0]), data[1])
 
     # the peer counts batches as samples: single ones give it the per-sample gradients it asks for
-    singles = [(x[None], y[None]) for x, y in zip(train[0][:CALIBRATION], train[1][:CALIBRATION],
-                                                  strict=True)]  # fmt: skip
+    singles = [
+        (x[None], y[None])
+        for x, y in zip(train[0][:CALIBRATION], train[1][:CALIBRATION], strict=True)
+    ]
     return lambda: SKMPalettizer(model, config).compress(dataloader=singles, loss_fn=loss)
 
 
-def training(prepared: nn.Module, train: tuple[Tensor, Tensor], step: Callable[[], Any], seed: int,
-             epochs: int) -> None:  # fmt: skip
+def training(
+    prepared: nn.Module,
+    train: tuple[Tensor, Tensor],
+    step: Callable[[], Any],
+    seed: int,
+    epochs: int,
+) -> None:
     optimizer = torch.optim.Adam(prepared.parameters(), lr=1e-3)
     torch.manual_seed(seed)
     for _ in range(epochs):
@@ -329,8 +338,9 @@ def vectors(kind: str) -> dict[str, float]:
             op_state_spec={"weight": PalettizationSpec(n_bits=8, cluster_dim=4)},
             enable_fast_kmeans_mode=False,
         )
-        palettizer = KMeansPalettizer(nn.Sequential(layer),
-                                      KMeansPalettizerConfig(global_config=config))  # fmt: skip
+        palettizer = KMeansPalettizer(
+            nn.Sequential(layer), KMeansPalettizerConfig(global_config=config)
+        )
         started = time.perf_counter()
         prepared = palettizer.prepare((torch.randn(1, 512),))
         dense = next(prepared.children()).weight.detach()
@@ -380,9 +390,23 @@ def launch(name: str, bits: int, folder: Path) -> dict[str, float] | None:
         return None
     python = str(PEER) if peer else sys.executable
     done = subprocess.run(
-        [python, "-W", "ignore", __file__, "--job", name, "--bits", str(bits), "--folder", str(folder)],
-        capture_output=True, text=True, check=False, env={**os.environ, "PYTHONWARNINGS": "ignore"},
-    )  # fmt: skip
+        [
+            python,
+            "-W",
+            "ignore",
+            __file__,
+            "--job",
+            name,
+            "--bits",
+            str(bits),
+            "--folder",
+            str(folder),
+        ],
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+    )
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     if done.returncode or not lines:
         print(f"{name}: failed\n{done.stderr[-2000:]}")
@@ -417,19 +441,27 @@ def main() -> None:
                     if None in runs:
                         continue
                     found = mean_over([run for run in runs if run is not None])
-                    print(f"{bits:>4}  {job:<28}{found['top1']:>8.2f} ±{found['spread']:>4.2f}"
-                          f"{found['kl']:>10.4f}{found['seconds']:>10.2f}{found['mib']:>8.0f}",
-                          flush=True)  # fmt: skip
+                    print(
+                        f"{bits:>4}  {job:<28}{found['top1']:>8.2f} ±{found['spread']:>4.2f}"
+                        f"{found['kl']:>10.4f}{found['seconds']:>10.2f}{found['mib']:>8.0f}",
+                        flush=True,
+                    )
         if "step" in args.parts:
             for kind in ("uncompressed", "ours", "coremltools"):
                 if (found := launch(f"step:{kind}", 3, folder)) is not None:
-                    print(f"1024×4096 at 3 bits, {kind:<14}{found['seconds']:>8.3f} s a step"
-                          f"{found['mib']:>8.0f} MiB", flush=True)  # fmt: skip
+                    print(
+                        f"1024×4096 at 3 bits, {kind:<14}{found['seconds']:>8.3f} s a step"
+                        f"{found['mib']:>8.0f} MiB",
+                        flush=True,
+                    )
         if "vectors" in args.parts:
             for kind in ("ours", "coreai-opt"):
                 if (found := launch(f"vectors:{kind}", 8, folder)) is not None:
-                    print(f"512×512, 256 entries of 4, {kind:<12}{found['seconds']:>8.2f} s"
-                          f"  SSE {found['sse']:.3f}", flush=True)  # fmt: skip
+                    print(
+                        f"512×512, 256 entries of 4, {kind:<12}{found['seconds']:>8.2f} s"
+                        f"  SSE {found['sse']:.3f}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

@@ -135,10 +135,13 @@ def main() -> None:
                 times.append(best)
                 sizes.append(sum(file.stat().st_size for file in path.rglob("weight.bin")) / 1024)
             table.add_row(
-                name, f"{errors[0]:,.1f} / {errors[1]:,.1f}", f"{errors[0] / errors[1]:.4f}",
-                f"{times[0]:.2f} / {times[1]:.2f}", f"{times[0] / times[1]:.2f}",
+                name,
+                f"{errors[0]:,.1f} / {errors[1]:,.1f}",
+                f"{errors[0] / errors[1]:.4f}",
+                f"{times[0]:.2f} / {times[1]:.2f}",
+                f"{times[0] / times[1]:.2f}",
                 f"{sizes[0]:,.0f} / {sizes[1]:,.0f}",
-            )  # fmt: skip
+            )
     Console(width=140).print(table)
 
 

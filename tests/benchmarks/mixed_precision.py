@@ -22,6 +22,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +60,13 @@ def our_loop(model: nn.Module, batches: Sequence[Tensor]) -> tuple[dict[str, flo
     """PSNR of each pair, seconds of compressing and of running."""
     import graphopt
     from graphopt.mixed_precision import METRICS
-    from graphopt.mixed_precision.layers import weights_of
     from graphopt.palettization import (
         KMeansPalettizer,
         KMeansPalettizerConfig,
         ModuleKMeansPalettizerConfig,
         PalettizationSpec,
     )
+    from graphopt.search.mixed_precision.layers import weights_of
 
     program = graphopt.capture(model, (batches[0][:2],))
     names = [weight.name for weight in weights_of(program.graph_module)]
@@ -81,8 +82,10 @@ def our_loop(model: nn.Module, batches: Sequence[Tensor]) -> tuple[dict[str, flo
                 config = KMeansPalettizerConfig(global_config=section)
                 module = KMeansPalettizer(program, config).prepare(progress=False)
                 middle = time.perf_counter()
-                values = [METRICS["psnr"].compare(module(x), y)
-                          for x, y in zip(batches, wanted, strict=True)]  # fmt: skip
+                values = [
+                    METRICS["psnr"].compare(module(x), y)
+                    for x, y in zip(batches, wanted, strict=True)
+                ]
                 running += time.perf_counter() - middle
                 compressing += middle - started
                 found[f"{name} {bits}-bit"] = float(np.mean(values))
@@ -100,8 +103,9 @@ def peer_loop(count: int, pairs: int) -> float:
 
     model = random_resnet50()
     x = images(count)
-    layers = [name for name, module in model.named_modules()
-              if isinstance(module, nn.Conv2d | nn.Linear)]  # fmt: skip
+    layers = [
+        name for name, module in model.named_modules() if isinstance(module, nn.Conv2d | nn.Linear)
+    ]
     step = len(layers) // pairs
     started = time.perf_counter()
     for name in layers[step // 2 :: step][:pairs]:
@@ -129,8 +133,15 @@ def time_part(count: int) -> None:
     batches = list(images(count).split(16))
     program = graphopt.capture(model, (batches[0][:2],))
     for mode in ("fast", "exact"):  # kernels are compiled and prepared at the first use
-        analyze(program, None, [4], batches[:1], mode=mode, progress=False,
-                layer_candidates={"(?!fc).*": ["keep"]} if mode == "exact" else None)  # fmt: skip
+        analyze(
+            program,
+            None,
+            [4],
+            batches[:1],
+            mode=mode,
+            progress=False,
+            layer_candidates={"(?!fc).*": ["keep"]} if mode == "exact" else None,
+        )
     exact, exact_seconds = timed(
         lambda: analyze(program, None, BITS, batches, mode="exact", progress=False)
     )
@@ -140,20 +151,29 @@ def time_part(count: int) -> None:
     with torch.no_grad():
         _, forward = timed(lambda: [model(x) for x in batches])
     loop, compressing, running = our_loop(model, batches)
-    values = {f"{layer} {name}": value for layer, own in exact.values().items()
-              for name, value in own.items()}  # fmt: skip
+    values = {
+        f"{layer} {name}": value
+        for layer, own in exact.values().items()
+        for name, value in own.items()
+    }
     worst = max(abs(values[pair] - loop[pair]) for pair in loop)
     print(
         f"ResNet-50, {len(loop)} pairs, {count} images at 224×224, one forward pass {forward:.2f} s"
     )
-    print(f"  loop, our compressors   {compressing + running:8.1f} s"
-          f"  ({compressing:.1f} compressing, {running:.1f} running)")  # fmt: skip
-    print(f"  exact                   {exact_seconds:8.1f} s  {exact_seconds / (compressing + running):.2f}"
-          f" of the loop; {exact_seconds / running:.2f} of its running alone;"
-          f" PSNR differs by at most {worst:.1e} dB")  # fmt: skip
-    print(f"  fast                    {fast_seconds:8.1f} s  loop / fast"
-          f" {(compressing + running) / fast_seconds:.1f}, exact / fast"
-          f" {exact_seconds / fast_seconds:.1f}")  # fmt: skip
+    print(
+        f"  loop, our compressors   {compressing + running:8.1f} s"
+        f"  ({compressing:.1f} compressing, {running:.1f} running)"
+    )
+    print(
+        f"  exact                   {exact_seconds:8.1f} s  {exact_seconds / (compressing + running):.2f}"
+        f" of the loop; {exact_seconds / running:.2f} of its running alone;"
+        f" PSNR differs by at most {worst:.1e} dB"
+    )
+    print(
+        f"  fast                    {fast_seconds:8.1f} s  loop / fast"
+        f" {(compressing + running) / fast_seconds:.1f}, exact / fast"
+        f" {exact_seconds / fast_seconds:.1f}"
+    )
     from scipy.stats import spearmanr
 
     predicted = [v for own in fast.values().values() for v in own.values()]
@@ -163,14 +183,18 @@ def time_part(count: int) -> None:
     if PEER.exists():
         done = subprocess.run(
             [str(PEER), "-W", "ignore", __file__, "--job", "peer", "--images", str(count)],
-            capture_output=True, text=True, check=False,
+            capture_output=True,
+            text=True,
+            check=False,
             env={**os.environ, "PYTHONWARNINGS": "ignore"},
-        )  # fmt: skip
+        )
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
         if lines:
             seconds = json.loads(lines[-1])["seconds"]
-            print(f"  loop, coreai-opt        {seconds:8.1f} s  (from {SAMPLE} pairs)"
-                  f"; exact takes {exact_seconds / seconds:.3f} of it")  # fmt: skip
+            print(
+                f"  loop, coreai-opt        {seconds:8.1f} s  (from {SAMPLE} pairs)"
+                f"; exact takes {exact_seconds / seconds:.3f} of it"
+            )
         else:
             print(f"  loop, coreai-opt: failed\n{done.stderr[-1000:]}")
 
@@ -205,20 +229,46 @@ def predictions(name: str, net: Network, metric: str, candidates: Sequence[Any])
     from scipy.stats import spearmanr
 
     from graphopt.mixed_precision import analyze
-    from graphopt.mixed_precision.refining import combined_of
+    from graphopt.search.mixed_precision.refining import combined_of
 
     model, example, batches, _ = net
     for correction in (None, "statistics"):
         exact, slow = timed(
-            lambda: analyze(model, example, candidates, batches, metric, mode="exact",
-                            correction=correction, progress=False)  # noqa: B023
-        )  # fmt: skip
-        hybrid = analyze(model, example, candidates, batches, metric, mode="hybrid",
-                         correction=correction, progress=False)  # fmt: skip
+            partial(
+                analyze,
+                model,
+                example,
+                candidates,
+                batches,
+                metric,
+                mode="exact",
+                correction=correction,
+                progress=False,
+            )
+        )
+        hybrid = analyze(
+            model,
+            example,
+            candidates,
+            batches,
+            metric,
+            mode="hybrid",
+            correction=correction,
+            progress=False,
+        )
         fast, quick = timed(
-            lambda: analyze(model, example, candidates, batches, metric, mode="fast",
-                            correction=correction, progress=False)  # noqa: B023
-        )  # fmt: skip
+            partial(
+                analyze,
+                model,
+                example,
+                candidates,
+                batches,
+                metric,
+                mode="fast",
+                correction=correction,
+                progress=False,
+            )
+        )
         flat = [[loss for own in table.losses() for loss in own] for table in (exact, fast)]
         single = spearmanr(*flat)[0]
         combined = combined_of(hybrid, batches, progress=False)
@@ -226,18 +276,35 @@ def predictions(name: str, net: Network, metric: str, candidates: Sequence[Any])
         rows = []
         for _ in range(70):
             weights = generator.dirichlet(np.ones(len(exact.candidates)))
-            choice = {layer.name: str(generator.choice(layer.candidates, p=weights))
-                      for layer in exact.layers}  # fmt: skip
+            choice = {
+                layer.name: str(generator.choice(layer.candidates, p=weights))
+                for layer in exact.layers
+            }
             true = combined.loss([choice[layer.name] for layer in exact.layers])
-            rows.append((true, fast.predict(choice), hybrid.predict(choice), exact.predict(choice),
-                         -min(value for layer, own in exact.values("psnr" if "psnr" in exact.header.metrics
-                              else metric).items() for key, value in own.items()
-                              if choice[layer] == key)))  # fmt: skip
+            rows.append(
+                (
+                    true,
+                    fast.predict(choice),
+                    hybrid.predict(choice),
+                    exact.predict(choice),
+                    -min(
+                        value
+                        for layer, own in exact.values(
+                            "psnr" if "psnr" in exact.header.metrics else metric
+                        ).items()
+                        for key, value in own.items()
+                        if choice[layer] == key
+                    ),
+                )
+            )
         true, *others = zip(*rows, strict=True)
         found = [spearmanr(true, other)[0] for other in others[:3]]
-        print(f"{name}, {metric}, correction {correction}: single layers {single:.4f}; recipes:"
-              f" ‖Ax‖² {found[0]:.4f}, hybrid {found[1]:.4f}, sum of measured {found[2]:.4f};"
-              f" exact {slow:.1f} s, fast {quick:.1f} s", flush=True)  # fmt: skip
+        print(
+            f"{name}, {metric}, correction {correction}: single layers {single:.4f}; recipes:"
+            f" ‖Ax‖² {found[0]:.4f}, hybrid {found[1]:.4f}, sum of measured {found[2]:.4f};"
+            f" exact {slow:.1f} s, fast {quick:.1f} s",
+            flush=True,
+        )
 
 
 def recipes(name: str, net: Network, metric: str) -> None:
@@ -248,7 +315,7 @@ def recipes(name: str, net: Network, metric: str) -> None:
     """
     from graphopt.errors import InfeasibleError
     from graphopt.mixed_precision import analyze
-    from graphopt.mixed_precision.refining import combined_of
+    from graphopt.search.mixed_precision.refining import combined_of
 
     model, example, batches, held = net
 
@@ -261,11 +328,16 @@ def recipes(name: str, net: Network, metric: str) -> None:
         start = table.recipe(target_bpw=greedy.bits_per_weight)
         ours, seconds = timed(lambda: table.refine(start, batches, progress=False))
         judge = combined_of(table, held, progress=False)
-        values = [judge.measure([each.choice[layer.name] for layer in table.layers])
-                  for each in (greedy, start, ours)]  # fmt: skip
-        print(f"{name}, {table.metric.name}, target {target:.2f}: {greedy.bits_per_weight:.3f} bits"
-              f" greedy {values[0]:.5g}, {ours.bits_per_weight:.3f} bits MILP {values[1]:.5g}, refined"
-              f" {values[2]:.5g} ({seconds:.1f} s)", flush=True)  # fmt: skip
+        values = [
+            judge.measure([each.choice[layer.name] for layer in table.layers])
+            for each in (greedy, start, ours)
+        ]
+        print(
+            f"{name}, {table.metric.name}, target {target:.2f}: {greedy.bits_per_weight:.3f} bits"
+            f" greedy {values[0]:.5g}, {ours.bits_per_weight:.3f} bits MILP {values[1]:.5g}, refined"
+            f" {values[2]:.5g} ({seconds:.1f} s)",
+            flush=True,
+        )
 
     def measured(by: str, bits: Sequence[int]) -> Any:
         return analyze(model, example, bits, batches, by, mode="hybrid", progress=False)
@@ -281,16 +353,25 @@ def recipes(name: str, net: Network, metric: str) -> None:
 def final(name: str, net: Network, metric: str) -> None:
     """Uniform palettes without data, and refined recipes with calibrated ones on top."""
     from graphopt.mixed_precision import METRICS, analyze
-    from graphopt.mixed_precision.metrics import measure
+    from graphopt.search.mixed_precision.metrics import measure
 
     model, example, batches, held = net
     grouped = name == "encoder"
     candidates = ["2 g16", "3 g16", "4 g16", "6 g16"] if grouped else [2, 3, 4, 6]
     special = {"Embedding": [2, 3, 4, 6]} if grouped else None
     table, seconds = timed(
-        lambda: analyze(model, example, candidates, batches, metric, mode="hybrid",
-                        layer_candidates=special, correction="statistics", progress=False)
-    )  # fmt: skip
+        lambda: analyze(
+            model,
+            example,
+            candidates,
+            batches,
+            metric,
+            mode="hybrid",
+            layer_candidates=special,
+            correction="statistics",
+            progress=False,
+        )
+    )
 
     def score(module: nn.Module) -> float:
         values = []
@@ -303,8 +384,10 @@ def final(name: str, net: Network, metric: str) -> None:
 
     if not grouped:
         plain = table.uniform("4-bit")
-        print(f"{name}: uniform 4-bit without data, {plain.bits_per_weight:.3f} bits:"
-              f" {metric} {score(table.apply(plain)):.6f}")  # fmt: skip
+        print(
+            f"{name}: uniform 4-bit without data, {plain.bits_per_weight:.3f} bits:"
+            f" {metric} {score(table.apply(plain)):.6f}"
+        )
     recipe = table.refine(table.recipe(target_bpw=4.0), batches, progress=False)
     # tables are fitted to everything that the example ships, sensitivities need less
     everything = encoder(None)[2] if grouped else batches
@@ -313,7 +396,7 @@ def final(name: str, net: Network, metric: str) -> None:
         f"{name}: refined and fitted to data, {recipe.bits_per_weight:.3f} bits:"
         f" {metric} {score(module):.6f} (analysis {seconds:.0f} s, fitting {fitting:.0f} s)"
     )
-    print(recipe, flush=True)  # fmt: skip
+    print(recipe, flush=True)
 
 
 def main() -> None:
@@ -331,8 +414,9 @@ def main() -> None:
         time_part(args.images)
     with tempfile.TemporaryDirectory() as folder:
         nets: dict[str, Callable[[], Network]] = {
-            "stand-in": lambda: stand_in(Path(folder)), "encoder": encoder
-        }  # fmt: skip
+            "stand-in": lambda: stand_in(Path(folder)),
+            "encoder": encoder,
+        }
         for name in args.nets:
             if not {"predictions", "recipes", "final"} & set(args.parts):
                 break

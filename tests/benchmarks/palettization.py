@@ -122,8 +122,8 @@ def run_one(library: str, case: str, weights: dict[str, Tensor]) -> dict[str, An
         model = Layers({name: weight.clone() for name, weight in values.items()}).eval()
         if library == "graphopt":
             from graphopt import capture
-            from graphopt.pass_manager import run_passes
             from graphopt.passes import AnnotatePalettization, FakePalettize, cluster_annotated
+            from graphopt.passes.pass_manager import run_passes
 
             prepared = capture(model, x, dynamic_shapes=None).copy().graph_module
             started = time.perf_counter()

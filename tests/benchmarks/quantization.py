@@ -51,8 +51,8 @@ def score(model: Callable[..., Any], batches: list[Any], wanted: list[Tensor]) -
 # --- accuracy ------------------------------------------------------------------------------------
 def folded(model: nn.Module, args: tuple[Tensor, ...]) -> torch.export.ExportedProgram:
     import graphopt
-    from graphopt.pass_manager import run_passes
     from graphopt.passes import FoldBatchNorm, RemoveUnused
+    from graphopt.passes.pass_manager import run_passes
 
     program = graphopt.capture(model, args, dynamic_shapes=None)
     run_passes(program.graph_module, [FoldBatchNorm(), RemoveUnused()])
@@ -82,19 +82,23 @@ def torchao(exported: Any, calibration: list[Any], kind: str) -> Callable[..., A
         SharedQuantizationSpec,
     )
 
+    from graphopt.analysis.quantization_plan import plan_activations
+    from graphopt.analysis.weights import find_weights
     from graphopt.config.selection import Selector
-    from graphopt.editor import operands
-    from graphopt.passes.quantization_plan import plan_activations
+    from graphopt.ir.editor import operands
     from graphopt.quantization import QuantizerConfig
-    from graphopt.weights import find_weights
 
     specs = get_symmetric_quantization_config(is_per_channel=True)
     activation = specs.input_activation
     if kind == "minmax":
         activation = QuantizationSpec(
-            dtype=torch.int8, quant_min=-128, quant_max=127, qscheme=torch.per_tensor_affine,
-            is_dynamic=False, observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12),
-        )  # fmt: skip
+            dtype=torch.int8,
+            quant_min=-128,
+            quant_max=127,
+            qscheme=torch.per_tensor_affine,
+            is_dynamic=False,
+            observer_or_fake_quant_ctr=MinMaxObserver.with_args(eps=2**-12),
+        )
 
     class SameSet(Quantizer):
         """Annotates the tensors of our plan."""
@@ -204,13 +208,19 @@ def accuracy(names: list[str]) -> dict[str, Any]:
         found = coreai(exported, calibration, evaluation) if PEER.exists() else {}
         for kind in ("default", "affine"):
             outputs = found.get(kind)
-            row[f"coreai-opt {kind}"] = None if outputs is None else sum(
-                psnr(o, w) for o, w in zip(outputs, wanted, strict=True)
-            ) / len(wanted)  # fmt: skip
+            row[f"coreai-opt {kind}"] = (
+                None
+                if outputs is None
+                else sum(psnr(o, w) for o, w in zip(outputs, wanted, strict=True)) / len(wanted)
+            )
         rows[name] = row
-        print(f"{name:18s}" + "  ".join(
-            f"{key} {'—' if value is None else f'{value:.2f}'}" for key, value in row.items()
-        ), flush=True)  # fmt: skip
+        print(
+            f"{name:18s}"
+            + "  ".join(
+                f"{key} {'—' if value is None else f'{value:.2f}'}" for key, value in row.items()
+            ),
+            flush=True,
+        )
         best = max(v for k, v in row.items() if not k.startswith("ours") and v is not None)
         print(f"{'':18s}ours affine − best peer: {row['ours affine'] - best:+.2f} dB", flush=True)  # type: ignore[operator]
     return rows
@@ -328,8 +338,9 @@ def calibrating(repeats: int) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", choices=("accuracy", "preparing", "calibrating"))
-    parser.add_argument("--nets", nargs="*", default=["resnet", "mobilenet_v2", "bert",
-                                                      "sentence_encoder"])  # fmt: skip
+    parser.add_argument(
+        "--nets", nargs="*", default=["resnet", "mobilenet_v2", "bert", "sentence_encoder"]
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()

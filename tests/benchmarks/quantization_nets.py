@@ -113,9 +113,12 @@ def mobilenet_v2() -> Case:
 
     torch.manual_seed(0)
     config = MobileNetV2Config(
-        depth_multiplier=0.35, image_size=64, num_labels=10, tf_padding=False,
+        depth_multiplier=0.35,
+        image_size=64,
+        num_labels=10,
+        tf_padding=False,
         classifier_dropout_prob=0.1,
-    )  # fmt: skip
+    )
     model = MobileNetV2ForImageClassification(config)
 
     def larger(images: Tensor) -> Tensor:
@@ -131,9 +134,13 @@ def bert() -> Case:
 
     torch.manual_seed(0)
     config = BertConfig(
-        vocab_size=500, hidden_size=192, num_hidden_layers=3, num_attention_heads=6,
-        intermediate_size=768, max_position_embeddings=64,
-    )  # fmt: skip
+        vocab_size=500,
+        hidden_size=192,
+        num_hidden_layers=3,
+        num_attention_heads=6,
+        intermediate_size=768,
+        max_position_embeddings=64,
+    )
     inner = BertModel(config, add_pooling_layer=False)
     model = zoo.randomize(zoo.TakeOutput(inner, "last_hidden_state", ("input_ids",))).eval()
     with torch.no_grad():

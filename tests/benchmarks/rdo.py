@@ -40,12 +40,13 @@ ABLATION: dict[str, dict[str, Any]] = {
     "all blocks, errors unweighted": {"rounding": {"blocks": "all", "weighting": "none"}},
     "all blocks, scales not trained": {"rounding": {"blocks": "all", "scales": False}},
     "rounding, but no feedback": {
-        "feedback": {"enabled": False}, "rounding": {"blocks": "all"},
+        "feedback": {"enabled": False},
+        "rounding": {"blocks": "all"},
     },
     "palettes, all stages": {"family": "palette"},
     "palettes, no adaptive rounding": {"family": "palette", "rounding": {"blocks": "none"}},
     "palettes, no error feedback": {"family": "palette", "feedback": {"enabled": False}},
-}  # fmt: skip
+}
 PUBLISHED: dict[str, dict[str, Any]] = {
     "weights": {},
     "weights and int8 activations": {"activations": "int8"},
@@ -58,8 +59,10 @@ def networks(count: int, folder: Path) -> list[tuple[torch.nn.Module, Any, Any]]
     from model import digits, trained
 
     known, held = digits()
-    return [(trained(folder / f"{seed}.pt", known, 16, 12, seed, False), known, held)
-            for seed in range(42, 42 + count)]  # fmt: skip
+    return [
+        (trained(folder / f"{seed}.pt", known, 16, 12, seed, False), known, held)
+        for seed in range(42, 42 + count)
+    ]
 
 
 def run(config: dict[str, Any], nets: list[Any]) -> tuple[Any, list[float]]:
@@ -72,16 +75,26 @@ def run(config: dict[str, Any], nets: list[Any]) -> tuple[Any, list[float]]:
         calibration = list(images[drawn[:512]].split(32))
         started = time.perf_counter()
         done = rdo.optimize(
-            model, (x[:1],), calibration, config, evaluation_data=[x], progress=False,
+            model,
+            (x[:1],),
+            calibration,
+            config,
+            evaluation_data=[x],
+            progress=False,
             evaluate=lambda module, x=x, y=y: 100.0 * (module(x).argmax(1) == y),
-        )  # fmt: skip
+        )
         seconds.append(time.perf_counter() - started)
         rows.append(done.report)
     return rows, seconds
 
 
-def show(title: str, target: float, cases: dict[str, dict[str, Any]], nets: list[Any],
-         candidates: list[int]) -> None:  # fmt: skip
+def show(
+    title: str,
+    target: float,
+    cases: dict[str, dict[str, Any]],
+    nets: list[Any],
+    candidates: list[int],
+) -> None:
     table = Table(title=f"{title}, target {target:g} bits, {len(nets)} networks")
     for heading in ("", "bits", "coded", "KL ×1e-6", "drop, points", "s"):
         table.add_column(heading, justify="left" if not heading else "right")
@@ -93,11 +106,13 @@ def show(title: str, target: float, cases: dict[str, dict[str, Any]], nets: list
         ours = row == "rate-distortion"
         coded = np.mean([report.coded_bits_per_weight for report in reports])
         table.add_row(
-            name, f"{np.mean([each.bits_per_weight for each in found]):.3f}",
-            f"{coded:.3f}" if ours else "", f"{np.mean(distance):.1f} ± {np.std(distance):.1f}",
+            name,
+            f"{np.mean([each.bits_per_weight for each in found]):.3f}",
+            f"{coded:.3f}" if ours else "",
+            f"{np.mean(distance):.1f} ± {np.std(distance):.1f}",
             f"{np.mean(drops):.2f} ± {np.std(drops):.2f}",
             "" if seconds is None else f"{np.mean(seconds):.0f}",
-        )  # fmt: skip
+        )
 
     for number, (name, change) in enumerate(cases.items()):
         config = {"target_bits": target, "candidates": candidates, **change}
@@ -114,8 +129,9 @@ def show(title: str, target: float, cases: dict[str, dict[str, Any]], nets: list
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("parts", nargs="*", default=["ablation", "published"])
     parser.add_argument("--networks", type=int, default=3)
     parser.add_argument("--target", type=float, default=2.3)

@@ -103,9 +103,13 @@ def main() -> None:
                 if activations == "int8":
                     config["quantization"] = {}
                 program = graphopt.compress(
-                    model, (x,), config, calibration_data=[x], backend="executorch",
+                    model,
+                    (x,),
+                    config,
+                    calibration_data=[x],
+                    backend="executorch",
                     correct_statistics=False,
-                )  # fmt: skip
+                )
                 for delegate in ("xnnpack", "portable"):
                     for form in ("dense", "int8", "compressed"):
                         artifact: Any = graphopt.lower(
@@ -113,10 +117,15 @@ def main() -> None:
                         )
                         path = artifact.save(Path(folder) / "net.pte", overwrite=True)
                         table.add_row(
-                            name, activations, delegate, form, f"{artifact.size / 1024:,.0f}",
+                            name,
+                            activations,
+                            delegate,
+                            form,
+                            f"{artifact.size / 1024:,.0f}",
                             f"{artifact.planned_memory / 1024:,.0f}",
-                            f"{1e3 * seconds(path, x):.3f}", f"{artifact.verify().max_error:.1e}",
-                        )  # fmt: skip
+                            f"{1e3 * seconds(path, x):.3f}",
+                            f"{artifact.verify().max_error:.1e}",
+                        )
     Console(width=140).print(table)
 
 

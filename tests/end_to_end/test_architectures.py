@@ -12,8 +12,8 @@ import pytest
 import zoo
 
 import graphopt
+from graphopt.ir.program import CompressedProgram
 from graphopt.palettization import KMeansPalettizer
-from graphopt.program import CompressedProgram
 from graphopt.quantization import Quantizer
 
 

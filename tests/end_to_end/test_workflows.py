@@ -52,9 +52,13 @@ def test_readme_shell_pipe_runs(tmp_path: Path) -> None:
     (tmp_path / "activations.yaml").write_text("quantization: {}\n")
     path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
     done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", pipe], cwd=tmp_path, env={**os.environ, "PATH": path},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        ["bash", "-o", "pipefail", "-c", pipe],
+        cwd=tmp_path,
+        env={**os.environ, "PATH": path},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     assert "ran the saved asset on the Core AI runtime" in done.stdout
     assert (tmp_path / "small.aimodel").exists()

@@ -6,8 +6,8 @@ import zoo
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.pass_manager import run_passes
 from graphopt.passes import FoldBatchNorm, RemoveUnused
+from graphopt.passes.pass_manager import run_passes
 
 CONVS = {
     "conv1d": (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 9)),

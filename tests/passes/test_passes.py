@@ -11,14 +11,11 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 
 import graphopt
-from graphopt import pass_manager
-from graphopt.annotations import palette_annotation
-from graphopt.captured_module import CapturedModule
-from graphopt.editor import Editor
 from graphopt.errors import CompressionError, PassError
+from graphopt.ir.annotations import palette_annotation
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.editor import Editor
 from graphopt.palettization import KMeansPalettizerConfig
-from graphopt.pass_base import Pass, PassResult, passes_run
-from graphopt.pass_manager import run_passes
 from graphopt.passes import (
     AnnotatePalettization,
     FakePalettize,
@@ -26,7 +23,10 @@ from graphopt.passes import (
     RaiseToVocabulary,
     RemoveUnused,
     cluster_annotated,
+    pass_manager,
 )
+from graphopt.passes.pass_base import Pass, PassResult, passes_run
+from graphopt.passes.pass_manager import run_passes
 
 X = torch.randn(2, 6)
 

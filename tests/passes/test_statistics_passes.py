@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 import graphopt
-from graphopt.captured_module import CapturedModule
 from graphopt.errors import CalibrationError
+from graphopt.ir.captured_module import CapturedModule
 from graphopt.numerics.kmeans1d import cluster_1d
 from graphopt.palettization import (
     KMeansPalettizer,
@@ -21,8 +21,8 @@ from graphopt.palettization import (
     ModuleKMeansPalettizerConfig,
     PalettizationSpec,
 )
-from graphopt.pass_base import Pass
 from graphopt.passes import AbsorbChannelScale, CorrectBias, ReestimateBatchNorm
+from graphopt.passes.pass_base import Pass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -125,9 +125,11 @@ def test_without_a_reference_norms_get_what_a_training_step_of_pytorch_measures(
         )
         # PyTorch keeps the unbiased variance, the pass that by which a batch is normalized
         torch.testing.assert_close(
-            mine[f"{name}.running_var"], theirs.running_var * (count - 1) / count,
-            rtol=1e-5, atol=1e-6,
-        )  # fmt: skip
+            mine[f"{name}.running_var"],
+            theirs.running_var * (count - 1) / count,
+            rtol=1e-5,
+            atol=1e-6,
+        )
 
 
 def test_batches_of_any_size_and_order_are_pooled() -> None:
@@ -160,9 +162,11 @@ def test_mean_far_from_zero_does_not_cost_the_variance() -> None:
     ReestimateBatchNorm([x[:3], x[3:]])(gm)
     y = model[0](x).detach().double()
     torch.testing.assert_close(
-        gm.state_dict()["1.running_var"].double(), y.var((0, 2, 3), correction=0),
-        rtol=1e-5, atol=0,
-    )  # fmt: skip
+        gm.state_dict()["1.running_var"].double(),
+        y.var((0, 2, 3), correction=0),
+        rtol=1e-5,
+        atol=0,
+    )
 
 
 def test_the_graph_itself_as_reference_changes_nothing() -> None:
@@ -238,9 +242,12 @@ class Residual(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
         self.body = nn.Sequential(
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, width, 3, padding=1, bias=False), nn.BatchNorm2d(width),
-        )  # fmt: skip
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+            nn.Conv2d(width, width, 3, padding=1, bias=False),
+            nn.BatchNorm2d(width),
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         return (x + self.body(x)).relu()
@@ -254,10 +261,14 @@ def test_two_bit_residual_network_recovers_on_digits() -> None:
     x = torch.tensor(digits.images, dtype=torch.float32)[order, None] / 8 - 1
     y = torch.tensor(digits.target)[order]
     model = nn.Sequential(
-        nn.Conv2d(1, 16, 3, padding=1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+        nn.Conv2d(1, 16, 3, padding=1, bias=False),
+        nn.BatchNorm2d(16),
+        nn.ReLU(),
         *[Residual(16) for _ in range(4)],
-        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, 10),
-    )  # fmt: skip
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, 10),
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(6):
         for start in range(0, 1280, 64):
@@ -315,9 +326,10 @@ def test_every_layer_gets_the_mean_output_of_the_reference(kind: str) -> None:
     model = make()
     gm, reference = palettized(model, data[0], n_bits=1), graph_of(model, data[0])
     layers = [
-        node.name for node in gm.graph.nodes
+        node.name
+        for node in gm.graph.nodes
         if any(each in str(node.target) for each in ("linear", "conv"))
-    ]  # fmt: skip
+    ]
     assert len(layers) == 3
 
     def worst() -> list[float]:
@@ -426,9 +438,11 @@ CONVS: dict[str, tuple[Callable[[], nn.Module], type[nn.Module], tuple[int, ...]
     "depthwise": (lambda: nn.Conv2d(4, 8, 3, groups=4), nn.BatchNorm2d, (2, 4, 7, 7)),
     "transposed": (lambda: nn.ConvTranspose2d(4, 6, 2, 2), nn.BatchNorm2d, (2, 4, 5, 5)),
     "transposed without bias": (
-        lambda: nn.ConvTranspose2d(4, 6, 2, 2, bias=False), nn.BatchNorm2d, (2, 4, 5, 5),
+        lambda: nn.ConvTranspose2d(4, 6, 2, 2, bias=False),
+        nn.BatchNorm2d,
+        (2, 4, 5, 5),
     ),
-}  # fmt: skip
+}
 
 
 def with_gains(conv: nn.Module, norm: type[nn.Module], *, eps: float = 1e-5) -> nn.Sequential:
@@ -557,8 +571,13 @@ def test_grouped_transposed_convolution_is_left_alone() -> None:
 
 
 @pytest.mark.parametrize(
-    "each", [AbsorbChannelScale(), ReestimateBatchNorm([]), CorrectBias([], CapturedModule({}, fx.Graph()))],
+    "each",
+    [
+        AbsorbChannelScale(),
+        ReestimateBatchNorm([]),
+        CorrectBias([], CapturedModule({}, fx.Graph())),
+    ],
     ids=lambda each: each.name,
-)  # fmt: skip
+)
 def test_passes_are_values_that_leave_an_empty_graph_alone(each: Pass) -> None:
     assert not each(graph_of(nn.ReLU(), torch.randn(2, 3))).modified

@@ -1,0 +1,107 @@
+"""Lowering to a target, and the conversions between programs and modules."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from graphopt.backends import Artifact, load_backend
+from graphopt.capture import capture
+from graphopt.errors import LoweringError
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.program import Program
+from graphopt.passes import RaiseToVocabulary, RemoveUnused
+from graphopt.passes.pass_manager import run_passes
+from graphopt.specs import ExportBackend
+
+__all__ = ["as_program", "convert_for", "lower", "lower_by_suffix"]
+
+_SUFFIXES = {
+    ".aimodel": ExportBackend.CoreAI,
+    ".mlpackage": ExportBackend.CoreML,
+    ".pte": ExportBackend.ExecuTorch,
+    ".pt2": ExportBackend.Torch,
+}
+
+
+def as_program(
+    source: nn.Module | ExportedProgram | Program | str | Path,
+    example_inputs: tuple[Any, ...] | Tensor | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+) -> Program:
+    """A program in our vocabulary, from whatever is at hand.
+
+    A module that was finalized for a backend has its ops raised back.
+
+    Raises:
+        CaptureError: It cannot be exported.
+        InputError: Example inputs are missing.
+    """
+    if isinstance(source, Program):
+        program = source.copy()
+        if example_inputs is not None or example_kwargs:
+            args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs or ()
+            program = program.with_example(tuple(args), dict(example_kwargs or {}))
+    else:
+        program = capture(source, example_inputs, example_kwargs)
+    run_passes(program.graph_module, [RaiseToVocabulary()])
+    return program
+
+
+def convert_for(program: Program, backend: ExportBackend | str) -> CapturedModule:
+    """A module that holds the ops of a backend instead of ours.
+
+    Raises:
+        LoweringError: The backend cannot hold the program.
+    """
+    target = load_backend(backend)
+    target.refuse_unsupported(program)
+    converted = program.copy()
+    run_passes(converted.graph_module, [RemoveUnused(), *target.legalize()])
+    return copy.deepcopy(converted.graph_module)
+
+
+def lower(
+    model: nn.Module | ExportedProgram | Program | str | Path,
+    backend: ExportBackend | str,
+    example_inputs: tuple[Any, ...] | Tensor | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Artifact:
+    """Lower to a target in one call: `graphopt.lower(finalized, "coreai", x).save("m.aimodel")`.
+
+    Args:
+        model: A prepared or finalized module, an exported program, a `Program` or a .pt2 file.
+        backend: The target.
+        example_inputs: Inputs that fix the shapes; a program's own when not given.
+        example_kwargs: Keyword inputs.
+        options: Options of the backend, see its `lower`.
+
+    Returns:
+        An artifact with `save(path)` and `verify(inputs)`.
+
+    Raises:
+        CaptureError: The model cannot be exported.
+        LoweringError: The target cannot hold the program.
+        MissingDependencyError: The target's packages are not installed.
+    """
+    target = load_backend(backend)
+    program = as_program(model, example_inputs, example_kwargs)
+    target.refuse_unsupported(program, **options)
+    return target.lower(program, **options)
+
+
+def lower_by_suffix(program: Program, suffix: str) -> Artifact:
+    """Lower to the target whose files end in `suffix`.
+
+    Raises:
+        LoweringError: No target's do.
+    """
+    if suffix not in _SUFFIXES:
+        raise LoweringError(f"no target for {suffix!r}; use one of {sorted(_SUFFIXES)}")
+    return lower(program, _SUFFIXES[suffix])

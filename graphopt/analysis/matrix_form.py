@@ -1,0 +1,346 @@
+"""Every op with a weight as a product of matrices, so that one algorithm serves them all.
+
+`rows[b, g, p] = weight_matrix[g] @ columns[b, g, p]` for each sample b, channel group g and position
+p: a convolution's columns are its unfolded windows, a linear layer's are its inputs. Statistics
+(second moments of columns, gradients per sample) and fits (error feedback) are written once
+against this form.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx
+
+from graphopt.analysis.weights import WeightTensor, source_of, state_operands
+from graphopt.ir.editor import operands
+
+__all__ = ["MatrixForm", "WeightUse", "matrix_form", "weight_uses"]
+
+_aten = torch.ops.aten
+_CONV = {
+    getattr(getattr(_aten, f"conv{ndim}d"), kind): ndim
+    for ndim in (1, 2, 3)
+    for kind in ("default", "padding")
+}
+_TRANSPOSED = {
+    _aten.conv_transpose1d.default: 1,
+    _aten.conv_transpose2d.input: 2,
+    _aten.conv_transpose3d.input: 3,
+}
+_MATMUL = (_aten.matmul.default, _aten.mm.default)
+
+
+@dataclass(frozen=True)
+class MatrixForm:
+    """How one op's weight, input and output map to matrices.
+
+    Attributes:
+        kind: "linear" (x @ Wᵀ), "right" (x @ W), "left" (W @ x), "conv", "transposed" or "lookup".
+        data: Position of the input among the op's arguments.
+        groups: Channel groups of a convolution.
+        kernel: Its kernel size.
+        stride: Its stride.
+        padding: (before, after) per spatial dimension.
+        dilation: Its dilation.
+    """
+
+    kind: str
+    data: int = 0
+    groups: int = 1
+    kernel: tuple[int, ...] = ()
+    stride: tuple[int, ...] = ()
+    padding: tuple[tuple[int, int], ...] = ()
+    dilation: tuple[int, ...] = ()
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        """The op's weight operand as [groups, rows, columns]."""
+        if self.kind in ("linear", "left"):
+            return weight[None]
+        if self.kind in ("right", "lookup"):
+            return weight.T[None]
+        if self.kind == "conv":
+            return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+        split = weight.reshape(self.groups, weight.shape[0] // self.groups, weight.shape[1], -1)
+        return split.permute(0, 3, 2, 1).flatten(1, 2)  # output channels run fastest
+
+    def operand(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+        """Inverse of `matrix`: a weight operand of `shape`."""
+        if self.kind in ("linear", "left"):
+            return matrix[0]
+        if self.kind in ("right", "lookup"):
+            return matrix[0].T
+        if self.kind == "conv":
+            return matrix.reshape(list(shape))
+        size = math.prod(self.kernel)
+        split = matrix.reshape(self.groups, size, shape[1], -1)
+        return split.permute(0, 3, 2, 1).reshape(list(shape))
+
+    def columns(self, x: Tensor) -> Tensor:
+        """The op's input as [batch, groups, positions, columns]; not for lookups."""
+        if self.kind in ("linear", "right"):
+            return _positions(x)
+        if self.kind == "left":
+            return _positions(x.transpose(-1, -2))
+        batched = x if x.ndim == len(self.kernel) + 2 else x[None]
+        if self.kind == "conv":
+            return self._unfold(batched)
+        return batched.reshape(batched.shape[0], self.groups, -1, batched[0, 0].numel()).mT
+
+    def rows(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """A gradient of the op's output as [batch, groups, positions, rows].
+
+        Args:
+            gradient: Shape of the output.
+            x: The op's input.
+        """
+        if self.kind in ("linear", "right", "lookup"):
+            return _positions(gradient)
+        if self.kind == "left":
+            return _positions(gradient.transpose(-1, -2))
+        batched = gradient if gradient.ndim == len(self.kernel) + 2 else gradient[None]
+        if self.kind == "conv":
+            return batched.reshape(batched.shape[0], self.groups, -1, batched[0, 0].numel()).mT
+        sizes = x.shape[-len(self.kernel) :]
+        windows = self._windows(batched, sizes)  # batch, channels, *sizes, *kernel
+        rank = len(self.kernel)
+        split = windows.unflatten(1, (self.groups, -1))
+        order = [0, 1, *range(3, 3 + rank), *range(3 + rank, 3 + 2 * rank), 2]
+        return split.permute(order).flatten(2 + rank).flatten(2, 1 + rank)
+
+    @property
+    def is_even_convolution(self) -> bool:
+        """Whether it is a convolution that torch's own backward kernel takes."""
+        return self.kind == "conv" and all(before == behind for before, behind in self.padding)
+
+    def convolution_gradient(self, gradient: Tensor, x: Tensor) -> Tensor:
+        """Gradient of an even convolution's weight, without unfolding its input.
+
+        Args:
+            gradient: Shape of the output, [batch, channels, *positions].
+            x: The op's input, of the same dtype.
+
+        Returns:
+            Shape of the weight, summed over the batch.
+        """
+        rank = len(self.kernel)
+        like = x.new_empty([gradient.shape[1], x.shape[1] // self.groups, *self.kernel])
+        padding = [before for before, _ in self.padding]
+        found = torch.ops.aten.convolution_backward.default(
+            gradient,
+            x,
+            like,
+            None,
+            list(self.stride),
+            padding,
+            list(self.dilation),
+            False,
+            [0] * rank,
+            self.groups,
+            [False, True, False],
+        )
+        return found[1]
+
+    def _unfold(self, x: Tensor) -> Tensor:
+        rank = len(self.kernel)
+        windows = self._windows(x).unflatten(1, (self.groups, -1))
+        order = [0, 1, *range(3, 3 + rank), 2, *range(3 + rank, 3 + 2 * rank)]
+        return windows.permute(order).flatten(2 + rank).flatten(2, 1 + rank)
+
+    def _windows(self, x: Tensor, sizes: Sequence[int] | None = None) -> Tensor:
+        """Strided view [batch, channels, *positions, *kernel] of the padded `x`."""
+        rank = len(self.kernel)
+        padding = [extent for pair in reversed(self.padding) for extent in pair]
+        if sizes is not None:
+            # a transposed convolution may have to look past its own output
+            padding = []
+            for place in reversed(range(rank)):
+                before = self.padding[place][0]
+                reach = (sizes[place] - 1) * self.stride[place] + 1
+                reach += self.dilation[place] * (self.kernel[place] - 1)
+                padding += [before, max(reach - before - x.shape[2 + place], 0)]
+        padded = F.pad(x, padding).contiguous()
+        counts = [
+            (padded.shape[2 + i] - self.dilation[i] * (self.kernel[i] - 1) - 1) // self.stride[i]
+            + 1
+            if sizes is None
+            else sizes[i]
+            for i in range(rank)
+        ]
+        steps = padded.stride()
+        return padded.as_strided(
+            [*padded.shape[:2], *counts, *self.kernel],
+            [
+                *steps[:2],
+                *(step * stride for step, stride in zip(steps[2:], self.stride, strict=True)),
+                *(step * gap for step, gap in zip(steps[2:], self.dilation, strict=True)),
+            ],
+        )
+
+
+def _positions(x: Tensor) -> Tensor:
+    """[batch, 1, positions, features]; the first dimension counts samples."""
+    if x.ndim == 1:
+        return x[None, None, None]
+    return x.reshape(x.shape[0], 1, -1, x.shape[-1])
+
+
+def matrix_form(node: fx.Node, position: int) -> MatrixForm | None:
+    """The form of an op whose weight is argument `position`; None where it has none."""
+    target, args = node.target, node.args
+    rank = _rank(args[position]) if 0 <= position < len(args) else 0
+    if target is _aten.linear.default and position == 1 and rank == 2:
+        return MatrixForm("linear")
+    if target is _aten.embedding.default and position == 0:
+        return MatrixForm("lookup", data=1)
+    if target in _MATMUL and rank == 2:
+        if position == 1:
+            return MatrixForm("right")
+        return MatrixForm("left", data=1) if _rank(args[1]) >= 2 else None
+    if target is _aten.addmm.default and position in (1, 2):
+        return MatrixForm("right", data=1) if position == 2 else MatrixForm("left", data=2)
+    if position != 1:
+        return None
+    if target in _CONV:
+        return _conv_form(node, _CONV[target], (3, 4, 5, 6))
+    if target in _TRANSPOSED:
+        return _conv_form(node, _TRANSPOSED[target], (3, 4, 7, 6), transposed=True)
+    if target is _aten.convolution.default:
+        return _conv_form(node, rank - 2, (3, 4, 5, 8), transposed=bool(args[6]))
+    return None
+
+
+def _conv_form(
+    node: fx.Node, rank: int, places: tuple[int, int, int, int], *, transposed: bool = False
+) -> MatrixForm:
+    def argument(place: int, default: Any) -> Any:
+        return node.args[place] if place < len(node.args) else default
+
+    def each(value: Any) -> tuple[int, ...]:
+        found = tuple(value) if isinstance(value, list | tuple) else (value,)
+        return found * rank if len(found) == 1 else found
+
+    shape = _shape(node.args[1])
+    kernel = shape[2:]
+    dilation = each(argument(places[2], 1))
+    padding: Any = argument(places[1], 0)
+    if isinstance(padding, str):
+        total = [
+            (gap * (size - 1)) * (padding == "same")
+            for gap, size in zip(dilation, kernel, strict=True)
+        ]
+        pairs = tuple((extent // 2, extent - extent // 2) for extent in total)
+    else:
+        pairs = tuple((extent, extent) for extent in each(padding))
+    return MatrixForm(
+        "transposed" if transposed else "conv",
+        0,
+        int(argument(places[3], 1)),
+        kernel,
+        each(argument(places[0], 1)),
+        pairs,
+        dilation,
+    )
+
+
+def _shape(node: Any) -> tuple[int, ...]:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return tuple(int(size) for size in value.shape) if isinstance(value, Tensor) else ()
+
+
+def _rank(node: Any) -> int:
+    value = node.meta.get("val") if isinstance(node, fx.Node) else None
+    return value.ndim if isinstance(value, Tensor) else 0
+
+
+@dataclass(frozen=True)
+class WeightUse:
+    """One op that reads a weight in a known form.
+
+    Attributes:
+        node: The op.
+        position: Place of the weight among its arguments.
+        form: Its matrix form.
+        chain: Views and casts between the stored tensor and the op.
+    """
+
+    node: fx.Node
+    position: int
+    form: MatrixForm
+    chain: tuple[fx.Node, ...]
+
+    def operand(self, stored: Tensor, *, casts: bool = True) -> Tensor:
+        """What the op reads when this is stored.
+
+        Args:
+            stored: Shape of the stored tensor; any dtype.
+            casts: Follow changes of dtype as well; False keeps the dtype.
+        """
+        value: Any = stored
+        for node in self.chain:
+            if not casts and node.target in _CASTS:
+                continue
+            rest = [each for each in node.args[1:] if not isinstance(each, fx.Node)]
+            value = node.target(value, *rest, **node.kwargs)  # type: ignore[operator]
+        return value
+
+    def matrix(self, stored: Tensor, *, casts: bool = True) -> Tensor:
+        """The stored tensor as [groups, rows, columns]."""
+        return self.form.matrix(self.operand(stored, casts=casts))
+
+    def pull_back(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+        """A quantity per matrix element as one per stored element; unused elements get 0.
+
+        Args:
+            matrix: [groups, rows, columns], floating point.
+            shape: Shape of the stored tensor.
+        """
+        if not self.chain:
+            return self.form.operand(matrix, shape)
+        with torch.enable_grad():
+            leaf = torch.zeros(list(shape), dtype=matrix.dtype, requires_grad=True)
+            operand = self.operand(leaf, casts=False)
+            made = self.form.operand(matrix, operand.shape)
+            (found,) = torch.autograd.grad(operand, leaf, made)
+        return found
+
+
+_CASTS = (_aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device)
+
+
+def weight_uses(gm: fx.GraphModule, weights: Sequence[WeightTensor]) -> dict[str, list[WeightUse]]:
+    """Name of the weight → its uses in a known form; a weight with another use is left out."""
+    owner = {node: weight.name for weight in weights for node in weight.nodes}
+    found: dict[str, list[WeightUse]] = {weight.name: [] for weight in weights}
+    unknown: set[str] = set()
+    for node in gm.graph.nodes:
+        for operand, position, role, axis in state_operands(node):
+            source = source_of(operand, axis)
+            name = None if source is None else owner.get(source.node)
+            if source is None or name is None or role != "weight":
+                continue
+            form = matrix_form(node, position)
+            if form is None:
+                unknown.add(name)
+            else:
+                found[name].append(WeightUse(node, position, form, source.chain))
+    by_name = {weight.name: weight for weight in weights}
+    return {
+        name: uses
+        for name, uses in found.items()
+        if uses and name not in unknown and _only_these(by_name[name].nodes, uses)
+    }
+
+
+def _only_these(nodes: Sequence[fx.Node], uses: Sequence[WeightUse]) -> bool:
+    """Whether nothing else reads the weight, and its views do not depend on the inputs."""
+    chains = {node for use in uses for node in use.chain}
+    if any(used not in {*nodes, *chains} for node in chains for used in operands(node)):
+        return False
+    known = chains | {use.node for use in uses}
+    return all(user in known or not user.users for node in (*nodes, *chains) for user in node.users)

@@ -1,0 +1,397 @@
+"""Plan where activations are quantized: one decision per value, one scale per sharing group.
+
+A value is quantized once. Its producer's output spec and its consumers' input specs are requests for
+it, and values that must have one scale are one group. Of several requests in a group the most
+specific holds (module name over module type over global, op name over op type over the rest), of
+equals the earliest in the graph; every other is reported.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import networkx as nx
+import torch
+from torch import Tensor, fx
+
+from graphopt.analysis.op_patterns import ACTIVATIONS, PATTERNS, Kind, OpPattern
+from graphopt.analysis.value_facts import (
+    attention_scores,
+    data_values,
+    entering_values,
+    inside_norm,
+    is_float,
+    is_pooling,
+    leaving_values,
+    norm_behind,
+    only_user,
+    with_known_range,
+)
+from graphopt.config.selection import ModuleFrame, OpUse, Selection, Selector
+from graphopt.errors import ConfigError
+from graphopt.ir.annotations import ActivationPoint
+from graphopt.ir.editor import nodes_in, operands
+from graphopt.ir.module_frames import module_frames
+from graphopt.numerics.affine import grid_of
+from graphopt.specs import (
+    PerChannelGranularity,
+    PerTensorGranularity,
+    QuantizationSpec,
+)
+
+__all__ = ["ActivationPlan", "Match", "plan_activations"]
+
+_aten = torch.ops.aten
+_PRODUCTS = {_aten.matmul.default, _aten.bmm.default, _aten.mm.default, _aten.baddbmm.default}
+_ARITHMETIC = {"add", "sub", "mul", "mean", "div", "pow"}
+
+
+@dataclass(frozen=True)
+class Match:
+    """An op with what is computed together with it.
+
+    Attributes:
+        node: The op.
+        pattern: Its family.
+        output: The node that gives the result: the op, its batch norm's item, or its activation.
+        norm: The batch norm behind it, if any.
+        use: How configs see it.
+    """
+
+    node: fx.Node
+    pattern: OpPattern
+    output: fx.Node
+    norm: fx.Node | None
+    use: OpUse
+
+
+@dataclass(frozen=True)
+class _Request:
+    spec: QuantizationSpec
+    rank: tuple[int, int]
+    path: str
+    order: int
+
+
+@dataclass
+class _Value:
+    output: _Request | None = None
+    inputs: dict[tuple[fx.Node, int], _Request] = field(default_factory=dict)
+    derived: bool = False  # only hands on the scale of another value
+
+    def requests(self) -> list[_Request]:
+        own = [] if self.output is None or self.derived else [self.output]
+        return [*own, *self.inputs.values()]
+
+
+@dataclass(frozen=True)
+class ActivationPlan:
+    """Where activations are quantized.
+
+    Attributes:
+        outputs: Node → its point, for all users.
+        inputs: (node, operand position) → the point of that operand for that node alone.
+        matches: Ops that were considered.
+        floats: (node, op type, why) of computing ops that stay in float at some end.
+        remarks: Requests that another overruled.
+    """
+
+    outputs: dict[fx.Node, ActivationPoint]
+    inputs: dict[tuple[fx.Node, int], ActivationPoint]
+    matches: tuple[Match, ...]
+    floats: tuple[tuple[str, str, str], ...]
+    remarks: tuple[str, ...]
+
+
+def plan_activations(
+    gm: fx.GraphModule, selector: Selector, fused: frozenset[str] | None = None
+) -> ActivationPlan:
+    """Plan the activations of a graph.
+
+    Args:
+        gm: The graph.
+        selector: The config.
+        fused: Activation functions that the target computes with the op before; None for all.
+
+    Raises:
+        ConfigError: A spec has a granularity or class that activations cannot have.
+    """
+    return _Planner(gm, selector, fused).plan()
+
+
+class _Planner:
+    def __init__(
+        self, gm: fx.GraphModule, selector: Selector, fused: frozenset[str] | None
+    ) -> None:
+        self.gm = gm
+        self.selector = selector
+        self.fused = fused
+        self.order = {node: place for place, node in enumerate(gm.graph.nodes)}
+        self.data = data_values(gm)
+        self.scores = attention_scores(gm)
+        self.values: dict[fx.Node, _Value] = {}
+        self.sharing: nx.Graph[fx.Node] = nx.Graph()
+        self.floats: list[tuple[str, str, str]] = []
+        self.matches: list[Match] = []
+
+    def plan(self) -> ActivationPlan:
+        for node in self.gm.graph.nodes:
+            if node.op != "call_function":
+                continue
+            if node.target is operator.getitem:
+                self._pass_on(node, ("getitem",))
+            elif node.target in ACTIVATIONS and ACTIVATIONS[node.target].keeps_grid:
+                self._pass_on(node, ACTIVATIONS[node.target].names)
+            else:
+                pattern = PATTERNS.get(node.target)
+                if pattern is None and node.target in ACTIVATIONS:
+                    pattern = OpPattern(ACTIVATIONS[node.target].names, Kind.FLOAT)
+                if pattern is not None:
+                    self._place(node, pattern)
+        self._module_slots()
+        return self._resolve()
+
+    # --- requests -------------------------------------------------------------------------------
+    def _place(self, node: fx.Node, pattern: OpPattern) -> None:
+        if pattern.kind is Kind.PASS:
+            self._pass_on(node, pattern.names)
+            return
+        match = self._match(node, pattern)
+        places = self._operand_places(match)
+        reason = self._why_float(match, places)
+        selections = [
+            (place, self.selector.select_slot(match.use, "input", names)) for place, names in places
+        ]
+        out = self.selector.select_slot(match.use, "output", (0, "output"))
+        named = out.named_op or any(found.named_op for _, found in selections)
+        if reason and not named:
+            self._note_float(match, reason)
+            return
+        self.matches.append(match)
+        shared = []
+        for (operand, position), found in selections:
+            if isinstance(found.spec, QuantizationSpec):
+                self._request_input(operand, node, position, found)
+                shared.append(operand)
+            else:
+                self._note_float(match, f"operand {operand.name}: {found.path}")
+        wanted = out.spec if pattern.output or out.named_op else None
+        if node in self.scores and not named:
+            self._note_float(match, "attention scores, which a softmax reads")
+        elif isinstance(wanted, QuantizationSpec) and is_float(match.output):
+            self._request_output(match.output, out)
+            shared.append(match.output)
+        elif pattern.output:
+            self._note_float(match, f"output: {out.path}")
+        if pattern.kind is Kind.SHARE:
+            nx.add_path(self.sharing, shared)
+
+    def _match(self, node: fx.Node, pattern: OpPattern) -> Match:
+        output, norm = node, None
+        if pattern.fuses_norm and (item := norm_behind(node)) is not None:
+            output, norm = item, item.args[0]
+        user = only_user(output)
+        if (
+            pattern.kind is Kind.COMPUTE
+            and user is not None
+            and user.target in ACTIVATIONS
+            and (self.fused is None or ACTIVATIONS[user.target].names[0] in self.fused)
+        ):
+            output = user
+        names = pattern.names
+        if node.target in (_aten.mm.default, _aten.addmm.default):
+            names = ("linear", *names)
+        use = OpUse(node.name, names, module_frames(node))
+        return Match(node, pattern, output, norm if isinstance(norm, fx.Node) else None, use)
+
+    def _operand_places(
+        self, match: Match
+    ) -> list[tuple[tuple[fx.Node, int], tuple[str | int, ...]]]:
+        """((operand, position), slot names) of the data operands."""
+        node = match.node
+        found: list[tuple[tuple[fx.Node, int], tuple[str | int, ...]]] = []
+        schema = getattr(node.target, "_schema", None)
+        flat = operands(node)
+        for slot in match.pattern.operands:
+            if slot >= len(node.args):
+                continue
+            argument = node.args[slot]
+            items = argument if isinstance(argument, list | tuple) else [argument]
+            name = schema.arguments[slot].name if schema is not None else str(slot)
+            first = len(nodes_in(node.args[:slot]))
+            offset = 0
+            for index, item in enumerate(items):
+                if not isinstance(item, fx.Node):
+                    continue
+                position = first + offset
+                offset += 1
+                assert flat[position] is item
+                if item in self.data and is_float(item):
+                    place = index if len(items) > 1 else match.pattern.operands.index(slot)
+                    found.append(((item, position), (place, str(place), name)))
+        return found
+
+    def _why_float(self, match: Match, places: list[Any]) -> str:
+        name, node = match.pattern.names[0], match.node
+        if match.pattern.kind is Kind.FLOAT:
+            return f"{name} is left in float unless a config names it"
+        if node not in self.data:
+            return "depends on no float input and no parameter"
+        if match.pattern.both_data and len(places) < 2:
+            return "one operand is a constant, a scalar or a mask"
+        if name == "mean" and not is_pooling(node):
+            return "an average over the last axis"
+        if name in _ARITHMETIC and inside_norm(match.use.frames):
+            return f"part of {match.use.frames[-1].type.rpartition('.')[2]}"
+        if node in self.scores and node.target not in _PRODUCTS:
+            return "attention scores, which a softmax reads"
+        return ""
+
+    def _pass_on(self, node: fx.Node, names: tuple[str, ...]) -> None:
+        source = node.args[0]
+        if not isinstance(source, fx.Node):
+            return
+        known = self.values.get(source)
+        if known is None or known.output is None or node in self.values:
+            return
+        if node.target is _aten.constant_pad_nd.default and len(node.args) > 2 and node.args[2]:
+            return
+        value = node.meta.get("val")
+        use = OpUse(node.name, names, module_frames(node))
+        found = self.selector.select_slot(use, "output", (0, "output"))
+        if found.spec is None and found.path.endswith(" is None") and found.named_op:
+            return
+        if isinstance(value, Tensor) and not is_float(node):
+            return
+        self.values[node] = _Value(known.output, derived=True)
+        self.sharing.add_edge(source, node)
+
+    def _request_output(self, node: fx.Node, found: Selection) -> None:
+        self.values.setdefault(node, _Value()).output = self._request(node, found)
+
+    def _request_input(
+        self, operand: fx.Node, node: fx.Node, position: int, found: Selection
+    ) -> None:
+        value = self.values.setdefault(operand, _Value())
+        value.inputs[node, position] = self._request(node, found)
+
+    def _request(self, node: fx.Node, found: Selection) -> _Request:
+        assert isinstance(found.spec, QuantizationSpec)
+        granularity = found.spec.granularity
+        if not isinstance(granularity, PerTensorGranularity | PerChannelGranularity) or (
+            isinstance(granularity, PerChannelGranularity) and granularity.axis is None
+        ):
+            raise ConfigError(
+                f"{found.path}: activations have one scale per tensor, or per channel of a given"
+                f" axis; got {granularity}"
+            )
+        if grid_of(found.spec).is_float and not isinstance(granularity, PerTensorGranularity):
+            raise ConfigError(f"{found.path}: float activations have one scale per tensor")
+        order = self.order[node]
+        return _Request(found.spec, found.rank, found.path, order)
+
+    def _note_float(self, match: Match, reason: str) -> None:
+        if match.pattern.kind is Kind.COMPUTE or match.pattern.kind is Kind.SHARE:
+            self.floats.append((match.node.name, match.use.op_types[0], reason))
+
+    # --- module boundaries ----------------------------------------------------------------------
+    def _module_slots(self) -> None:
+        frames: dict[str, ModuleFrame] = {"": ModuleFrame("", "")}
+        inside: dict[str, list[fx.Node]] = {"": []}
+        for node in self.gm.graph.nodes:
+            if node.op != "call_function":
+                continue
+            inside[""].append(node)
+            for frame in module_frames(node):
+                frames.setdefault(frame.name, frame)
+                if frame.name:
+                    inside.setdefault(frame.name, []).append(node)
+        for name, frame in frames.items():
+            self._boundary(frame, inside.get(name, []))
+
+    def _boundary(self, frame: ModuleFrame, inside: list[fx.Node]) -> None:
+        path, slots = self.selector.module_slots(frame, "input")
+        if slots:
+            entering = entering_values(inside, self.data)
+            for index, (operand, places) in enumerate(entering.items()):
+                found = self._boundary_spec(path, slots, index)
+                value = self.values.setdefault(operand, _Value())
+                for node, position in places:
+                    if found is None:
+                        value.inputs.pop((node, position), None)
+                    elif found.spec is not None:
+                        value.inputs[node, position] = self._request(node, found)
+        path, slots = self.selector.module_slots(frame, "output")
+        if slots:
+            leaving = leaving_values(inside, self.data)
+            for index, node in enumerate(leaving):
+                found = self._boundary_spec(path, slots, index)
+                value = self.values.setdefault(node, _Value())
+                if found is None:
+                    value.output = None
+                elif found.spec is not None:
+                    value.output, value.derived = self._request(node, found), False
+
+    def _boundary_spec(
+        self, path: str, slots: dict[str | int, Any], index: int
+    ) -> Selection | None:
+        """What a boundary slot asks for; None where it is switched off."""
+        for slot in (index, str(index), "*"):
+            if slot in slots:
+                self.selector.matched_slot(path, slot)
+                spec = slots[slot]
+                where = f"{path}[{slot!r}]"
+                return None if spec is None else Selection(spec, where, True, (3, 0), True)
+        return Selection(None, path)
+
+    # --- groups ---------------------------------------------------------------------------------
+    def _resolve(self) -> ActivationPlan:
+        wanted = {
+            node: value
+            for node, value in self.values.items()
+            if value.output is not None or value.inputs
+        }
+        self.sharing.add_nodes_from(wanted)
+        outputs: dict[fx.Node, ActivationPoint] = {}
+        inputs: dict[tuple[fx.Node, int], ActivationPoint] = {}
+        remarks: list[str] = []
+        groups = [
+            sorted(group & wanted.keys(), key=self.order.__getitem__)
+            for group in nx.connected_components(self.sharing)
+        ]
+        for group in sorted((g for g in groups if g), key=lambda g: self.order[g[0]]):
+            requests = [each for node in group for each in wanted[node].requests()]
+            if not requests:
+                continue  # views of a value that a module boundary has switched off
+            chosen = max(requests, key=lambda each: (each.rank, -each.order))
+            remarks += _overruled(group[0].name, chosen, requests)
+            spec = with_known_range(chosen.spec, [n for n in group if not wanted[n].derived])
+            point = ActivationPoint(group[0].name, spec, chosen.path)
+            for node in group:
+                value = wanted[node]
+                if value.output is not None:
+                    outputs[node] = replace(point, derived=value.derived)
+                else:
+                    inputs.update(dict.fromkeys(value.inputs, point))
+        floats = tuple(dict.fromkeys(self.floats))
+        return ActivationPlan(outputs, inputs, tuple(self.matches), floats, tuple(remarks))
+
+
+def _overruled(name: str, chosen: _Request, requests: list[_Request]) -> Iterator[str]:
+    seen = {chosen.spec}
+    for each in requests:
+        if each.spec in seen:
+            continue
+        seen.add(each.spec)
+        yield (
+            f"{name}: {each.path} asks for {_short(each.spec)}, but {chosen.path} holds for all that"
+            f" share its scale ({_short(chosen.spec)})"
+        )
+
+
+def _short(spec: QuantizationSpec) -> str:
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return f"{dtype} {spec.qscheme.value} {spec.granularity.type}"

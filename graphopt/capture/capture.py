@@ -1,0 +1,399 @@
+"""Capture: a model, an exported program or a .pt2 file becomes a `Program`."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.fx.experimental._config as symbolic_config
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from graphopt.capture.export_errors import explain_export_error, without_warnings
+from graphopt.capture.inference_form import dropout_kept, is_plain, to_inference_form
+from graphopt.errors import CaptureError, InputError
+from graphopt.ir.captured_module import CapturedModule, InputGuards, holder_of
+from graphopt.ir.program import Program, Provenance, share_graph
+
+__all__ = ["capture"]
+
+_log = logging.getLogger(__name__)
+_Args = tuple[Any, ...]
+_Kwargs = dict[str, Any]
+
+
+def capture(
+    model: nn.Module | ExportedProgram | str | Path,
+    example_inputs: _Args | Tensor | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = "auto",
+) -> Program:
+    """Capture a model as the `Program` that passes, searches and backends work on.
+
+    Args:
+        model: A module, an exported program, or the path of a .pt2 file.
+        example_inputs: Positional inputs of one call; only needed for a module, or for a program
+            that was exported without inputs.
+        example_kwargs: Keyword inputs of that call.
+        dynamic_shapes: "auto" leaves every dimension open that the model allows, also where the
+            example has batch 1; None fixes all of them; anything else goes to `torch.export`.
+
+    Returns:
+        A program that shares the model's tensors; the model itself is not changed. It is captured
+        in evaluation mode.
+
+    Raises:
+        CaptureError: The model cannot be exported; the message names op, module and source line.
+        InputError: Example inputs are missing, or the model fails on them.
+    """
+    if isinstance(model, str | Path):
+        return _from_file(Path(model), example_inputs, example_kwargs)
+    if isinstance(model, ExportedProgram):
+        return _from_exported(model, "ExportedProgram", example_inputs, example_kwargs)
+    model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
+    if not isinstance(model, nn.Module):
+        raise InputError(
+            f"cannot capture a {type(model).__name__}; give a module, an ExportedProgram or a .pt2"
+        )
+    if example_inputs is None and not example_kwargs:
+        raise InputError(f"example_inputs are needed to capture {type(model).__name__}")
+    args = _as_args(example_inputs)
+    kwargs = dict(example_kwargs or {})
+    if isinstance(model, CapturedModule):
+        # it is a captured graph already; its metadata would only suffer from another export
+        return Program(share_graph(model), args, kwargs, Provenance(type(model).__name__))
+    with _evaluation_mode(model), _buffers_restored(model), torch.no_grad():
+        exported = _export(model, args, kwargs, dynamic_shapes)
+    return _to_program(exported, type(model).__name__, args, kwargs)
+
+
+def _as_args(example_inputs: _Args | Tensor | None) -> _Args:
+    if example_inputs is None:
+        return ()
+    if isinstance(example_inputs, Tensor):
+        return (example_inputs,)
+    if not isinstance(example_inputs, tuple | list):
+        raise InputError(
+            f"example_inputs must be a tuple of inputs, got {type(example_inputs).__name__}"
+        )
+    return tuple(example_inputs)
+
+
+def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Program:
+    if not path.exists():
+        raise InputError(f"no such file: {path}")
+    import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
+
+    try:
+        with without_warnings("torch.export"):
+            exported = torch.export.load(path)
+    except Exception as error:
+        raise CaptureError(
+            f"{path} is not a program that torch.export can load: {error}"
+        ) from error
+    return _from_exported(exported, str(path), args, kwargs)
+
+
+def _from_exported(
+    exported: ExportedProgram,
+    source: str,
+    example_inputs: Any,
+    example_kwargs: Mapping[str, Any] | None,
+) -> Program:
+    saved_args, saved_kwargs = exported.example_inputs or ((), {})
+    given = example_inputs is not None or bool(example_kwargs)
+    args = _as_args(example_inputs) if given else tuple(saved_args)
+    kwargs = dict(example_kwargs or {}) if given else dict(saved_kwargs)
+    with (
+        symbolic_config.patch(  # type: ignore[attr-defined]
+            backed_size_oblivious=True
+        ),
+        torch.no_grad(),
+        dropout_kept(exported),
+    ):
+        exported = exported.run_decompositions(_decompositions())
+    return _to_program(exported, source, args, kwargs)
+
+
+@contextmanager
+def _evaluation_mode(model: nn.Module) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+@contextmanager
+def _buffers_restored(model: nn.Module) -> Iterator[None]:
+    """Undo what a forward pass writes into buffers, such as caches and counters."""
+    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
+    places = [
+        (module, name, buffer)
+        for module in model.modules()
+        for name, buffer in module._buffers.items()
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer in places:
+            module._buffers[name] = buffer
+        for buffer, value in saved:
+            if not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def _run(model: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
+    """Outputs on copies of the inputs, with the same random numbers every time."""
+    copies = pytree.tree_map(
+        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return model(*copies[0], **copies[1])
+
+
+def _export(
+    model: nn.Module,
+    args: _Args,
+    kwargs: _Kwargs,
+    dynamic_shapes: Any,
+) -> ExportedProgram:
+    """Export with the most open shapes that give the model's own outputs on the example."""
+    if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
+        return _attempt(model, args, kwargs, dynamic_shapes, oblivious=True)
+    try:
+        with _buffers_restored(model):
+            expected = _run(model, args, kwargs)
+    except Exception as error:
+        raise InputError(
+            f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
+        ) from error
+    attempts: list[Callable[[], ExportedProgram]] = []
+    doubled = _double_batch(args, kwargs)
+    if doubled is not None:
+        # torch.export specialises on sizes of 1, so a batch of 1 is captured as a batch of 2
+        attempts.append(lambda: _attempt(model, *doubled, "auto", oblivious=True))
+    attempts.append(lambda: _attempt(model, args, kwargs, "auto", oblivious=True))
+    attempts.append(lambda: _attempt(model, args, kwargs, None, oblivious=False))
+    for attempt in attempts[:-1]:
+        try:
+            exported = attempt()
+            with _buffers_restored(model):
+                found = _run(exported.module(check_guards=False), args, kwargs)
+        except Exception as error:
+            _log.debug("open shapes refused: %s: %s", type(error).__name__, error)
+            continue
+        if _same(expected, found):
+            return exported
+        _log.debug("open shapes changed the outputs on the example; trying narrower ones")
+    return attempts[-1]()
+
+
+def _attempt(
+    model: nn.Module,
+    args: _Args,
+    kwargs: _Kwargs,
+    dynamic_shapes: Any,
+    *,
+    oblivious: bool,
+) -> ExportedProgram:
+    shapes = dynamic_shapes
+    if isinstance(dynamic_shapes, str):
+        shapes = ShapesCollection()
+        for leaf in pytree.tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.ndim:
+                shapes[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
+    try:
+        with symbolic_config.patch(  # type: ignore[attr-defined]
+            backed_size_oblivious=oblivious
+        ):
+            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            if is_plain(exported.graph):
+                return exported
+            with dropout_kept(exported):
+                return exported.run_decompositions(_decompositions())
+    except Exception as error:
+        raise CaptureError(explain_export_error(model, error)) from error
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """What capture breaks up: only ops whose weights would otherwise be out of sight.
+
+    Running even an empty table flattens regions such as `wrap_with_set_grad_enabled`.
+    """
+    known = torch.export.default_decompositions()
+    aten = torch.ops.aten
+    return {op: known[op] for op in (aten.einsum.default, aten.tensordot.default) if op in known}
+
+
+def _double_batch(args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
+    """The example with its batch of 1 repeated, or None where there is no such batch."""
+    leaves, spec = pytree.tree_flatten((args, kwargs))
+    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    if not tensors or any(tensor.shape[0] != 1 for tensor in tensors):
+        return None
+    doubled = [
+        torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim else leaf
+        for leaf in leaves
+    ]
+    return pytree.tree_unflatten(doubled, spec)
+
+
+def _same(expected: Any, found: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=False)
+    for want, got in pairs:
+        if not isinstance(want, Tensor):
+            continue
+        if want.shape != got.shape or want.dtype != got.dtype:
+            return False
+        finite = want[torch.isfinite(want)] if want.is_floating_point() else want[:0]
+        scale = float(finite.abs().max()) if finite.numel() else 0.0
+        if not torch.allclose(want, got, rtol=1e-3, atol=1e-4 * scale, equal_nan=True):
+            return False
+    return True
+
+
+def _to_program(exported: ExportedProgram, source: str, args: _Args, kwargs: _Kwargs) -> Program:
+    unlifted = exported.module(check_guards=False)
+    names = _input_names(exported)
+    # torch.export's own tracer cannot be constructed again when a saved module is loaded
+    unlifted.graph._tracer_cls = None
+    to_inference_form(unlifted.graph)
+    root, constants = _shared_state(unlifted)
+    module = CapturedModule(root, unlifted.graph)
+    for path in (*exported.graph_signature.non_persistent_buffers, *constants):
+        try:
+            holder, name = holder_of(module, path)
+        except AttributeError:
+            continue
+        holder._non_persistent_buffers_set.add(name)
+    module.graph.lint()
+    module.recompile()
+    module.eval()
+    conditions = [*getattr(exported, "_guards_code", ()), *_size_conditions(exported, names)]
+    guards = InputGuards(_signature_names(module), conditions)
+    # a guard that the example itself breaks comes from capturing with a larger batch
+    guards = guards.without(guards.violated(args, kwargs))
+    if guards.conditions:
+        module.register_forward_pre_hook(guards, with_kwargs=True)
+    provenance = Provenance(source, static_dims=tuple(_static_dims(exported, names)))
+    if provenance.static_dims:
+        _log.info("%s: fixed input dimensions: %s", source, ", ".join(provenance.static_dims))
+    return Program(module, args, kwargs, provenance)
+
+
+def _shared_state(module: nn.Module) -> tuple[nn.Module, list[str]]:
+    """A module tree of new parameters over the same storage, so that `.to()` cannot reach back.
+
+    Returns:
+        The tree, and the names of constants that were no parameters or buffers of the model.
+    """
+    root = nn.Module()
+    fresh: dict[int, Tensor] = {}
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    unused = _unused_constants(module)
+    for path, tensor in {**parameters, **buffers}.items():
+        if path in unused and path in parameters:
+            tensor = _twin(tensor, path, parameters, unused)
+        if id(tensor) not in fresh:
+            alias = tensor.detach()
+            fresh[id(tensor)] = (
+                nn.Parameter(alias, tensor.requires_grad) if path in parameters else alias
+            )
+        holder, name = holder_of(root, path, create=True)
+        if path in parameters:
+            holder.register_parameter(name, fresh[id(tensor)])  # type: ignore[arg-type]
+        else:
+            holder.register_buffer(name, fresh[id(tensor)])
+    constants = []
+    for node in module.graph.nodes if isinstance(module, torch.fx.GraphModule) else ():
+        path = str(node.target)
+        if node.op not in ("get_attr", "call_module") or path in parameters or path in buffers:
+            continue
+        holder, name = holder_of(module, path)
+        value = getattr(holder, name)
+        holder, name = holder_of(root, path, create=True)
+        if isinstance(value, Tensor):
+            constants.append(path)
+            holder.register_buffer(name, value.detach())
+        else:
+            setattr(holder, name, value)
+    return root, constants
+
+
+def _unused_constants(module: nn.Module) -> set[str]:
+    if not isinstance(module, torch.fx.GraphModule):
+        return set()
+    nodes = list(module.graph.find_nodes(op="get_attr"))
+    return {str(node.target) for node in nodes if not node.users}
+
+
+def _twin(tensor: Tensor, path: str, parameters: Mapping[str, Tensor], unused: set[str]) -> Tensor:
+    """The used parameter that an unused one repeats: a tie that saving a program has cut."""
+    for other, candidate in parameters.items():
+        same_kind = candidate.shape == tensor.shape and candidate.dtype == tensor.dtype
+        if other != path and other not in unused and same_kind and torch.equal(candidate, tensor):
+            return candidate
+    return tensor
+
+
+def _size_conditions(exported: ExportedProgram, names: list[str]) -> Iterator[str]:
+    """Sizes and ranges that the program fixes for its tensor inputs, as guard conditions."""
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if node.op != "placeholder" or node.name not in names or not isinstance(value, Tensor):
+            continue
+        for axis, size in enumerate(value.shape):
+            place = f"L[{str(node.target)!r}].size()[{axis}]"
+            fixed = size if isinstance(size, int) else _only_value(exported, size)
+            if fixed is not None:
+                yield f"{place} == {fixed}"
+                continue
+            known = exported.range_constraints.get(size.node.expr)
+            if known is None:
+                continue
+            # torch.export's own lower bound of 2 only says that it did not specialise on 0 and 1
+            if known.lower.is_Integer and known.lower > 2:
+                yield f"{place} >= {int(known.lower)}"
+            if known.upper.is_Integer:
+                yield f"{place} <= {int(known.upper)}"
+
+
+def _input_names(exported: ExportedProgram) -> list[str]:
+    return [str(name) for name in exported.graph_signature.user_inputs]
+
+
+def _signature_names(module: CapturedModule) -> list[str]:
+    return [name for name in inspect.signature(module.forward).parameters if name != "self"]
+
+
+def _static_dims(exported: ExportedProgram, names: list[str]) -> Iterator[str]:
+    for node in exported.graph.nodes:
+        value = node.meta.get("val")
+        if node.op == "placeholder" and node.name in names and isinstance(value, Tensor):
+            for axis, size in enumerate(value.shape):
+                fixed = size if isinstance(size, int) else _only_value(exported, size)
+                if fixed is not None:
+                    yield f"{node.name}[{axis}] = {fixed}"
+
+
+def _only_value(exported: ExportedProgram, size: torch.SymInt) -> int | None:
+    """The one value that a symbolic size may take, if there is only one."""
+    constant = size.node.maybe_as_int()
+    if constant is not None:
+        return int(constant)
+    known = exported.range_constraints.get(size.node.expr)
+    if known is not None and known.lower == known.upper:
+        return int(known.lower)
+    return None

@@ -1,0 +1,1 @@
+"""The compressor classes and the pipelines that they run."""

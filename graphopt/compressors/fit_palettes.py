@@ -1,0 +1,74 @@
+"""FitPalettes: the clustering and calibration of palettes as a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from typing_extensions import override
+
+from graphopt.compressors.calibration import Calibrator
+from graphopt.errors import InputError
+from graphopt.fitting.sensitivity import LossFn
+from graphopt.ir.annotations import keep_findings
+from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
+from graphopt.ir.editor import Editor
+from graphopt.ir.program import Program
+from graphopt.ir.records import CompressionTable, merged
+from graphopt.passes import AnnotatePalettization, cluster_annotated
+from graphopt.passes.pass_base import Pass
+from graphopt.progress import track
+from graphopt.run.layerwise import as_batch
+
+__all__ = ["FitPalettes"]
+
+
+@dataclass(frozen=True)
+class FitPalettes(Pass):
+    """Cluster annotated weights, from data where their specs' algorithms use any.
+
+    The graph stays as it is, but for biases that take up the mean error of layers that were fitted
+    to their outputs ("gptq"); `PalettizeWeights` uses the palettes.
+
+    Attributes:
+        data: Inputs of one call each, as for `as_batch`; with `loss_fn`, pairs (inputs, target).
+            None clusters without data.
+        loss_fn: `loss_fn(output, target)`, the mean over a batch; None takes a label-free loss.
+        seed: Seed of whatever is drawn.
+        progress: Show bars; None shows them on a terminal.
+    """
+
+    name: ClassVar[str] = "fit-palettes"
+    after: ClassVar[tuple[type[Pass], ...]] = (AnnotatePalettization,)
+    tolerance: ClassVar[float | None] = None
+    data: Sequence[Any] | None = None
+    loss_fn: LossFn | None = None
+    seed: int = 0
+    progress: bool | None = None
+
+    @override
+    def run(self, edit: Editor) -> None:
+        gm = edit.gm
+        if not isinstance(gm, CapturedModule):
+            raise InputError("palettes are fitted in graphs that graphopt.capture made")
+        calibrator = Calibrator(Program(gm, ()), loss_fn=self.loss_fn, seed=self.seed)
+        if self.data is None or not set(calibrator.algorithms.values()) - {"kmeans"}:
+            plain = cluster_annotated(gm, progress=self.progress, seed=self.seed)
+            keep_findings(gm, palettes=plain, fitted_to_outputs=False)
+            return
+        module = calibrator.annotated.copy().graph_module
+        with calibrator.watching(module):
+            for each in track(self.data, "gradients", len(self.data), enabled=self.progress):
+                inputs, target = each if self.loss_fn is not None else (each, None)
+                args, kwargs = as_batch(inputs)
+                calibrator.step(module(*args, **kwargs), target)
+        found, biases, remarks = calibrator.palettes(self.seed, self.progress, correct_bias=True)
+        for path, value in biases.items():
+            holder, name = holder_of(gm, path)
+            set_tensor(holder, name, value)
+            edit.changed = True
+        fitted = set(calibrator.algorithms.values()) == {"gptq"}
+        keep_findings(gm, palettes=found, fitted_to_outputs=fitted)
+        before = gm.meta.get("graphopt.table", CompressionTable(()))
+        gm.meta["graphopt.table"] = merged(before, CompressionTable((), tuple(remarks)))

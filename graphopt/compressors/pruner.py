@@ -1,0 +1,201 @@
+"""MagnitudePruner: the compressor class of pruning, at once or along a schedule in training."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from graphopt.backends.lowering import as_program, convert_for
+from graphopt.compressors.compressed import compressed
+from graphopt.config.pruning import MagnitudePrunerConfig
+from graphopt.errors import CompressionError, InputError, StateError
+from graphopt.ir.captured_module import CapturedModule, holder_of
+from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.records import CompressionTable
+from graphopt.passes import AnnotatePruning, InsertPruners, PruneWeights, RestoreTraining
+from graphopt.passes.pass_manager import run_passes
+from graphopt.prepared import WeightPruner
+from graphopt.prepared.state import parts_of, take_state
+from graphopt.specs import ExportBackend
+
+__all__ = ["MagnitudePruner"]
+
+_log = logging.getLogger(__name__)
+
+
+class MagnitudePruner:
+    """Set the smallest elements, blocks or channels of weights to zero, and store the rest.
+
+    >>> pruner = MagnitudePruner(model, config)
+    >>> prepared = pruner.prepare(example_inputs)   # computes with the zeros of the schedule's start
+    >>> with pruner.training_mode():                # optional
+    ...     for batch in batches:
+    ...         loss(prepared(batch)).backward(); optimizer.step(); optimizer.zero_grad()
+    ...         pruner.step()
+    >>> finalized = pruner.finalize(backend=ExportBackend.CoreAI)
+
+    Args:
+        model: A module, an `ExportedProgram`, or a `Program`; it is never changed.
+        config: What becomes of which weight; half of every weight by default.
+    """
+
+    compresses: ClassVar[str] = "weights"
+
+    def __init__(
+        self,
+        model: nn.Module | ExportedProgram | Program,
+        config: MagnitudePrunerConfig | None = None,
+    ) -> None:
+        if not isinstance(model, nn.Module | ExportedProgram | Program):
+            raise InputError(
+                f"model must be a module, an ExportedProgram or a Program, got {type(model).__name__}"
+            )
+        self._model = model
+        self._config = MagnitudePrunerConfig() if config is None else config
+        self._annotated: Program | None = None
+        self._prepared: CapturedModule | None = None
+
+    def prepare(
+        self,
+        example_inputs: tuple[Any, ...] | Tensor | None = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+        *,
+        on_unmatched: Literal["error", "warn"] = "error",
+    ) -> CapturedModule:
+        """Capture the model and mask its weights.
+
+        Args:
+            example_inputs: Inputs of one call.
+            example_kwargs: Keyword inputs of that call.
+            on_unmatched: Whether a config key that matches no module, op or state raises or warns.
+
+        Returns:
+            A module with the model's signature and state-dict names that computes with the zeros
+            that each schedule begins with, or all of them where there is none. It shares nothing
+            with the model; batch norms and dropouts train.
+
+        Raises:
+            CaptureError: The model cannot be exported.
+            ConfigError: A config key matches nothing.
+            CompressionError: A weight contains NaN or Inf.
+            StateError: `prepare` was called before.
+        """
+        if self._annotated is not None:
+            raise StateError("prepare() was called before; make a new MagnitudePruner")
+        annotated = as_program(self._model, example_inputs, example_kwargs)
+        run_passes(annotated.graph_module, [AnnotatePruning(self._config, on_unmatched)])
+        prepared = copy.deepcopy(annotated.graph_module)
+        run_passes(prepared, [InsertPruners(), RestoreTraining()])
+        prepared.eval()
+        self._annotated, self._prepared = annotated, prepared
+        self._follow(prepared)
+        _log.info("%d weights to prune", len(parts_of(prepared, WeightPruner)))
+        return prepared
+
+    def step(self) -> None:
+        """Count a training step: masks follow the schedules, from the weights as they are now.
+
+        Raises:
+            StateError: `prepare` was not called.
+        """
+        prepared = self._ready()
+        for pruner in parts_of(prepared, WeightPruner):
+            pruner.count_step()
+        self._follow(prepared)
+
+    @contextmanager
+    def training_mode(self, model: nn.Module | None = None) -> Iterator[CapturedModule]:
+        """Let batch norms and dropouts of the prepared module behave as in training.
+
+        Args:
+            model: Accepted for compatibility: None, or what `prepare` returned.
+
+        Raises:
+            StateError: `prepare` was not called.
+        """
+        del model
+        prepared = self._ready()
+        prepared.train()
+        try:
+            yield prepared
+        finally:
+            prepared.eval()
+
+    def finalize(
+        self,
+        model: nn.Module | None = None,
+        backend: ExportBackend | str = ExportBackend.CoreAI,
+    ) -> CapturedModule:
+        """Turn masked weights into values and masks in the ops of a backend.
+
+        Args:
+            model: None, or what `prepare` returned (or a trained copy of it).
+            backend: Whose ops the module holds; `ExportBackend.Torch` keeps our neutral ones.
+
+        Returns:
+            A callable module, ready for `torch.export.export`.
+
+        Raises:
+            StateError: `prepare` was not called.
+            LoweringError: The backend cannot hold the program.
+        """
+        return convert_for(self.program(model), backend)
+
+    def program(self, model: nn.Module | None = None) -> CompressedProgram:
+        """The pruned program in our neutral vocabulary.
+
+        A schedule that has not run to its end is cut short: weights get their final sparsity.
+
+        Raises:
+            InputError: `model` is something else than what `prepare` returned.
+            StateError: `prepare` was not called.
+        """
+        prepared = self._ready()
+        if model is not None:
+            if not isinstance(model, CapturedModule) or not parts_of(model, WeightPruner):
+                raise InputError(f"model must come from prepare(), got {type(model).__name__}")
+            prepared = model
+        assert self._annotated is not None
+        converted = self._annotated.copy()
+        gm = converted.graph_module
+        take_state(gm, prepared)
+        masks = {}
+        for pruner in parts_of(prepared, WeightPruner):
+            if pruner.has(pruner.spec.final_sparsity):
+                masks[pruner.origin.name] = pruner.mask
+        run_passes(gm, [PruneWeights(masks)])
+        return compressed(converted)
+
+    def summary(self) -> CompressionTable:
+        """One row per candidate tensor: what is done, or why not.
+
+        Raises:
+            StateError: `prepare` was not called.
+        """
+        return self.program().report()
+
+    def _ready(self) -> CapturedModule:
+        if self._prepared is None:
+            raise StateError("call prepare(example_inputs) first")
+        return self._prepared
+
+    def _follow(self, prepared: CapturedModule) -> None:
+        for pruner in parts_of(prepared, WeightPruner):
+            target = pruner.spec.final_sparsity
+            schedule = self._config.schedule_at(pruner.origin.path, "sparsity_schedule")
+            share = (
+                target
+                if schedule is None
+                else schedule.compute_sparsity(pruner.steps, target, pruner.sparsity)
+            )
+            holder, name = holder_of(prepared, pruner.origin.name)
+            try:
+                pruner.update(getattr(holder, name).detach(), share)
+            except CompressionError as error:
+                raise CompressionError(f"{pruner.origin.name}: {error}") from None

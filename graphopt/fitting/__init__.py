@@ -1,0 +1,1 @@
+"""Fitting compressed weights to what they must compute: moments, feedback, gradients, tuning."""

@@ -1,0 +1,198 @@
+"""What one layer is fitted to: the outputs of the exact program, as far as its inputs can tell them.
+
+A layer behind compressed ones gets inputs x̂ that differ from the exact x. Its target is the output of
+the exact layer on exact inputs: the regression `W* = W + W·E[(x − x̂)x̂ᵀ]·(E[x̂x̂ᵀ] + λI)⁻¹` (the
+asymmetric calibration of GPTAQ, Li et al., arXiv 2504.02692, equation 6, with a ridge) makes up for
+what the inputs have lost, and a bias for the mean. What the other operand of the sum behind a layer
+has lost (a residual stream, another embedding) is added to the target, as far as the layer's inputs
+can tell it. Positions count by the square root of their saliency, so that padding does not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.analysis.matrix_form import WeightUse
+from graphopt.run.layerwise import LayerwiseRun
+
+__all__ = [
+    "LayerMoments",
+    "bias_change",
+    "bias_of",
+    "collect_moments",
+    "compensated_weight",
+    "missing_beside",
+]
+
+_RIDGE = 0.3  # λ relative to the mean diagonal
+_POSITIONS = 16_384  # sampled for a layer's moments, or more for long columns
+_POSITIONS_PER_COLUMN = 8
+_aten = torch.ops.aten
+_SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
+_COPIES = (_aten.clone.default, _aten.alias.default, torch.ops.graphopt.dropout.default)
+
+
+@dataclass(frozen=True)
+class LayerMoments:
+    """Means over sampled positions, per channel group, float32.
+
+    Attributes:
+        hessian: E[x̂x̂ᵀ], [groups, columns, columns]; of centred columns where a bias takes the mean.
+        shift: E[(x − x̂)x̂ᵀ], of the same shape.
+        mean: E[x̂], [groups, columns].
+        wanted: E[x], [groups, columns].
+        beside: E[(r − r̂)x̂ᵀ] of what is added to the outputs, [groups, rows, columns], or a scalar 0.
+        beside_mean: E[r − r̂], [groups, rows], or a scalar 0.
+    """
+
+    hessian: Tensor
+    shift: Tensor
+    mean: Tensor
+    wanted: Tensor
+    beside: Tensor
+    beside_mean: Tensor
+
+
+def missing_beside(
+    use: WeightUse, run: LayerwiseRun, reference: LayerwiseRun, twins: Mapping[fx.Node, fx.Node]
+) -> list[tuple[Tensor, Tensor]] | None:
+    """The other operand of the sum behind the op, as it should be and as it is, where known already.
+
+    Args:
+        use: The op.
+        run: The program that is being compressed.
+        reference: The exact one.
+        twins: Nodes of the first → nodes of the second.
+    """
+    node, shape = use.node, _shape(use.node)
+    if use.form.kind == "transposed":
+        return None
+    while len(node.users) == 1:
+        reader = next(iter(node.users))
+        if reader.target in _SUMS:
+            left, right = reader.args[:2]
+            other = right if left is node else left
+            if not isinstance(other, fx.Node) or reader.kwargs or other not in twins:
+                return None
+            if not run.has_run(other) or node is other or not _fits(_shape(other), shape, use):
+                return None
+            return list(zip(reference.values(twins[other]), run.values(other), strict=True))
+        if reader.target not in _COPIES:
+            return None
+        node = reader
+    return None
+
+
+def _fits(other: tuple[object, ...] | None, own: tuple[object, ...] | None, use: WeightUse) -> bool:
+    """Whether an operand's error can be told for each row of the op's matrix."""
+    if use.form.kind == "lookup":
+        return bool(other and own and other[-1] == own[-1])
+    return other == own
+
+
+def _shape(node: fx.Node) -> tuple[object, ...] | None:
+    value = node.meta.get("val")
+    return tuple(value.shape) if isinstance(value, Tensor) else None
+
+
+def bias_of(node: fx.Node) -> fx.Node | None:
+    """The constant that an op alone adds to its output."""
+    place = 0 if node.target is _aten.addmm.default else 2
+    forms = ("linear", "conv", "addmm")
+    if not any(name in str(node.target) for name in forms) or "transpose" in str(node.target):
+        return None
+    if node.target is _aten.convolution.default and node.args[6]:
+        return None
+    bias = node.args[place] if len(node.args) > place else None
+    alone = isinstance(bias, fx.Node) and bias.op == "get_attr" and set(bias.users) == {node}
+    return bias if alone and isinstance(bias, fx.Node) else None
+
+
+def collect_moments(
+    use: WeightUse,
+    inputs: Sequence[Tensor],
+    wanted: Sequence[Tensor],
+    saliency: Sequence[Tensor] | None,
+    missing: Sequence[tuple[Tensor, Tensor]] | None,
+    *,
+    centred: bool,
+    seed: int,
+) -> LayerMoments:
+    """Moments of a layer's inputs.
+
+    Args:
+        use: The op.
+        inputs: Its input for each batch.
+        wanted: Its input in the exact program.
+        saliency: Per batch [batch, positions], or None for all alike.
+        missing: What `missing_beside` has found.
+        centred: Whether a bias takes the mean.
+        seed: Seed of the sample of positions.
+    """
+    hessian = shift = mean = aim = beside = beside_mean = torch.zeros(())
+    total = 0.0
+    generator = torch.Generator().manual_seed(seed)
+    for number, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
+        columns, exact = use.form.columns(x.float()), use.form.columns(y.float())
+        weight = torch.ones(columns.shape[0], columns.shape[2])
+        if saliency is not None and saliency[number].shape == weight.shape:
+            weight = saliency[number].float().sqrt()
+        columns, exact = columns.transpose(0, 1).flatten(1, 2), exact.transpose(0, 1).flatten(1, 2)
+        used = weight.reshape(-1).nonzero()[:, 0]
+        share = max(_POSITIONS, _POSITIONS_PER_COLUMN * columns.shape[2]) / len(inputs)
+        if len(used) > share:
+            # neighbouring positions say the same: a sample of them suffices
+            used = used[torch.randperm(len(used), generator=generator)[: math.ceil(share)]]
+        columns, exact = columns[:, used], exact[:, used]
+        flat = weight.reshape(-1)[used].reshape(1, -1, 1)
+        total += float(flat.double().sum())
+        weighted = columns * flat
+        hessian = hessian + weighted.mT @ columns
+        shift = shift + (exact - columns).mT @ weighted
+        mean = mean + weighted.sum(1)
+        aim = aim + (exact * flat).sum(1)
+        if missing is not None:
+            lacks = missing[number][0].float() - missing[number][1].float()
+            rest = use.form.rows(lacks, x).transpose(0, 1).flatten(1, 2)[:, used]
+            beside = beside + rest.mT @ weighted
+            beside_mean = beside_mean + (rest * flat).sum(1)
+    scale = max(total, 1e-30)
+    hessian, shift, mean, aim = hessian / scale, shift / scale, mean / scale, aim / scale
+    beside, beside_mean = beside / scale, beside_mean / scale
+    if centred:
+        hessian = hessian - mean[:, :, None] * mean[:, None, :]
+        shift = shift - (aim - mean)[:, :, None] * mean[:, None, :]
+        if missing is not None:
+            beside = beside - beside_mean[:, :, None] * mean[:, None, :]
+    return LayerMoments(hessian, shift, mean, aim, beside, beside_mean)
+
+
+def compensated_weight(use: WeightUse, weight: Tensor, moments: LayerMoments) -> Tensor:
+    """The weight that on the inputs as they are comes closest to the exact outputs."""
+    matrix = use.matrix(weight, casts=False).double()
+    hessian = moments.hessian.double()
+    ridge = _RIDGE * hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
+    damped = hessian + torch.diag_embed(ridge[:, None].expand(-1, hessian.shape[1]))
+    moved = torch.linalg.solve(
+        damped, (matrix @ moments.shift.double() + moments.beside.double()).mT
+    ).mT
+    return use.pull_back(matrix + moved, weight.shape).to(weight.dtype).contiguous()
+
+
+def bias_change(use: WeightUse, exact: Tensor, found: Tensor, moments: LayerMoments) -> Tensor:
+    """What the op's bias must take up so that the mean of its outputs is right, [rows], float64.
+
+    Args:
+        use: The op.
+        exact: The stored weight.
+        found: What takes its place.
+        moments: Of the op's inputs.
+    """
+    right = use.matrix(exact, casts=False).double() @ moments.wanted.double()[..., None]
+    wrong = use.matrix(found, casts=False).double() @ moments.mean.double()[..., None]
+    return (right - wrong).reshape(-1) + moments.beside_mean.double().reshape(-1)

@@ -1,0 +1,135 @@
+"""Palettization against a layer's outputs: codes by error feedback, tables by least squares."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from graphopt.analysis.matrix_form import WeightUse
+from graphopt.numerics.feedback import OrderedHessian, TableMap, feedback_grouped, fit_tables
+from graphopt.schemes.palettize import PalettizedWeight, arrange, assemble, palettize
+from graphopt.schemes.tables import StoredTables, round_tables
+from graphopt.specs import PalettizationSpec
+
+__all__ = ["palettize_to_outputs"]
+
+
+def palettize_to_outputs(
+    weight: Tensor,
+    spec: PalettizationSpec,
+    use: WeightUse,
+    hessian: Tensor,
+    *,
+    output_axis: int = 0,
+    row_importance: Tensor | None = None,
+    damping: float = 0.01,
+    ordered: OrderedHessian | None = None,
+    rounds: int = 3,
+    seed: int = 0,
+) -> PalettizedWeight | None:
+    """Palettize one weight so that `Σ (w − q)ᵀ H (w − q)` over the rows of its matrix is small.
+
+    Args:
+        weight: The stored tensor.
+        spec: What it becomes.
+        use: The op that reads it.
+        hessian: Second moment of the op's columns, [groups, columns, columns].
+        output_axis: Output-channel axis of the stored tensor.
+        row_importance: Weight of each row's error, [groups, rows]; None is 1.
+        damping: Share of the mean diagonal that is added to the Hessian.
+        ordered: `OrderedHessian.of(hessian[0], damping)`, where several fits share it.
+        rounds: Alternations of codes and tables.
+        seed: Seed of vector tables.
+
+    Returns:
+        The stored form; None where tables or entries do not follow rows or columns of the matrix,
+        so that there is nothing to feed an error on to.
+    """
+    places = _places(weight, spec, use, output_axis)
+    if places is None:
+        return None
+    where, units = places
+    shape = use.matrix(weight, casts=False).shape  # groups, rows, columns
+    if shape[1] % spec.cluster_dim:
+        return None
+    rows = torch.ones(shape[:2]) if row_importance is None else row_importance.float()
+    rows = rows / rows.mean().clamp_min(1e-30)
+    diagonal = hessian.diagonal(dim1=1, dim2=2).float()
+    start = palettize(
+        weight,
+        spec,
+        output_axis=output_axis,
+        seed=seed,
+        importance=use.pull_back(
+            rows[:, :, None] * diagonal[:, None, :], weight.shape
+        ).contiguous(),
+    )
+    parts = arrange(weight, spec, output_axis, None)
+    matrix = use.matrix(parts.scaled, casts=False).float()
+    scaled_rows = rows
+    if parts.channel_scale is not None:
+        scale = use.matrix(parts.channel_scale.expand_as(weight).contiguous(), casts=False)
+        scaled_rows = rows * scale[:, :, 0].float().square()
+
+    def fitted(entries: Tensor, *, move: bool) -> tuple[Tensor, Tensor]:
+        if shape[0] > 1:
+            return entries, feedback_grouped(matrix, hessian, entries, where, damping)
+        fit = fit_tables(
+            matrix[0],
+            hessian[0] if ordered is None else ordered,
+            entries,
+            where,
+            importance=scaled_rows[0],
+            damping=damping,
+            rounds=rounds,
+            move_tables=move,
+        )
+        return fit.tables.to(weight.dtype), fit.codes
+
+    tables: Tensor | StoredTables
+    tables, codes = fitted(_start_tables(start, spec), move=True)
+    if spec.lut_qspec is not None:
+        tables = round_tables(tables, spec.lut_qspec)
+        _, codes = fitted(tables.decoded, move=False)
+    grouped = torch.empty(parts.vectors.shape[:2], dtype=torch.uint8)
+    grouped.reshape(-1)[torch.from_numpy(units.reshape(-1))] = codes.reshape(-1)
+    found = assemble(weight, spec, parts, tables, grouped)
+    wanted = use.matrix(weight, casts=False).float()
+
+    def loss(palettized: PalettizedWeight) -> float:
+        gap = wanted - use.matrix(palettized.dense(), casts=False).float()
+        return float(((gap @ hessian.float()) * gap).sum(2).double().mul(rows.double()).sum())
+
+    return found if loss(found) <= loss(start) else start
+
+
+def _start_tables(start: PalettizedWeight, spec: PalettizationSpec) -> Tensor:
+    """Table values, [groups, k, cluster_dim]."""
+    shape = (start.layout.n_groups, spec.n_entries, spec.cluster_dim)
+    return start.table_values().reshape(shape)
+
+
+def _places(
+    weight: Tensor, spec: PalettizationSpec, use: WeightUse, output_axis: int
+) -> tuple[TableMap, npt.NDArray[np.int64]] | None:
+    """Tables of rows and columns, and the number of each unit in the order of the codes."""
+    layout = arrange(weight, spec, output_axis, None).layout
+    per_group = weight.numel() // layout.n_groups // layout.cluster_dim
+    count = layout.n_groups * per_group
+    numbers = torch.arange(count).reshape(layout.n_groups, per_group)
+    spread = layout.join_indices(numbers)
+    spread = spread.repeat_interleave(layout.cluster_dim, dim=layout.vector_axis)
+    if use.matrix(spread, casts=False).numel() != weight.numel():
+        return None
+    matrix = use.matrix(spread, casts=False).flatten(0, 1)  # rows of all groups × columns
+    units = matrix.reshape(-1, layout.cluster_dim, matrix.shape[1])
+    if bool((units != units[:, :1]).any()):
+        return None  # entries do not lie along consecutive rows
+    units = units[:, 0]
+    table = units // per_group
+    rows, columns = table[:, 0], table[0] - table[0, 0]
+    if bool((table != rows[:, None] + columns[None]).any()):
+        return None
+    return TableMap(rows.numpy(), columns.numpy(), layout.cluster_dim), units.numpy()

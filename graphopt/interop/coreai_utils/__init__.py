@@ -1,0 +1,1 @@
+"""The code behind `graphopt.coreai_utils`."""

@@ -1,0 +1,1 @@
+"""Programs and their graphs: what is captured, how it is edited, and what passes write on it."""

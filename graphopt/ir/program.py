@@ -1,0 +1,198 @@
+"""Program and CompressedProgram: a captured graph with its state and where it came from."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.fx.experimental._config as symbolic_config
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import GraphOptError, InputError
+from graphopt.ir.captured_module import CapturedModule, InputGuards
+from graphopt.ir.records import CompressionTable
+
+__all__ = ["CompressedProgram", "Program", "Provenance", "export_graph", "share_graph"]
+
+
+_Module = TypeVar("_Module", bound=nn.Module)
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """Where a program came from.
+
+    Attributes:
+        source: Class name of the model, or the path of the file.
+        torch_version: Version that captured it.
+        static_dims: Input dimensions that the graph fixes, as "x[1] = 3".
+    """
+
+    source: str
+    torch_version: str = torch.__version__
+    static_dims: tuple[str, ...] = ()
+
+
+def export_graph(
+    module: CapturedModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any] | None = None,
+    *,
+    dynamic: bool = False,
+) -> ExportedProgram:
+    """Export a captured module again, with the shapes of `args` or with open ones.
+
+    Args:
+        module: What to export; it is not changed.
+        args: Example inputs.
+        kwargs: Example keyword inputs.
+        dynamic: Leave every dimension open that the graph leaves open.
+
+    Returns:
+        An inference program with `aten.linear` and the like kept whole.
+    """
+    shapes: Any = None
+    if dynamic:
+        collection = ShapesCollection()
+        for leaf in pytree.tree_leaves((args, kwargs or {})):
+            if isinstance(leaf, Tensor) and leaf.ndim:
+                collection[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
+        shapes = collection
+    with (
+        symbolic_config.patch(  # type: ignore[attr-defined]
+            backed_size_oblivious=dynamic
+        ),
+        torch.no_grad(),
+    ):
+        exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
+        exported = exported.run_decompositions({})
+    if dynamic:
+        _pass_guards_on(module, exported)
+    return exported
+
+
+def _pass_guards_on(module: CapturedModule, exported: ExportedProgram) -> None:
+    """Keep the conditions under which the graph was captured; torch.export skips module hooks."""
+    known = getattr(exported, "_guards_code", None)
+    if not isinstance(known, list):
+        return
+    for hook in module._forward_pre_hooks.values():
+        if isinstance(hook, InputGuards):
+            known.extend(code for code in hook.conditions if code not in known)
+
+
+@dataclass(frozen=True)
+class Program:
+    """A captured graph: what passes, searches and backends work on.
+
+    Attributes:
+        graph_module: The graph with its weights; passes change it in place, so work on `copy()`.
+        example_args: Inputs that it was captured with.
+        example_kwargs: Keyword inputs that it was captured with.
+        provenance: Where it came from.
+    """
+
+    graph_module: CapturedModule
+    example_args: tuple[Any, ...]
+    example_kwargs: dict[str, Any] = field(default_factory=dict)
+    provenance: Provenance = field(default_factory=lambda: Provenance("unknown"))
+
+    def __post_init__(self) -> None:
+        for name in ("example_args", "example_kwargs"):
+            # a slice of a dataset would be saved with all of the dataset
+            object.__setattr__(self, name, pytree.tree_map(_without_rest, getattr(self, name)))
+
+    def module(self) -> CapturedModule:
+        """A callable copy, independent of the program."""
+        return copy.deepcopy(self.graph_module)
+
+    def copy(self) -> Program:
+        """A program whose graph can be changed freely; tensors are shared until replaced."""
+        return replace(self, graph_module=share_graph(self.graph_module))
+
+    @property
+    def exported_program(self) -> ExportedProgram:
+        """The program as `torch.export` sees it, with open dimensions where the graph allows."""
+        return self.export(dynamic=True)
+
+    def export(self, *, dynamic: bool = False) -> ExportedProgram:
+        """Export with the example's shapes, or with open dimensions.
+
+        Raises:
+            InputError: The program has no example inputs.
+        """
+        if not self.example_args and not self.example_kwargs:
+            raise InputError("the program has no example inputs; give `example_inputs`")
+        return export_graph(
+            self.graph_module, self.example_args, self.example_kwargs, dynamic=dynamic
+        )
+
+    def with_example(self, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None) -> Program:
+        """The same graph with other example inputs."""
+        return replace(self, example_args=tuple(args), example_kwargs=dict(kwargs or {}))
+
+    def fingerprint(self) -> str:
+        """Hash of the graph's ops, targets and shapes; equal graphs have equal fingerprints."""
+        digest = hashlib.sha256()
+        for node in self.graph_module.graph.nodes:
+            value = node.meta.get("val")
+            shape = tuple(map(str, value.shape)) if isinstance(value, Tensor) else ()
+            digest.update(f"{node.op}|{node.target}|{node.args}|{shape}\n".encode())
+        return digest.hexdigest()
+
+    @property
+    def table(self) -> CompressionTable:
+        """What was done to each tensor; empty before any compression."""
+        return self.graph_module.meta.get("graphopt.table", CompressionTable(()))
+
+
+def _without_rest(value: Any) -> Any:
+    """A tensor without what else its storage holds."""
+    if type(value) is not Tensor or value.layout != torch.strided:
+        return value
+    whole = value.untyped_storage().nbytes()
+    return value.clone() if whole > value.numel() * value.element_size() else value
+
+
+def share_graph(module: _Module) -> _Module:
+    """Copy a module's graph and tree while its tensors stay shared."""
+    tensors = [*module.parameters(), *module.buffers()]
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    return copy.deepcopy(module, memo)
+
+
+@dataclass(frozen=True)
+class CompressedProgram(Program):
+    """A converted program with the table of what was done to it.
+
+    Attributes:
+        lower_with: `(program, path suffix) → artifact`, given by the facade that made it.
+        pass_report: What each pass did (`graphopt.pipelines.PassReport`), where a pipeline made it.
+    """
+
+    lower_with: Callable[[Program, str], Any] | None = None
+    pass_report: Any = None
+
+    def report(self) -> CompressionTable:
+        """One row per candidate tensor; prints as a table, with `to_json()` and `to_html(path)`."""
+        return replace(self.table, program=self)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Lower to the target that the suffix names and save: .aimodel, .mlpackage or .pt2.
+
+        Raises:
+            GraphOptError: The program was built without a way to lower it.
+            LoweringError: The target cannot hold it.
+            ArtifactExistsError: The path exists and `overwrite` is False.
+        """
+        if self.lower_with is None:
+            raise GraphOptError("this program was built without backends; use graphopt.lower()")
+        artifact = self.lower_with(self, Path(path).suffix)
+        return Path(artifact.save(path, overwrite=overwrite))

@@ -1,0 +1,153 @@
+"""Names of modules that have moved: they stay importable for one release, with a warning."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+import warnings
+from types import ModuleType
+from typing import Any
+
+__all__ = ["MOVED", "MovedModule", "register"]
+
+# old module → where its names are now, both below `graphopt`
+MOVED: dict[str, str] = {
+    "annotations": "ir.annotations",
+    "backends.stored": "report.stored",
+    "block_forward": "run.block_forward",
+    "captured_module": "ir.captured_module",
+    "coreai_utils.common": "interop.coreai_utils.common",
+    "coreai_utils.passes": "interop.coreai_utils.passes",
+    "coreml_utils.passes": "interop.coreml_utils.passes",
+    "editor": "ir.editor",
+    "export_errors": "capture.export_errors",
+    "fake_quantize": "prepared",
+    "fake_quantize.activation": "prepared.activation",
+    "fake_quantize.conv_norm": "prepared.conv_norm",
+    "fake_quantize.norm": "prepared.norm",
+    "fake_quantize.origin": "prepared.origin",
+    "fake_quantize.palette": "prepared.palette",
+    "fake_quantize.pruner": "prepared.pruner",
+    "fake_quantize.rounding": "prepared.rounding",
+    "fake_quantize.weight": "prepared.weight",
+    "graph_text": "ir.graph_text",
+    "inference_form": "capture.inference_form",
+    "inspection.bits": "report.bits",
+    "inspection.difference": "report.difference",
+    "inspection.drawing": "report.drawing",
+    "inspection.inspector": "report.inspector",
+    "inspection.model": "report.model",
+    "inspection.output_errors": "report.output_errors",
+    "inspection.page": "report.page",
+    "inspection.summary": "report.summary",
+    "inspection.text": "report.text",
+    "joint": "compressors.joint",
+    "layer_fit": "fitting.layer_fit",
+    "layerwise": "run.layerwise",
+    "lookups": "analysis.lookups",
+    "matrix_form": "analysis.matrix_form",
+    "mixed_precision.analysis": "search.mixed_precision.analysis",
+    "mixed_precision.candidates": "search.mixed_precision.candidates",
+    "mixed_precision.choose": "search.mixed_precision.choose",
+    "mixed_precision.combined": "search.mixed_precision.combined",
+    "mixed_precision.configs": "search.mixed_precision.configs",
+    "mixed_precision.exact": "search.mixed_precision.exact",
+    "mixed_precision.fast": "search.mixed_precision.fast",
+    "mixed_precision.floor": "search.mixed_precision.floor",
+    "mixed_precision.layers": "search.mixed_precision.layers",
+    "mixed_precision.measurements": "search.mixed_precision.measurements",
+    "mixed_precision.metrics": "search.mixed_precision.metrics",
+    "mixed_precision.plots": "search.mixed_precision.plots",
+    "mixed_precision.recipe": "search.mixed_precision.recipe",
+    "mixed_precision.records": "search.mixed_precision.records",
+    "mixed_precision.refine": "search.mixed_precision.refine",
+    "mixed_precision.refining": "search.mixed_precision.refining",
+    "mixed_precision.sensitivity_table": "search.mixed_precision.sensitivity_table",
+    "mixed_precision.sizes": "search.mixed_precision.sizes",
+    "mixed_precision.solvers": "search.mixed_precision.solvers",
+    "mixed_precision.stacked": "search.mixed_precision.stacked",
+    "mixed_precision.suffix": "run.suffix",
+    "mixed_precision.survey": "search.mixed_precision.survey",
+    "mixed_precision.sweep": "search.mixed_precision.sweep",
+    "palettization.calibration": "compressors.calibration",
+    "palettization.dkm": "compressors.dkm",
+    "palettization.fit_palettes": "compressors.fit_palettes",
+    "palettization.kmeans": "compressors.kmeans",
+    "palettization.output_fit": "fitting.output_fit",
+    "palettization.training": "compressors.training",
+    "partition": "analysis.partition",
+    "pass_base": "passes.pass_base",
+    "pass_manager": "passes.pass_manager",
+    "passes.op_patterns": "analysis.op_patterns",
+    "passes.quantization_plan": "analysis.quantization_plan",
+    "passes.select_weights": "analysis.select_weights",
+    "passes.value_facts": "analysis.value_facts",
+    "program": "ir.program",
+    "pruning.pruner": "compressors.pruner",
+    "quantization.calibrate_activations": "passes.calibrate_activations",
+    "quantization.conversion": "prepared.conversion",
+    "quantization.quantizer": "compressors.quantizer",
+    "quantized": "analysis.quantized",
+    "quantized_state": "prepared.state",
+    "rdo.activations": "search.rdo.activations",
+    "rdo.allocation": "search.rdo.allocation",
+    "rdo.as_pass": "search.rdo.as_pass",
+    "rdo.assembly": "search.rdo.assembly",
+    "rdo.comparison": "search.rdo.comparison",
+    "rdo.config": "search.rdo.config",
+    "rdo.curvature": "search.rdo.curvature",
+    "rdo.fits": "search.rdo.fits",
+    "rdo.picture": "search.rdo.picture",
+    "rdo.pipeline": "search.rdo.pipeline",
+    "rdo.rate": "search.rdo.rate",
+    "rdo.report": "search.rdo.report",
+    "rdo.rounding": "search.rdo.rounding",
+    "rdo.search": "search.rdo.search",
+    "rdo.session": "search.rdo.session",
+    "rdo.sites": "search.rdo.sites",
+    "rdo.soft": "search.rdo.soft",
+    "rdo.state": "search.rdo.state",
+    "rdo.walk": "search.rdo.walk",
+    "schemes.palettize_outputs": "fitting.palettize_outputs",
+    "schemes.quantize_outputs": "fitting.quantize_outputs",
+    "sensitivity": "fitting.sensitivity",
+    "sensitivity.collector": "fitting.sensitivity.collector",
+    "sensitivity.losses": "fitting.sensitivity.losses",
+    "sensitivity.storage": "fitting.sensitivity.storage",
+    "table": "ir.records",
+    "torchao.annotate": "interop.torchao.annotate",
+    "torchao.quantizer": "interop.torchao.quantizer",
+    "torchao.specs": "interop.torchao.specs",
+    "tuning": "compressors.tuning",
+    "weights": "analysis.weights",
+}
+
+
+class MovedModule(ModuleType):
+    """Stands under a module's old name and hands out the names of the new one.
+
+    Args:
+        old: Dotted name that the module had.
+        new: Dotted name that it has.
+    """
+
+    def __init__(self, old: str, new: str) -> None:
+        super().__init__(old, f"Moved to `{new}`.")
+        self.__path__: list[str] = []
+        self._new = new
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)  # whoever looks through sys.modules imports nothing
+        warnings.warn(
+            f"{self.__name__} has moved to {self._new}; the old name goes with the next release",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(importlib.import_module(self._new), name)
+
+
+def register(root: str) -> None:
+    """Put every old name below the package `root` where imports look for it."""
+    for old, new in MOVED.items():
+        sys.modules.setdefault(f"{root}.{old}", MovedModule(f"{root}.{old}", f"{root}.{new}"))

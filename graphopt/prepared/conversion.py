@@ -1,0 +1,71 @@
+"""From a prepared graph to what conversion needs: scales, tensors, and records of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from torch import Tensor
+
+from graphopt.analysis.activation_places import places_of
+from graphopt.errors import CalibrationError, LoweringError
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.records import ActivationRecord
+from graphopt.prepared import ActivationQuantizer
+from graphopt.prepared.state import parts_of
+
+__all__ = ["activation_records", "scales_of"]
+
+
+def scales_of(
+    prepared: CapturedModule, on_unobserved: Literal["error", "skip"]
+) -> dict[str, tuple[Tensor, Tensor | None]]:
+    """Sharing group → scale and offset of those with a usable range."""
+    found, problems = {}, []
+    for quantizer in parts_of(prepared, ActivationQuantizer):
+        if quantizer.dynamic:
+            raise LoweringError(
+                f"{quantizer.origin.name}: no target takes scales that are computed at run time"
+                f" ({quantizer.origin.path}); use another qparam_calculator_cls than 'dynamic'"
+            )
+        if bool(quantizer.known):
+            found[quantizer.origin.name] = quantizer.parameters_of()
+            continue
+        reason = quantizer.problem(*quantizer.observed_range()) or "has no range"
+        problems.append(f"{quantizer.origin.name} (module {quantizer.origin.module!r}) {reason}")
+    if problems and on_unobserved == "error":
+        raise CalibrationError(
+            "activations without a usable range:\n"
+            + "\n".join(problems)
+            + "\nrun data that reaches them through calibration_mode() (--data), exclude them in the config, or"
+            " pass on_unobserved='skip' to leave them in float"
+        )
+    return found
+
+
+def activation_records(
+    annotated: CapturedModule, prepared: CapturedModule
+) -> Iterator[ActivationRecord]:
+    """One record per activation scale, in the order of the graph."""
+    values: dict[str, list[str]] = {}
+    for point, operand, _ in places_of(annotated):
+        values.setdefault(point.group, []).append(operand.name)
+    for quantizer in parts_of(prepared, ActivationQuantizer):
+        name = quantizer.origin.name
+        dtype = str(quantizer.spec.dtype).removeprefix("torch.")
+        detail = f"{dtype} {quantizer.spec.qscheme.value}"
+        single = bool(quantizer.known) and quantizer.groups == 1
+        low, high = quantizer.observed_range() if single else (None, None)
+        scale, offset = quantizer.parameters_of() if single else (None, None)
+        yield ActivationRecord(
+            name=name,
+            nodes=tuple(values.get(name, ())),
+            status="quantized" if bool(quantizer.known) else "float",
+            detail=detail if bool(quantizer.known) else "no usable range",
+            path=quantizer.origin.path,
+            scale=None if scale is None else float(scale),
+            offset=None if scale is None else (0.0 if offset is None else float(offset)),
+            low=None if low is None else float(low),
+            high=None if high is None else float(high),
+            seen=int(quantizer.seen),
+        )

@@ -1,0 +1,134 @@
+"""WeightQuantizer: rounds a weight, at no cost where the weight does not change."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from graphopt.numerics.affine import grid_of, has_whole_offsets, qparams
+from graphopt.numerics.blocks import Blocks
+from graphopt.prepared.origin import Origin
+from graphopt.prepared.rounding import learned_round, round_groups
+from graphopt.schemes.quantize import QuantizedWeight, quantize_weight, weight_range
+from graphopt.specs import QuantizationSpec
+
+__all__ = ["WeightQuantizer"]
+
+_SEARCH_PERIOD = 100  # in training a searched range is renewed this often
+
+
+class WeightQuantizer(nn.Module):
+    """Stands between a weight and its op.
+
+    Attributes:
+        origin: What it serves.
+        spec: What the weight becomes.
+        blocks: Which elements share a scale.
+        observing: Whether the range follows the weight.
+        rounding: Whether the weight is rounded.
+        scale: Shape `blocks.counts`, float32; a parameter where it is learned.
+        offset: The same shape.
+    """
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, spec: QuantizationSpec, blocks: Blocks, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.spec = spec
+        self.origin = Origin()
+        self.blocks = blocks
+        self.dtype = dtype
+        self.grid = grid_of(spec)
+        self.learned = spec.fake_quantize_cls == "lsq" and not self.grid.is_float
+        self._whole = has_whole_offsets(spec)
+        self.observing = True
+        self.rounding = True
+        self._age = 0
+        self._cache: tuple[tuple[int, int], Tensor] | None = None
+        if self.learned:
+            self.scale = nn.Parameter(torch.ones(blocks.counts))
+        else:
+            self.register_buffer("scale", torch.ones(blocks.counts))
+        self.register_buffer("offset", torch.zeros(blocks.counts))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_cache": None}
+
+    def forward(self, weight: Tensor) -> Tensor:
+        """The weight as the compressed program will compute it."""
+        if not self.rounding:
+            return weight
+        trains = weight.requires_grad or self.learned
+        if torch.compiler.is_compiling():
+            return self._differentiable(weight, renew=False)
+        if torch.is_grad_enabled() and trains and self.training:
+            return self._differentiable(weight, renew=True)
+        return self._cached(weight)
+
+    def _cached(self, weight: Tensor) -> Tensor:
+        if weight.is_inference():
+            return self.quantized(weight).dense()
+        key = (weight.data_ptr(), weight._version)
+        if self._cache is None or self._cache[0] != key:
+            self._cache = (key, self.quantized(weight).dense())
+        return self._cache[1]
+
+    def train(self, mode: bool = True) -> WeightQuantizer:
+        """Switch the mode; what was computed before is forgotten."""
+        self._cache = None
+        return super().train(mode)
+
+    def forget(self) -> None:
+        """Round anew at the next call."""
+        self._cache = None
+
+    def start(self, weight: Tensor) -> None:
+        """Take the scale from a weight."""
+        self._renew(weight.detach())
+        self.forget()
+
+    def _renew(self, weight: Tensor) -> None:
+        low, high = weight_range(weight, self.spec, self.blocks)
+        scale, offset = qparams(low, high, self.spec, self._precision())
+        self.scale.data = scale
+        self.offset = torch.zeros_like(scale) if offset is None else offset
+
+    def _precision(self) -> torch.dtype:
+        kept = self.spec.scale_dtype or self.dtype
+        return kept if kept in (torch.float16, torch.bfloat16) else torch.float32
+
+    def _differentiable(self, weight: Tensor, *, renew: bool) -> Tensor:
+        self._cache = None
+        searched = "mse" in (self.spec.range_calculator_cls, self.spec.calculator)
+        due = not searched or self._age % _SEARCH_PERIOD == 0
+        if renew and self.observing and due and not self.learned:
+            with torch.no_grad():
+                self._renew(weight.detach())
+        self._age += renew
+        parts = self.blocks.split(weight)
+        scale, offset = self.scale.reshape(-1), self._offset()
+        offset = None if offset is None else offset.reshape(-1)
+        if self.learned:
+            return self.blocks.join(learned_round(parts, scale, offset, self.grid))
+        return self.blocks.join(round_groups(parts, scale, offset, self.grid, whole=self._whole))
+
+    def _offset(self) -> Tensor | None:
+        used = self.grid.middle != 0 or self.spec.qscheme == "asymmetric" or not self._whole
+        return self.offset if used else None
+
+    def quantized(self, weight: Tensor) -> QuantizedWeight:
+        """The stored form: from the weight's own range, or from scales that training has fixed.
+
+        Raises:
+            CompressionError: The weight contains NaN or Inf.
+        """
+        if self.observing and not self.learned:
+            return quantize_weight(weight, self.spec, self.blocks)
+        scale = self.scale.detach().abs().clamp(min=torch.finfo(torch.float32).tiny)
+        offset = self._offset()
+        if offset is not None and not bool(offset.any()):
+            offset = None
+        return quantize_weight(weight, self.spec, self.blocks, fixed=(scale, offset))

@@ -1,0 +1,1 @@
+"""What is in a program and what was done to it: sizes, errors, pages, pictures."""

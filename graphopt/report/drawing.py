@@ -1,0 +1,176 @@
+"""The annotated graph of a program as a picture, or in a format of graph viewers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import networkx as nx
+from torch import fx
+
+from graphopt.errors import InputError
+from graphopt.extras import require
+from graphopt.files import replaced
+from graphopt.ir.annotations import describe_annotations
+from graphopt.ir.graph_text import op_name, value_text
+from graphopt.ir.module_frames import module_frames
+from graphopt.ir.program import Program
+
+__all__ = ["graph_of", "save_graph"]
+
+_COLOURS = {
+    "weight": "#f6c87a",
+    "lookup": "#9bd39b",
+    "rounding": "#a9c4eb",
+    "data": "#dddddd",
+    "op": "#ffffff",
+}
+_LARGEST = 400  # nodes that a picture shows legibly
+
+
+def graph_of(gm: fx.GraphModule) -> nx.DiGraph[str]:
+    """A graph as networkx has it: node name → op, type, module, annotation and kind."""
+    graph: nx.DiGraph[str] = nx.DiGraph()
+    for node in gm.graph.nodes:
+        frames = [frame for frame in module_frames(node) if frame.name]
+        what = str(node.target) if node.op in ("get_attr", "placeholder") else op_name(node.target)
+        graph.add_node(
+            node.name,
+            op=what,
+            type=value_text(node.meta.get("val")),
+            kind=_kind(node),
+            module=frames[-1].name if frames else "",
+            annotation=describe_annotations(node),
+        )
+        for operand in node.all_input_nodes:
+            graph.add_edge(operand.name, node.name)
+    return graph
+
+
+def save_graph(program: Program, path: str | Path, *, weights: bool = True) -> Path:
+    """Write a program's graph with its annotations.
+
+    Args:
+        program: Compressed or not.
+        path: .svg and .png are drawn; .graphml and .gexf are for graph viewers (Gephi, yEd,
+            Cytoscape), .json is networkx's node-link form. A viewer of models such as Netron opens
+            the .pt2 that `program.save` writes.
+        weights: Show constants, too.
+
+    Raises:
+        InputError: The suffix is none of these, or the graph has too many nodes for a picture.
+        MissingDependencyError: matplotlib is not installed and a picture is asked for.
+    """
+    target = Path(path)
+    graph = graph_of(program.graph_module)
+    if not weights:
+        graph.remove_nodes_from([n for n, kind in graph.nodes(data="kind") if kind == "weight"])
+    suffix = target.suffix
+    if suffix not in (".svg", ".png", ".graphml", ".gexf", ".json"):
+        raise InputError(f"cannot draw {target.name}; use .svg, .png, .graphml, .gexf or .json")
+    if suffix in (".svg", ".png") and len(graph) > _LARGEST:
+        raise InputError(
+            f"{len(graph)} nodes are too many for a picture (at most {_LARGEST}); use .graphml, or"
+            " weights=False"
+        )
+    with replaced(target) as temporary:
+        if suffix == ".graphml":
+            nx.write_graphml(graph, temporary)
+        elif suffix == ".gexf":
+            nx.write_gexf(graph, temporary)
+        elif suffix == ".json":
+            temporary.write_text(json.dumps(nx.node_link_data(graph, edges="links"), indent=1))
+        else:
+            _draw(graph).savefig(temporary, format=suffix[1:])
+    return target
+
+
+def _kind(node: fx.Node) -> str:
+    target = str(node.target)
+    if node.op == "get_attr":
+        return "weight"
+    if node.op in ("placeholder", "output"):
+        return "data"
+    if target.startswith(("graphopt.lut", "graphopt.shift", "graphopt.sparse")):
+        return "lookup"
+    if target.startswith(("quantized_decomposed", "graphopt.round")):
+        return "rounding"
+    return "op"
+
+
+def _draw(graph: nx.DiGraph[str]) -> Any:
+    """Boxes from top to bottom, a row per distance from the inputs."""
+    figure_class = require("matplotlib.figure", "plot").Figure
+    patches = require("matplotlib.patches", "plot")
+    rows: dict[str, int] = {}
+    constant: set[str] = set()
+    for name in nx.topological_sort(graph):
+        before = list(graph.predecessors(name))
+        rows[name] = max((rows[each] for each in before), default=-1) + 1
+        own = (
+            graph.nodes[name]["kind"] != "data"
+            if not before
+            else all(x in constant for x in before)
+        )
+        if own:
+            constant.add(name)
+    for name in reversed(list(nx.topological_sort(graph))):
+        # weights stand right above what reads them
+        readers = [rows[each] for each in graph.successors(name)]
+        if name in constant and readers:
+            rows[name] = min(readers) - 1
+    lines: dict[int, list[str]] = {}
+    for name, row in rows.items():
+        lines.setdefault(row, []).append(name)
+    order = {name: place for place, name in enumerate(nx.topological_sort(graph))}
+    spots: dict[str, tuple[float, float]] = {}
+    for row in sorted(lines):
+        # near what they read, to cross few lines
+        line = sorted(lines[row], key=lambda name: (_mean(graph, name, spots), order[name]))
+        for place, name in enumerate(line):
+            spots[name] = (place - (len(line) - 1) / 2, -row)
+    widest = max(len(line) for line in lines.values())
+    width, height = 2.9 * widest + 0.5, 0.8 * (max(rows.values()) - min(rows.values()) + 1) + 0.5
+    figure = figure_class(figsize=(width, height))
+    ax = figure.add_axes((0, 0, 1, 1))
+    for first, second in graph.edges:
+        (x0, y0), (x1, y1) = spots[first], spots[second]
+        arrow = {"arrowstyle": "-|>", "color": "#777777", "linewidth": 0.7, "shrinkB": 0}
+        ax.annotate("", (x1, y1 + 0.3), (x0, y0 - 0.3), arrowprops=arrow)
+    for name, about in graph.nodes(data=True):
+        x, y = spots[name]
+        box = patches.FancyBboxPatch(
+            (x - 0.47, y - 0.3),
+            0.94,
+            0.6,
+            boxstyle="round,pad=0,rounding_size=0.06",
+            linewidth=0.6,
+            facecolor=_COLOURS[about["kind"]],
+            edgecolor="#444444",
+            zorder=3,
+        )
+        ax.add_patch(box)
+        parts = [
+            name,
+            about["op"] if about["op"] != name else "",
+            about["type"],
+            about["annotation"],
+        ]
+        text = "\n".join(_short(part) for part in parts if part)
+        ax.text(x, y, text, ha="center", va="center", fontsize=6, family="monospace", zorder=4)
+    left = min(x for x, _ in spots.values())
+    right = max(x for x, _ in spots.values())
+    ax.set_xlim(left - 0.6, right + 0.6)
+    ax.set_ylim(-max(rows.values()) - 0.6, -min(rows.values()) + 0.6)
+    ax.axis("off")
+    return figure
+
+
+def _mean(graph: nx.DiGraph[str], name: str, spots: dict[str, tuple[float, float]]) -> float:
+    known = [spots[each][0] for each in graph.predecessors(name) if each in spots]
+    return sum(known) / len(known) if known else 0.0
+
+
+def _short(text: str, limit: int = 44) -> str:
+    return text if len(text) <= limit else f"{text[: limit - 1]}…"

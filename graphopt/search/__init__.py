@@ -1,0 +1,1 @@
+"""Searches that choose specs: mixed precision, rate and distortion."""

@@ -1,0 +1,326 @@
+"""analyze: how much each candidate of each layer costs at the model's outputs."""
+
+from __future__ import annotations
+
+import functools
+import io
+import itertools
+import math
+import pickle
+import threading
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, as_completed
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
+
+from graphopt.backends.lowering import as_program
+from graphopt.errors import InputError
+from graphopt.ir.program import Program
+from graphopt.progress import track
+from graphopt.run.layerwise import Batch, as_batch
+from graphopt.search.mixed_precision.candidates import CandidateLike, as_candidates
+from graphopt.search.mixed_precision.exact import Bench, Values, make_bench, measure_batch
+from graphopt.search.mixed_precision.fast import FAST_METRICS, draw_vectors
+from graphopt.search.mixed_precision.layers import (
+    find_layers,
+    refuse_unsupported,
+    weights_of,
+)
+from graphopt.search.mixed_precision.metrics import Compare, Metric, as_metric
+from graphopt.search.mixed_precision.records import (
+    Header,
+    Records,
+    Vectors,
+    batch_hash,
+    weights_hash,
+)
+from graphopt.search.mixed_precision.sensitivity_table import SensitivityTable
+from graphopt.search.mixed_precision.sizes import SizeModel
+from graphopt.search.mixed_precision.survey import Correction
+from graphopt.specs import ExportBackend
+from graphopt.specs.dtypes import bits_of
+
+__all__ = ["analyze"]
+
+Mode = Literal["exact", "fast", "hybrid"]
+_Candidates = Sequence[CandidateLike] | Mapping[str, CandidateLike]
+
+
+def analyze(
+    model: nn.Module | ExportedProgram | Program | str | Path,
+    example_inputs: tuple[Any, ...] | Tensor | None = None,
+    candidates: _Candidates = (2, 4, 6),
+    data: Iterable[Any] = (),
+    metric: str | Compare | Metric | Sequence[str | Compare | Metric] = "psnr",
+    *,
+    mode: Mode = "exact",
+    backend: ExportBackend | str | None = None,
+    layer_candidates: Mapping[str, _Candidates] | None = None,
+    correction: Correction | None = None,
+    path: str | Path | None = None,
+    resume: bool = True,
+    executor: Executor | None = None,
+    draws: int = 1,
+    max_vectors: int = 128,
+    weight_threshold: int = 0,
+    float_dtype: torch.dtype | str = torch.float16,
+    lut_dtype: torch.dtype | str | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> SensitivityTable:
+    """Measure how much each candidate of each layer changes the model's outputs.
+
+    >>> table = analyze(model, example, [2, 4, 6], batches, path="model.sensitivity.jsonl")
+    >>> recipe = table.recipe(target_bpw=4)
+
+    "exact" gives, for every candidate, the number that compressing this layer in a copy of the model
+    and running it all gives, but runs only what depends on the layer. "fast" predicts the numbers
+    from one forward and one backward pass and gives the cross terms between layers too
+    (`graphopt.mixed_precision.fast`). "hybrid" does both: measured numbers, predicted cross terms.
+
+    Palettes are found by k-means on the weights; what calibration or training make of them later
+    ("skm", "gptq", DKM) is not part of the measurement.
+
+    Args:
+        model: A module, an exported program, a `Program` or a .pt2 file; it is never changed.
+        example_inputs: Inputs of one call.
+        candidates: What every layer can become, see `as_candidates`.
+        data: Inputs of one call each, unlabelled: a tensor, a tuple or list of positional ones, or
+            a dict of keyword ones. Batches are the unit of averaging and of distribution.
+        metric: "psnr" (dB, on the outputs), "mse", "kl" (nats; logits), "cosine", "top1"
+            (agreement), a callable `(found, reference) → float`, or several, of which the first
+            decides. The mean over outputs and batches counts.
+        mode: See above.
+        backend: Target: candidates that it cannot hold are refused, and sizes are its own.
+        layer_candidates: Regular expression over tensor names, module names or module types →
+            candidates of those layers; the last that matches counts.
+        correction: Measure under the correction that will be applied afterwards: "batch_norm"
+            (statistics estimated again), "bias" (means corrected), "statistics" (both, what
+            `compress` does), or None. A layer's own output is corrected.
+        path: File that grows with every measurement; None keeps them in memory.
+        resume: Go on with an existing file; False begins anew.
+        executor: Any `concurrent.futures.Executor`, over which batches are distributed. Workers in
+            other processes get the program as a .pt2 file. Results do not depend on it.
+        draws: Random directions per sample ("fast", "hybrid"), a backward pass each.
+        max_vectors: About as many vectors are drawn at most; more samples are summed in groups.
+        weight_threshold: Weights of at most this many elements are left out.
+        float_dtype: Type of tables, scales and uncompressed weights in the artifact.
+        lut_dtype: Type of table entries where it differs.
+        example_kwargs: Keyword inputs of the example call.
+        seed: Seed of vector tables and of directions.
+        progress: Show bars; None shows them on a terminal.
+
+    Raises:
+        CaptureError: The model cannot be exported.
+        ConfigError: A candidate cannot be read, or a pattern matches no layer.
+        LoweringError: The backend cannot hold a candidate.
+        InputError: There are no data, they do not fit the model, the metric is unknown or cannot be
+            predicted, or the file belongs to another model, other data or other settings.
+        CompressionError: A weight contains NaN or Inf.
+    """
+    if mode not in ("exact", "fast", "hybrid"):
+        raise InputError(f"mode must be 'exact', 'fast' or 'hybrid', got {mode!r}")
+    if correction not in (None, "statistics", "batch_norm", "bias"):
+        raise InputError(
+            f"correction must be 'statistics', 'batch_norm', 'bias' or None, got {correction!r}"
+        )
+    several = isinstance(metric, Sequence) and not isinstance(metric, str)
+    wanted: Sequence[Any] = metric if several else [metric]  # type: ignore[assignment]
+    metrics = tuple(as_metric(each) for each in wanted)
+    if mode != "exact" and metrics[0].name not in FAST_METRICS:
+        raise InputError(f"the fast mode predicts {list(FAST_METRICS)}, not {metrics[0].name!r}")
+    batches = [as_batch(each) for each in data]
+    if not batches:
+        raise InputError("there are no data to measure on; give `data`, inputs of one call each")
+    general = as_candidates(candidates)
+    special = {key: as_candidates(each) for key, each in (layer_candidates or {}).items()}
+    sizes = SizeModel.of(backend, float_dtype, lut_dtype)
+    program = as_program(model, example_inputs, example_kwargs)
+    gm = program.graph_module
+    layers, known = find_layers(gm, general, special, sizes, weight_threshold)
+    if sizes.backend is not None:
+        refuse_unsupported(tuple(known.values()), sizes.backend)
+    names = {layer.name for layer in layers}
+    own = [weight for weight in weights_of(gm) if weight.name in names]
+    header = Header(
+        program.fingerprint(),
+        weights_hash([weight.tensor for weight in own]),
+        tuple(each.name for each in metrics),
+        mode,
+        correction,
+        draws,
+        _group(batches, draws, max_vectors),
+        seed,
+        sizes.to_dict(),
+        _rest_bits(program, names, sizes),
+        known,
+        tuple(layers),
+    )
+    records = Records.open(header, None if path is None else Path(path), resume=resume)
+    for number, batch in enumerate(batches):
+        records.check_batch(number, batch_hash(batch))
+    _drop_beyond(records, len(batches))
+    if _missing(records, len(batches)):
+        bench = make_bench(program, header, metrics, batches, progress=progress)
+        _run(bench, program, records, batches, executor, progress)
+    return SensitivityTable(records, program, metrics[0])
+
+
+def _group(batches: Sequence[Batch], draws: int, most: int) -> int:
+    """Samples of a vector."""
+    first = [leaf for leaf in pytree.tree_leaves(batches[0]) if isinstance(leaf, Tensor)]
+    samples = int(first[0].shape[0]) if first and first[0].ndim else 1
+    return min(max(1, math.ceil(samples * len(batches) * draws / most)), samples)
+
+
+def _rest_bits(program: Program, chosen: set[str], sizes: SizeModel) -> int:
+    """Stored bits of every tensor that no candidate is for."""
+    gm = program.graph_module
+    seen = {id(weight.tensor) for weight in weights_of(gm) if weight.name in chosen}
+    total = 0
+    for tensor in itertools.chain(gm.parameters(), gm.buffers()):
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        floats = tensor.is_floating_point()
+        width = bits_of(sizes.float_dtype) if floats else 8 * tensor.element_size()
+        total += tensor.numel() * width
+    return total
+
+
+def _drop_beyond(records: Records, count: int) -> None:
+    """Fewer data than the file has measured: only those given count."""
+    records.values = {key: value for key, value in records.values.items() if key[0] < count}
+    records.vectors = {key: value for key, value in records.vectors.items() if key < count}
+
+
+def _missing(records: Records, count: int) -> list[int]:
+    """Batches of which something is not measured yet."""
+    mode, layers = records.header.mode, records.header.layers
+    found = []
+    for number in range(count):
+        exact = mode == "fast" or all((number, layer.name) in records.values for layer in layers)
+        drawn = mode == "exact" or number in records.vectors
+        if not (exact and drawn):
+            found.append(number)
+    return found
+
+
+# --- running, here or elsewhere -------------------------------------------------------------------
+def _known(records: Records, number: int) -> list[str]:
+    return [layer for batch, layer in records.values if batch == number]
+
+
+def _run(
+    bench: Bench,
+    program: Program,
+    records: Records,
+    batches: Sequence[Batch],
+    executor: Executor | None,
+    progress: bool | None,
+) -> None:
+    header = records.header
+    missing = _missing(records, len(batches))
+    if executor is None:
+        for number in track(missing, "measuring", len(missing), enabled=progress):
+            for layer, values, vectors in _one_batch(
+                bench,
+                header,
+                batches[number],
+                number,
+                _known(records, number),
+                number in records.vectors,
+            ):
+                _take(records, number, layer, values, vectors)
+        return
+    payload = _payload(program, header, bench)
+    futures: dict[Future[Any], int] = {}
+    try:
+        for number in missing:
+            future = executor.submit(
+                _remote,
+                payload,
+                batches[number],
+                number,
+                _known(records, number),
+                number in records.vectors,
+            )
+            futures[future] = number
+        done = track(as_completed(futures), "measuring", len(futures), enabled=progress)
+        for future in done:
+            for layer, values, vectors in future.result():
+                _take(records, futures[future], layer, values, vectors)
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _take(
+    records: Records, number: int, layer: str, values: Values, vectors: Vectors | None
+) -> None:
+    if vectors is not None:
+        records.add_vectors(number, vectors)
+    else:
+        records.add(number, layer, values)
+
+
+def _one_batch(
+    bench: Bench, header: Header, batch: Batch, number: int, skip: Sequence[str], drawn: bool
+) -> Iterator[tuple[str, Values, Vectors | None]]:
+    if header.mode != "exact" and not drawn:
+        seed = header.seed * 1_000_003 + number
+        vectors = draw_vectors(bench, batch, draws=header.draws, seed=seed, group=header.group)
+        yield "", {}, vectors
+    if header.mode != "fast":
+        for layer, values in measure_batch(bench, batch, skip):
+            yield layer, values, None
+
+
+def _payload(program: Program, header: Header, bench: Bench) -> bytes:
+    """What a worker needs, whatever the batch."""
+    buffer = io.BytesIO()
+    torch.export.save(program.export(dynamic=True), buffer)
+    metrics = [each.name if each == _named(each.name) else each for each in bench.metrics]
+    try:
+        return pickle.dumps((buffer.getvalue(), header, metrics, bench.survey))
+    except (pickle.PicklingError, AttributeError, TypeError) as error:
+        raise InputError(
+            f"the metric cannot be sent to an executor: {error}; define it in a module"
+        ) from None
+
+
+def _named(name: str) -> Metric | None:
+    try:
+        return as_metric(name)
+    except InputError:
+        return None
+
+
+def _remote(
+    payload: bytes, batch: Batch, number: int, skip: Sequence[str], drawn: bool
+) -> list[tuple[str, Values, Vectors | None]]:
+    bench, header = _received(payload)
+    return list(_one_batch(bench, header, batch, number, skip, drawn))
+
+
+_building = threading.Lock()
+
+
+def _received(payload: bytes) -> tuple[Bench, Header]:
+    """The bench of a payload; every process builds it once."""
+    with _building:
+        return _built(payload)
+
+
+@functools.lru_cache(maxsize=1)
+def _built(payload: bytes) -> tuple[Bench, Header]:
+    content, header, metrics, surveyed = pickle.loads(payload)
+    program = as_program(torch.export.load(io.BytesIO(content)))
+    found = tuple(as_metric(each) for each in metrics)
+    return make_bench(program, header, found, (), surveyed=surveyed, progress=False), header

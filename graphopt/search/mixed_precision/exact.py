@@ -1,0 +1,152 @@
+"""Exact sensitivities: each candidate of each layer alone, measured at the model's outputs."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from graphopt.ir.program import Program
+from graphopt.run.layerwise import Batch
+from graphopt.run.suffix import Downstream, GraphPlan, SuffixRun
+from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.mixed_precision.layers import Layer, Stored, stored_forms, weights_of
+from graphopt.search.mixed_precision.metrics import Metric, measure
+from graphopt.search.mixed_precision.records import Header
+from graphopt.search.mixed_precision.stacked import Stacker
+from graphopt.search.mixed_precision.survey import Correction, Survey, site_of, survey
+
+__all__ = ["Bench", "Values", "make_bench", "measure_batch"]
+
+Values = dict[str, dict[str, float]]  # candidate → metric → value
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Everything that measuring a batch needs.
+
+    Attributes:
+        plan: The uncompressed graph.
+        layers: Layers in the order of the graph.
+        candidates: Candidates by name.
+        forms: Layer → candidate → stored form.
+        belows: Layer → what depends on it.
+        survey: Ranges and corrections over all data.
+        metrics: What is measured.
+        correction: What will be corrected afterwards, or None.
+        stacker: Runs candidates side by side where that is possible.
+    """
+
+    plan: GraphPlan
+    layers: tuple[Layer, ...]
+    candidates: Mapping[str, Candidate]
+    forms: Mapping[str, Mapping[str, Stored | None]]
+    belows: Mapping[str, Downstream]
+    survey: Survey
+    metrics: tuple[Metric, ...]
+    correction: Correction | None
+    stacker: Stacker
+
+
+def make_bench(
+    program: Program,
+    header: Header,
+    metrics: tuple[Metric, ...],
+    batches: Sequence[Batch],
+    *,
+    surveyed: Survey | None = None,
+    progress: bool | None = None,
+) -> Bench:
+    """Everything that measuring needs.
+
+    Args:
+        program: The uncompressed program.
+        header: Layers, candidates and settings.
+        metrics: What is measured.
+        batches: All data, for ranges of activations and, unless the mode is "fast", corrections of
+            single layers.
+        surveyed: Those, where they are known already.
+        progress: Show bars; None shows them on a terminal.
+    """
+    gm = program.graph_module
+    plan = GraphPlan(gm)
+    forms = stored_forms(gm, header.layers, header.candidates, seed=header.seed, progress=progress)
+    found = {weight.name: weight for weight in weights_of(gm)}
+    belows = {layer.name: plan.downstream(found[layer.name].nodes) for layer in header.layers}
+    # a program that was saved and loaded may call its ops otherwise
+    layers = tuple(
+        replace(layer, nodes=tuple(dict.fromkeys(use.node for use in found[layer.name].uses)))
+        for layer in header.layers
+    )
+    correction: Any = header.correction
+    if surveyed is None:
+        surveyed = survey(
+            plan,
+            layers,
+            header.candidates,
+            forms,
+            belows,
+            batches,
+            None if header.mode == "fast" else correction,
+            progress=progress,
+        )
+    return Bench(
+        plan, layers, header.candidates, forms, belows, surveyed, metrics, correction, Stacker(plan)
+    )
+
+
+def measure_batch(
+    bench: Bench, batch: Batch, skip: Collection[str] = ()
+) -> Iterator[tuple[str, Values]]:
+    """Measure every layer on one batch.
+
+    The result is that of compressing the layer in a copy of the model and running it all; only what
+    depends on the layer is run, though, and candidates side by side where they are small.
+
+    Args:
+        bench: What to measure.
+        batch: Inputs of one call.
+        skip: Layers that are known already.
+
+    Yields:
+        Layer, and candidate → metric → value.
+    """
+    layers: Sequence[Layer] = [layer for layer in bench.layers if layer.name not in skip]
+    if not layers:
+        return
+    run = SuffixRun(bench.plan, batch)
+    reference = run.reference()
+    for layer in layers:
+        below = bench.belows[layer.name]
+        run.advance(below.first)
+        site = site_of(bench.plan, layer, bench.correction)
+        changed = [name for name in layer.candidates if not bench.candidates[name].is_kept]
+        single = len(layer.nodes) == 1
+        op = bench.plan.by_name[layer.nodes[0]]
+        width = bench.stacker.width(run, below, op, len(changed)) if single else 1
+        found: dict[str, list[Tensor]] = {}
+        for start in range(0, len(changed), width):
+            names = changed[start : start + width]
+            weights, hooks = [], []
+            for name in names:
+                form = bench.forms[layer.name][name]
+                dense = run.exact(below.sources[0]) if form is None else form.dense()
+                weights.append(dict.fromkeys(below.sources, dense))
+                hooks.append(bench.survey.hooks(layer, bench.candidates[name], site, bench.plan))
+            outputs = bench.stacker.outputs(run, below, op, weights, hooks) if width > 1 else None
+            if outputs is None:
+                pairs = zip(weights, hooks, strict=True)
+                outputs = [run.outputs(below, each, **own) for each, own in pairs]
+            found |= zip(names, outputs, strict=True)
+        yield (
+            layer.name,
+            {
+                name: {
+                    metric.name: measure(metric, found.get(name, reference), reference)
+                    for metric in bench.metrics
+                }
+                for name in layer.candidates
+            },
+        )

@@ -1,0 +1,269 @@
+"""Layers: the weights that a search chooses for, their candidates and what those look like."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor, fx, nn
+
+from graphopt.analysis.matrix_form import WeightUse, weight_uses
+from graphopt.analysis.weights import WeightTensor, find_weights
+from graphopt.backends import load_backend
+from graphopt.capture import capture
+from graphopt.compressors.joint import compress
+from graphopt.config.selection import closest
+from graphopt.errors import CompressionError, ConfigError, InputError, LoweringError
+from graphopt.numerics.kmeans1d import cluster_1d
+from graphopt.numerics.parallel import map_tasks
+from graphopt.progress import track
+from graphopt.schemes.palettize import PalettizedWeight, arrange, assemble, palettize
+from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
+from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.mixed_precision.configs import config_for
+from graphopt.search.mixed_precision.sizes import SizeModel
+from graphopt.specs import PalettizationSpec
+
+__all__ = ["Layer", "find_layers", "matches", "refuse_unsupported", "stored_forms", "weights_of"]
+
+_log = logging.getLogger(__name__)
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+Stored = PalettizedWeight | QuantizedWeight
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One weight that a search chooses for.
+
+    Attributes:
+        name: Dotted name of the tensor.
+        module_type: Class of the module around its first use.
+        nodes: Ops that read it.
+        shape: Its shape.
+        output_axis: Its output-channel axis.
+        candidates: Names of its candidates.
+        bits: Stored bits of each candidate.
+        kept_bits: Stored bits when it stays uncompressed.
+    """
+
+    name: str
+    module_type: str
+    nodes: tuple[str, ...]
+    shape: tuple[int, ...]
+    output_axis: int
+    candidates: tuple[str, ...]
+    bits: tuple[int, ...]
+    kept_bits: int
+
+    @property
+    def numel(self) -> int:
+        """Number of weights."""
+        return math.prod(self.shape)
+
+    def bits_of(self, candidate: str) -> int:
+        """Stored bits of a candidate, those of the uncompressed weight where it is none."""
+        if candidate in self.candidates:
+            return self.bits[self.candidates.index(candidate)]
+        return self.kept_bits
+
+
+def weights_of(gm: fx.GraphModule, threshold: int = 0) -> list[WeightTensor]:
+    """Weights that a search may choose for, in the order of their first use."""
+    place = {node.name: number for number, node in enumerate(gm.graph.nodes)}
+    found = [
+        weight
+        for weight in find_weights(gm)
+        if weight.uses
+        and not weight.compressed
+        and not weight.data_like
+        and weight.uses[0].role == "weight"
+        and weight.tensor.dtype in _FLOATS
+        and weight.tensor.ndim >= 2
+        and weight.tensor.numel() > threshold
+    ]
+    return sorted(found, key=lambda weight: min(place[use.node] for use in weight.uses))
+
+
+def find_layers(
+    gm: fx.GraphModule,
+    candidates: Sequence[Candidate],
+    special: Mapping[str, Sequence[Candidate]],
+    sizes: SizeModel,
+    threshold: int = 0,
+) -> tuple[list[Layer], dict[str, Candidate]]:
+    """The layers of a graph and all candidates by name.
+
+    Args:
+        gm: The graph.
+        candidates: Those of every layer that has none of its own.
+        special: Regular expression on a tensor's name, its module's name or type → candidates; the
+            last that matches counts.
+        sizes: Prices.
+        threshold: Weights of at most this many elements are left out.
+
+    Raises:
+        ConfigError: A pattern matches nothing, or a name stands for two specs.
+        InputError: There is no weight to choose for.
+    """
+    known: dict[str, Candidate] = {}
+    for candidate in (*candidates, *(each for group in special.values() for each in group)):
+        if known.setdefault(candidate.name, candidate) != candidate:
+            raise ConfigError(f"two candidates are called {candidate.name!r}")
+    matched: set[str] = set()
+    layers, names = [], []
+    for weight in weights_of(gm, threshold):
+        owner = weight.name.rpartition(".")[0]
+        names += [weight.name, owner, weight.module_type]
+        chosen = candidates
+        for pattern, group in special.items():
+            if any(matches(pattern, name) for name in names[-3:]):
+                matched.add(pattern)
+                chosen = group
+        layers.append(_layer(weight, chosen, sizes))
+    missing = [pattern for pattern in special if pattern not in matched]
+    if missing:
+        near = closest(missing[0], dict.fromkeys(names))
+        raise ConfigError(
+            f"layer_candidates[{missing[0]!r}] matches no layer"
+            + (f"; closest: {', '.join(near)}" if near else "")
+        )
+    if not layers:
+        raise InputError("the model has no weight to choose for")
+    return layers, known
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether a regular expression fits a whole name.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    try:
+        return re.fullmatch(pattern, name) is not None
+    except re.error as error:
+        raise ConfigError(f"{pattern!r} is not a valid regular expression: {error}") from None
+
+
+def _layer(weight: WeightTensor, candidates: Sequence[Candidate], sizes: SizeModel) -> Layer:
+    shape = tuple(int(size) for size in weight.tensor.shape)
+    kept = sizes.weight_bits(None, shape, weight.output_axis)
+    names, bits = [], []
+    for candidate in candidates:
+        try:
+            cost = sizes.weight_bits(candidate.weight, shape, weight.output_axis)
+        except CompressionError as error:
+            _log.info("%s cannot be %s: %s", weight.name, candidate.name, error)
+            continue
+        names.append(candidate.name)
+        bits.append(cost)
+    if not names:
+        raise ConfigError(f"{weight.name} {shape}: none of its candidates fits its shape")
+    nodes = tuple(dict.fromkeys(use.node for use in weight.uses))
+    return Layer(
+        weight.name,
+        weight.module_type,
+        nodes,
+        shape,
+        weight.output_axis,
+        tuple(names),
+        tuple(bits),
+        kept,
+    )
+
+
+def refuse_unsupported(candidates: Sequence[Candidate], backend: str) -> None:
+    """Raise where a target cannot hold a candidate.
+
+    Each is tried on a linear layer of 64 × 64, so that the target's own refusal speaks.
+
+    Raises:
+        LoweringError: With all of them, and what would work.
+    """
+    target = load_backend(backend)
+    probe = capture(nn.Sequential(nn.Linear(64, 64)), (torch.randn(4, 64),))
+    (layer,) = weights_of(probe.graph_module)
+    reasons = []
+    for candidate in candidates:
+        if candidate.is_kept:
+            continue
+        config = config_for({layer.name: candidate}, {layer.name: (layer.uses[0].node,)})
+        program = compress(
+            probe, None, config, calibration_data=[torch.randn(4, 64)], correct_statistics=False
+        )
+        reasons += [f"candidate {candidate.name!r}: {why}" for why in target.unsupported(program)]
+    if reasons:
+        raise LoweringError(f"{target.name} cannot hold these candidates:\n" + "\n".join(reasons))
+
+
+def stored_forms(
+    gm: fx.GraphModule,
+    layers: Sequence[Layer],
+    candidates: Mapping[str, Candidate],
+    *,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> dict[str, dict[str, Stored | None]]:
+    """Every layer in the form of every candidate; those that differ in bits alone share one run.
+
+    Returns:
+        Layer → candidate → stored form, None where the weight stays as it is.
+
+    Raises:
+        CompressionError: A weight contains NaN or Inf; the message names it.
+    """
+    tensors = {weight.name: weight.tensor.detach() for weight in weights_of(gm)}
+    work = partial(_forms, tensors, candidates, seed)
+    order = sorted(layers, key=lambda layer: -layer.numel)
+    pairs = track(map_tasks(work, order), "compressing", len(order), enabled=progress)
+    done = dict(pairs)
+    return {layer.name: done[layer.name] for layer in layers}
+
+
+def _forms(
+    tensors: Mapping[str, Tensor], candidates: Mapping[str, Candidate], seed: int, layer: Layer
+) -> tuple[str, dict[str, Stored | None]]:
+    weight = tensors[layer.name]
+    found: dict[str, Stored | None] = {}
+    families: dict[PalettizationSpec, list[str]] = {}
+    try:
+        for name in layer.candidates:
+            spec = candidates[name].weight
+            if spec is None:
+                found[name] = None
+            elif isinstance(spec, PalettizationSpec):
+                alike = spec.cluster_dim == 1 and not spec.lut_qspec and not spec.outlier_fraction
+                if alike:
+                    families.setdefault(spec.model_copy(update={"n_bits": 4}), []).append(name)
+                else:
+                    found[name] = palettize(weight, spec, output_axis=layer.output_axis, seed=seed)
+            else:
+                blocks, _ = plan_blocks(layer.shape, layer.output_axis, spec.granularity)
+                found[name] = quantize_weight(weight, spec, blocks)
+        for spec, names in families.items():
+            parts = arrange(weight, spec, layer.output_axis, None)
+            own = {name: _spec(candidates[name]) for name in names}
+            sizes = [each.n_entries for each in own.values()]
+            clusterings = cluster_1d(parts.vectors[..., 0], sizes, weights=parts.weights)
+            for name, each in own.items():
+                one = clusterings[each.n_entries]
+                found[name] = assemble(weight, each, parts, one.tables[..., None], one.indices)
+    except CompressionError as error:
+        raise CompressionError(f"{layer.name}: {error}; repair the model") from None
+    return layer.name, {name: found[name] for name in layer.candidates}
+
+
+def _spec(candidate: Candidate) -> PalettizationSpec:
+    assert isinstance(candidate.weight, PalettizationSpec)
+    return candidate.weight
+
+
+def uses_of(gm: fx.GraphModule, names: Sequence[str]) -> dict[str, WeightUse]:
+    """Name of the weight → its use in a known form, where exactly one op reads it."""
+    wanted = set(names)
+    weights = [weight for weight in weights_of(gm) if weight.name in wanted]
+    return {name: uses[0] for name, uses in weight_uses(gm, weights).items() if len(uses) == 1}

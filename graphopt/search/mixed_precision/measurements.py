@@ -1,0 +1,380 @@
+"""Measurements: what every candidate of every layer costs, in accuracy and in bytes."""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from graphopt.backends.lowering import as_program
+from graphopt.errors import InputError, StateError
+from graphopt.extras import require
+from graphopt.files import replaced, write_csv
+from graphopt.ir.program import Program
+from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.mixed_precision.layers import Layer, weights_of
+from graphopt.search.mixed_precision.metrics import METRICS, Metric, as_metric
+from graphopt.search.mixed_precision.records import Header, Records, weights_hash
+from graphopt.search.mixed_precision.solvers import Problem
+
+if TYPE_CHECKING:
+    import pandas as pd
+__all__ = ["Matrix", "Measurements", "cross_terms"]
+
+Matrix = npt.NDArray[np.float64]
+
+
+def cross_terms(
+    vectors: Matrix, owners: Sequence[int], losses: Sequence[float] | None = None
+) -> Matrix:
+    """Cross terms Q of candidates: the loss of a choice x is `½ xᵀQx`.
+
+    `Q_ij = ρ_ij √(m_i m_j)` with m twice the loss of a candidate alone and ρ the correlations of the
+    vectors. Few vectors make correlations between layers look larger than they are; those are scaled
+    by 1 − λ/2, λ being the shrinkage of least squared error (Schäfer and Strimmer, Statistical
+    Applications in Genetics and Molecular Biology 4(1), 2005, equation 8). All of λ ranks whole
+    recipes worse where errors have much in common, nothing of it where they have little.
+
+    Args:
+        vectors: [samples, n].
+        owners: Layer of each candidate, n.
+        losses: Measured loss of each candidate alone, n; None takes that of the vectors.
+
+    Returns:
+        [n, n].
+    """
+    mean_squares = np.square(vectors).mean(0)
+    scale = np.sqrt(mean_squares)
+    scale[scale == 0] = 1.0
+    scaled = vectors / scale
+    correlations = scaled.T @ scaled / len(vectors)
+    place = np.asarray(owners)
+    across = place[:, None] != place[None, :]
+    if len(vectors) > 1 and bool(across.any()):
+        squares = np.square(scaled)
+        spread = squares.T @ squares / len(vectors) - np.square(correlations)
+        total = float(np.square(correlations[across]).sum())
+        shrinkage = float(spread[across].sum()) / (len(vectors) - 1) / max(total, 1e-300)
+        correlations[across] *= 1 - 0.5 * min(shrinkage, 1.0)
+    measured = mean_squares
+    if losses is not None:
+        measured = np.clip(np.nan_to_num(2 * np.asarray(losses), posinf=1e300), 0, None)
+    return correlations * np.outer(np.sqrt(measured), np.sqrt(measured))
+
+
+class Measurements:
+    """Measurements of one model, and what follows from them without running it.
+
+    Args:
+        records: The measurements.
+        program: The uncompressed program, where it is at hand.
+        metric: The metric that decides, where it is the user's own.
+    """
+
+    def __init__(
+        self, records: Records, program: Program | None = None, metric: Metric | None = None
+    ) -> None:
+        self._records = records
+        self._program = program
+        name = records.header.metrics[0]
+        self._metric = metric or METRICS.get(name)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        model: nn.Module | ExportedProgram | Program | str | Path | None = None,
+        example_inputs: tuple[Any, ...] | Tensor | None = None,
+        *,
+        metric: Any = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """Read a table's file.
+
+        Args:
+            path: What `analyze` has written.
+            model: The model that it was measured on; refining and sweeping need it.
+            example_inputs: Inputs of one call of the model.
+            metric: The user's own metric, if the table was measured with one.
+            example_kwargs: Keyword inputs of that call.
+
+        Raises:
+            InputError: The file is no table, or the model is another one.
+        """
+        own = None if metric is None else as_metric(metric)
+        table = cls(Records.load(Path(path)), None, own)
+        if model is not None:
+            table.attach(as_program(model, example_inputs, example_kwargs))
+        return table
+
+    def attach(self, program: Program) -> None:
+        """Give the table the model that it was measured on.
+
+        Raises:
+            InputError: It is another one: other ops, shapes or weights.
+        """
+        header = self.header
+        names = {layer.name for layer in header.layers}
+        own = [weight.tensor for weight in weights_of(program.graph_module) if weight.name in names]
+        if weights_hash(own) != header.weights:
+            raise InputError("the table was measured on another model: the weights differ")
+        if program.fingerprint() != header.fingerprint:
+            raise InputError("the table was measured on another model: the graph differs")
+        self._program = program
+
+    @property
+    def program(self) -> Program:
+        """The uncompressed program.
+
+        Raises:
+            StateError: The table was loaded without it.
+        """
+        if self._program is None:
+            raise StateError("the table has no model; load it with model=, or attach() one")
+        return self._program
+
+    @property
+    def header(self) -> Header:
+        """What was measured, and how."""
+        return self._records.header
+
+    @property
+    def layers(self) -> tuple[Layer, ...]:
+        """Layers in the order of the graph."""
+        return self.header.layers
+
+    @property
+    def candidates(self) -> dict[str, Candidate]:
+        """All candidates by name."""
+        return self.header.candidates
+
+    @property
+    def metric(self) -> Metric:
+        """The metric that decides.
+
+        Raises:
+            StateError: It is the user's own and the table was loaded without it.
+        """
+        if self._metric is None:
+            name = self.header.metrics[0]
+            raise StateError(f"the table was measured with {name!r}; load it with metric=")
+        return self._metric
+
+    @property
+    def batches(self) -> int:
+        """Number of batches that everything was measured on."""
+        return len(self._batches())
+
+    def _batches(self) -> list[int]:
+        found = set(self._records.hashes)
+        if self.header.mode != "fast":
+            done = self._records.values
+            found = {b for b in found if all((b, layer.name) in done for layer in self.layers)}
+        if self.header.mode != "exact":
+            found &= set(self._records.vectors)
+        return sorted(found)
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether values were measured, not predicted."""
+        return self.header.mode != "fast"
+
+    # --- values ---------------------------------------------------------------------------------
+    def values(self, metric: str | None = None) -> dict[str, dict[str, float]]:
+        """Layer → candidate → the metric's mean over batches.
+
+        Args:
+            metric: One of those that were measured; None is the first.
+
+        Raises:
+            InputError: It was not measured.
+            StateError: No batch is complete.
+        """
+        name = self.header.metrics[0] if metric is None else metric
+        if name not in self.header.metrics:
+            raise InputError(f"{name!r} was not measured; there are {list(self.header.metrics)}")
+        batches = self._batches()
+        if not batches:
+            raise StateError("no batch is complete; run analyze() again with the same path")
+        if not self.is_measured:
+            if name != self.header.metrics[0]:
+                raise InputError(f"the fast mode predicts {self.header.metrics[0]!r} alone")
+            return self._predicted()
+        found: dict[str, dict[str, float]] = {}
+        for layer in self.layers:
+            rows = [self._records.values[batch, layer.name] for batch in batches]
+            found[layer.name] = {
+                candidate: math.fsum(row[candidate][name] for row in rows) / len(rows)
+                if all(math.isfinite(row[candidate][name]) for row in rows)
+                else float(np.mean([row[candidate][name] for row in rows]))
+                for candidate in layer.candidates
+            }
+        return found
+
+    def _predicted(self) -> dict[str, dict[str, float]]:
+        losses = iter(0.5 * np.mean(self._stacked().astype(np.float64) ** 2, axis=0))
+        return {
+            layer.name: {name: self.metric.value(float(next(losses))) for name in layer.candidates}
+            for layer in self.layers
+        }
+
+    def losses(self) -> list[list[float]]:
+        """For each layer in order, the loss of each candidate: 0 for none, adding up over layers."""
+        values = self.values()
+        return [
+            [self._loss(layer.name, name, values[layer.name][name]) for name in layer.candidates]
+            for layer in self.layers
+        ]
+
+    def _loss(self, layer: str, candidate: str, value: float) -> float:
+        """Loss of a mean value, or the mean loss where a batch without any error is in it."""
+        if math.isfinite(value) or not self.is_measured:
+            return self.metric.loss(value)
+        name = self.header.metrics[0]
+        rows = [self._records.values[batch, layer][candidate][name] for batch in self._batches()]
+        return float(np.mean([self.metric.loss(each) for each in rows]))
+
+    def problem(self) -> Problem:
+        """Losses and sizes for the solvers."""
+        return Problem.of(self.losses(), [layer.bits for layer in self.layers])
+
+    def _stacked(self) -> npt.NDArray[np.float32]:
+        return np.concatenate([self._records.vectors[batch] for batch in self._batches()])
+
+    @property
+    def has_interactions(self) -> bool:
+        """Whether cross terms between layers are known."""
+        return self.header.mode != "exact"
+
+    def interactions(self) -> Matrix:
+        """Cross terms Q of all candidates of all layers: the loss of a choice x is `½ xᵀQx`.
+
+        Where values were measured they are the diagonal; see `cross_terms`.
+
+        Returns:
+            [n, n], n the number of candidates of all layers in order.
+
+        Raises:
+            StateError: The table has no vectors.
+        """
+        if not self.has_interactions:
+            raise StateError("cross terms need mode='fast' or mode='hybrid'")
+        vectors = self._stacked().astype(np.float64)
+        flat = [loss for layer in self.losses() for loss in layer]
+        return cross_terms(vectors, self.owners(), flat if self.is_measured else None)
+
+    def owners(self) -> list[int]:
+        """Number of the layer of each row and column of `interactions`."""
+        return [number for number, layer in enumerate(self.layers) for _ in layer.candidates]
+
+    def columns(self) -> list[tuple[str, str]]:
+        """(layer, candidate) of each row and column of `interactions`."""
+        return [(layer.name, name) for layer in self.layers for name in layer.candidates]
+
+    def predict(self, choice: Mapping[str, str]) -> float:
+        """Loss that a choice of candidates is expected to have, with cross terms where known.
+
+        Args:
+            choice: Layer → candidate; layers that are not named stay uncompressed.
+
+        Raises:
+            InputError: A layer or candidate is unknown.
+        """
+        columns = {pair: number for number, pair in enumerate(self.columns())}
+        missing = [pair for pair in choice.items() if pair not in columns and pair[1] != "keep"]
+        if missing:
+            raise InputError(f"the table has no {missing[0][1]!r} for {missing[0][0]!r}")
+        places = [columns[pair] for pair in choice.items() if pair in columns]
+        if not self.has_interactions:
+            flat = [loss for layer in self.losses() for loss in layer]
+            return math.fsum(flat[place] for place in places)
+        matrix = self.interactions()
+        return 0.5 * float(matrix[np.ix_(places, places)].sum())
+
+    # --- sizes ----------------------------------------------------------------------------------
+    @property
+    def weights(self) -> int:
+        """Number of weights of all layers."""
+        return sum(layer.numel for layer in self.layers)
+
+    def bits_per_weight(self, bits: float) -> float:
+        """Bits of all layers as bits per weight."""
+        return bits / self.weights
+
+    # --- output ---------------------------------------------------------------------------------
+    def to_rows(self) -> list[dict[str, Any]]:
+        """One row per layer and candidate, with every metric."""
+        found = {name: self.values(name) for name in self._listed()}
+        return [
+            {
+                "layer": layer.name,
+                "module_type": layer.module_type,
+                "shape": "×".join(map(str, layer.shape)),
+                "weights": layer.numel,
+                "candidate": name,
+                "bytes": bits // 8,
+                "bits_per_weight": bits / layer.numel,
+                **{metric: each[layer.name][name] for metric, each in found.items()},
+            }
+            for layer in self.layers
+            for name, bits in zip(layer.candidates, layer.bits, strict=True)
+        ]
+
+    def _listed(self) -> tuple[str, ...]:
+        return self.header.metrics if self.is_measured else self.header.metrics[:1]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """The rows as a data frame.
+
+        Raises:
+            MissingDependencyError: pandas is not installed (extra "plot").
+        """
+        pd = require("pandas", "plot")
+        return pd.DataFrame(self.to_rows())
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the rows as CSV."""
+        rows = self.to_rows()
+        return write_csv(Path(path), rows, list(rows[0]))
+
+    def to_parquet(self, path: str | Path) -> Path:
+        """Write the rows as Parquet.
+
+        Raises:
+            MissingDependencyError: pandas or pyarrow is not installed (extra "plot").
+        """
+        require("pyarrow", "plot")
+        with replaced(Path(path)) as temporary:
+            self.to_pandas().to_parquet(temporary)
+        return Path(path)
+
+    def __rich__(self) -> Table:
+        metric = self.header.metrics[0]
+        kind = "measured" if self.is_measured else "predicted"
+        peak = "; peak: the reference's largest magnitude" if metric == "psnr" else ""
+        table = Table(title=f"{metric} of each layer alone, {kind}{peak}")
+        for heading, side in (
+            ("layer", "left"),
+            ("config", "left"),
+            ("size (KB)", "right"),
+            (metric, "right"),
+        ):
+            table.add_column(heading, justify=side, overflow="fold")  # type: ignore[arg-type]
+        for row in self.to_rows():
+            size = f"{row['bytes'] / 1024:.2f}"
+            table.add_row(row["layer"], row["candidate"], size, f"{row[metric]:.4g}")
+        return table
+
+    def __str__(self) -> str:
+        stream = io.StringIO()
+        Console(file=stream, width=120, no_color=True).print(self)
+        return stream.getvalue()

@@ -1,0 +1,263 @@
+"""The file of a sensitivity table: a header, then one line per measurement, only ever appended to."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import InputError
+from graphopt.run.layerwise import Batch
+from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.mixed_precision.layers import Layer
+
+__all__ = ["Header", "Records", "Vectors", "batch_hash", "weights_hash"]
+
+_FORMAT = "graphopt sensitivity table"
+_VERSION = 1
+Vectors = npt.NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a table is about; two tables with different headers do not mix.
+
+    Attributes:
+        fingerprint: Hash of the graph.
+        weights: Hash of the weights.
+        metrics: Names of the metrics, the first deciding.
+        mode: "exact", "fast" or "hybrid".
+        correction: What is corrected afterwards, or None.
+        draws: Random directions per sample of the fast mode.
+        group: Samples of a vector of the fast mode.
+        seed: Seed of vector tables and directions.
+        sizes: Settings of the size model.
+        rest_bits: Stored bits of everything that no candidate is for.
+        candidates: Candidates by name.
+        layers: Layers in the order of the graph.
+    """
+
+    fingerprint: str
+    weights: str
+    metrics: tuple[str, ...]
+    mode: str
+    correction: str | None
+    draws: int
+    group: int
+    seed: int
+    sizes: dict[str, str | None]
+    rest_bits: int
+    candidates: dict[str, Candidate]
+    layers: tuple[Layer, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values."""
+        plain = {
+            key: value
+            for key, value in vars(self).items()
+            if key not in ("candidates", "layers", "metrics")
+        }
+        return {
+            "format": _FORMAT,
+            "version": _VERSION,
+            **plain,
+            "metrics": list(self.metrics),
+            "candidates": {name: each.to_dict() for name, each in self.candidates.items()},
+            "layers": [asdict(layer) for layer in self.layers],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any], path: Path) -> Header:
+        """Read plain values.
+
+        Raises:
+            InputError: They are no header, or of another version.
+        """
+        if data.get("format") != _FORMAT:
+            raise InputError(f"{path}: not a sensitivity table")
+        if data.get("version") != _VERSION:
+            raise InputError(
+                f"{path}: version {data.get('version')}; this release reads {_VERSION}"
+            )
+        layers = tuple(_layer(layer) for layer in data["layers"])
+        rest = {key: data[key] for key in cls.__dataclass_fields__ if key in data}
+        rest |= {
+            "layers": layers,
+            "metrics": tuple(data["metrics"]),
+            "candidates": {
+                name: Candidate.from_dict(name, each) for name, each in data["candidates"].items()
+            },
+        }
+        return cls(**rest)
+
+    def difference(self, other: Header) -> str:
+        """What differs, in the user's words, or ""."""
+        words = {
+            "fingerprint": "the model's graph",
+            "weights": "the model's weights",
+            "layers": "layers or their candidates",
+            "sizes": "the size model (backend, dtypes)",
+        }
+        mine, its = self.to_dict(), other.to_dict()
+        return ", ".join(words.get(key, key) for key in mine if mine[key] != its[key])
+
+
+def _layer(data: Mapping[str, Any]) -> Layer:
+    lists = {key: tuple(value) for key, value in data.items() if isinstance(value, list)}
+    return Layer(**{**data, **lists})
+
+
+@dataclass
+class Records:
+    """Measurements, in memory and, where there is a path, on disk.
+
+    Attributes:
+        header: What they are about.
+        path: The file, or None.
+        values: (batch, layer) → candidate → metric → value.
+        vectors: Batch → vectors of the fast mode.
+        hashes: Batch → hash of its inputs.
+    """
+
+    header: Header
+    path: Path | None = None
+    values: dict[tuple[int, str], dict[str, dict[str, float]]] = field(default_factory=dict)
+    vectors: dict[int, Vectors] = field(default_factory=dict)
+    hashes: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, header: Header, path: Path | None, *, resume: bool) -> Records:
+        """Begin a file, or go on with one.
+
+        Raises:
+            InputError: The file belongs to another model, or to other candidates or settings.
+        """
+        if path is None:
+            return cls(header)
+        first = json.dumps(header.to_dict()) + "\n"
+        if resume and path.exists() and path.stat().st_size:
+            found, end = _read(path)
+            if found is None and not first.encode().startswith(path.read_bytes()):
+                raise InputError(f"{path}: not a sensitivity table; write to another file")
+            # of a table that got no further than its first line nothing is lost
+            if found is not None and (found.values or found.vectors or found.hashes):
+                difference = header.difference(found.header)
+                if difference:
+                    raise InputError(
+                        f"{path} was measured with other settings: {difference}; write to another"
+                        " file, or begin anew (resume=False, --restart)"
+                    )
+                # a line that was cut off in the middle goes
+                os.truncate(path, end)
+                found.path = path
+                return found
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(first, encoding="utf-8")
+        return cls(header, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Records:
+        """Read a file.
+
+        Raises:
+            InputError: It is no table.
+        """
+        found, _ = _read(path)
+        if found is None:
+            raise InputError(f"{path}: not a sensitivity table")
+        found.path = path
+        return found
+
+    def check_batch(self, number: int, digest: str) -> None:
+        """Note the hash of a batch.
+
+        Raises:
+            InputError: Another batch was measured under this number.
+        """
+        if self.hashes.setdefault(number, digest) != digest:
+            raise InputError(
+                f"{self.path or 'the table'}: batch {number} was measured on other data; give the"
+                " same data, or begin anew (resume=False, --restart)"
+            )
+
+    def add(self, batch: int, layer: str, values: Mapping[str, Mapping[str, float]]) -> None:
+        """Take in one layer's values on one batch."""
+        self.values[batch, layer] = {name: dict(each) for name, each in values.items()}
+        self._append({"batch": batch, "data": self.hashes[batch], "layer": layer, "values": values})
+
+    def add_vectors(self, batch: int, vectors: Vectors) -> None:
+        """Take in one batch's vectors."""
+        self.vectors[batch] = vectors
+        text = base64.b64encode(np.ascontiguousarray(vectors, dtype="<f4").tobytes()).decode()
+        line = {"batch": batch, "data": self.hashes[batch], "shape": vectors.shape, "vectors": text}
+        self._append(line)
+
+    def _append(self, line: Mapping[str, Any]) -> None:
+        if self.path is None:
+            return
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _read(path: Path) -> tuple[Records | None, int]:
+    """The records of a file and the length of its complete lines."""
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(f"{path} cannot be read: {error}") from None
+    end = content.rfind(b"\n") + 1
+    lines = content[:end].splitlines()
+    if not lines:
+        return None, 0
+    try:
+        first, *rest = (json.loads(line) for line in lines)
+        records = Records(Header.from_dict(first, path))
+        for line in rest:
+            number = int(line["batch"])
+            records.hashes[number] = line["data"]
+            if "vectors" in line:
+                raw = np.frombuffer(base64.b64decode(line["vectors"]), dtype="<f4")
+                records.vectors[number] = raw.reshape(line["shape"]).astype(np.float32)
+            else:
+                records.values[number, line["layer"]] = line["values"]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{path}: not a sensitivity table: {error}") from None
+    return records, end
+
+
+def batch_hash(batch: Batch) -> str:
+    """Hash of a call's inputs."""
+    digest = hashlib.sha256()
+    for leaf in pytree.tree_leaves(batch):
+        if isinstance(leaf, Tensor):
+            digest.update(f"{leaf.dtype}{tuple(leaf.shape)}".encode())
+            digest.update(_bytes(leaf))
+        else:
+            digest.update(repr(leaf).encode())
+    return digest.hexdigest()
+
+
+def weights_hash(tensors: Sequence[Tensor]) -> str:
+    """Hash of weights."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(_bytes(tensor))
+    return digest.hexdigest()
+
+
+def _bytes(tensor: Tensor) -> bytes:
+    flat = tensor.detach().cpu().contiguous().reshape(-1)
+    return flat.view(torch.uint8).numpy().tobytes() if flat.numel() else b""

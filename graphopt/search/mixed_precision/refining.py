@@ -1,0 +1,101 @@
+"""Refine a recipe of a table: gather what the search needs, and make a recipe of its outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from graphopt.errors import InfeasibleError, InputError
+from graphopt.run.layerwise import as_batch
+from graphopt.search.mixed_precision.choose import choose, make_recipe, options_of
+from graphopt.search.mixed_precision.combined import Combined
+from graphopt.search.mixed_precision.exact import make_bench
+from graphopt.search.mixed_precision.fast import FAST_METRICS, draw_vectors
+from graphopt.search.mixed_precision.measurements import Matrix, Measurements, cross_terms
+from graphopt.search.mixed_precision.recipe import Recipe
+from graphopt.search.mixed_precision.refine import refine_choice
+
+__all__ = ["combined_of", "refined"]
+
+
+def combined_of(
+    table: Measurements, data: Iterable[Any], *, progress: bool | None = None
+) -> Combined:
+    """Something that measures whole recipes of a table on data.
+
+    Raises:
+        StateError: The table has no model.
+        InputError: There are no data.
+    """
+    batches = [as_batch(each) for each in data]
+    if not batches:
+        raise InputError("there are no data to measure recipes on")
+    program = table.program
+    # whole models are corrected as a whole: no moments of single layers are needed
+    header = replace(table.header, mode="fast")
+    bench = make_bench(program, header, (table.metric,), batches, progress=progress)
+    return Combined(program, bench, batches)
+
+
+def refined(
+    table: Measurements,
+    recipe: Recipe,
+    data: Iterable[Any],
+    *,
+    evaluations: int,
+    rounds: int,
+    pin: Mapping[str, str] | None,
+    keep: bool,
+    seed: int,
+    progress: bool | None,
+) -> Recipe:
+    """The refined recipe; arguments as for `SensitivityTable.refine`."""
+    recipe.check(table.program)
+    if evaluations < 1:
+        raise InputError(f"evaluations must be at least 1, got {evaluations}")
+    combined = combined_of(table, data, progress=progress)
+    starts = [[recipe.choice[layer.name] for layer in table.layers]]
+    allowed = options_of(table, pin, keep=keep).names
+    budget = recipe.bits if recipe.budget is None else max(recipe.budget, recipe.bits)
+    for solver in ("greedy", "lagrangian"):
+        with suppress(InfeasibleError):
+            other = choose(
+                table, target_bpw=budget / table.weights, solver=solver, pin=pin, keep=keep
+            )
+            starts.append([other.choice[layer.name] for layer in table.layers])
+    found = refine_choice(
+        combined,
+        _matrix(table, combined),
+        starts,
+        budget,
+        allowed,
+        evaluations=evaluations,
+        rounds=rounds,
+        seed=seed,
+    )
+    made = make_recipe(
+        table,
+        found,
+        f"{recipe.solver}, refined",
+        budget=recipe.budget,
+        measured=combined.measure(found),
+    )
+    return replace(made, loss=table.predict(made.choice)) if table.has_interactions else made
+
+
+def _matrix(table: Measurements, combined: Combined) -> Matrix:
+    """Cross terms: the table's, or measured losses with correlations drawn here."""
+    if table.has_interactions:
+        return table.interactions()
+    losses = [loss for layer in table.losses() for loss in layer]
+    if table.metric.name not in FAST_METRICS:
+        return np.diag(2 * np.clip(np.nan_to_num(losses, posinf=1e300), 0, None))
+    drawn = [
+        draw_vectors(combined.bench, batch, draws=1, seed=seed)
+        for seed, batch in enumerate(combined.batches)
+    ]
+    return cross_terms(np.concatenate(drawn).astype(np.float64), table.owners(), losses)

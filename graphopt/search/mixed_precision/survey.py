@@ -1,0 +1,237 @@
+"""What has to be known of all data before single batches are measured: ranges and moments of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.analysis.value_facts import with_known_range
+from graphopt.ir.editor import operands
+from graphopt.passes.correct_bias import channel_axis
+from graphopt.prepared import ActivationQuantizer
+from graphopt.progress import track
+from graphopt.run.layerwise import Batch
+from graphopt.run.suffix import Downstream, GraphPlan, Hook, SuffixRun
+from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.mixed_precision.layers import Layer, Stored
+from graphopt.specs import QuantizationSpec
+
+__all__ = ["Affine", "Correction", "Site", "Survey", "site_of", "survey"]
+
+Correction = Literal["statistics", "batch_norm", "bias"]
+_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where a correction acts on a layer.
+
+    Attributes:
+        node: Name of the layer's op.
+        axis: Channel axis of its output.
+        gains: Whether gains are corrected (a batch norm follows) or only means.
+    """
+
+    node: str
+    axis: int
+    gains: bool
+
+
+@dataclass(frozen=True)
+class Affine:
+    """Per-channel `gain · z + shift` on an op's output, float32 [channels]."""
+
+    axis: int
+    gain: Tensor
+    shift: Tensor
+
+    def __call__(self, value: Tensor) -> Tensor:
+        """Apply it."""
+        shape = [1] * value.ndim
+        shape[self.axis] = -1
+        gain, shift = self.gain.to(value.dtype), self.shift.to(value.dtype)
+        return value * gain.reshape(shape) + shift.reshape(shape)
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Outcome for all data.
+
+    Attributes:
+        roundings: (layer, candidate) → what rounds the op's data input, its range known.
+        corrections: (layer, candidate) → what the correction does to the op's output.
+    """
+
+    roundings: dict[tuple[str, str], ActivationQuantizer]
+    corrections: dict[tuple[str, str], Affine]
+
+    def hooks(
+        self, layer: Layer, candidate: Candidate, site: Site | None, plan: GraphPlan
+    ) -> dict[str, dict[fx.Node, Hook]]:
+        """Hooks of `SuffixRun.values` for a candidate."""
+        found: dict[str, dict[fx.Node, Hook]] = {}
+        rounding = self.roundings.get((layer.name, candidate.name))
+        if rounding is not None:
+            found["before"] = {plan.by_name[name]: rounding for name in layer.nodes}
+        affine = self.corrections.get((layer.name, candidate.name))
+        if affine is not None and site is not None:
+            found["behind"] = {plan.by_name[site.node]: affine}
+        return found
+
+
+def site_of(plan: GraphPlan, layer: Layer, correction: Correction | None) -> Site | None:
+    """Where the correction acts on a layer; None where it does not."""
+    if correction is None or len(layer.nodes) != 1:
+        return None
+    node = plan.by_name[layer.nodes[0]]
+    axis = channel_axis(node)
+    if axis is None:
+        return None
+    normed = len(node.users) == 1 and next(iter(node.users)).target is _NORM
+    if normed:
+        return Site(node.name, axis, True) if correction != "bias" else None
+    return Site(node.name, axis, False) if correction != "batch_norm" else None
+
+
+class _Moments:
+    def __init__(self) -> None:
+        self.count = 0
+        self.total = torch.zeros(())
+        self.square = torch.zeros(())
+
+    def add(self, value: Tensor, axis: int) -> None:
+        rows = value.detach().movedim(axis, 0).flatten(1)
+        self.count += rows.shape[1]
+        self.total = self.total + rows.sum(1, dtype=torch.float64)
+        self.square = self.square + rows.double().square().sum(1)
+
+    @property
+    def mean(self) -> Tensor:
+        return self.total / self.count
+
+    @property
+    def variance(self) -> Tensor:
+        return (self.square / self.count - self.mean.square()).clamp_min(0)
+
+
+def survey(
+    plan: GraphPlan,
+    layers: Sequence[Layer],
+    candidates: Mapping[str, Candidate],
+    forms: Mapping[str, Mapping[str, Stored | None]],
+    belows: Mapping[str, Downstream],
+    batches: Sequence[Batch],
+    correction: Correction | None,
+    *,
+    progress: bool | None = None,
+) -> Survey:
+    """Run all data once through every layer and its candidates, if anything asks for it.
+
+    Ranges of activations are those that their spec's statistics find, as a `Quantizer` has them. A
+    correction gives a compressed layer's
+    output the mean (and, in front of a batch norm, the variance) of the uncompressed one's; for a
+    single layer that is what new batch-norm statistics and corrected biases do.
+
+    Args:
+        plan: The uncompressed graph.
+        layers: Layers in the order of the graph.
+        candidates: Candidates by name.
+        forms: Layer → candidate → stored form.
+        belows: Layer → what depends on it.
+        batches: All data.
+        correction: What will be corrected afterwards, or None.
+        progress: Show a bar; None shows it on a terminal.
+    """
+    sites = {layer.name: site_of(plan, layer, correction) for layer in layers}
+    ranged = [
+        layer for layer in layers if any(candidates[name].activation for name in layer.candidates)
+    ]
+    corrected = [layer for layer in layers if sites[layer.name] is not None]
+    if not ranged and not corrected:
+        return Survey({}, {})
+    roundings = {
+        (layer.name, name): _rounding(plan, layer, candidates[name].activation)
+        for layer in ranged
+        for name in layer.candidates
+        if candidates[name].activation is not None
+    }
+    moments: dict[tuple[str, str], _Moments] = {}
+    for batch in track(batches, "surveying", len(batches), enabled=progress):
+        run = SuffixRun(plan, batch)
+        for layer in layers:
+            if layer not in ranged and layer not in corrected:
+                continue
+            run.advance(belows[layer.name].first)
+            for node in _data_inputs(plan, layer) if layer in ranged else ():
+                for name in layer.candidates:
+                    if (layer.name, name) in roundings:
+                        roundings[layer.name, name].observe(run.exact(node))
+            site = sites[layer.name]
+            if site is not None:
+                _add_moments(plan, run, layer, forms[layer.name], belows[layer.name], site, moments)
+    for rounding in roundings.values():
+        rounding.settle()
+        rounding.rounding = True
+    return Survey(roundings, _affines(corrected, sites, moments))
+
+
+def _data_inputs(plan: GraphPlan, layer: Layer) -> list[fx.Node]:
+    """What the layer's ops read besides constants."""
+    return [
+        next(each for each in operands(plan.by_name[name]) if each not in plan.constant)
+        for name in layer.nodes
+    ]
+
+
+def _rounding(plan: GraphPlan, layer: Layer, spec: QuantizationSpec | None) -> ActivationQuantizer:
+    assert spec is not None
+    return ActivationQuantizer(with_known_range(spec, _data_inputs(plan, layer))).eval()
+
+
+def _add_moments(
+    plan: GraphPlan,
+    run: SuffixRun,
+    layer: Layer,
+    forms: Mapping[str, Stored | None],
+    below: Downstream,
+    site: Site,
+    moments: dict[tuple[str, str], _Moments],
+) -> None:
+    node = plan.by_name[site.node]
+    local = plan.downstream(below.sources, node)
+
+    def add(name: str, value: Any) -> None:
+        moments.setdefault((layer.name, name), _Moments()).add(value, site.axis)
+
+    add("", run.exact(node))
+    for name, form in forms.items():
+        if form is not None:
+            weights = dict.fromkeys(below.sources, form.dense())
+            add(name, run.values(local, weights, [node])[0])
+
+
+def _affines(
+    layers: Sequence[Layer],
+    sites: Mapping[str, Site | None],
+    moments: Mapping[tuple[str, str], _Moments],
+) -> dict[tuple[str, str], Affine]:
+    found = {}
+    for layer in layers:
+        site, exact = sites[layer.name], moments[layer.name, ""]
+        assert site is not None
+        for name in layer.candidates:
+            own = moments.get((layer.name, name))
+            if own is None:
+                continue
+            gain = torch.ones_like(exact.mean)
+            if site.gains:
+                spread = own.variance
+                gain = torch.where(spread > 0, exact.variance / spread.clamp_min(1e-300), 1.0)
+                gain = gain.sqrt()
+            shift = exact.mean - gain * own.mean
+            found[layer.name, name] = Affine(site.axis, gain.float(), shift.float())
+    return found

@@ -1,0 +1,229 @@
+"""Sweep: accuracy over realised bits per weight."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from graphopt.errors import InfeasibleError, InputError
+from graphopt.files import write_csv
+from graphopt.progress import track
+from graphopt.search.mixed_precision.choose import uniform
+from graphopt.search.mixed_precision.measurements import Measurements
+from graphopt.search.mixed_precision.recipe import Recipe
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+__all__ = ["Point", "Sweep", "run_sweep"]
+
+_FORMAT = "graphopt sweep"
+
+
+@dataclass(frozen=True)
+class Point:
+    """One evaluated model.
+
+    Attributes:
+        kind: "recipe", "uniform" or "uncompressed".
+        label: Candidate's name, or the solver's.
+        target: Bits per weight that were asked for, None for uniform and uncompressed ones.
+        bits_per_weight: Realised bits per weight.
+        bytes: Bytes of all tensors.
+        score: What `evaluate` gave.
+    """
+
+    kind: str
+    label: str
+    target: float | None
+    bits_per_weight: float
+    bytes: int
+    score: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """A curve of accuracy over size.
+
+    Attributes:
+        points: Recipes by size, then uniform ones, then the uncompressed model.
+        recipes: Recipes of the points of kind "recipe", in that order.
+        score: Name of the score.
+        failed: Targets that no choice meets.
+    """
+
+    points: tuple[Point, ...]
+    recipes: tuple[Recipe, ...]
+    score: str = "score"
+    failed: tuple[float, ...] = ()
+
+    def of_kind(self, kind: str) -> list[Point]:
+        """Points of one kind, by size."""
+        found = [point for point in self.points if point.kind == kind]
+        return sorted(found, key=lambda point: point.bits_per_weight)
+
+    @property
+    def knee(self) -> Point:
+        """The recipe farthest above the line from the smallest to the largest one.
+
+        Both axes are scaled to the curve's extent (Satopää et al., "Finding a kneedle in a
+        haystack", 2011).
+
+        Raises:
+            InputError: There is no recipe.
+        """
+        points = self.of_kind("recipe")
+        if not points:
+            raise InputError("the sweep has no recipe")
+        size = np.array([point.bits_per_weight for point in points])
+        score = np.array([point.score for point in points])
+        if len(points) < 3 or np.ptp(size) == 0 or np.ptp(score) == 0:
+            return points[int(score.argmax())]
+        above = (score - score.min()) / np.ptp(score) - (size - size.min()) / np.ptp(size)
+        return points[int(above.argmax())]
+
+    def to_rows(self) -> list[dict[str, Any]]:
+        """Points as plain values."""
+        return [asdict(point) for point in self.points]
+
+    def to_csv(self, path: str | Path) -> Path:
+        """Write the points as CSV."""
+        return write_csv(Path(path), self.to_rows(), list(Point.__dataclass_fields__))
+
+    def plot(self, ax: Axes | None = None) -> Axes:
+        """Accuracy against realised bits per weight; see `graphopt.mixed_precision.plots`."""
+        from graphopt.search.mixed_precision.plots import plot_sweep
+
+        return plot_sweep(self, ax)
+
+    def __rich__(self) -> Table:
+        table = Table(title=f"{self.score} over bits per weight")
+        for heading in ("target", "bits/weight", "bytes", self.score, "what"):
+            table.add_column(heading, justify="left" if heading == "what" else "right")
+        for point in self.points:
+            target = "" if point.target is None else f"{point.target:.2f}"
+            label = point.label if point.kind == "recipe" else f"{point.kind} {point.label}"
+            knee = " ← knee" if self.recipes and point == self.knee else ""
+            table.add_row(
+                target,
+                f"{point.bits_per_weight:.3f}",
+                f"{point.bytes:,}",
+                f"{point.score:.4g}",
+                label + knee,
+            )
+        return table
+
+    def __str__(self) -> str:
+        stream = io.StringIO()
+        Console(file=stream, width=120, no_color=True).print(self)
+        return stream.getvalue()
+
+
+def run_sweep(
+    table: Measurements,
+    targets: Sequence[float],
+    evaluate: Callable[[Any], Any],
+    apply: Callable[[Recipe], Any],
+    recipe_for: Callable[[float], Recipe],
+    *,
+    uniform_points: bool = True,
+    score: str = "score",
+    path: str | Path | None = None,
+    progress: bool | None = None,
+) -> Sweep:
+    """Apply and evaluate a recipe per target; arguments as for `SensitivityTable.sweep`."""
+    known = _Known(table, None if path is None else Path(path))
+    failed, planned = [], []
+    for asked in map(float, targets):
+        try:
+            planned.append((asked, recipe_for(asked)))
+        except InfeasibleError:
+            failed.append(asked)
+    if not planned:
+        raise InfeasibleError(f"none of the targets {failed} is attainable")
+    plain = [
+        name
+        for name in table.candidates
+        if uniform_points and all(name in layer.candidates for layer in table.layers)
+    ]
+    work: list[tuple[str, float | None, Recipe]] = [
+        ("recipe", target, recipe) for target, recipe in planned
+    ]
+    work += [("uniform", None, uniform(table, name)) for name in plain]
+    work.append(("uncompressed", None, uniform(table, "keep")))
+    points: list[Point] = []
+    recipes: list[Recipe] = []
+    for kind, target, recipe in track(work, "sweeping", len(work), enabled=progress):
+        value = known.get(kind, recipe)
+        if value is None:
+            module = table.program.module() if kind == "uncompressed" else apply(recipe)
+            value = float(torch.as_tensor(evaluate(module)).double().mean())
+            known.add(kind, recipe, value)
+        label = next(iter(recipe.distribution)) if kind == "uniform" else recipe.solver
+        label = "" if kind == "uncompressed" else label
+        points.append(Point(kind, label, target, recipe.bits_per_weight, recipe.bytes, value))
+        if kind == "recipe":
+            recipes.append(recipe)
+    order = sorted(range(len(recipes)), key=lambda place: points[place].bits_per_weight)
+    rest = points[len(recipes) :]
+    return Sweep(
+        tuple([points[place] for place in order] + rest),
+        tuple(recipes[place] for place in order),
+        score,
+        tuple(failed),
+    )
+
+
+class _Known:
+    """Scores of an earlier, interrupted sweep, in an append-only file."""
+
+    def __init__(self, table: Measurements, path: Path | None) -> None:
+        self.path = path
+        self.scores: dict[str, float] = {}
+        head = {
+            "format": _FORMAT,
+            "fingerprint": table.header.fingerprint,
+            "weights": table.header.weights,
+        }
+        if path is None:
+            return
+        if path.exists() and path.stat().st_size:
+            content = path.read_bytes()
+            end = content.rfind(b"\n") + 1
+            try:
+                lines = [json.loads(line) for line in content[:end].splitlines()]
+                if lines[0] != head:
+                    raise ValueError("another model")
+                self.scores = {line["key"]: line["score"] for line in lines[1:]}
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise InputError(
+                    f"{path} is no sweep of this model ({error}); write to another file"
+                ) from None
+            os.truncate(path, end)
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(head) + "\n", encoding="utf-8")
+
+    @staticmethod
+    def _key(kind: str, recipe: Recipe) -> str:
+        return f"{kind}: " + " ".join(recipe.choice[layer.name] for layer in recipe.layers)
+
+    def get(self, kind: str, recipe: Recipe) -> float | None:
+        return self.scores.get(self._key(kind, recipe))
+
+    def add(self, kind: str, recipe: Recipe, score: float) -> None:
+        key = self._key(kind, recipe)
+        self.scores[key] = score
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"key": key, "score": score}) + "\n")

@@ -1,0 +1,263 @@
+"""One layer in one candidate's form: searched, fed back, or rounded to the nearest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import Tensor, fx
+
+from graphopt.analysis.matrix_form import WeightUse
+from graphopt.analysis.weights import WeightTensor
+from graphopt.fitting.layer_fit import (
+    LayerMoments,
+    bias_change,
+    bias_of,
+    collect_moments,
+    compensated_weight,
+)
+from graphopt.fitting.palettize_outputs import palettize_to_outputs
+from graphopt.fitting.quantize_outputs import quantize_to_outputs, search_scales
+from graphopt.ir.editor import Editor
+from graphopt.numerics.affine import grid_of
+from graphopt.numerics.feedback import OrderedHessian
+from graphopt.schemes.palettize import PalettizedWeight, palettize
+from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
+from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.mixed_precision.layers import Layer
+from graphopt.search.rdo.config import RDOConfig
+from graphopt.search.rdo.rate import coded_bits, scales_by_rate
+from graphopt.specs import PalettizationSpec, QuantizationSpec
+
+__all__ = ["Fitted", "LayerInputs", "LayerSite", "fit_layer", "measured", "take_inputs"]
+
+Stored = PalettizedWeight | QuantizedWeight
+_NO_FEEDBACK = "no error feedback for lookups, tied weights and ops of other forms"
+
+
+@dataclass(frozen=True)
+class LayerSite:
+    """A layer in the graph.
+
+    Attributes:
+        layer: Its name, candidates and sizes.
+        weight: Its tensor and nodes.
+        use: The one op that reads it in a known form; None where it has none, or several.
+        bias: The constant that takes up the mean of its error, or None.
+        bias_value: Its value in the exact program.
+    """
+
+    layer: Layer
+    weight: WeightTensor
+    use: WeightUse | None
+    bias: fx.Node | None
+    bias_value: Tensor | None
+
+    @classmethod
+    def of(
+        cls,
+        layer: Layer,
+        weight: WeightTensor,
+        use: WeightUse | None,
+        edit: Editor,
+        config: RDOConfig,
+    ) -> LayerSite:
+        """A layer under the options of a config."""
+        bias = bias_of(use.node) if use is not None and config.feedback.compensate else None
+        value = None if bias is None else edit.value(bias).detach()
+        return cls(layer, weight, use, bias, value)
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What a layer's candidates are fitted to, under the compressed layers before it.
+
+    Attributes:
+        target: The weight to aim at, of the stored tensor's shape.
+        hessian: Second moment of the op's columns, [groups, columns, columns].
+        ordered: What feedback makes of it once for all candidates; None for several groups.
+        moments: What these come from.
+    """
+
+    target: Tensor
+    hessian: Tensor
+    ordered: OrderedHessian | None
+    moments: LayerMoments
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A layer in its compressed form.
+
+    Attributes:
+        candidate: Name of the candidate.
+        stored: The stored form; None for a weight that is kept.
+        bias: The new value of the layer's bias, or None.
+        how: "kept", "rounded", "searched", "error feedback" or "adaptive rounding".
+        coded: Bits of an ideal entropy coder, side information included.
+        note: Why something was not done, or "".
+    """
+
+    candidate: str
+    stored: Stored | None
+    bias: Tensor | None
+    how: str
+    coded: float
+    note: str = ""
+
+
+def take_inputs(
+    site: LayerSite,
+    inputs: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    saliency: Sequence[Tensor] | None,
+    missing: Sequence[tuple[Tensor, Tensor]] | None,
+    config: RDOConfig,
+) -> LayerInputs:
+    """Reduce a layer's inputs to what its fits need.
+
+    Args:
+        site: The layer, with a use other than a lookup.
+        inputs: What it reads for each batch.
+        exact: What it would read in the exact program.
+        saliency: Per batch [batch, positions], or None.
+        missing: The other operand of the sum behind it, exact and as it is.
+        config: Options.
+    """
+    assert site.use is not None
+    moments = collect_moments(
+        site.use,
+        inputs,
+        exact,
+        saliency,
+        missing if config.feedback.compensate else None,
+        centred=site.bias is not None,
+        seed=config.seed,
+    )
+    target = site.weight.tensor.detach()
+    if config.feedback.compensate:
+        target = compensated_weight(site.use, target, moments)
+    ordered = None
+    if config.feedback.enabled and moments.hessian.shape[0] == 1:
+        ordered = OrderedHessian.of(moments.hessian[0], config.feedback.damping)
+    return LayerInputs(target, moments.hessian, ordered, moments)
+
+
+def fit_layer(
+    site: LayerSite,
+    candidate: Candidate,
+    given: LayerInputs | None,
+    config: RDOConfig,
+    rate_weight: float,
+    importance: Tensor | None,
+) -> Fitted:
+    """The best form of a layer under one candidate.
+
+    Args:
+        site: The layer.
+        candidate: What it becomes.
+        given: From `take_inputs`; None fits the weight alone.
+        config: Options.
+        rate_weight: λ, for rate "entropy".
+        importance: What a squared error of each output row costs, [rows], for rate "entropy".
+
+    Raises:
+        CompressionError: The weight contains NaN or Inf, or the candidate does not fit its shape.
+    """
+    spec = candidate.weight
+    if spec is None:
+        numel = site.weight.tensor.numel() * site.weight.tensor.element_size() * 8
+        return Fitted(candidate.name, None, None, "kept", numel)
+    weight = site.weight.tensor.detach()
+    stored: Stored | None
+    if isinstance(spec, QuantizationSpec):
+        stored, how, note = _quantized(site, spec, given, config, rate_weight, importance)
+    else:
+        stored, how, note = _palettized(site, spec, given, config)
+    bias = None
+    if site.bias_value is not None and site.use is not None and given is not None:
+        change = bias_change(site.use, weight, stored.dense(), given.moments)
+        bias = (site.bias_value.double() + change).to(site.bias_value.dtype)
+    return Fitted(candidate.name, measured(stored, weight), bias, how, coded_bits(stored), note)
+
+
+def measured(stored: Stored, weight: Tensor) -> Stored:
+    """The same form with its error against a weight."""
+    exact = weight.double()
+    error = float((stored.dense().double() - exact).square().sum())
+    return replace(stored, sse=error, energy=float(exact.square().sum()))
+
+
+def _quantized(
+    site: LayerSite,
+    spec: QuantizationSpec,
+    given: LayerInputs | None,
+    config: RDOConfig,
+    rate_weight: float,
+    importance: Tensor | None,
+) -> tuple[Stored, str, str]:
+    weight = site.weight.tensor.detach() if given is None else given.target
+    blocks, _ = plan_blocks(weight.shape, site.layer.output_axis, spec.granularity)
+    if given is None or site.use is None:
+        return quantize_weight(weight, spec, blocks), "rounded", _NO_FEEDBACK
+    scales = None
+    if config.blocks.scales and config.rate == "entropy" and not grid_of(spec).is_float:
+        scales = scales_by_rate(
+            weight, spec, blocks, site.use, given.hessian, rate_weight, importance
+        )
+    elif config.blocks.scales:
+        scales = search_scales(weight, spec, blocks, site.use, given.hessian)
+    else:
+        plain = quantize_weight(weight, spec, blocks)
+        offset = None if plain.offset is None else plain.offset.float()
+        scales = plain.scale.float(), offset
+    if not config.feedback.enabled:
+        found = quantize_weight(weight, spec, blocks, fixed=scales)
+        return found, "searched" if config.blocks.scales else "rounded", ""
+    fed = quantize_to_outputs(
+        weight,
+        spec,
+        blocks,
+        site.use,
+        given.hessian,
+        scales=scales,
+        move_scales=config.blocks.scales,
+        damping=config.feedback.damping,
+        ordered=given.ordered,
+    )
+    if fed is None:
+        found = quantize_weight(weight, spec, blocks, fixed=scales)
+        return found, "searched", "its blocks do not follow the rows and columns of its matrix"
+    return fed, "error feedback", ""
+
+
+def _palettized(
+    site: LayerSite, spec: PalettizationSpec, given: LayerInputs | None, config: RDOConfig
+) -> tuple[Stored, str, str]:
+    axis, seed = site.layer.output_axis, config.seed
+    if given is None or site.use is None:
+        weight = site.weight.tensor.detach()
+        plain = palettize(weight, spec, output_axis=axis, seed=seed)
+        return plain, "rounded", _NO_FEEDBACK
+    fed = None
+    if config.feedback.enabled:
+        fed = palettize_to_outputs(
+            given.target,
+            spec,
+            site.use,
+            given.hessian,
+            output_axis=axis,
+            damping=config.feedback.damping,
+            ordered=given.ordered,
+            seed=seed,
+        )
+    if fed is not None:
+        return fed, "error feedback", ""
+    importance = None
+    if config.blocks.scales:
+        matrix = site.use.matrix(given.target, casts=False)
+        level = given.hessian.diagonal(dim1=1, dim2=2)[:, None, :].expand_as(matrix)
+        importance = site.use.pull_back(level.contiguous(), given.target.shape).contiguous()
+    found = palettize(given.target, spec, output_axis=axis, seed=seed, importance=importance)
+    note = "its tables do not follow the rows and columns of its matrix"
+    return found, "searched", note if config.feedback.enabled else ""

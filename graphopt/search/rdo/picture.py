@@ -1,0 +1,64 @@
+"""The comparison as a picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from graphopt.extras import require
+from graphopt.files import replaced
+from graphopt.search.rdo.report import RDOReport
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["draw_comparison", "require_matplotlib", "save_comparison"]
+
+
+def require_matplotlib() -> None:
+    """Raise before any work where pictures cannot be drawn.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    require("matplotlib.figure", "plot")
+
+
+def draw_comparison(report: RDOReport) -> Figure:
+    """Scores, distances and sizes of all forms of the model, and the bits of every layer.
+
+    Raises:
+        MissingDependencyError: matplotlib is not installed.
+    """
+    figure = require("matplotlib.figure", "plot").Figure(figsize=(14, 4.2), layout="constrained")
+    scored = all(row.score is not None for row in report.comparison)
+    widths = (*((1.0,) if scored else ()), 1.0, 1.0, 1.6)
+    *quality, distance, size, layers = figure.subplots(1, len(widths), width_ratios=widths)
+    names = [row.name for row in report.comparison]
+    colours = ["tab:gray", "tab:orange", "tab:orange", "tab:blue"]
+    for axes in quality:
+        for row, colour in zip(report.comparison, colours, strict=True):
+            axes.errorbar(
+                row.name, row.score, yerr=row.error or 0.0, color=colour, marker="o", capsize=4
+            )
+        axes.set_ylabel("score; standard error of its drop")
+        axes.grid(axis="y", alpha=0.3)
+    distance.bar(names[1:], [row.distance for row in report.comparison[1:]], color=colours[1:])
+    if report.metric in ("kl", "mse"):
+        distance.set_yscale("log")
+    distance.set_ylabel(f"{report.metric} to the float outputs")
+    size.bar(names, [row.bits_per_weight for row in report.comparison], color=colours)
+    size.set_ylabel("stored bits per weight")
+    for axes in (*quality, distance, size):
+        axes.tick_params(axis="x", rotation=30)
+    layers.bar(range(len(report.layers)), [layer.bits_per_weight for layer in report.layers])
+    layers.axhline(report.bits_per_weight, linestyle="--", color="gray")
+    layers.set_xlabel("layer")
+    layers.set_ylabel("stored bits per weight")
+    return figure
+
+
+def save_comparison(report: RDOReport, path: Path) -> None:
+    """Draw it to an image file."""
+    with replaced(path) as temporary:
+        draw_comparison(report).savefig(temporary, dpi=130)

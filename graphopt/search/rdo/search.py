@@ -1,0 +1,166 @@
+"""Rate-distortion optimisation, block by block: what every candidate of every layer costs there."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+
+from torch import Tensor
+
+from graphopt.fitting.layer_fit import bias_change
+from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.rdo.config import RDOConfig
+from graphopt.search.rdo.fits import Fitted, LayerInputs, LayerSite, fit_layer
+from graphopt.search.rdo.walk import BlockSite, Walk
+
+__all__ = ["Costs", "cost_of", "search_block"]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What candidates cost, measured block by block.
+
+    Attributes:
+        losses: Layer → candidate → loss at the model's outputs.
+        bits: Layer → candidate → bits in the config's model of rates.
+        choice: Layer → candidate of least loss + λ · bits.
+        moves: Candidates that changed because of other layers of their block.
+        rate_weight: λ under which they were measured.
+    """
+
+    losses: dict[str, dict[str, float]] = field(default_factory=dict)
+    bits: dict[str, dict[str, float]] = field(default_factory=dict)
+    choice: dict[str, str] = field(default_factory=dict)
+    moves: int = 0
+    rate_weight: float = 0.0
+
+
+def cost_of(site: LayerSite, fitted: Fitted, config: RDOConfig) -> float:
+    """Bits of a layer in the config's model of rates."""
+    if config.rate == "entropy":
+        return fitted.coded
+    return float(site.layer.bits_of(fitted.candidate))
+
+
+def search_block(
+    walk: Walk,
+    site: BlockSite,
+    candidates: Mapping[str, Candidate],
+    config: RDOConfig,
+    rate_weight: float,
+) -> Iterator[Costs | None]:
+    """Measure all candidates of a block's layers and choose; yields None per layer, then the costs.
+
+    Each layer is fitted to the inputs that the chosen forms of the layers before it give. Its
+    candidates are compared by what they change at the block's outputs. With all layers in place each
+    is tried again: a candidate replaces another if `loss + λ · bits` against the exact outputs is
+    smaller for it on the fitting batches and on the held-out ones. That ends when a cycle changes
+    nothing.
+
+    Args:
+        walk: The pass, at the block.
+        site: The block.
+        candidates: By name.
+        config: Options.
+        rate_weight: λ.
+    """
+    found = Costs(rate_weight=rate_weight)
+    forms: dict[str, dict[str, Fitted]] = {}
+    for layer in site.layers:
+        name = layer.layer.name
+        inputs = walk.inputs_of(layer, site.block)
+        forms[name] = _forms(walk, layer, inputs, candidates, config, rate_weight)
+        walk.set_weight(layer, *_aim(layer, inputs))
+        numbers = walk.fitting
+        exact = walk.outputs(site, numbers)
+        found.losses[name], found.bits[name] = {}, {}
+        for candidate, fitted in forms[name].items():
+            walk.apply(layer, fitted)
+            loss = walk.loss(site, walk.outputs(site, numbers), exact, numbers)
+            found.losses[name][candidate] = loss
+            found.bits[name][candidate] = cost_of(layer, fitted, config)
+        found.choice[name] = _least(found, name, rate_weight)
+        walk.apply(layer, forms[name][found.choice[name]])
+        yield None
+    moves = _settle(walk, site, forms, found, config, rate_weight)
+    yield replace(found, moves=moves)
+
+
+def _forms(
+    walk: Walk,
+    layer: LayerSite,
+    inputs: LayerInputs | None,
+    candidates: Mapping[str, Candidate],
+    config: RDOConfig,
+    rate_weight: float,
+) -> dict[str, Fitted]:
+    importance = walk.importance(layer)
+    return {
+        name: fit_layer(layer, candidates[name], inputs, config, rate_weight, importance)
+        for name in layer.layer.candidates
+    }
+
+
+def _aim(layer: LayerSite, inputs: LayerInputs | None) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias that all candidates of a layer come close to."""
+    exact = layer.weight.tensor.detach()
+    if inputs is None or layer.use is None:
+        return exact, None
+    if layer.bias_value is None:
+        return inputs.target, None
+    change = bias_change(layer.use, exact, inputs.target, inputs.moments)
+    return inputs.target, (layer.bias_value.double() + change).to(layer.bias_value.dtype)
+
+
+def _least(found: Costs, name: str, rate_weight: float) -> str:
+    losses, bits = found.losses[name], found.bits[name]
+    return min(losses, key=lambda each: (losses[each] + rate_weight * bits[each], bits[each]))
+
+
+def _settle(
+    walk: Walk,
+    site: BlockSite,
+    forms: Mapping[str, Mapping[str, Fitted]],
+    found: Costs,
+    config: RDOConfig,
+    rate_weight: float,
+) -> int:
+    if len(site.layers) < 2 or config.blocks.rounds < 2:
+        return 0
+    wanted = walk.goals(site)
+    halves = [part for part in (walk.fitting, walk.held) if part]
+
+    def against_exact() -> list[float]:
+        return [
+            walk.loss(site, walk.outputs(site, part), [wanted[n] for n in part], part)
+            for part in halves
+        ]
+
+    now, moves = against_exact(), 0
+    for _ in range(config.blocks.rounds - 1):
+        before = moves
+        for layer in site.layers:
+            name = layer.layer.name
+            for candidate in layer.layer.candidates:
+                chosen = found.choice[name]
+                if candidate == chosen:
+                    continue
+                walk.apply(layer, forms[name][candidate])
+                other = against_exact()
+                more = rate_weight * (found.bits[name][candidate] - found.bits[name][chosen])
+                if all(new + more < old for new, old in zip(other, now, strict=True)):
+                    # the others make it worth more, or cost less, than alone
+                    gain = now[0] - other[0]
+                    found.losses[name][candidate] = found.losses[name][chosen] - gain
+                    found.choice[name], now = candidate, other
+                    moves += 1
+                    site.changed = True
+                else:
+                    walk.apply(layer, forms[name][chosen])
+        if moves == before:
+            break
+    _log.info("block %d: %d moves", site.number, moves)
+    return moves

@@ -1,0 +1,383 @@
+"""Session: one model under one config, and every stage of its optimisation as a method."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from graphopt.analysis.value_facts import is_float
+from graphopt.backends.lowering import as_program
+from graphopt.errors import CompressionError, ConfigError, InputError
+from graphopt.ir.program import CompressedProgram, Program
+from graphopt.passes import (
+    FoldBatchNorm,
+    RemoveUnused,
+)
+from graphopt.passes.pass_base import Pass
+from graphopt.passes.pass_manager import run_passes
+from graphopt.progress import track
+from graphopt.run.layerwise import Batch, as_batch
+from graphopt.search.mixed_precision import SensitivityTable, analyze
+from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.mixed_precision.layers import (
+    Layer,
+    find_layers,
+    refuse_unsupported,
+    uses_of,
+    weights_of,
+)
+from graphopt.search.mixed_precision.sizes import SizeModel
+from graphopt.search.rdo.activations import with_rounded_activations
+from graphopt.search.rdo.allocation import Rates
+from graphopt.search.rdo.assembly import assemble
+from graphopt.search.rdo.config import RDOConfig
+from graphopt.search.rdo.curvature import Curvature
+from graphopt.search.rdo.fits import Fitted, LayerSite, fit_layer
+from graphopt.search.rdo.rounding import Rounded, round_block
+from graphopt.search.rdo.search import Costs, search_block
+from graphopt.search.rdo.sites import find_layer_blocks, sites_by_node
+from graphopt.search.rdo.walk import BlockSite, Walk, twins_of
+
+__all__ = ["BlockFit", "Costs", "Session", "fits_of"]
+
+_log = logging.getLogger(__name__)
+_SEEDS = 1_000_003
+
+
+@dataclass(frozen=True)
+class BlockFit:
+    """One block in its compressed form.
+
+    Attributes:
+        number: Its place.
+        layers: Name of each of its layers → its form.
+        rounded: What adaptive rounding did, or None where it did not run.
+    """
+
+    number: int
+    layers: dict[str, Fitted]
+    rounded: Rounded | None = None
+
+
+@dataclass(frozen=True)
+class Session:
+    """One model under one config.
+
+    >>> session = Session.open(model, example, batches, config)
+    >>> costs = session.search(rate_weight=1e-9)
+    >>> fits = session.fit(costs.choice)
+    >>> program = session.program(fits)
+
+    Attributes:
+        exact: The exact program, batch norms folded if the config says so.
+        layers: Its layers with their candidates and sizes.
+        candidates: Candidates by name.
+        batches: Calibration inputs.
+        config: Options.
+        sizes: Prices.
+        work: The program with rounded activations, if any; every walk has a copy.
+        blocks: Names of the layers of each block.
+        curvature: Gradients of the exact program.
+    """
+
+    exact: Program
+    layers: tuple[Layer, ...]
+    candidates: dict[str, Candidate]
+    batches: list[Batch]
+    config: RDOConfig
+    sizes: SizeModel
+    work: Program
+    blocks: tuple[tuple[str, ...], ...]
+    curvature: Curvature
+
+    @classmethod
+    def open(
+        cls,
+        model: nn.Module | ExportedProgram | Program | str | Path,
+        example_inputs: tuple[Any, ...] | Tensor | None,
+        data: Iterable[Any],
+        config: RDOConfig,
+        *,
+        example_kwargs: Mapping[str, Any] | None = None,
+        progress: bool | None = None,
+    ) -> Session:
+        """Capture a model, cut it into blocks and measure what the loss feels at their outputs.
+
+        Args:
+            model: A module, an exported program, a `Program` or a .pt2 file; it is never changed.
+            example_inputs: Inputs of one call.
+            data: Calibration inputs of one call each, unlabelled, samples along the first dimension:
+                a tensor, a tuple or list of positional ones, or a dict of keyword ones. A call is
+                what one step of adaptive rounding sees.
+            config: Options.
+            example_kwargs: Keyword inputs of the example call.
+            progress: Show bars; None shows them on a terminal.
+
+        Raises:
+            CaptureError: The model cannot be exported.
+            ConfigError: A pattern of `layer_candidates` matches nothing, or a candidate asks for
+                activations.
+            InputError: There are no data, they do not fit the model, or it has no weight to choose
+                for.
+            LoweringError: The backend cannot hold a candidate.
+            CalibrationError: Activations have no usable range.
+        """
+        batches = [as_batch(each) for each in data]
+        if not batches:
+            raise InputError("there are no calibration data; give inputs of one call each")
+        general, special = config.all_candidates()
+        for candidate in (*general, *itertools.chain.from_iterable(special.values())):
+            if candidate.activation is not None:
+                raise ConfigError(
+                    f"candidate {candidate.name!r} has activations; set `activations` for all layers"
+                )
+        exact = as_program(model, example_inputs, example_kwargs)
+        folding: list[Pass] = [FoldBatchNorm()] if config.fold_batchnorm else []
+        run_passes(exact.graph_module, [*folding, RemoveUnused()])
+        weights = weights_of(exact.graph_module)
+        kept = weights[0].tensor.dtype if weights else torch.float32
+        sizes = SizeModel.of(config.backend, kept, None)
+        layers, candidates = find_layers(exact.graph_module, general, special, sizes)
+        if sizes.backend is not None:
+            refuse_unsupported(tuple(candidates.values()), sizes.backend)
+        work = exact.copy()
+        if config.activations is not None:
+            work = with_rounded_activations(exact, batches, config.activations, config.backend)
+        twins = twins_of(work.graph_module, exact.graph_module)
+        sites = sites_by_node(work.graph_module, layers, config)
+        blocks = find_layer_blocks(work.graph_module, sites, twins, config)
+        ends = [[twins[node] for node in block.outputs if is_float(node)] for block in blocks]
+        uses = uses_of(exact.graph_module, [layer.name for layer in layers])
+        curvature = Curvature(
+            exact.graph_module,
+            batches,
+            config.metric,
+            ends,
+            list(uses.values()),
+            draws=config.draws,
+            seed=config.seed,
+            memory=config.gradient_memory,
+            progress=progress,
+        )
+        named = tuple(
+            tuple(dict.fromkeys(sites[node].layer.name for node in block.targets))
+            for block in blocks
+        )
+        return cls(exact, tuple(layers), candidates, batches, config, sizes, work, named, curvature)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights in all layers."""
+        return sum(layer.numel for layer in self.layers)
+
+    # --- stages ---------------------------------------------------------------------------------
+    def sensitivities(
+        self, path: str | Path | None = None, *, resume: bool = True, progress: bool | None = None
+    ) -> SensitivityTable:
+        """Predicted losses of all candidates, rounded to the nearest (`graphopt.mixed_precision`).
+
+        Args:
+            path: File that grows with every batch, or None.
+            resume: Go on with an existing file.
+            progress: Show bars; None shows them on a terminal.
+        """
+        general, special = self.config.all_candidates()
+        return analyze(
+            self.exact,
+            None,
+            general,
+            self.batches_as_data(),
+            self.config.metric,
+            mode="fast",
+            backend=self.config.backend,
+            layer_candidates=dict(special),
+            draws=self.config.draws,
+            path=path,
+            resume=resume,
+            float_dtype=self.sizes.float_dtype,
+            seed=self.config.seed,
+            progress=progress,
+        )
+
+    def batches_as_data(self) -> list[Any]:
+        """Calibration inputs as callers give them."""
+        return [kwargs if kwargs else args for args, kwargs in self.batches]
+
+    def search(self, rate_weight: float, *, progress: bool | None = None) -> Costs:
+        """Rate-distortion optimisation of one block after the other (`graphopt.rdo.search`).
+
+        Args:
+            rate_weight: λ, loss per bit.
+            progress: Show a bar; None shows it on a terminal.
+        """
+        costs, moves = Costs(), 0
+
+        def work() -> Iterator[None]:
+            nonlocal moves
+            walk = self._walk()
+            for site in walk.blocks():
+                for found in search_block(walk, site, self.candidates, self.config, rate_weight):
+                    if found is None:
+                        yield None
+                        continue
+                    costs.losses.update(found.losses)
+                    costs.bits.update(found.bits)
+                    costs.choice.update(found.choice)
+                    moves += found.moves
+
+        for _ in track(work(), "searching blocks", len(self.layers), enabled=progress):
+            pass
+        order = [layer.name for layer in self.layers]
+        return Costs(
+            {name: costs.losses[name] for name in order},
+            {name: costs.bits[name] for name in order},
+            {name: costs.choice[name] for name in order},
+            moves,
+            rate_weight,
+        )
+
+    def fit(
+        self,
+        choice: Mapping[str, str],
+        *,
+        rate_weight: float = 0.0,
+        rounded: Sequence[int] = (),
+        known: Mapping[int, BlockFit] | None = None,
+        save: Callable[[BlockFit], None] | None = None,
+        progress: bool | None = None,
+    ) -> list[BlockFit]:
+        """Hessian-guided calibration of every layer, and adaptive rounding of some blocks.
+
+        Args:
+            choice: Layer → candidate.
+            rate_weight: λ, for rate "entropy".
+            rounded: Numbers of the blocks to round (`graphopt.rdo.rounding`).
+            known: Blocks that are done already.
+            save: Called with every finished block.
+            progress: Show a bar; None shows it on a terminal.
+
+        Raises:
+            ConfigError: A layer has no such candidate.
+        """
+        for layer in self.layers:
+            if choice.get(layer.name) not in layer.candidates:
+                raise ConfigError(
+                    f"choice[{layer.name!r}]: {choice.get(layer.name)!r} is none of its candidates"
+                    f" {list(layer.candidates)}"
+                )
+        found: list[BlockFit] = []
+        walk = self._walk()
+
+        def work() -> Iterator[None]:
+            for site in walk.blocks():
+                if known is not None and site.number in known:
+                    done = known[site.number]
+                    for layer in site.layers:
+                        walk.apply(layer, done.layers[layer.layer.name])
+                else:
+                    done = BlockFit(site.number, {})
+                    wanted = site.number in rounded
+                    for result in self._fit_block(walk, site, choice, rate_weight, wanted):
+                        if result is None:
+                            yield None
+                        else:
+                            done = result
+                    if save is not None:
+                        save(done)
+                found.append(done)
+
+        missing = [n for n in rounded if known is None or n not in known]
+        total = len(self.layers) + len(missing) * self.config.rounding.steps
+        for _ in track(work(), "fitting blocks", total, enabled=progress):
+            pass
+        return found
+
+    def _fit_block(
+        self,
+        walk: Walk,
+        site: BlockSite,
+        choice: Mapping[str, str],
+        rate_weight: float,
+        rounding: bool,
+    ) -> Iterator[BlockFit | None]:
+        made: list[tuple[LayerSite, Fitted, Tensor]] = []
+        for layer in site.layers:
+            inputs = walk.inputs_of(layer, site.block)
+            candidate = self.candidates[choice[layer.layer.name]]
+            importance = walk.importance(layer)
+            try:
+                fitted = fit_layer(layer, candidate, inputs, self.config, rate_weight, importance)
+            except CompressionError as error:
+                raise CompressionError(f"{layer.layer.name}: {error}") from None
+            walk.apply(layer, fitted)
+            aim = layer.weight.tensor.detach() if inputs is None else inputs.target
+            made.append((layer, fitted, aim))
+            yield None
+        forms = {layer.layer.name: fitted for layer, fitted, _ in made}
+        outcome: Rounded | None = None
+        if rounding:
+            seed = self.config.seed * _SEEDS + site.number
+            options = self.config.rounding
+            for step in round_block(walk, site, made, self.candidates, options, seed=seed):
+                outcome = step
+                yield None
+            assert outcome is not None
+            forms |= outcome.fitted
+        yield BlockFit(site.number, forms, outcome)
+
+    def sensitive_blocks(self, choice: Mapping[str, str], losses: Rates) -> list[int]:
+        """The fewest blocks that hold the config's share of the loss, or all, or none."""
+        options = self.config.rounding
+        if options.blocks != "sensitive":
+            return list(range(len(self.blocks))) if options.blocks == "all" else []
+        sums = [sum(max(losses[name][choice[name]], 0.0) for name in own) for own in self.blocks]
+        order = sorted(range(len(sums)), key=lambda number: -sums[number])
+        wanted, taken = options.share * sum(sums), 0.0
+        chosen = []
+        for number in order:
+            if taken >= wanted:
+                break
+            chosen.append(number)
+            taken += sums[number]
+        return sorted(chosen)
+
+    def program(
+        self, fits: Sequence[BlockFit], *, progress: bool | None = None
+    ) -> CompressedProgram:
+        """The compressed program, with activations quantized if the config says so.
+
+        Args:
+            fits: What `fit` returned.
+            progress: Show a bar; None shows it on a terminal.
+        """
+        return assemble(
+            self.exact,
+            self.layers,
+            self.candidates,
+            fits_of(fits),
+            self.config,
+            self.batches_as_data(),
+            progress=progress,
+        )
+
+    def _walk(self) -> Walk:
+        """A pass over the blocks that begins with exact weights."""
+        gm = self.work.copy().graph_module
+        sites = sites_by_node(gm, self.layers, self.config)
+        twins = twins_of(gm, self.exact.graph_module)
+        blocks = find_layer_blocks(gm, sites, twins, self.config)
+        exact = self.exact.graph_module
+        return Walk(exact, gm, blocks, sites, self.batches, self.curvature, self.config)
+
+
+def fits_of(blocks: Sequence[BlockFit]) -> dict[str, Fitted]:
+    """Name of the layer → its form."""
+    return {name: form for block in blocks for name, form in block.layers.items()}

@@ -1,0 +1,199 @@
+"""Go through the blocks of two programs side by side: the exact one and the one being compressed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.analysis.partition import Block
+from graphopt.analysis.value_facts import is_float
+from graphopt.fitting.layer_fit import missing_beside
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.editor import Editor
+from graphopt.prepared import ActivationQuantizer
+from graphopt.run.block_forward import BlockForward
+from graphopt.run.layerwise import Batch, LayerwiseRun
+from graphopt.search.rdo.config import RDOConfig
+from graphopt.search.rdo.curvature import Curvature
+from graphopt.search.rdo.fits import Fitted, LayerInputs, LayerSite, take_inputs
+
+__all__ = ["BlockSite", "Walk", "twins_of"]
+
+
+def twins_of(work: CapturedModule, exact: CapturedModule) -> dict[fx.Node, fx.Node]:
+    """Nodes of a graph → nodes of the exact one; a rounding stands for what it rounds."""
+    named = {node.name: node for node in exact.graph.nodes}
+    found: dict[fx.Node, fx.Node] = {}
+    for node in work.graph.nodes:
+        if node.op != "call_module":
+            if node.name in named:
+                found[node] = named[node.name]
+            continue
+        source = node.args[0]
+        rounds = isinstance(work.get_submodule(str(node.target)), ActivationQuantizer)
+        if rounds and source in found:
+            found[node] = found[source]
+    return found
+
+
+@dataclass
+class BlockSite:
+    """A block that the walk has come to.
+
+    Attributes:
+        number: Its place among the blocks.
+        block: Its nodes in the graph that is being compressed.
+        forward: Runs it with the inputs that the compressed blocks before give.
+        layers: Its layers in the order of the graph.
+        names: For each output, the name of its twin in the exact program; "" where it is no float.
+        changed: Whether a weight has changed behind which the block had run already.
+    """
+
+    number: int
+    block: Block
+    forward: BlockForward
+    layers: list[LayerSite]
+    names: list[str]
+    changed: bool = False
+
+
+class Walk:
+    """The state of one pass over the blocks.
+
+    Args:
+        exact: The exact graph.
+        work: The graph whose weights are replaced; its activations may be rounded.
+        blocks: Blocks of `work`.
+        sites: The layers of `work` by node.
+        batches: Calibration inputs.
+        curvature: Gradients at the blocks' outputs.
+        config: Options.
+    """
+
+    def __init__(
+        self,
+        exact: CapturedModule,
+        work: CapturedModule,
+        blocks: Sequence[Block],
+        sites: Mapping[fx.Node, LayerSite],
+        batches: Sequence[Batch],
+        curvature: Curvature,
+        config: RDOConfig,
+    ) -> None:
+        self.edit = Editor(work)
+        self.run = LayerwiseRun(work, batches)
+        self.reference = LayerwiseRun(exact, batches)
+        self.twins = twins_of(work, exact)
+        self.blocks_found, self.sites = blocks, sites
+        self.curvature, self.config = curvature, config
+        self.count = len(batches)
+        held = round(config.held_out * len(batches))
+        self.held = list(range(len(batches)))[len(batches) - held :] if held else []
+        self.fitting = list(range(len(batches) - len(self.held)))
+        self._done: set[fx.Node] = set()
+        self._order = iter(exact.graph.nodes)
+        self._set_up: set[str] = set()
+
+    def blocks(self) -> Iterator[BlockSite]:
+        """Every block in order; a block is run when the next one is asked for."""
+        for number, block in enumerate(self.blocks_found):
+            names = [self.twins[node].name if is_float(node) else "" for node in block.outputs]
+            layers = [self.sites[node] for node in block.nodes if node in self.sites]
+            unique = {site.layer.name: site for site in reversed(layers)}
+            fresh = [
+                site for site in reversed(unique.values()) if site.layer.name not in self._set_up
+            ]
+            self._set_up |= set(unique)
+            site = BlockSite(number, block, BlockForward(self.run, block), fresh, names)
+            yield site
+            for node in block.nodes:
+                self._step(node)
+            if site.changed:
+                made = self.outputs(site, range(self.count))
+                for place, node in enumerate(block.outputs):
+                    self.run.set_values(node, [each[place] for each in made])
+
+    def inputs_of(self, site: LayerSite, block: Block) -> LayerInputs | None:
+        """Run up to a layer and take what its fits need; None for a lookup, or an unknown op."""
+        use = site.use
+        node = self._first(site, block) if use is None else use.node
+        for each in block.nodes:
+            if each is node:
+                break
+            self._step(each)
+        if use is None or use.form.kind == "lookup":
+            return None
+        source = node.args[use.form.data]
+        assert isinstance(source, fx.Node)
+        exact = self.reference.values(self._come_to(source))
+        missing = missing_beside(use, self.run, self.reference, self.twins)
+        saliency = self.curvature.saliency.get(self.twins[node].name)
+        return take_inputs(site, self.run.values(source), exact, saliency, missing, self.config)
+
+    def importance(self, site: LayerSite) -> Tensor | None:
+        """What a squared error of each output row of a layer costs, where known."""
+        if site.use is None:
+            return None
+        total = self.curvature.rows.get(self.twins[site.use.node].name)
+        return None if total is None else total / self.count
+
+    def _first(self, site: LayerSite, block: Block) -> fx.Node:
+        return next(node for node in block.nodes if self.sites.get(node) is site)
+
+    def _step(self, node: fx.Node) -> None:
+        if node not in self._done:
+            self._done.add(node)
+            if node in self.twins:
+                self._come_to(node)
+            self.run.step(node)
+
+    def _come_to(self, node: fx.Node) -> fx.Node:
+        """Run the exact program up to the twin of a node."""
+        twin = self.twins[node]
+        while not self.reference.has_run(twin):
+            following = next(self._order)
+            if following.op != "output":
+                self.reference.step(following)
+        return twin
+
+    def apply(self, site: LayerSite, fitted: Fitted) -> None:
+        """Let the graph compute with a layer's compressed form."""
+        dense = site.weight.tensor.detach() if fitted.stored is None else fitted.stored.dense()
+        self.set_weight(site, dense, fitted.bias)
+
+    def set_weight(self, site: LayerSite, dense: Tensor, bias: Tensor | None) -> None:
+        """Let the graph compute with another weight; a bias of None is the exact one."""
+        nodes = site.weight.nodes
+        self.edit.set_value(nodes[0], dense.to(site.weight.tensor.dtype), tied=nodes[1:])
+        if site.bias is not None and site.bias_value is not None:
+            self.edit.set_value(site.bias, site.bias_value if bias is None else bias)
+
+    @torch.no_grad()
+    def outputs(self, site: BlockSite, numbers: Sequence[int]) -> list[list[Tensor]]:
+        """Outputs of a block for some batches, one list per batch, with the weights as they are."""
+        constants = site.forward.constants({})
+        return [site.forward(constants, number) for number in numbers]
+
+    def goals(self, site: BlockSite) -> list[list[Tensor]]:
+        """Outputs that the block should have, one list per batch; runs the exact program there."""
+        twins = [self._come_to(node) for node in site.block.outputs]
+        found = [self.reference.values(twin) for twin in twins]
+        return [list(each) for each in zip(*found, strict=True)]
+
+    def loss(
+        self,
+        site: BlockSite,
+        found: Sequence[Sequence[Tensor]],
+        wanted: Sequence[Sequence[Tensor]],
+        numbers: Sequence[int],
+    ) -> float:
+        """What it costs at the model's outputs that a block's are `found` instead of `wanted`."""
+        changes: dict[str, list[Tensor]] = {}
+        for place, name in enumerate(site.names):
+            if name:
+                pairs = zip(found, wanted, strict=True)
+                changes[name] = [own[place] - other[place] for own, other in pairs]
+        return self.curvature.loss(changes, numbers)

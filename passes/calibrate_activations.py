@@ -1,0 +1,103 @@
+"""CalibrateActivations: the ranges of activations from data, as a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sized
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from typing_extensions import override
+
+from graphopt.errors import InputError
+from graphopt.ir.annotations import keep_findings
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.editor import Editor
+from graphopt.ir.program import share_graph
+from graphopt.ir.records import CompressionTable, merged
+from graphopt.passes import AnnotateQuantization, InsertFakeQuantize
+from graphopt.passes.pass_base import Pass
+from graphopt.prepared import ActivationQuantizer, WeightQuantizer
+from graphopt.prepared.conversion import activation_records, scales_of
+from graphopt.prepared.state import parts_of
+from graphopt.progress import track
+from graphopt.run.layerwise import as_batch
+
+__all__ = ["CalibrateActivations", "calibrate", "observing", "with_quantizers"]
+
+
+def with_quantizers(gm: CapturedModule) -> CapturedModule:
+    """Insert quantizers into an annotated graph, in place; fixed ranges hold at once."""
+    InsertFakeQuantize()(gm)
+    gm.eval()
+    for quantizer in parts_of(gm, ActivationQuantizer):
+        # a fixed range needs no data
+        quantizer.settle()
+        quantizer.rounding = True
+    return gm
+
+
+@contextmanager
+def observing(prepared: CapturedModule) -> Iterator[CapturedModule]:
+    """Observe the activations of every call; statistics start empty, ranges hold from the end on."""
+    training = prepared.training
+    prepared.eval()
+    quantizers = parts_of(prepared, ActivationQuantizer)
+    for quantizer in quantizers:
+        quantizer.reset()
+        quantizer.observing, quantizer.rounding = True, False
+    try:
+        with torch.no_grad():
+            yield prepared
+    finally:
+        for quantizer in quantizers:
+            quantizer.settle()
+            quantizer.observing, quantizer.rounding = False, True
+        prepared.train(training)
+
+
+def calibrate(prepared: CapturedModule, data: Iterable[Any], progress: bool | None) -> None:
+    """Run a prepared module on data, inputs of one call each, while its activations are observed."""
+    total = len(data) if isinstance(data, Sized) else 0
+    with observing(prepared):
+        for inputs in track(data, "calibrating", total, enabled=progress):
+            args, kwargs = as_batch(inputs)
+            prepared(*args, **kwargs)
+
+
+@dataclass(frozen=True)
+class CalibrateActivations(Pass):
+    """Find the scales of annotated activations; `ConvertQuantization` uses them.
+
+    The graph stays as it is: a copy that shares its tensors runs with observers, weights rounded.
+
+    Attributes:
+        data: Inputs of one call each, as for `as_batch`; None where every range is fixed.
+        on_unobserved: "skip" leaves activations without a usable range in float.
+        progress: Show a bar; None shows it on a terminal.
+        rounded_weights: Observe what rounded weights give, as the target will; torchao observes what
+            the float ones give.
+    """
+
+    name: ClassVar[str] = "calibrate-activations"
+    after: ClassVar[tuple[type[Pass], ...]] = (AnnotateQuantization,)
+    data: Iterable[Any] | None = None
+    on_unobserved: Literal["error", "skip"] = "error"
+    progress: bool | None = None
+    rounded_weights: bool = True
+
+    @override
+    def run(self, edit: Editor) -> None:
+        gm = edit.gm
+        if not isinstance(gm, CapturedModule):
+            raise InputError("activations are calibrated in graphs that graphopt.capture made")
+        prepared = with_quantizers(share_graph(gm))
+        for quantizer in parts_of(prepared, WeightQuantizer):
+            quantizer.rounding = self.rounded_weights
+        if self.data is not None:
+            calibrate(prepared, self.data, self.progress)
+        keep_findings(gm, scales=scales_of(prepared, self.on_unobserved))
+        records = CompressionTable((), (), tuple(activation_records(gm, prepared)))
+        before = gm.meta.get("graphopt.table", CompressionTable(()))
+        gm.meta["graphopt.table"] = merged(before, records)

@@ -1,0 +1,45 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.quantization import Quantizer, QuantizerConfig
+
+
+def test_saved_program_holds_its_example_and_not_the_dataset_behind_it(tmp_path: Path) -> None:
+    dataset = torch.randn(4096, 16)
+    program = graphopt.compress(nn.Linear(16, 4), (dataset[:2],))
+    path = program.save(tmp_path / "net.pt2")
+    assert path.stat().st_size < dataset.numel()
+    (example,) = program.example_args
+    torch.testing.assert_close(example, dataset[:2])
+
+
+def test_inputs_that_are_no_slices_are_kept_as_they_are() -> None:
+    x = torch.randn(2, 16)
+    assert graphopt.capture(nn.Linear(16, 4), (x,)).example_args[0] is x
+
+
+@pytest.mark.parametrize("preset", ["w8", "w8a8"])
+def test_saved_program_loads_in_a_process_that_only_imports_the_library(
+    preset: str, tmp_path: Path
+) -> None:
+    x = torch.randn(2, 16)
+    quantizer = Quantizer(nn.Linear(16, 4), getattr(QuantizerConfig.presets, preset)())
+    quantizer.prepare((x,))
+    quantizer.calibrate([x])
+    quantizer.program().save(tmp_path / "net.pt2")
+    code = "import sys, torch, graphopt; torch.export.load(sys.argv[1]).module()"
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code, str(tmp_path / "net.pt2")],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
