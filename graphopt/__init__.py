@@ -1,14 +1,20 @@
 """graphopt: graph-rewriting compression of PyTorch models for edge targets."""
 
+import importlib
 import sys
+from typing import TYPE_CHECKING
 
-from graphopt import casting, errors, mixed_precision, moved, ops, pipelines, rdo
-from graphopt.api import capture, compress, lower, tune
-from graphopt.config.joint import JointConfig
-from graphopt.ir.captured_module import CapturedModule
-from graphopt.ir.program import CompressedProgram, Program
-from graphopt.ir.records import CompressionTable, TensorRecord
-from graphopt.specs import ExportBackend
+from graphopt import errors, moved, ops
+from graphopt.capture import capture
+
+if TYPE_CHECKING:
+    from graphopt import casting, mixed_precision, pipelines, rdo
+    from graphopt.api import compress, lower, tune
+    from graphopt.config.joint import JointConfig
+    from graphopt.ir.captured_module import CapturedModule
+    from graphopt.ir.program import CompressedProgram, Program
+    from graphopt.ir.records import CompressionTable, TensorRecord
+    from graphopt.specs import ExportBackend
 
 __version__ = "0.1.0"
 
@@ -33,10 +39,35 @@ __all__ = [
     "tune",
 ]
 
+# name → module that defines it; imported when the name is first asked for
+_MEMBERS = {
+    "CapturedModule": "graphopt.ir.captured_module",
+    "CompressedProgram": "graphopt.ir.program",
+    "CompressionTable": "graphopt.ir.records",
+    "ExportBackend": "graphopt.specs",
+    "JointConfig": "graphopt.config.joint",
+    "Program": "graphopt.ir.program",
+    "TensorRecord": "graphopt.ir.records",
+    "compress": "graphopt.api",
+    "lower": "graphopt.api",
+    "tune": "graphopt.api",
+}
+_PACKAGES = ("casting", "mixed_precision", "pipelines", "rdo")
+
 moved.register(__name__)
 
 
 def __getattr__(name: str) -> object:
+    if name in _MEMBERS:
+        value = getattr(importlib.import_module(_MEMBERS[name]), name)
+        globals()[name] = value
+        return value
+    if name in _PACKAGES:
+        return importlib.import_module(f"{__name__}.{name}")
     if name in moved.MOVED:
         return sys.modules[f"{__name__}.{name}"]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

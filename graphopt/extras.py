@@ -1,4 +1,4 @@
-"""Lazy imports of optional packages, with an error that names the extra to install."""
+"""Packages that are imported late: optional ones, and heavy ones that not every program needs."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from types import ModuleType
 
 from graphopt.errors import MissingDependencyError
 
-__all__ = ["require"]
+__all__ = ["deferred", "require"]
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -30,3 +30,30 @@ def require(module: str, extra: str) -> ModuleType:
             f"{module} is not installed; it comes with the extra '{extra}': "
             f"pip install 'graphopt[{extra}]'"
         ) from error
+
+
+class _Deferred(ModuleType):
+    """A module that is imported when something of it is first asked for."""
+
+    def __getattr__(self, name: str) -> object:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        value = getattr(importlib.import_module(self.__name__), name)
+        setattr(self, name, value)
+        return value
+
+
+def deferred(module: str) -> ModuleType:
+    """A module that is needed rarely and takes long to import, such as what compiles kernels.
+
+    The name is bound at the top of a file as an import would, beside an import for type checkers:
+
+    >>> if TYPE_CHECKING:
+    ...     from scipy import optimize
+    ... else:
+    ...     optimize = deferred("scipy.optimize")
+
+    Args:
+        module: Dotted module name.
+    """
+    return _Deferred(module)

@@ -146,6 +146,10 @@ class MovedModule(ModuleType):
         )
         return getattr(importlib.import_module(self._new), name)
 
+    def names(self) -> list[str]:
+        """Public names of the new module."""
+        return list(getattr(importlib.import_module(self._new), "__all__", ()))
+
 
 def register(root: str) -> None:
     """Put every old name below the package `root` where imports look for it."""

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,8 +84,6 @@ def _ir() -> Any:
 
 
 def _raw(op: Any, size: int) -> Any:
-    import numpy as np
-
     _ir()
     bindings = importlib.import_module("coreai._compiler._mlir_libs._coreaiIR")._bindings
     buffer = np.zeros(max(1, size), dtype=np.uint8)
@@ -296,8 +295,6 @@ class _Builder:
 
     def raw(self, data: Tensor, name: str, shape: list[int]) -> Any:
         """A constant of bytes, elements packed least significant bit first as ours are."""
-        import numpy as np
-
         tensor = self.ir.RankedTensorType.get(shape, self.type_of(name))
         array: Any = np.ascontiguousarray(data.detach().cpu().reshape(-1).numpy())
         if name in _DTYPES or name.startswith("f8"):
@@ -327,7 +324,6 @@ class _Builder:
 
 def _numpy_type(name: str) -> Any:
     import ml_dtypes
-    import numpy as np
 
     return {
         "f32": np.float32,

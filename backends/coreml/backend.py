@@ -29,6 +29,7 @@ from graphopt.backends.base import (
     quantization_refusals,
 )
 from graphopt.backends.coreml.decompose import decompose_for_coreml
+from graphopt.backends.coreml.evaluate import evaluate, load_program
 from graphopt.backends.coreml.lowerings import register_lowerings
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.quiet import quiet
@@ -222,8 +223,6 @@ class CoreMLBackend(Backend):
     def check(
         self, path: Path, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Verification:
-        from graphopt.backends.coreml.evaluate import evaluate, load_program
-
         with quiet("coremltools"):
             loaded = load_program(path)
             known = loaded.functions["main"].inputs

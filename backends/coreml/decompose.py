@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 from torch.export import ExportedProgram
 
 __all__ = ["decompose_for_coreml"]
@@ -54,8 +55,6 @@ def _known(target: Any) -> bool:
 
 
 def _rule(op: Any, default: Any) -> Callable[..., Any] | None:
-    from torch._decomp import decomposition_table
-
     if op in default:
         return default[op]
     if op in decomposition_table:

@@ -17,6 +17,7 @@ from typing_extensions import override
 
 from graphopt.backends.base import check_precision
 from graphopt.backends.coreml.backend import CoreMLBackend, Target
+from graphopt.backends.coreml.evaluate import evaluate, load_program
 from graphopt.backends.delegate import Delegate, Payload
 from graphopt.backends.quiet import quiet
 from graphopt.errors import VerificationError
@@ -118,8 +119,6 @@ class CoreMLDelegate(Delegate):
     @override
     def run(self, payload: Payload, inputs: Sequence[Tensor], folder: Path) -> list[Tensor]:
         from executorch.backends.apple.coreml import executorchcoreml
-
-        from graphopt.backends.coreml.evaluate import evaluate, load_program
 
         executorchcoreml.unflatten_directory_contents(payload.data, str(folder))
         root = next(folder.iterdir())

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
+import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
 from graphopt.capture.export_errors import explain_export_error, without_warnings
 from graphopt.capture.inference_form import dropout_kept, is_plain, to_inference_form
 from graphopt.errors import CaptureError, InputError
@@ -88,8 +89,6 @@ def _as_args(example_inputs: _Args | Tensor | None) -> _Args:
 def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Program:
     if not path.exists():
         raise InputError(f"no such file: {path}")
-    import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
-
     try:
         with without_warnings("torch.export"):
             exported = torch.export.load(path)

@@ -10,6 +10,7 @@ codes the best entries solve one linear system per table, and coordinate descent
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -17,8 +18,13 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import CalibrationError
-from graphopt.numerics import kernels_feedback as kernels
+from graphopt.extras import deferred
 from graphopt.numerics.parallel import map_tasks
+
+if TYPE_CHECKING:
+    from graphopt.numerics import kernels_feedback as kernels
+else:
+    kernels = deferred("graphopt.numerics.kernels_feedback")
 
 __all__ = [
     "Feedback",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
@@ -19,9 +20,14 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import CompressionError
-from graphopt.numerics import kernels
+from graphopt.extras import deferred
 from graphopt.numerics.kmeans1d_device import cluster_on_device
 from graphopt.numerics.parallel import map_tasks
+
+if TYPE_CHECKING:
+    from graphopt.numerics import kernels
+else:
+    kernels = deferred("graphopt.numerics.kernels")
 
 __all__ = ["Clustering", "IntGrid", "assign_1d", "cluster_1d", "look_up", "sum_of_squares"]
 

@@ -5,12 +5,19 @@ Only the dynamic program over a few hundred cells per group runs on the CPU.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
 from graphopt.errors import CompressionError
-from graphopt.numerics import kernels
+from graphopt.extras import deferred
+
+if TYPE_CHECKING:
+    from graphopt.numerics import kernels
+else:
+    kernels = deferred("graphopt.numerics.kernels")
 
 __all__ = ["cluster_on_device"]
 

@@ -8,14 +8,21 @@ until the error settles. Deterministic for a seed, whatever the number of thread
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
 from graphopt.errors import CompressionError
-from graphopt.numerics import kernels_vectors as kernels
+from graphopt.extras import deferred
 from graphopt.numerics.parallel import map_tasks
+
+if TYPE_CHECKING:
+    from graphopt.numerics import kernels_vectors as kernels
+else:
+    kernels = deferred("graphopt.numerics.kernels_vectors")
 
 __all__ = ["cluster_vectors"]
 

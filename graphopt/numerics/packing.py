@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.numerics import kernels
+from graphopt.extras import deferred
+
+if TYPE_CHECKING:
+    from graphopt.numerics import kernels
+else:
+    kernels = deferred("graphopt.numerics.kernels")
 
 __all__ = ["pack", "packed_size", "unpack"]
 

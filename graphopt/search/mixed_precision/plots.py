@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING
 
 from graphopt.extras import require
 from graphopt.files import replaced
-from graphopt.search.mixed_precision.measurements import Measurements
-from graphopt.search.mixed_precision.sweep import Sweep
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+    from graphopt.search.mixed_precision.measurements import Measurements
+    from graphopt.search.mixed_precision.sweep import Sweep
 
 __all__ = ["plot_sweep", "plot_table", "save_plot"]
 

@@ -9,12 +9,19 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from graphopt.backends.quiet import silent
 from graphopt.errors import InfeasibleError
+from graphopt.extras import deferred
+
+if TYPE_CHECKING:
+    from scipy import optimize, sparse
+else:
+    optimize, sparse = deferred("scipy.optimize"), deferred("scipy.sparse")
 
 __all__ = [
     "Problem",
@@ -291,9 +298,6 @@ def _branch_and_bound(
         seconds: Time limit.
         limit: Weight of each pair and the most that chosen ones may weigh.
     """
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import csr_array
-
     layers = np.array([layer for layer, _ in pairs])
     loss = np.array([problem.losses[layer][candidate] for layer, candidate in pairs])
     size = np.array([problem.sizes[layer][candidate] for layer, candidate in pairs])
@@ -301,24 +305,24 @@ def _branch_and_bound(
     first = np.flatnonzero(np.r_[True, np.diff(layers) > 0])
     base, least = np.minimum.reduceat(loss, first), np.minimum.reduceat(size, first)
     scale = max(float(level - base.sum()), 1e-300)
-    ones = csr_array((np.ones(len(pairs)), (layers, np.arange(len(pairs)))))
+    ones = sparse.csr_array((np.ones(len(pairs)), (layers, np.arange(len(pairs)))))
     slack = budget - float(least.sum())
     above = (size - least[layers]) / max(slack, 1.0)
     constraints = [
-        LinearConstraint(ones, 1.0, 1.0),
-        LinearConstraint(above[None, :], -np.inf, slack / max(slack, 1.0)),
+        optimize.LinearConstraint(ones, 1.0, 1.0),
+        optimize.LinearConstraint(above[None, :], -np.inf, slack / max(slack, 1.0)),
     ]
     if limit is not None:
-        constraints.append(LinearConstraint(limit[0][None, :], -np.inf, limit[1]))
+        constraints.append(optimize.LinearConstraint(limit[0][None, :], -np.inf, limit[1]))
     taken = np.zeros(len(pairs), dtype=bool)
     bound = None
     for attempt in range(_ATTEMPTS):
         with silent():  # HiGHS writes notes of its own to the process's streams
-            solved = milp(
+            solved = optimize.milp(
                 (loss - base[layers]) / scale,
                 constraints=constraints,
                 integrality=np.ones(len(pairs)),
-                bounds=Bounds(0, 1),
+                bounds=optimize.Bounds(0, 1),
                 options={"mip_rel_gap": gap, "time_limit": seconds},
             )
         if attempt == 0 and solved.mip_dual_bound is not None:
@@ -329,9 +333,11 @@ def _branch_and_bound(
         if float(size[taken].sum()) <= budget:
             break
         # HiGHS lets a row be exceeded a little: leave out this choice, in the end all that are so near
-        constraints.append(LinearConstraint(taken[None, :].astype(float), -np.inf, len(base) - 1))
+        constraints.append(
+            optimize.LinearConstraint(taken[None, :].astype(float), -np.inf, len(base) - 1)
+        )
         if attempt >= _ATTEMPTS // 2:
-            constraints[1] = LinearConstraint(
+            constraints[1] = optimize.LinearConstraint(
                 above[None, :], -np.inf, slack / max(slack, 1.0) - 2e-6
             )
     choice = [0] * len(base)

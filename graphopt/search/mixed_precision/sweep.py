@@ -20,6 +20,7 @@ from graphopt.files import write_csv
 from graphopt.progress import track
 from graphopt.search.mixed_precision.choose import uniform
 from graphopt.search.mixed_precision.measurements import Measurements
+from graphopt.search.mixed_precision.plots import plot_sweep
 from graphopt.search.mixed_precision.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -102,8 +103,6 @@ class Sweep:
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Accuracy against realised bits per weight; see `graphopt.mixed_precision.plots`."""
-        from graphopt.search.mixed_precision.plots import plot_sweep
-
         return plot_sweep(self, ax)
 
     def __rich__(self) -> Table:

@@ -1,0 +1,84 @@
+"""Imports that import-linter does not see: inside functions, of private names, and too early."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+# optional packages, each behind an extra, and what is installed with them
+OPTIONAL = {"coreai", "coreai_torch", "coremltools", "executorch", "torchao", "matplotlib"}
+OPTIONAL |= {"pandas", "dask", "distributed", "ml_dtypes"}
+# a backend and what makes it a delegate know each other
+MUTUAL = {"graphopt.backends.coreai.delegate", "graphopt.backends.coreml.delegate"}
+HEAVY = ("numba", "scipy", "networkx", "typer")
+
+
+def modules() -> list[Path]:
+    folders = ("graphopt", "passes", "backends")
+    found = {path.resolve() for folder in folders for path in (ROOT / folder).rglob("*.py")}
+    return sorted(path.relative_to(ROOT) for path in found)
+
+
+def imports_in(tree: ast.AST) -> Iterator[tuple[str, list[str]]]:
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, []) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            yield node.module or "", [alias.name for alias in node.names]
+
+
+@pytest.mark.parametrize("path", modules(), ids=str)
+def test_functions_import_only_optional_packages(path: Path) -> None:
+    tree = ast.parse((ROOT / path).read_text())
+    functions = [
+        node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+    ]
+    inside = {module for function in functions for module, _ in imports_in(function)}
+    late = {module for module in inside if module.split(".")[0] not in OPTIONAL}
+    assert late - MUTUAL == set()
+
+
+@pytest.mark.parametrize("path", modules(), ids=str)
+def test_private_names_stay_in_their_file(path: Path) -> None:
+    tree = ast.parse((ROOT / path).read_text())
+    private = {
+        f"{module}.{name}"
+        for module, names in imports_in(tree)
+        if module.split(".")[0] == "graphopt"
+        for name in [*module.split("."), *names]
+        if name.startswith("_") and not name.startswith("__")
+    }
+    assert private == set()
+
+
+def test_importing_the_package_loads_no_heavy_dependency() -> None:
+    code = f"import sys, graphopt; print([name for name in {HEAVY!r} if name in sys.modules])"
+    words = [sys.executable, "-W", "ignore", "-c", code]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_old_module_names_give_the_new_ones_names_with_a_warning() -> None:
+    import graphopt.editor
+
+    from graphopt.ir.editor import Editor
+
+    with pytest.warns(DeprecationWarning, match=r"graphopt\.editor has moved to graphopt\.ir"):
+        assert graphopt.editor.Editor is Editor
+
+
+def test_every_old_module_name_leads_to_a_module_with_names() -> None:
+    from graphopt import moved
+
+    for old in moved.MOVED:
+        module = sys.modules[f"graphopt.{old}"]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            assert all(hasattr(module, name) for name in module.names())
