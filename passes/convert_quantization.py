@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.analysis.activation_places import places_of
 from graphopt.analysis.quantized import quantized_ops
 from graphopt.analysis.weights import WeightTensor, find_weights, identity_of
 from graphopt.ir.annotations import (
@@ -27,7 +28,6 @@ from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.insert_fake_quantize import (
     InsertFakeQuantize,
     place_behind,
-    places_of,
     redirect,
 )
 from graphopt.passes.pass_base import Pass
