@@ -10,9 +10,10 @@ from graphopt.capture import capture
 if TYPE_CHECKING:
     from graphopt import casting, mixed_precision, pipelines, rdo
     from graphopt.api import compress, lower, tune
+    from graphopt.compressors.compressed_program import CompressedProgram
     from graphopt.config.joint import JointConfig
     from graphopt.ir.captured_module import CapturedModule
-    from graphopt.ir.program import CompressedProgram, Program
+    from graphopt.ir.program import Program
     from graphopt.ir.records import CompressionTable, TensorRecord
     from graphopt.specs import ExportBackend
 
@@ -42,7 +43,7 @@ __all__ = [
 # name → module that defines it; imported when the name is first asked for
 _MEMBERS = {
     "CapturedModule": "graphopt.ir.captured_module",
-    "CompressedProgram": "graphopt.ir.program",
+    "CompressedProgram": "graphopt.compressors.compressed_program",
     "CompressionTable": "graphopt.ir.records",
     "ExportBackend": "graphopt.specs",
     "JointConfig": "graphopt.config.joint",

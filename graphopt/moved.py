@@ -5,10 +5,11 @@ from __future__ import annotations
 import importlib
 import sys
 import warnings
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "MovedModule", "register"]
+__all__ = ["MOVED", "MOVED_NAMES", "MovedModule", "register"]
 
 # old module → where its names are now, both below `graphopt`
 MOVED: dict[str, str] = {
@@ -122,6 +123,11 @@ MOVED: dict[str, str] = {
     "weights": "analysis.weights",
 }
 
+# names that did not go where the rest of their module went
+MOVED_NAMES: dict[str, str] = {
+    "program.CompressedProgram": "compressors.compressed_program",
+}
+
 
 class MovedModule(ModuleType):
     """Stands under a module's old name and hands out the names of the new one.
@@ -129,22 +135,25 @@ class MovedModule(ModuleType):
     Args:
         old: Dotted name that the module had.
         new: Dotted name that it has.
+        elsewhere: Name → module of those that went to another one.
     """
 
-    def __init__(self, old: str, new: str) -> None:
+    def __init__(self, old: str, new: str, elsewhere: Mapping[str, str]) -> None:
         super().__init__(old, f"Moved to `{new}`.")
         self.__path__: list[str] = []
         self._new = new
+        self._elsewhere = dict(elsewhere)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)  # whoever looks through sys.modules imports nothing
+        new = self._elsewhere.get(name, self._new)
         warnings.warn(
-            f"{self.__name__} has moved to {self._new}; the old name goes with the next release",
+            f"{self.__name__} has moved to {new}; the old name goes with the next release",
             DeprecationWarning,
             stacklevel=2,
         )
-        return getattr(importlib.import_module(self._new), name)
+        return getattr(importlib.import_module(new), name)
 
     def names(self) -> list[str]:
         """Public names of the new module."""
@@ -154,4 +163,10 @@ class MovedModule(ModuleType):
 def register(root: str) -> None:
     """Put every old name below the package `root` where imports look for it."""
     for old, new in MOVED.items():
-        sys.modules.setdefault(f"{root}.{old}", MovedModule(f"{root}.{old}", f"{root}.{new}"))
+        elsewhere = {
+            path.removeprefix(f"{old}."): f"{root}.{module}"
+            for path, module in MOVED_NAMES.items()
+            if path.rpartition(".")[0] == old
+        }
+        moved = MovedModule(f"{root}.{old}", f"{root}.{new}", elsewhere)
+        sys.modules.setdefault(f"{root}.{old}", moved)

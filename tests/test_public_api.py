@@ -55,3 +55,11 @@ def test_root_names_exist_and_are_documented() -> None:
 def test_targets_have_their_names() -> None:
     names = {target.name for target in graphopt.ExportBackend}
     assert names == {"CoreAI", "CoreML", "ExecuTorch", "Torch"}
+
+
+def test_name_that_left_its_moved_module_is_found_under_the_old_one() -> None:
+    old = importlib.import_module("graphopt.program")
+    with pytest.warns(DeprecationWarning, match="moved to graphopt.compressors.compressed_program"):
+        assert old.CompressedProgram is graphopt.CompressedProgram
+    with pytest.warns(DeprecationWarning, match="moved to graphopt.ir.program"):
+        assert old.Program is graphopt.Program

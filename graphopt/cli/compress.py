@@ -27,12 +27,13 @@ from graphopt.cli.artifacts import (
 )
 from graphopt.cli.common import ERR, OUT, Json, Model, is_stream, print_json
 from graphopt.cli.mixed_precision import BatchSize, is_recipe, read_data
+from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.joint import AnyConfig
 from graphopt.config.base import read_yaml
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.files import replaced
-from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.program import Program
 from graphopt.report.stored import as_stored
 from graphopt.search.mixed_precision import Recipe
 

@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 
 from graphopt.backends import load_backend
 from graphopt.backends.lowering import as_program
-from graphopt.compressors.compressed import compressed
+from graphopt.compressors.compressed_program import CompressedProgram, compressed
 from graphopt.compressors.fit_palettes import FitPalettes
 from graphopt.compressors.tuning import Tune
 from graphopt.config.joint import JointConfig
@@ -20,7 +20,7 @@ from graphopt.config.pruning import MagnitudePrunerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
 from graphopt.fitting.sensitivity import LossFn
-from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.program import Program
 from graphopt.passes import (
     AnnotatePalettization,
     AnnotatePruning,

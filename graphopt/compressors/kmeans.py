@@ -15,13 +15,13 @@ from torch.export import ExportedProgram
 from graphopt.backends.lowering import convert_for
 from graphopt.capture import capture
 from graphopt.compressors.calibration import Calibrator, algorithms_of, shapes_to_weigh
-from graphopt.compressors.compressed import compressed
+from graphopt.compressors.compressed_program import CompressedProgram, compressed
 from graphopt.compressors.training import PaletteTraining
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.errors import InputError, StateError
 from graphopt.fitting.sensitivity import LossFn, load_sensitivities, save_sensitivities
 from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
-from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionTable
 from graphopt.passes import (
     AnnotatePalettization,

@@ -11,9 +11,9 @@ from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 from graphopt.backends.lowering import as_program
-from graphopt.compressors.compressed import compressed
+from graphopt.compressors.compressed_program import CompressedProgram, compressed
 from graphopt.errors import InputError
-from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.program import Program
 from graphopt.passes.pass_base import PassResult
 from graphopt.passes.pass_manager import AnyPass, PassManager, check_order, name_of
 
@@ -141,4 +141,4 @@ class Pipeline(Sequence[AnyPass]):
             self.passes, dump_dir, verify, program.example_args, program.example_kwargs
         )
         report = manager.run(program.graph_module)
-        return replace(compressed(program), pass_report=report)
+        return compressed(program, report)

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.backends.lowering import as_program, convert_for
-from graphopt.compressors.compressed import compressed
+from graphopt.compressors.compressed_program import CompressedProgram, compressed
 from graphopt.config.pruning import MagnitudePrunerConfig
 from graphopt.errors import CompressionError, InputError, StateError
 from graphopt.ir.captured_module import CapturedModule, holder_of
-from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionTable
 from graphopt.passes import AnnotatePruning, InsertPruners, PruneWeights, RestoreTraining
 from graphopt.passes.pass_manager import run_passes

@@ -14,12 +14,12 @@ from torch.export import ExportedProgram
 from graphopt.backends import load_backend
 from graphopt.backends.lowering import as_program, convert_for
 from graphopt.capture import capture
-from graphopt.compressors.compressed import compressed
+from graphopt.compressors.compressed_program import CompressedProgram, compressed
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QATSchedule, QuantizerConfig
 from graphopt.errors import ConfigError, InputError, StateError
 from graphopt.ir.captured_module import CapturedModule, holder_of
-from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionTable, merged
 from graphopt.passes import (
     AnnotatePalettization,

@@ -1,12 +1,10 @@
-"""Program and CompressedProgram: a captured graph with its state and where it came from."""
+"""Program: a captured graph with its state and where it came from."""
 
 from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -15,11 +13,11 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import GraphOptError, InputError
+from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule, InputGuards
 from graphopt.ir.records import CompressionTable
 
-__all__ = ["CompressedProgram", "Program", "Provenance", "export_graph", "share_graph"]
+__all__ = ["Program", "Provenance", "export_graph", "share_graph"]
 
 
 _Module = TypeVar("_Module", bound=nn.Module)
@@ -166,33 +164,3 @@ def share_graph(module: _Module) -> _Module:
     tensors = [*module.parameters(), *module.buffers()]
     memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
     return copy.deepcopy(module, memo)
-
-
-@dataclass(frozen=True)
-class CompressedProgram(Program):
-    """A converted program with the table of what was done to it.
-
-    Attributes:
-        lower_with: `(program, path suffix) → artifact`, given by the facade that made it.
-        pass_report: What each pass did (`graphopt.pipelines.PassReport`), where a pipeline made it.
-    """
-
-    lower_with: Callable[[Program, str], Any] | None = None
-    pass_report: Any = None
-
-    def report(self) -> CompressionTable:
-        """One row per candidate tensor; prints as a table, with `to_json()` and `to_html(path)`."""
-        return replace(self.table, program=self)
-
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Lower to the target that the suffix names and save: .aimodel, .mlpackage or .pt2.
-
-        Raises:
-            GraphOptError: The program was built without a way to lower it.
-            LoweringError: The target cannot hold it.
-            ArtifactExistsError: The path exists and `overwrite` is False.
-        """
-        if self.lower_with is None:
-            raise GraphOptError("this program was built without backends; use graphopt.lower()")
-        artifact = self.lower_with(self, Path(path).suffix)
-        return Path(artifact.save(path, overwrite=overwrite))

@@ -8,7 +8,7 @@ from dataclasses import replace
 from graphopt.analysis.lookups import find_lookups
 from graphopt.analysis.quantized import find_quantized_weights
 from graphopt.backends import load_backend
-from graphopt.ir.program import CompressedProgram
+from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionTable
 from graphopt.numerics.packing import packed_size
 from graphopt.specs import ExportBackend
@@ -17,9 +17,7 @@ from graphopt.specs.dtypes import bits_of, parse_dtype
 __all__ = ["as_stored"]
 
 
-def as_stored(
-    program: CompressedProgram, backend: ExportBackend | str | None = None
-) -> CompressionTable:
+def as_stored(program: Program, backend: ExportBackend | str | None = None) -> CompressionTable:
     """A program's report with the bits that a target stores, where it pads codes.
 
     Core AI keeps codes of 3 bits in 4, and integers that it has no type for as codes of a table that
@@ -32,7 +30,7 @@ def as_stored(
     Raises:
         LoweringError: There is no such target.
     """
-    table = program.report()
+    table = replace(program.table, program=program)
     if backend is None:
         return table
     capabilities = load_backend(backend).capabilities

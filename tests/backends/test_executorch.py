@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt import pipelines
+from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.errors import LoweringError
-from graphopt.ir.program import CompressedProgram
 from graphopt.palettization import (
     KMeansPalettizerConfig,
     ModuleKMeansPalettizerConfig,

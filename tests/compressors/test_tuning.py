@@ -12,9 +12,10 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.tuning import tune
 from graphopt.errors import CalibrationError
-from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.program import Program
 from graphopt.palettization import (
     KMeansPalettizer,
     KMeansPalettizerConfig,

@@ -12,7 +12,7 @@ import pytest
 import zoo
 
 import graphopt
-from graphopt.ir.program import CompressedProgram
+from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.palettization import KMeansPalettizer
 from graphopt.quantization import Quantizer
 

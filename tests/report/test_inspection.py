@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
+from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.errors import ArtifactExistsError, InputError, StateError
 from graphopt.inspection import (
     ModelInspector,
@@ -25,7 +26,6 @@ from graphopt.inspection import (
     save_graph,
     write_page,
 )
-from graphopt.ir.program import CompressedProgram
 from graphopt.numerics.packing import unpack
 from graphopt.palettization import KMeansPalettizer, KMeansPalettizerConfig
 from graphopt.pruning import MagnitudePruner

@@ -7,9 +7,10 @@ from typing import Any
 
 import torch
 
+from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.quantizer import Quantizer
 from graphopt.config.quantization import ModuleQuantizerConfig, QuantizerConfig
-from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.program import Program
 from graphopt.run.layerwise import Batch
 from graphopt.specs import QuantizationSpec
 

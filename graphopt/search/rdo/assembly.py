@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graphopt.compressors.compressed import compressed
+from graphopt.compressors.compressed_program import CompressedProgram, compressed
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.ir.editor import Editor
-from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.program import Program
 from graphopt.passes import (
     AnnotatePalettization,
     AnnotateQuantization,

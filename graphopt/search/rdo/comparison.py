@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.quantizer import Quantizer
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
-from graphopt.ir.program import CompressedProgram
 from graphopt.run.layerwise import Batch
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.configs import config_for

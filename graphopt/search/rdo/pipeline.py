@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
+from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.errors import ArtifactExistsError, InfeasibleError
 from graphopt.files import replaced
-from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.program import Program
 from graphopt.run.layerwise import Batch, as_batch
 from graphopt.search.rdo.allocation import Allocation, Rates, allocate
 from graphopt.search.rdo.comparison import Evaluate, compare

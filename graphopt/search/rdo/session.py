@@ -15,8 +15,9 @@ from torch.export import ExportedProgram
 
 from graphopt.analysis.value_facts import is_float
 from graphopt.backends.lowering import as_program
+from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.errors import CompressionError, ConfigError, InputError
-from graphopt.ir.program import CompressedProgram, Program
+from graphopt.ir.program import Program
 from graphopt.passes import (
     FoldBatchNorm,
     RemoveUnused,

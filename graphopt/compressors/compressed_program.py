@@ -1,0 +1,56 @@
+"""CompressedProgram: what passes made of a program, as one that can be reported and saved."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from graphopt.backends.lowering import lower_by_suffix
+from graphopt.ir.program import Program
+from graphopt.ir.records import CompressionTable
+from graphopt.passes.pass_manager import PassReport
+
+__all__ = ["CompressedProgram", "compressed"]
+
+
+@dataclass(frozen=True)
+class CompressedProgram(Program):
+    """A converted program with the table of what was done to it.
+
+    Attributes:
+        pass_report: What each pass did, where a pipeline made the program.
+    """
+
+    pass_report: PassReport | None = None
+
+    def report(self) -> CompressionTable:
+        """One row per candidate tensor; prints as a table, with `to_json()` and `to_html(path)`."""
+        return replace(self.table, program=self)
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Lower to the target that the suffix names and save: .aimodel, .mlpackage or .pt2.
+
+        Raises:
+            LoweringError: The target cannot hold it, or no target has such files.
+            ArtifactExistsError: The path exists and `overwrite` is False.
+        """
+        artifact = lower_by_suffix(self, Path(path).suffix)
+        return Path(artifact.save(path, overwrite=overwrite))
+
+
+def compressed(program: Program, pass_report: PassReport | None = None) -> CompressedProgram:
+    """What passes made of a program, as one that can be reported and saved.
+
+    Args:
+        program: The converted program; the result shares nothing with it.
+        pass_report: What the passes did.
+    """
+    return CompressedProgram(
+        # the original weights are gone by now; what is copied here is small
+        graph_module=copy.deepcopy(program.graph_module),
+        example_args=program.example_args,
+        example_kwargs=program.example_kwargs,
+        provenance=program.provenance,
+        pass_report=pass_report,
+    )
