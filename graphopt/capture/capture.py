@@ -188,11 +188,11 @@ def _export(
         try:
             exported = attempt()
             with _buffers_restored(model):
-                found = _run(exported.module(check_guards=False), args, kwargs)
+                outputs = _run(exported.module(check_guards=False), args, kwargs)
         except Exception as error:
             _log.debug("open shapes refused: %s: %s", type(error).__name__, error)
             continue
-        if _same(expected, found):
+        if _same(expected, outputs):
             return exported
         _log.debug("open shapes changed the outputs on the example; trying narrower ones")
     return attempts[-1]()
@@ -248,8 +248,8 @@ def _double_batch(args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
     return pytree.tree_unflatten(doubled, spec)
 
 
-def _same(expected: Any, found: Any) -> bool:
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(found), strict=False)
+def _same(expected: Any, outputs: Any) -> bool:
+    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(outputs), strict=False)
     for want, got in pairs:
         if not isinstance(want, Tensor):
             continue

@@ -52,10 +52,10 @@ def type_name(module_type: str | type[nn.Module]) -> str:
     if not module:
         return module_type
     try:
-        found = getattr(importlib.import_module(module), attribute)
+        value = getattr(importlib.import_module(module), attribute)
     except (ImportError, AttributeError):
         return module_type
-    return type_name(found) if isinstance(found, type) else module_type
+    return type_name(value) if isinstance(value, type) else module_type
 
 
 class _Mutable(SpecModel):
@@ -183,8 +183,8 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
         """A field of the module config in which a config path begins, or None."""
         sections = [("global_config", self.global_config)]
         for name in ("module_type_configs", "module_name_configs"):
-            found = getattr(self, name)
-            sections += [(f"{name}[{key!r}]", value) for key, value in found.items()]
+            section = getattr(self, name)
+            sections += [(f"{name}[{key!r}]", value) for key, value in section.items()]
         for key, config in sections:
             if path.startswith(f"{key}.") and config is not None:
                 return getattr(config, field)
@@ -299,18 +299,18 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
         """
         text, place = _text_of(source)
         try:
-            found = json.loads(text)
+            content = json.loads(text)
         except json.JSONDecodeError as error:
             raise ConfigError(f"{cls.__name__}{place}: not valid JSON: {error}") from None
-        return cls._from_file(found, place)
+        return cls._from_file(content, place)
 
     @classmethod
-    def _from_file(cls, found: Any, place: str) -> Self:
-        if not isinstance(found, dict):
+    def _from_file(cls, content: Any, place: str) -> Self:
+        if not isinstance(content, dict):
             raise ConfigError(
-                f"{cls.__name__}{place}: expected a mapping, got {type(found).__name__}"
+                f"{cls.__name__}{place}: expected a mapping, got {type(content).__name__}"
             )
-        return cls.from_dict(found)
+        return cls.from_dict(content)
 
 
 def read_yaml(source: str | Path | IO[Any], owner: str) -> Any:

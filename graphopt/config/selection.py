@@ -132,13 +132,13 @@ class Selector:
             if op_config is None:
                 return Selection(None, f"{where} is None", False, ranks, level > 0)
             section = f"op_{side}_spec"
-            found = getattr(op_config, section)
+            by_slot = getattr(op_config, section)
             for slot in (*slots, ANY):
-                if slot in found:
+                if slot in by_slot:
                     self._matched.add((f"{where}.{section}", str(slot)))
                     text = f"{where}.{section}[{slot!r}]"
-                    text += " is None" if found[slot] is None else ""
-                    return Selection(found[slot], text, slot != ANY, ranks, level > 0)
+                    text += " is None" if by_slot[slot] is None else ""
+                    return Selection(by_slot[slot], text, slot != ANY, ranks, level > 0)
             text = f"{where}.{section} has no entry for {slots[0]!r}"
             return Selection(None, text, False, ranks, level > 0)
         return Selection(None, "global_config is None and no other key matches")
@@ -161,8 +161,8 @@ class Selector:
             if self._full_match(pattern, frame.name):
                 yield f"module_name_configs[{pattern!r}]", self.config.module_name_configs[pattern]
         if frame.type in self.config.module_type_configs:
-            found = self.config.module_type_configs[frame.type]
-            yield f"module_type_configs[{frame.type!r}]", found
+            config = self.config.module_type_configs[frame.type]
+            yield f"module_type_configs[{frame.type!r}]", config
         if frame.name == "" and self.config.global_config is not None:
             yield "global_config", self.config.global_config
 

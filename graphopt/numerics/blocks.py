@@ -13,8 +13,8 @@ __all__ = ["Blocks", "nearest_divisor"]
 
 def nearest_divisor(extent: int, size: int) -> int:
     """The divisor of `extent` with the nearest ratio to `size`, the smaller one at a tie."""
-    divisors = [each for each in range(1, extent + 1) if extent % each == 0]
-    return min(divisors, key=lambda each: (abs(math.log(each / size)), each))
+    divisors = [divisor for divisor in range(1, extent + 1) if extent % divisor == 0]
+    return min(divisors, key=lambda divisor: (abs(math.log(divisor / size)), divisor))
 
 
 @dataclass(frozen=True)

@@ -45,9 +45,9 @@ def _search(
 
     def attempt(first: Tensor, second: Tensor) -> None:
         nonlocal best
-        found, place = errors(low * first, high * second).min(dim=0)
-        better = found < best
-        best = torch.where(better, found, best)
+        error, place = errors(low * first, high * second).min(dim=0)
+        better = error < best
+        best = torch.where(better, error, best)
         chosen = place.unsqueeze(0)
         ends[0] = torch.where(better, first.gather(0, chosen).squeeze(0), ends[0])
         ends[1] = torch.where(better, second.gather(0, chosen).squeeze(0), ends[1])
@@ -88,15 +88,15 @@ def clip_by_value(
         def errors(
             lows: Tensor, highs: Tensor, part: Tensor = part, counts: Tensor | None = counts
         ) -> Tensor:
-            found = []
+            totals = []
             for a, b in zip(lows, highs, strict=True):
                 squared = _squared_error(part, a, b, spec)
-                found.append((squared if counts is None else squared.mul_(counts)).sum(dim=1))
-            return torch.stack(found)
+                totals.append((squared if counts is None else squared.mul_(counts)).sum(dim=1))
+            return torch.stack(totals)
 
-        found = _search(low, high, errors, both=scale_limits(spec) == "both")
-        lows.append(found[0])
-        highs.append(found[1])
+        ends = _search(low, high, errors, both=scale_limits(spec) == "both")
+        lows.append(ends[0])
+        highs.append(ends[1])
     return torch.cat(lows), torch.cat(highs)
 
 
@@ -134,11 +134,11 @@ def clip_by_weight(
     values, weights = centres[filled].to(torch.float32), weights[filled].to(torch.float32)
 
     def errors(lows: Tensor, highs: Tensor) -> Tensor:
-        each = values.unsqueeze(0).expand(lows.shape[0], -1)
-        squared = _squared_error(each, lows[:, 0], highs[:, 0], spec)
+        points = values.unsqueeze(0).expand(lows.shape[0], -1)
+        squared = _squared_error(points, lows[:, 0], highs[:, 0], spec)
         powers = squared if exponent == 2.0 else squared ** (exponent / 2)
         return (powers * weights).sum(dim=1, keepdim=True)
 
     ends = low.clamp(max=0).reshape(1), high.clamp(min=0).reshape(1)
-    found = _search(*ends, errors, both=scale_limits(spec) == "both")
-    return found[0][0], found[1][0]
+    range_ = _search(*ends, errors, both=scale_limits(spec) == "both")
+    return range_[0][0], range_[1][0]

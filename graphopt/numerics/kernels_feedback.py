@@ -23,10 +23,10 @@ def _code(x, at, size, table):
         value = x[at]
         k = table.shape[0]
         if k <= 16:
-            found = 0
+            code = 0
             for i in range(1, k):
-                found += value > 0.5 * (table[i - 1, 0] + table[i, 0])
-            return found
+                code += value > 0.5 * (table[i - 1, 0] + table[i, 0])
+            return code
         low = 0
         high = k - 1
         while low < high:
@@ -37,7 +37,7 @@ def _code(x, at, size, table):
                 high = middle
         return low
     best = np.inf
-    found = 0
+    code = 0
     for i in range(table.shape[0]):
         distance = 0.0
         for j in range(size):
@@ -45,8 +45,8 @@ def _code(x, at, size, table):
             distance += gap * gap
         if distance < best:
             best = distance
-            found = i
-    return found
+            code = i
+    return code
 
 
 @_jit
@@ -69,12 +69,12 @@ def feedback(w, factor, tables, row_table, col_table, codes):
         inverse = np.float32(1.0) / factor[j, j]
         for u in range(units):
             table = tables[row_table[u] + col_table[j]]
-            found = _code(w[j], u * size, size, table)
-            codes[j, u] = found
+            code = _code(w[j], u * size, size, table)
+            codes[j, u] = code
             for i in range(size):
                 at = u * size + i
-                error[at] = (w[j, at] - table[found, i]) * inverse
-                w[j, at] = table[found, i]
+                error[at] = (w[j, at] - table[code, i]) * inverse
+                w[j, at] = table[code, i]
         for k in range(j + 1, columns):
             gain = factor[j, k]
             for r in range(rows):
@@ -111,16 +111,16 @@ def descend(q, slope, hessian, tables, row_table, col_table, codes):
         moved = False
         for u in range(units):
             table = tables[row_table[u] + col_table[j]]
-            found = _code(wanted, u * size, size, table)
-            if found == codes[j, u]:
+            code = _code(wanted, u * size, size, table)
+            if code == codes[j, u]:
                 continue
-            codes[j, u] = found
+            codes[j, u] = code
             changes += 1
             moved = True
             for i in range(size):
                 at = u * size + i
-                move[at] = table[found, i] - q[j, at]
-                q[j, at] = table[found, i]
+                move[at] = table[code, i] - q[j, at]
+                q[j, at] = table[code, i]
         if moved:
             for k in range(columns):
                 gain = hessian[j, k]

@@ -113,8 +113,8 @@ def cluster_1d(
         raise ValueError(f"method must be 'fast' or 'exact', got {method!r}")
     if values.device.type != "cpu" and method == "fast":
         step = None if grid is None else (grid.step, grid.low, grid.high)
-        found = cluster_on_device(values, sizes, weights, step)
-        return {k: Clustering(*parts) for k, parts in found.items()}
+        by_size = cluster_on_device(values, sizes, weights, step)
+        return {k: Clustering(*parts) for k, parts in by_size.items()}
 
     x = np.ascontiguousarray(values.detach().to("cpu", torch.float32).numpy())
     raw = _NO_WEIGHTS
@@ -201,8 +201,8 @@ def _assigned(
 
     for _ in map_tasks(assign, _row_tasks(x.shape[0])):
         pass
-    found = torch.from_numpy(indices).to(device)
-    return Clustering(tables.to(device), found, torch.from_numpy(sse))
+    codes = torch.from_numpy(indices).to(device)
+    return Clustering(tables.to(device), codes, torch.from_numpy(sse))
 
 
 def _row_tasks(n_groups: int) -> list[slice]:

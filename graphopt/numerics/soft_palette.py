@@ -170,10 +170,10 @@ def _iterate(
         for start in range(0, points.shape[1], step):
             part = slice(start, start + step)
             share = None if mass is None else mass[:, part]
-            found = checkpoint(
+            moments = checkpoint(
                 _moments, points[:, part], share, tables, temperature, use_reentrant=False
             )
-            weight, total = weight + found[0], total + found[1]
+            weight, total = weight + moments[0], total + moments[1]
         # an entry that nothing attends to stays where it is
         empty = weight[:, :, None] < 1e-6
         tables = torch.where(empty, tables, total / weight.clamp_min(1e-6)[:, :, None])

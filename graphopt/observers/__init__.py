@@ -53,4 +53,4 @@ def observer_of(spec: QuantizationSpec) -> Observer:
     if wanted == "dynamic":
         return StaticObserver()
     name = "moving_average" if wanted == "default" else wanted
-    return next(each for each in OBSERVERS if each.name == name)()
+    return next(observer for observer in OBSERVERS if observer.name == name)()

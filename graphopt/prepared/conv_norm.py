@@ -52,10 +52,10 @@ class ConvNorm(nn.Module):
     @property
     def op(self) -> Callable[..., Tensor]:
         """The convolution."""
-        found: Any = torch.ops
+        op: Any = torch.ops
         for part in self.op_name.split("."):
-            found = getattr(found, part)
-        return found
+            op = getattr(op, part)
+        return op
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), "_cache": None}
@@ -98,10 +98,10 @@ class ConvNorm(nn.Module):
 
     def folded(self, weight: Tensor, bias: Tensor | None, norm: NormState) -> tuple[Tensor, Tensor]:
         """Weight and bias with the norm folded in, kept until one of the tensors changes."""
-        tensors = [each for each in (weight, bias, *norm[:4]) if isinstance(each, Tensor)]
-        if torch.compiler.is_compiling() or any(each.is_inference() for each in tensors):
+        tensors = [tensor for tensor in (weight, bias, *norm[:4]) if isinstance(tensor, Tensor)]
+        if torch.compiler.is_compiling() or any(tensor.is_inference() for tensor in tensors):
             return fold_norm(weight, bias, norm, self.transposed_groups)
-        key = tuple((each.data_ptr(), each._version) for each in tensors)
+        key = tuple((tensor.data_ptr(), tensor._version) for tensor in tensors)
         if self._cache is None or self._cache[0] != key:
             with torch.no_grad():
                 self._cache = (key, *fold_norm(weight, bias, norm, self.transposed_groups))

@@ -21,7 +21,7 @@ def scales_of(
     prepared: CapturedModule, on_unobserved: Literal["error", "skip"]
 ) -> dict[str, tuple[Tensor, Tensor | None]]:
     """Sharing group → scale and offset of those with a usable range."""
-    found, problems = {}, []
+    scales, problems = {}, []
     for quantizer in parts_of(prepared, ActivationQuantizer):
         if quantizer.dynamic:
             raise LoweringError(
@@ -29,7 +29,7 @@ def scales_of(
                 f" ({quantizer.origin.path}); use another qparam_calculator_cls than 'dynamic'"
             )
         if bool(quantizer.known):
-            found[quantizer.origin.name] = quantizer.parameters_of()
+            scales[quantizer.origin.name] = quantizer.parameters_of()
             continue
         reason = quantizer.problem(*quantizer.observed_range()) or "has no range"
         problems.append(f"{quantizer.origin.name} (module {quantizer.origin.module!r}) {reason}")
@@ -40,7 +40,7 @@ def scales_of(
             + "\nrun data that reaches them through calibration_mode() (--data), exclude them in the config, or"
             " pass on_unobserved='skip' to leave them in float"
         )
-    return found
+    return scales
 
 
 def activation_records(

@@ -165,8 +165,8 @@ def _taken(tables: Tensor, codes: Tensor) -> Tensor:
     """Entries by code, [groups, n, length]."""
     groups, k, length = tables.shape
     rows = codes.int() + k * torch.arange(groups, dtype=torch.int32, device=codes.device)[:, None]
-    found = tables.reshape(-1, length).index_select(0, rows.reshape(-1))
-    return found.reshape(groups, -1, length)
+    taken = tables.reshape(-1, length).index_select(0, rows.reshape(-1))
+    return taken.reshape(groups, -1, length)
 
 
 def _means(vectors: Tensor, codes: Tensor, tables: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ __all__ = ["parts_of", "take_state"]
 
 def parts_of(module: nn.Module, kind: type[Any]) -> list[Any]:
     """The submodules of one type."""
-    return [each for each in module.modules() if isinstance(each, kind)]
+    return [part for part in module.modules() if isinstance(part, kind)]
 
 
 def take_state(gm: CapturedModule, prepared: CapturedModule) -> None:

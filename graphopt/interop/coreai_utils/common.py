@@ -60,13 +60,13 @@ def option_of(kind: type[OptionT], value: str, allowed: tuple[OptionT, ...], nam
         ConfigError: It is none of them.
     """
     try:
-        found = kind(value)
+        option = kind(value)
     except ValueError:
-        found = None
-    if found is None or found not in allowed:
-        known = [each.value for each in allowed]
+        option = None
+    if option is None or option not in allowed:
+        known = [choice.value for choice in allowed]
         raise ConfigError(f"{name} must be one of {known}, got {value!r}")
-    return found
+    return option
 
 
 def check_whole(value: object, name: str, least: int) -> None:

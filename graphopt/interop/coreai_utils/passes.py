@@ -164,7 +164,7 @@ def quantize_weights(
         InputError: It is no `AIProgram`.
         MissingDependencyError: coreai-core is not installed.
     """
-    types = tuple(each for each in DType if each is not DType.FP8_E8M0FNU)
+    types = tuple(member for member in DType if member is not DType.FP8_E8M0FNU)
     wanted = option_of(DType, dtype, types, "dtype")
     scheme = option_of(QScheme, qscheme, tuple(QScheme), "qscheme")
     allowed = (_Gran.PER_TENSOR, _Gran.PER_CHANNEL, _Gran.PER_BLOCK)
@@ -176,12 +176,12 @@ def quantize_weights(
     check_whole(block_size, "block_size", 1)
     scales = None
     if scale_dtype is not None:
-        found = option_of(DType, scale_dtype, (DType.FP8_E8M0FNU,), "scale_dtype")
+        scale_type = option_of(DType, scale_dtype, (DType.FP8_E8M0FNU,), "scale_dtype")
         if not wanted.value.startswith("fp8"):
             raise ConfigError(
-                f"scale_dtype={found.value} is for fp8 weights, not for {wanted.value}"
+                f"scale_dtype={scale_type.value} is for fp8 weights, not for {wanted.value}"
             )
-        scales = torch_dtype(found)
+        scales = torch_dtype(scale_type)
 
     def compress(constant: Constant, value: Tensor) -> _Form | str:
         blocks: Any = PerTensorGranularity()
@@ -261,8 +261,8 @@ def sparsify_weights(
         raise ConfigError(f"palettize_nbits must be one of {_BITS}, got {palettize_nbits!r}")
     stored = None
     if quantize_dtype is not None:
-        found = option_of(DType, quantize_dtype, _EIGHT, "quantize_dtype")
-        stored = QuantizationSpec(dtype=torch_dtype(found))
+        stored_type = option_of(DType, quantize_dtype, _EIGHT, "quantize_dtype")
+        stored = QuantizationSpec(dtype=torch_dtype(stored_type))
 
     def compress(constant: Constant, value: Tensor) -> _Form | str:
         scheme: Any = Unstructured()
@@ -296,7 +296,7 @@ def sparsify_weights(
 def _is_ratio(value: Any) -> bool:
     if not isinstance(value, tuple | list) or len(value) != 2:
         return False
-    return all(type(each) is int for each in value) and 0 <= value[0] <= value[1] and value[1] > 0
+    return all(type(part) is int for part in value) and 0 <= value[0] <= value[1] and value[1] > 0
 
 
 def _compressed(

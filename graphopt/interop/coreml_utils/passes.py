@@ -61,9 +61,10 @@ def weights_of(model: Any) -> tuple[WeightInfo, ...]:
     Raises:
         InputError: It is no `MLModel` of type ML program.
     """
-    found = open_model(model, modern=False).weights()
+    weights = open_model(model, modern=False).weights()
     return tuple(
-        WeightInfo(each.name, each.users, tuple(each.shape), each.value().dtype) for each in found
+        WeightInfo(weight.name, weight.users, tuple(weight.shape), weight.value().dtype)
+        for weight in weights
     )
 
 
@@ -203,8 +204,8 @@ class _Rules:
             return self.names[weight.name]
         named = [self.names[name] for name, _ in weight.users if name in self.names]
         typed = [self.types[kind] for _, kind in weight.users if kind in self.types]
-        for found in (named, typed):
-            if any(each != found[0] for each in found[1:]):
+        for matches in (named, typed):
+            if any(match != matches[0] for match in matches[1:]):
                 raise ConfigError(
                     f"{weight.name}: its ops {weight.users} ask for different specs; name the weight"
                 )

@@ -218,13 +218,13 @@ def _groups(specs: dict[Place, Any]) -> dict[Place, _Group]:
                 if other in specs and other != place and _alike(spec, specs[other], specs):
                     sharing.add_edge(place, other)
     order = {place: number for number, place in enumerate(specs)}
-    found: dict[Place, _Group] = {}
+    group_of: dict[Place, _Group] = {}
     for component in nx.connected_components(sharing):
         places = sorted(component, key=order.__getitem__)
         first = places[0] if isinstance(places[0], fx.Node) else places[0][0]
         group = _Group(f"{first.name}_{order[places[0]]}", places)
-        found |= dict.fromkeys(places, group)
-    return found
+        group_of |= dict.fromkeys(places, group)
+    return group_of
 
 
 def _alike(first: Any, second: Any, specs: dict[Place, Any]) -> bool:

@@ -222,13 +222,13 @@ class GraphOptQuantizer(Quantizer):  # type: ignore[misc]
     def _weights(self, model: fx.GraphModule, taken: set[fx.Node]) -> None:
         for weight in find_weights(model):
             first = weight.nodes[0]
-            found = palette_annotation(first) or quantization_annotation(first)
-            if found is None:
+            annotation = palette_annotation(first) or quantization_annotation(first)
+            if annotation is None:
                 continue
             maker = _Maker(
                 _WeightObserver,
-                spec=found.spec,
-                axis=found.output_axis,
+                spec=annotation.spec,
+                axis=annotation.output_axis,
                 name=weight.name,
                 seed=self._seed,
             )
@@ -270,7 +270,7 @@ class GraphOptQuantizer(Quantizer):  # type: ignore[misc]
 
 
 def _annotation(node: fx.Node) -> QuantizationAnnotation:
-    found = node.meta.get(_KEY)
-    if found is None:
-        found = node.meta[_KEY] = QuantizationAnnotation(_annotated=True)
-    return found
+    annotation = node.meta.get(_KEY)
+    if annotation is None:
+        annotation = node.meta[_KEY] = QuantizationAnnotation(_annotated=True)
+    return annotation

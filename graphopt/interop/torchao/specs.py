@@ -60,7 +60,7 @@ class TorchaoObserver(Observer):
             nothing = torch.full((1,), torch.nan)
             return nothing, nothing
         observer = self._with(state)
-        scale, zero = (each.reshape(1) for each in observer.calculate_qparams())
+        scale, zero = (value.reshape(1) for value in observer.calculate_qparams())
         low, high = observer.quant_min, observer.quant_max
         step, point = scale.to(torch.float64), zero.to(torch.float64)
         ends = ((low - point) * step, (high - point) * step)
