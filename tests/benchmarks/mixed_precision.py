@@ -28,31 +28,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from mixed_precision_nets import ROOT, Network, encoder, images, random_resnet50, stand_in, timed
 from torch import Tensor, nn
 
-ROOT = Path(__file__).parent.parent.parent
 PEER = ROOT / ".venv-peer" / "bin" / "python"
 sys.path.insert(0, str(ROOT / "examples" / "resnet50_mixed_precision"))
 BITS = (2, 4, 6)
 SAMPLE = 4  # pairs that the peer's loop is timed on
-
-
-def images(count: int, side: int = 224) -> Tensor:
-    return torch.randn(count, 3, side, side, generator=torch.Generator().manual_seed(0))
-
-
-def random_resnet50() -> nn.Module:
-    from model import resnet50
-
-    torch.manual_seed(0)
-    model = resnet50()
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.1)
-            module.running_var.uniform_(0.5, 1.5)
-            if module.weight is not None:
-                nn.init.uniform_(module.weight, 0.2, 0.6)
-    return model.eval()
 
 
 # --- time -----------------------------------------------------------------------------------------
@@ -117,12 +99,6 @@ def peer_loop(count: int, pairs: int) -> float:
         with torch.no_grad():
             prepared(x)
     return (time.perf_counter() - started) / pairs * len(layers) * len(BITS)
-
-
-def timed(work: Callable[[], Any]) -> tuple[Any, float]:
-    started = time.perf_counter()
-    result = work()
-    return result, time.perf_counter() - started
 
 
 def time_part(count: int) -> None:
@@ -200,29 +176,6 @@ def time_part(count: int) -> None:
 
 
 # --- trained networks -----------------------------------------------------------------------------
-Network = tuple[nn.Module, tuple[Any, ...], list[Any], list[Any]]
-
-
-def stand_in(folder: Path) -> Network:
-    """The example's ResNet: model, example, calibration batches, held-out batches."""
-    from model import digits, trained
-
-    (x, _), (held, _) = digits()
-    return trained(folder / "resnet.pt"), (x[:2],), list(x[:512].split(64)), list(held.split(100))
-
-
-def encoder(sentences: int | None = 192) -> Network:
-    """The pretrained sentence encoder with the sentences that its example ships."""
-    import importlib.util
-
-    place = ROOT / "examples" / "sentence_encoder" / "model.py"
-    spec = importlib.util.spec_from_file_location("sentence_encoder_model", place)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    calibration = module.batches("calibration", limit=sentences)
-    return module.load(), calibration[-1], calibration, module.batches("evaluation")
 
 
 def predictions(name: str, net: Network, metric: str, candidates: Sequence[Any]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import zoo
+import zoo_nets
 
 Batches = list[tuple[Tensor, ...]]
 Case = tuple[nn.Module, Batches, Batches]
@@ -34,7 +35,7 @@ class ResNet(nn.Module):
             wide = width << stage
             for place in range(2):
                 stride = 2 if stage and place == 0 else 1
-                blocks.append(zoo.BasicBlock(channels if place == 0 else wide, wide, stride))
+                blocks.append(zoo_nets.BasicBlock(channels if place == 0 else wide, wide, stride))
             channels = wide
         self.stages = nn.Sequential(*blocks)
         self.fc = nn.Linear(channels, classes)

@@ -1,4 +1,4 @@
-"""Quantized programs on every target: executed or read back, and compared."""
+"""Every form of quantized weight and activation on every target: executed or refused with a reason."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-import zoo
+from helpers.quantized_targets import EXECUTED, digits, quantized_digits, saved
 from torch import Tensor, nn
 
 import graphopt
 from graphopt.backends import lowering
-from graphopt.backends.base import Artifact
 from graphopt.errors import LoweringError
 from graphopt.palettization import (
     KMeansPalettizer,
@@ -30,25 +29,10 @@ from graphopt.quantization import (
 )
 from graphopt.quantization.spec import PerBlockGranularity, PerChannelGranularity
 
-EXECUTED = [
-    pytest.param("coreai", marks=pytest.mark.coreai),
-    pytest.param("coreml", marks=pytest.mark.coreml),
-    pytest.param("executorch", marks=pytest.mark.executorch),
-]
 ALL = [*EXECUTED, "torch"]
+
+
 ASYMMETRIC = QuantizationScheme.ASYMMETRIC
-
-
-def saved(program: object, target: str, folder: Path) -> Artifact:
-    options = {"precision": "float32"} if target in ("coreai", "coreml") else {}
-    artifact = graphopt.lower(program, target, **options)  # type: ignore[arg-type]
-    artifact.save(folder / f"net{artifact.suffix}")
-    return artifact
-
-
-def psnr(found: Tensor, wanted: Tensor) -> float:
-    error = (found.double() - wanted.double()).square().mean()
-    return float(10 * torch.log10(wanted.double().abs().max() ** 2 / error.clamp(min=1e-30)))
 
 
 class Weights(nn.Module):
@@ -68,7 +52,11 @@ class Weights(nn.Module):
 
 
 ARGS = (torch.randn(1, 4, 7, 7), torch.randint(0, 32, (1, 5)))
+
+
 CHANNELS, BLOCKS = PerChannelGranularity(), PerBlockGranularity(block_size=2)
+
+
 SPECS = {
     "int8": QuantizationSpec(granularity=CHANNELS),
     "int8 one scale": QuantizationSpec(),
@@ -95,6 +83,8 @@ SPECS = {
     ),
     "fp4": QuantizationSpec(dtype="fp4_e2m1", granularity=BLOCKS),
 }
+
+
 REFUSED = {
     "coreml": {"int4 minimum", "fp8 e4m3", "fp8 e5m2 powers of two", "fp4"},
     "executorch": {
@@ -158,6 +148,8 @@ ACTIVATIONS = {
     "fp8": QuantizationSpec(dtype="fp8_e4m3"),
     "int4": QuantizationSpec(dtype="int4", qscheme=ASYMMETRIC),
 }
+
+
 NOT_HELD = {"coreml": {"fp8", "int4"}, "executorch": {"fp8"}, "coreai": {"int4"}}
 
 
@@ -188,154 +180,6 @@ def test_every_form_of_activation_is_executed_or_refused(
     assert artifact.verify().max_error * float(wanted.abs().max()) <= 1.01 * step
 
 
-@cache
-def digits() -> tuple[nn.Module, tuple[Tensor, Tensor], Tensor]:
-    """A CNN trained for seconds, its held-out images and labels, and calibration images."""
-    import sys
-
-    sys.path.insert(0, str(Path(__file__).parents[2] / "examples/digits"))
-    from model import load, train  # type: ignore[import-not-found]
-
-    train_data, test_data = load()
-    return train(train_data, epochs=3), test_data, train_data[0][:256]
-
-
-@cache
-def quantized_digits() -> Quantizer:
-    model, _, images = digits()
-    quantizer = Quantizer(model)
-    quantizer.prepare((images[:2],))
-    quantizer.calibrate(images.split(64))
-    return quantizer
-
-
-@pytest.mark.parametrize("target", EXECUTED)
-def test_digits_cnn_runs_in_eight_bits(target: str, tmp_path: Path) -> None:
-    model, (images, labels), _ = digits()
-    quantizer = quantized_digits()
-    x = images[:128]
-    program = quantizer.program().with_example((x,))
-    with torch.no_grad():
-        logits = program.graph_module(x)
-        kept = (model(x).argmax(1) == logits.argmax(1)).float().mean()
-    assert kept > 0.97
-    assert (logits.argmax(1) == labels[:128]).float().mean() > 0.9
-    artifact = saved(program, target, tmp_path)
-    records = quantizer.summary().activations
-    step = [r.scale for r in records if r.status == "quantized"][-1]
-    assert step is not None
-    error = artifact.verify().max_error * float(logits.abs().max())
-    assert error <= 1.01 * max(r.scale for r in records if "linear" in r.name)
-
-
-def outside(artifact: Artifact) -> set[str]:
-    """Ops with quantized operands that XNNPACK left to portable kernels."""
-    left = artifact.delegation.outside  # type: ignore[attr-defined]
-    return {op for op in left if any(name in op for name in ("conv", "linear", "addmm", "mm"))}
-
-
-@pytest.mark.executorch
-def test_xnnpack_takes_the_whole_digits_cnn(tmp_path: Path) -> None:
-    artifact = saved(quantized_digits().program(), "executorch", tmp_path)
-    assert artifact.delegation.delegates == 1  # type: ignore[attr-defined]
-    assert not artifact.delegation.outside  # type: ignore[attr-defined]
-    assert not artifact.delegation.notes  # type: ignore[attr-defined]
-
-
-@cache
-def resnet() -> tuple[Quantizer, tuple[Tensor, ...], nn.Module]:
-    """Random weights whose batch norms have seen photographs; calibrated on crops of them."""
-    import skimage.data
-
-    model, _ = zoo.MODELS["resnet"]()
-    photo = torch.from_numpy(skimage.data.astronaut()).permute(2, 0, 1).float() / 127.5 - 1
-    crops = torch.stack(
-        [photo[:, y : y + 64, x : x + 64] for y in range(0, 448, 64) for x in range(0, 448, 64)]
-    )
-    norms = [m for m in model.modules() if isinstance(m, nn.BatchNorm2d)]
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None
-    model.train()
-    with torch.no_grad():
-        model(crops)
-    for norm in norms:
-        norm.momentum = 0.1
-    model.eval()
-    quantizer = Quantizer(model)
-    quantizer.prepare((crops[:1],))
-    quantizer.calibrate(crops[:32].split(8))
-    return quantizer, (crops[34:42],), model
-
-
-@pytest.mark.parametrize("target", EXECUTED)
-def test_resnet_runs_in_eight_bits(target: str, tmp_path: Path) -> None:
-    quantizer, x, model = resnet()
-    program = quantizer.program().with_example(x)
-    artifact = saved(program, target, tmp_path)
-    with torch.no_grad():
-        wanted = program.graph_module(*x)
-    outcome = artifact.verify()
-    if target == "executorch":
-        from graphopt.backends.executorch.backend import run_program
-
-        assert artifact.path is not None
-        found = run_program(artifact.path, x)[0].reshape(wanted.shape)
-        assert psnr(found, wanted) > 35
-        assert torch.equal(found.argmax(-1), wanted.argmax(-1))
-        assert artifact.delegation.delegates == 1  # type: ignore[attr-defined]
-        assert not outside(artifact)
-    else:
-        last = [r for r in quantizer.summary().activations if r.status == "quantized"]
-        step = next(r.scale for r in last if "linear" in r.name)
-        assert step is not None
-        assert outcome.max_error * float(wanted.abs().max()) <= 1.01 * step
-    with torch.no_grad():
-        assert psnr(wanted, model(*x)) > 20
-
-
-@pytest.mark.executorch
-def test_each_layer_on_xnnpack_is_within_one_step(tmp_path: Path) -> None:
-    """Layer by layer there is nothing that rounding differences could amplify."""
-    torch.manual_seed(0)
-    layers = {
-        "conv": nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU()),
-        "strided": nn.Conv2d(8, 16, 3, stride=2),
-        "depthwise": nn.Sequential(nn.Conv2d(8, 8, 3, groups=8), nn.ReLU6()),
-        "dilated": nn.Conv2d(8, 8, 3, dilation=2, bias=False),
-        "transposed": nn.ConvTranspose2d(8, 4, 2, stride=2),
-        "normed": nn.Sequential(nn.Conv2d(8, 16, 1), nn.BatchNorm2d(16), nn.Hardtanh()),
-        "pooled": nn.Sequential(nn.Conv2d(8, 8, 1), nn.MaxPool2d(2)),
-        "averaged": nn.Sequential(nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
-        "linear": nn.Linear(10, 7),
-    }
-    for name, layer in layers.items():
-        x = torch.randn(2, 8, 10, 10)
-        quantizer = Quantizer(layer.eval())
-        quantizer.prepare((x,), backend="executorch")
-        quantizer.calibrate([x])
-        program = quantizer.program()
-        artifact = saved(program, "executorch", tmp_path / name)
-        with torch.no_grad():
-            wanted = program.graph_module(x)
-        steps = [r.scale for r in quantizer.summary().activations if r.scale]
-        error = artifact.verify().max_error * float(wanted.abs().max())
-        assert error <= 1.01 * max(steps), name
-        assert not artifact.delegation.outside, name  # type: ignore[attr-defined]
-
-
-@pytest.mark.executorch
-def test_activation_that_xnnpack_does_not_fuse_is_rounded_before_too(tmp_path: Path) -> None:
-    model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4)).eval()
-    x = torch.randn(4, 8)
-    quantizer = Quantizer(model)
-    quantizer.prepare((x,), backend="executorch")
-    quantizer.calibrate([x])
-    artifact = saved(quantizer.program(), "executorch", tmp_path)
-    assert artifact.verify().max_error < 0.02
-    assert not outside(artifact)
-
-
 @pytest.mark.executorch
 @pytest.mark.parametrize(
     "spec",
@@ -356,29 +200,6 @@ def test_tables_are_expanded_where_the_target_has_none(
     artifact = saved(palettizer.program(), "executorch", tmp_path)
     assert artifact.verify().max_error < 1e-5
     assert any("stored as a dense weight" in note for note in artifact.delegation.notes)
-
-
-def llama(config: QuantizerConfig) -> tuple[Quantizer, tuple[Tensor, ...], nn.Module]:
-    model, args = zoo.MODELS["llama"]()
-    quantizer = Quantizer(model, config)
-    quantizer.prepare(args)
-    return quantizer, args, model
-
-
-@pytest.mark.coreai
-@pytest.mark.parametrize("name", ["w4_per_block", "fp8", "mxfp4"])
-def test_llama_weights_run_on_core_ai(name: str, tmp_path: Path) -> None:
-    config = getattr(QuantizerConfig.presets, name)()
-    quantizer, args, model = llama(config)
-    program = quantizer.program()
-    outcome = saved(program, "coreai", tmp_path).verify()
-    assert outcome.max_error < 1e-5
-    assert outcome.weights >= 15
-    with torch.no_grad():
-        assert psnr(program.graph_module(*args), model(*args)) > (25 if name == "fp8" else 12)
-    if name == "w4_per_block":
-        rows = [row for row in quantizer.summary().quantized if "proj" in row.name]
-        assert all(f"blocks of 1×{min(32, row.shape[1])}" in row.detail for row in rows)
 
 
 @pytest.mark.parametrize("target", [EXECUTED[0], EXECUTED[1], "torch"])

@@ -1,0 +1,182 @@
+"""Forms of tables in .pte files: each file is run, or unpacked and evaluated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.executorch_nets import (
+    IDS,
+    IMAGE,
+    SPECS,
+    Convolutions,
+    Words,
+    grouped,
+    palettized,
+    saved,
+)
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.palettization import (
+    PalettizationSpec,
+)
+from graphopt.quantization import Quantizer, QuantizerConfig
+
+pytestmark = pytest.mark.executorch
+
+
+@pytest.mark.parametrize(
+    ("delegate", "name"),
+    [
+        *(("xnnpack", name) for name in SPECS),
+        *(("portable", name) for name in ("4 bits", "3 bits in groups", "vectors in groups")),
+    ],
+)
+def test_codes_are_decoded_on_the_runtime(delegate: str, name: str, tmp_path: Path) -> None:
+    for number, (model, x) in enumerate(((Convolutions(), IMAGE), (Words(), IDS))):
+        program = palettized(model, x, SPECS[name])
+        (tmp_path / str(number)).mkdir()
+        artifact = saved(program, tmp_path / str(number), delegate=delegate, tables="compressed")
+        assert artifact.verify().max_error < 1e-6
+        notes = artifact.delegation.notes
+        assert all(
+            ("outliers" if name == "outliers" else "decoded at every call") in note
+            for note in notes
+        )
+        assert len(notes) == len(program.report().palettized)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 6, 8])
+def test_compressed_file_holds_the_codes_only(bits: int, tmp_path: Path) -> None:
+    model, x = nn.Sequential(nn.Linear(512, 512)), torch.randn(1, 512)
+    artifact = saved(
+        palettized(model, x, PalettizationSpec(n_bits=bits)), tmp_path, tables="compressed"
+    )
+    codes = 512 * 512 * bits / 8
+    # tables of bytes, the bias and the program itself
+    assert codes < artifact.size < codes + 15_000
+    assert artifact.verify().max_error < 1e-6
+
+
+def test_embedding_decodes_only_the_rows_it_reads(tmp_path: Path) -> None:
+    class Big(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(4096, 64)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.words(ids) * 2.0
+
+    for spec in (SPECS["4 bits"], PalettizationSpec(granularity=grouped(0, 16))):
+        artifact = saved(
+            palettized(Big(), IDS, spec), tmp_path, delegate="portable", tables="compressed"
+        )
+        assert artifact.verify().max_error == 0.0
+        # 14 rows of 64 floats and what decodes them, not 4096
+        assert artifact.planned_memory < 40_000
+        (tmp_path / "model.pte").unlink()
+
+
+def test_int8_table_becomes_int8_weights_of_the_same_values(tmp_path: Path) -> None:
+    config = {
+        "palettization": {
+            "global_config": {
+                "op_state_spec": {"weight": {"n_bits": 4, "lut_qspec": {"dtype": "int8"}}}
+            }
+        },
+        "quantization": {},
+    }
+    model = Convolutions().eval()
+    program = graphopt.compress(
+        model, (IMAGE,), config, calibration_data=[IMAGE], backend="executorch"
+    )
+    artifacts = {}
+    for tables in ("int8", "dense", "auto"):
+        (tmp_path / tables).mkdir()
+        artifacts[tables] = saved(program, tmp_path / tables, tables=tables)
+    small = artifacts["int8"]
+    # at most one step of the last scale, the rounding of XNNPACK's requantization
+    assert small.verify().max_error < 0.01
+    assert small.delegation.delegates == 1
+    assert not small.delegation.outside
+    assert not small.delegation.notes
+    assert small.buffer == artifacts["auto"].buffer
+    weights = sum(p.numel() for p in model.parameters())
+    assert artifacts["dense"].size - small.size > 2.5 * weights
+    # the form before the delegate computes the very same weights
+    assert torch.equal(small.lowered(IMAGE), artifacts["dense"].lowered(IMAGE))
+
+
+def test_passes_run_inside_executorch() -> None:
+    """ExecuTorch runs `transform_passes` on its own dialect; ours are callables like any."""
+    from executorch.exir import to_edge_transform_and_lower
+
+    from graphopt.backends.executorch.legalize import DuplicateDequantize
+    from graphopt.passes import RemoveUnused
+
+    quantizer = Quantizer(Convolutions().eval(), QuantizerConfig())
+    quantizer.prepare((IMAGE,))
+    quantizer.calibrate([IMAGE])
+    program = quantizer.program()
+    edge = to_edge_transform_and_lower(
+        program.export(), transform_passes=[RemoveUnused(), DuplicateDequantize()]
+    )
+    nodes = edge.exported_program().graph_module.graph.nodes
+    values = [node for node in nodes if "dequantize_per_tensor" in str(node.target)]
+    assert values
+    assert all(len(node.users) == 1 for node in values)
+    want = program.module()(IMAGE)
+    assert torch.allclose(edge.exported_program().module()(IMAGE), want, atol=1e-6)
+
+
+def test_default_takes_the_fastest_exact_form_of_each_weight(tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(256, 32)
+            self.first = nn.Linear(32, 64)
+            self.second = nn.Linear(64, 16)
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.second(torch.relu(self.first(self.words(ids))))
+
+    weight = {"n_bits": 4, "lut_qspec": {"dtype": "int8"}}
+    config = {
+        "palettization": {"global_config": {"op_state_spec": {"weight": weight}}},
+        "quantization": {"module_name_configs": {"second": None}},
+    }
+    program = graphopt.compress(
+        Mixed().eval(), (IDS,), config, calibration_data=[IDS], backend="executorch"
+    )
+    artifact = saved(program, tmp_path)
+    assert artifact.verify().max_error < 0.02
+    notes = {note.split(":")[0]: note for note in artifact.delegation.notes}
+    assert "decoded at every call" in notes["words.weight"]
+    assert "first.weight" not in notes  # int8, as XNNPACK computes it
+    assert "stored as a dense weight" in notes["second.weight"]
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [
+        nn.Conv2d(6, 8, 1),
+        nn.Conv2d(6, 8, 3, padding=1, bias=False),
+        nn.Conv2d(6, 8, (3, 2), stride=(2, 3), padding=(1, 0)),
+        nn.Conv2d(6, 8, 3, stride=2, padding=2, dilation=2),
+        nn.Conv2d(6, 8, 1, stride=2),
+        nn.Conv2d(6, 8, 3, padding=1, groups=2),
+    ],
+    ids=["1×1", "3×3", "oblong", "dilated", "1×1 strided", "groups"],
+)
+def test_convolutions_with_decoded_weights_run_as_linear_layers(
+    conv: nn.Module, tmp_path: Path
+) -> None:
+    program = palettized(nn.Sequential(conv, nn.ReLU()), torch.randn(2, 6, 9, 11), SPECS["4 bits"])
+    artifact = saved(program, tmp_path, tables="compressed")
+    assert artifact.verify().max_error < 1e-6
+    targets = [str(node.target) for node in artifact.lowered.graph.nodes]
+    in_groups = conv.groups > 1
+    assert any("conv2d" in target for target in targets) == in_groups
+    assert ("aten.convolution.default" in artifact.delegation.outside) == in_groups

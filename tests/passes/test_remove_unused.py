@@ -1,0 +1,33 @@
+"""RemoveUnused: what nothing reads goes."""
+
+from __future__ import annotations
+
+import torch
+from helpers.linear_nets import X, ops
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.ir.editor import Editor
+from graphopt.passes import (
+    RemoveUnused,
+)
+
+
+def test_unused_nodes_and_constants_go() -> None:
+    class Wasteful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(6, 6)
+            self.unused = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x)
+
+    gm = graphopt.capture(Wasteful().eval(), (X,)).graph_module
+    edit = Editor(gm)
+    first = next(n for n in gm.graph.nodes if n.op == "call_function")
+    edit.call(torch.ops.aten.relu.default, first.args[0], like=first)
+    assert "aten.relu.default" in ops(gm)
+    assert RemoveUnused()(gm).modified
+    assert ops(gm) == ["aten.linear.default"]
+    assert set(gm.state_dict()) == {"fc.weight", "fc.bias"}
