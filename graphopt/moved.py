@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "MOVED_NAMES", "MovedModule", "register"]
+__all__ = ["MOVED", "MOVED_NAMES", "RENAMED", "MovedModule", "register"]
 
 # old module → where its names are now, both below `graphopt`
 MOVED: dict[str, str] = {
@@ -50,25 +50,25 @@ MOVED: dict[str, str] = {
     "mixed_precision.analysis": "search.mixed_precision.analysis",
     "mixed_precision.candidates": "search.mixed_precision.candidates",
     "mixed_precision.choose": "search.mixed_precision.choose",
-    "mixed_precision.combined": "search.mixed_precision.combined",
+    "mixed_precision.combined": "search.mixed_precision.recipe_evaluation",
     "mixed_precision.configs": "search.mixed_precision.configs",
     "mixed_precision.exact": "search.mixed_precision.exact",
     "mixed_precision.fast": "search.mixed_precision.fast",
-    "mixed_precision.floor": "search.mixed_precision.floor",
+    "mixed_precision.floor": "search.mixed_precision.accuracy_drop",
     "mixed_precision.layers": "search.mixed_precision.layers",
     "mixed_precision.measurements": "search.mixed_precision.measurements",
     "mixed_precision.metrics": "search.mixed_precision.metrics",
     "mixed_precision.plots": "search.mixed_precision.plots",
     "mixed_precision.recipe": "search.mixed_precision.recipe",
     "mixed_precision.records": "search.mixed_precision.records",
-    "mixed_precision.refine": "search.mixed_precision.refine",
-    "mixed_precision.refining": "search.mixed_precision.refining",
+    "mixed_precision.refine": "search.mixed_precision.exchange_search",
+    "mixed_precision.refining": "search.mixed_precision.refinement",
     "mixed_precision.sensitivity_table": "search.mixed_precision.sensitivity_table",
     "mixed_precision.sizes": "search.mixed_precision.sizes",
     "mixed_precision.solvers": "search.mixed_precision.solvers",
-    "mixed_precision.stacked": "search.mixed_precision.stacked",
+    "mixed_precision.stacked": "search.mixed_precision.batched_candidates",
     "mixed_precision.suffix": "run.suffix",
-    "mixed_precision.survey": "search.mixed_precision.survey",
+    "mixed_precision.survey": "search.mixed_precision.layer_statistics",
     "mixed_precision.sweep": "search.mixed_precision.sweep",
     "palettization.calibration": "compressors.calibration",
     "palettization.dkm": "compressors.dkm",
@@ -105,8 +105,8 @@ MOVED: dict[str, str] = {
     "rdo.rounding": "search.rdo.rounding",
     "rdo.search": "search.rdo.search",
     "rdo.session": "search.rdo.session",
-    "rdo.sites": "search.rdo.sites",
-    "rdo.soft": "search.rdo.soft",
+    "rdo.sites": "search.rdo.graph_layers",
+    "rdo.soft": "search.rdo.relaxed_weights",
     "rdo.state": "search.rdo.state",
     "rdo.walk": "search.rdo.walk",
     "schemes.palettize_outputs": "fitting.palettize_outputs",
@@ -126,6 +126,36 @@ MOVED: dict[str, str] = {
 # names that did not go where the rest of their module went
 MOVED_NAMES: dict[str, str] = {
     "program.CompressedProgram": "compressors.compressed_program",
+}
+
+# in a new module: old name → what it is called now
+RENAMED: dict[str, dict[str, str]] = {
+    "search.mixed_precision.batched_candidates": {"Stacker": "CandidateBatcher"},
+    "search.mixed_precision.exchange_search": {
+        "Exchange": "ExchangeModel",
+        "refine_choice": "search_exchanges",
+    },
+    "search.mixed_precision.layer_statistics": {
+        "Site": "CorrectionPoint",
+        "Survey": "LayerStatistics",
+        "site_of": "correction_point",
+        "survey": "collect_statistics",
+    },
+    "search.mixed_precision.recipe_evaluation": {"Combined": "RecipeEvaluator"},
+    "search.mixed_precision.refinement": {
+        "combined_of": "recipe_evaluator",
+        "refined": "refine_recipe",
+    },
+    "search.rdo.graph_layers": {
+        "sites_by_layer": "layers_by_name",
+        "sites_by_node": "layers_by_node",
+    },
+    "search.rdo.relaxed_weights": {
+        "SoftInteger": "RelaxedInteger",
+        "SoftPalette": "RelaxedPalette",
+        "SoftWeight": "RelaxedWeight",
+        "soften": "relax",
+    },
 }
 
 
@@ -153,7 +183,8 @@ class MovedModule(ModuleType):
             DeprecationWarning,
             stacklevel=2,
         )
-        return getattr(importlib.import_module(new), name)
+        renamed = RENAMED.get(new.partition(".")[2], {})
+        return getattr(importlib.import_module(new), renamed.get(name, name))
 
     def names(self) -> list[str]:
         """Public names of the new module."""

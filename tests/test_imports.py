@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import subprocess
 import sys
 import warnings
@@ -82,3 +83,14 @@ def test_every_old_module_name_leads_to_a_module_with_names() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)
             assert all(hasattr(module, name) for name in module.names())
+
+
+def test_every_renamed_class_and_function_is_found_under_its_old_name() -> None:
+    from graphopt import moved
+
+    for old, new in moved.MOVED.items():
+        module = importlib.import_module(f"graphopt.{new}")
+        for name, renamed in moved.RENAMED.get(new, {}).items():
+            with pytest.warns(DeprecationWarning, match=r"has moved"):
+                found = getattr(sys.modules[f"graphopt.{old}"], name)
+            assert found is getattr(module, renamed)

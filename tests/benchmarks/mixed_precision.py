@@ -182,7 +182,7 @@ def predictions(name: str, net: Network, metric: str, candidates: Sequence[Any])
     from scipy.stats import spearmanr
 
     from graphopt.mixed_precision import analyze
-    from graphopt.search.mixed_precision.refining import combined_of
+    from graphopt.search.mixed_precision.refinement import recipe_evaluator
 
     model, example, batches, _ = net
     for correction in (None, "statistics"):
@@ -224,7 +224,7 @@ def predictions(name: str, net: Network, metric: str, candidates: Sequence[Any])
         )
         flat = [[loss for own in table.losses() for loss in own] for table in (exact, fast)]
         single = spearmanr(*flat)[0]
-        combined = combined_of(hybrid, batches, progress=False)
+        evaluator = recipe_evaluator(hybrid, batches, progress=False)
         generator = np.random.default_rng(0)
         rows = []
         for _ in range(70):
@@ -233,7 +233,7 @@ def predictions(name: str, net: Network, metric: str, candidates: Sequence[Any])
                 layer.name: str(generator.choice(layer.candidates, p=weights))
                 for layer in exact.layers
             }
-            true = combined.loss([choice[layer.name] for layer in exact.layers])
+            true = evaluator.loss([choice[layer.name] for layer in exact.layers])
             rows.append(
                 (
                     true,
@@ -268,7 +268,7 @@ def recipes(name: str, net: Network, metric: str) -> None:
     """
     from graphopt.errors import InfeasibleError
     from graphopt.mixed_precision import analyze
-    from graphopt.search.mixed_precision.refining import combined_of
+    from graphopt.search.mixed_precision.refinement import recipe_evaluator
 
     model, example, batches, held = net
 
@@ -280,7 +280,7 @@ def recipes(name: str, net: Network, metric: str) -> None:
             return
         start = table.recipe(target_bpw=greedy.bits_per_weight)
         ours, seconds = timed(lambda: table.refine(start, batches, progress=False))
-        judge = combined_of(table, held, progress=False)
+        judge = recipe_evaluator(table, held, progress=False)
         values = [
             judge.measure([each.choice[layer.name] for layer in table.layers])
             for each in (greedy, start, ours)

@@ -26,6 +26,7 @@ from graphopt.run.layerwise import Batch, as_batch
 from graphopt.search.mixed_precision.candidates import CandidateLike, as_candidates
 from graphopt.search.mixed_precision.exact import Bench, Values, make_bench, measure_batch
 from graphopt.search.mixed_precision.fast import FAST_METRICS, draw_vectors
+from graphopt.search.mixed_precision.layer_statistics import Correction
 from graphopt.search.mixed_precision.layers import (
     find_layers,
     refuse_unsupported,
@@ -41,7 +42,6 @@ from graphopt.search.mixed_precision.records import (
 )
 from graphopt.search.mixed_precision.sensitivity_table import SensitivityTable
 from graphopt.search.mixed_precision.sizes import SizeModel
-from graphopt.search.mixed_precision.survey import Correction
 from graphopt.specs import ExportBackend
 from graphopt.specs.dtypes import bits_of
 
@@ -288,7 +288,7 @@ def _payload(program: Program, header: Header, bench: Bench) -> bytes:
     torch.export.save(program.export(dynamic=True), buffer)
     metrics = [each.name if each == _named(each.name) else each for each in bench.metrics]
     try:
-        return pickle.dumps((buffer.getvalue(), header, metrics, bench.survey))
+        return pickle.dumps((buffer.getvalue(), header, metrics, bench.statistics))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
         raise InputError(
             f"the metric cannot be sent to an executor: {error}; define it in a module"
@@ -320,7 +320,7 @@ def _received(payload: bytes) -> tuple[Bench, Header]:
 
 @functools.lru_cache(maxsize=1)
 def _built(payload: bytes) -> tuple[Bench, Header]:
-    content, header, metrics, surveyed = pickle.loads(payload)
+    content, header, metrics, statistics = pickle.loads(payload)
     program = as_program(torch.export.load(io.BytesIO(content)))
     found = tuple(as_metric(each) for each in metrics)
-    return make_bench(program, header, found, (), surveyed=surveyed, progress=False), header
+    return make_bench(program, header, found, (), statistics=statistics, progress=False), header

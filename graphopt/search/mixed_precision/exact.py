@@ -11,12 +11,17 @@ from torch import Tensor
 from graphopt.ir.program import Program
 from graphopt.run.layerwise import Batch
 from graphopt.run.suffix import Downstream, GraphPlan, SuffixRun
+from graphopt.search.mixed_precision.batched_candidates import CandidateBatcher
 from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.mixed_precision.layer_statistics import (
+    Correction,
+    LayerStatistics,
+    collect_statistics,
+    correction_point,
+)
 from graphopt.search.mixed_precision.layers import Layer, Stored, stored_forms, weights_of
 from graphopt.search.mixed_precision.metrics import Metric, measure
 from graphopt.search.mixed_precision.records import Header
-from graphopt.search.mixed_precision.stacked import Stacker
-from graphopt.search.mixed_precision.survey import Correction, Survey, site_of, survey
 
 __all__ = ["Bench", "Values", "make_bench", "measure_batch"]
 
@@ -33,10 +38,10 @@ class Bench:
         candidates: Candidates by name.
         forms: Layer → candidate → stored form.
         belows: Layer → what depends on it.
-        survey: Ranges and corrections over all data.
+        statistics: Ranges and corrections over all data.
         metrics: What is measured.
         correction: What will be corrected afterwards, or None.
-        stacker: Runs candidates side by side where that is possible.
+        batcher: Runs candidates side by side where that is possible.
     """
 
     plan: GraphPlan
@@ -44,10 +49,10 @@ class Bench:
     candidates: Mapping[str, Candidate]
     forms: Mapping[str, Mapping[str, Stored | None]]
     belows: Mapping[str, Downstream]
-    survey: Survey
+    statistics: LayerStatistics
     metrics: tuple[Metric, ...]
     correction: Correction | None
-    stacker: Stacker
+    batcher: CandidateBatcher
 
 
 def make_bench(
@@ -56,7 +61,7 @@ def make_bench(
     metrics: tuple[Metric, ...],
     batches: Sequence[Batch],
     *,
-    surveyed: Survey | None = None,
+    statistics: LayerStatistics | None = None,
     progress: bool | None = None,
 ) -> Bench:
     """Everything that measuring needs.
@@ -67,7 +72,7 @@ def make_bench(
         metrics: What is measured.
         batches: All data, for ranges of activations and, unless the mode is "fast", corrections of
             single layers.
-        surveyed: Those, where they are known already.
+        statistics: Those, where they are known already.
         progress: Show bars; None shows them on a terminal.
     """
     gm = program.graph_module
@@ -81,8 +86,8 @@ def make_bench(
         for layer in header.layers
     )
     correction: Any = header.correction
-    if surveyed is None:
-        surveyed = survey(
+    if statistics is None:
+        statistics = collect_statistics(
             plan,
             layers,
             header.candidates,
@@ -93,7 +98,15 @@ def make_bench(
             progress=progress,
         )
     return Bench(
-        plan, layers, header.candidates, forms, belows, surveyed, metrics, correction, Stacker(plan)
+        plan,
+        layers,
+        header.candidates,
+        forms,
+        belows,
+        statistics,
+        metrics,
+        correction,
+        CandidateBatcher(plan),
     )
 
 
@@ -121,11 +134,11 @@ def measure_batch(
     for layer in layers:
         below = bench.belows[layer.name]
         run.advance(below.first)
-        site = site_of(bench.plan, layer, bench.correction)
+        point = correction_point(bench.plan, layer, bench.correction)
         changed = [name for name in layer.candidates if not bench.candidates[name].is_kept]
         single = len(layer.nodes) == 1
         op = bench.plan.by_name[layer.nodes[0]]
-        width = bench.stacker.width(run, below, op, len(changed)) if single else 1
+        width = bench.batcher.width(run, below, op, len(changed)) if single else 1
         found: dict[str, list[Tensor]] = {}
         for start in range(0, len(changed), width):
             names = changed[start : start + width]
@@ -134,8 +147,10 @@ def measure_batch(
                 form = bench.forms[layer.name][name]
                 dense = run.exact(below.sources[0]) if form is None else form.dense()
                 weights.append(dict.fromkeys(below.sources, dense))
-                hooks.append(bench.survey.hooks(layer, bench.candidates[name], site, bench.plan))
-            outputs = bench.stacker.outputs(run, below, op, weights, hooks) if width > 1 else None
+                hooks.append(
+                    bench.statistics.hooks(layer, bench.candidates[name], point, bench.plan)
+                )
+            outputs = bench.batcher.outputs(run, below, op, weights, hooks) if width > 1 else None
             if outputs is None:
                 pairs = zip(weights, hooks, strict=True)
                 outputs = [run.outputs(below, each, **own) for each, own in pairs]

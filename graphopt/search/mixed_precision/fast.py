@@ -24,9 +24,9 @@ from graphopt.errors import InputError
 from graphopt.run.layerwise import Batch, explained, flat_inputs
 from graphopt.run.suffix import GraphPlan, call_node
 from graphopt.search.mixed_precision.exact import Bench
+from graphopt.search.mixed_precision.layer_statistics import CorrectionPoint, correction_point
 from graphopt.search.mixed_precision.layers import Layer, uses_of
 from graphopt.search.mixed_precision.records import Vectors
-from graphopt.search.mixed_precision.survey import Site, site_of
 
 __all__ = ["FAST_METRICS", "draw_vectors"]
 
@@ -180,7 +180,9 @@ class _Changes:
         self.plan = bench.plan
         self.values = values
         self.forms = bench.forms[layer.name]
-        self.site: Site | None = site_of(bench.plan, layer, bench.correction)
+        self.correction_point: CorrectionPoint | None = correction_point(
+            bench.plan, layer, bench.correction
+        )
         self.below = bench.belows[layer.name]
         activations = [bench.candidates[name].activation for name in layer.candidates]
         hooked = any(activation is not None for activation in activations)
@@ -222,13 +224,13 @@ class _Changes:
                 for gradients in _weight_gradients(use, x[part], gradient[part], self.group)
             ]
         vectors = torch.cat(found)
-        if self.site is None:
+        if self.correction_point is None:
             return vectors
         z = self.values.at[node].detach().float()
-        axes = [axis for axis in range(1, z.ndim) if axis != self.site.axis % z.ndim]
+        axes = [axis for axis in range(1, z.ndim) if axis != self.correction_point.axis % z.ndim]
         mean = _mean_change(use, x, deltas.reshape(-1, *shape))
         vectors -= _group_sums(_summed(gradient, axes), self.group) @ mean.mT
-        if self.site.gains:
+        if self.correction_point.gains:
             centred = z - z.mean([0, *axes], keepdim=True)
             (cross,) = _weight_gradients(use, x, centred, len(x))
             cross = cross.reshape(shape[0], -1)
@@ -264,13 +266,13 @@ class _Changes:
             values: dict[fx.Node, object] = dict(known)
             if form is not None:
                 values |= dict.fromkeys(local.sources, form.dense())
-            hooks = self.bench.survey.hooks(self.layer, candidate, None, self.plan)
+            hooks = self.bench.statistics.hooks(self.layer, candidate, None, self.plan)
             for each in local.nodes:
                 if each in (op, point) or each in self.plan.constant:
                     values[each] = self._call(each, values, hooks.get("before", {}))
             change = (values[point] - exact).float()  # type: ignore[operator]
-            if self.site is not None:
-                change = _residual(change, exact.float(), self.site)
+            if self.correction_point is not None:
+                change = _residual(change, exact.float(), self.correction_point)
             columns.append(_per_sample(gradient.float() * change, samples))
         return _group_sums(torch.stack(columns, 1), self.group)
 
@@ -354,11 +356,11 @@ def _is_plain(use: WeightUse) -> bool:
     return use.form.is_even_convolution or use.form.kind in ("linear", "right", "left")
 
 
-def _residual(change: Tensor, exact: Tensor, site: Site) -> Tensor:
+def _residual(change: Tensor, exact: Tensor, point: CorrectionPoint) -> Tensor:
     """A change without what per-channel means (and gains) take up."""
-    axes = [axis for axis in range(change.ndim) if axis != site.axis % change.ndim]
+    axes = [axis for axis in range(change.ndim) if axis != point.axis % change.ndim]
     rest = change - change.mean(axes, keepdim=True)
-    if not site.gains:
+    if not point.gains:
         return rest
     centred = exact - exact.mean(axes, keepdim=True)
     slope = (rest * centred).mean(axes, keepdim=True)

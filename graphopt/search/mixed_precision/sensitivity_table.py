@@ -9,12 +9,12 @@ from typing import TYPE_CHECKING, Any
 from graphopt.compressors.joint import compress
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
+from graphopt.search.mixed_precision.accuracy_drop import within_drop
 from graphopt.search.mixed_precision.choose import Solver, choose, uniform
-from graphopt.search.mixed_precision.floor import within_drop
 from graphopt.search.mixed_precision.measurements import Measurements
 from graphopt.search.mixed_precision.plots import plot_table
 from graphopt.search.mixed_precision.recipe import Recipe
-from graphopt.search.mixed_precision.refining import refined
+from graphopt.search.mixed_precision.refinement import refine_recipe
 from graphopt.search.mixed_precision.sweep import Sweep, run_sweep
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class SensitivityTable(Measurements):
             StateError: The table has no model.
             InputError: The recipe is for another model, or there are no data.
         """
-        return refined(
+        return refine_recipe(
             self,
             recipe,
             data,

@@ -27,7 +27,7 @@ from graphopt.search.mixed_precision.layers import Layer
 from graphopt.search.rdo.activations import quantize_activations
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.fits import Fitted
-from graphopt.search.rdo.sites import sites_by_layer
+from graphopt.search.rdo.graph_layers import layers_by_name
 
 __all__ = ["assemble"]
 
@@ -56,7 +56,7 @@ def assemble(
     made = exact.copy()
     gm = made.graph_module
     edit = Editor(gm)
-    for name, site in sites_by_layer(gm, layers, config).items():
+    for name, site in layers_by_name(gm, layers, config).items():
         bias = forms[name].bias
         if bias is not None and site.bias is not None:
             edit.set_value(site.bias, bias)

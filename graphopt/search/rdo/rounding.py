@@ -1,6 +1,6 @@
 """Adaptive rounding of a whole block against the outputs that it should have.
 
-The roundings of all its weights are relaxed (`graphopt.rdo.soft`) and trained with Adam on
+The roundings of all its weights are relaxed (`graphopt.rdo.relaxed_weights`) and trained with Adam on
 `Σ c·(y − ŷ)² + γ·Σ(1 − |2h − 1|^β)` while β falls, c being what the loss feels at each element (Li et
 al., BRECQ, arXiv 2102.05426, section 3.3). Where activations are rounded, each element stays as it is
 with some probability (Wei et al., QDrop, arXiv 2203.05740). A block keeps the outcome only if its
@@ -24,7 +24,7 @@ from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.rdo.config import RoundingOptions
 from graphopt.search.rdo.fits import Fitted, LayerSite, measured
 from graphopt.search.rdo.rate import coded_bits
-from graphopt.search.rdo.soft import SoftWeight, soften
+from graphopt.search.rdo.relaxed_weights import RelaxedWeight, relax
 from graphopt.search.rdo.walk import BlockSite, Walk
 
 __all__ = ["Rounded", "round_block"]
@@ -76,12 +76,12 @@ def round_block(
         options: See `RoundingOptions`.
         seed: Seed of the order of batches and of dropped roundings.
     """
-    soft: dict[str, SoftWeight] = {}
+    soft: dict[str, RelaxedWeight] = {}
     for layer, fitted, target in layers:
         spec = candidates[fitted.candidate].weight
         if fitted.stored is None or layer.use is None:
             continue
-        relaxed = soften(fitted.stored, spec, target)
+        relaxed = relax(fitted.stored, spec, target)
         if relaxed is not None:
             soft[layer.layer.name] = relaxed
     wanted = walk.goals(site)
@@ -135,7 +135,7 @@ class _Trained:
         self,
         walk: Walk,
         site: BlockSite,
-        soft: Mapping[str, tuple[LayerSite, SoftWeight]],
+        soft: Mapping[str, tuple[LayerSite, RelaxedWeight]],
         options: RoundingOptions,
     ) -> None:
         self.soft = dict(soft)

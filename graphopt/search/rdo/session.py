@@ -42,9 +42,9 @@ from graphopt.search.rdo.assembly import assemble
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.curvature import Curvature
 from graphopt.search.rdo.fits import Fitted, LayerSite, fit_layer
+from graphopt.search.rdo.graph_layers import find_layer_blocks, layers_by_node
 from graphopt.search.rdo.rounding import Rounded, round_block
 from graphopt.search.rdo.search import Costs, search_block
-from graphopt.search.rdo.sites import find_layer_blocks, sites_by_node
 from graphopt.search.rdo.walk import BlockSite, Walk, twins_of
 
 __all__ = ["BlockFit", "Costs", "Session", "fits_of"]
@@ -153,7 +153,7 @@ class Session:
         if config.activations is not None:
             work = with_rounded_activations(exact, batches, config.activations, config.backend)
         twins = twins_of(work.graph_module, exact.graph_module)
-        sites = sites_by_node(work.graph_module, layers, config)
+        sites = layers_by_node(work.graph_module, layers, config)
         blocks = find_layer_blocks(work.graph_module, sites, twins, config)
         ends = [[twins[node] for node in block.outputs if is_float(node)] for block in blocks]
         uses = uses_of(exact.graph_module, [layer.name for layer in layers])
@@ -372,7 +372,7 @@ class Session:
     def _walk(self) -> Walk:
         """A pass over the blocks that begins with exact weights."""
         gm = self.work.copy().graph_module
-        sites = sites_by_node(gm, self.layers, self.config)
+        sites = layers_by_node(gm, self.layers, self.config)
         twins = twins_of(gm, self.exact.graph_module)
         blocks = find_layer_blocks(gm, sites, twins, self.config)
         exact = self.exact.graph_module

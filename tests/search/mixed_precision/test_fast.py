@@ -14,7 +14,7 @@ from graphopt.run.layerwise import as_batch
 from graphopt.search.mixed_precision.exact import Bench
 from graphopt.search.mixed_precision.fast import draw_vectors
 from graphopt.search.mixed_precision.measurements import cross_terms
-from graphopt.search.mixed_precision.refining import combined_of
+from graphopt.search.mixed_precision.refinement import recipe_evaluator
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CANDIDATES = [2, 4, "int8"]
@@ -22,7 +22,7 @@ CANDIDATES = [2, 4, "int8"]
 
 def bench_of(model: nn.Module, data: list[torch.Tensor], metric: str, **options: Any) -> Bench:
     table = analyze(model, (data[0],), CANDIDATES, data, metric, mode="fast", **options)
-    bench = combined_of(table, data).bench
+    bench = recipe_evaluator(table, data).bench
     return replace(bench, correction=options.get("correction"))
 
 
@@ -122,10 +122,10 @@ def test_cross_terms_predict_whole_recipes(mode: Any) -> None:
     model.b.weight.data = model.a.weight.data.flip(-1)  # errors of the two add up in full
     x = [torch.randn(64, 6)]
     table = analyze(model, (x[0],), [1, 2], x, "mse", mode=mode, draws=400, max_vectors=10**6)
-    combined = combined_of(table, x)
+    evaluator = recipe_evaluator(table, x)
     for choice in (["1-bit", "1-bit"], ["1-bit", "2-bit"], ["2-bit", "2-bit"]):
         named = dict(zip(("a.weight", "b.weight"), choice, strict=True))
-        true = combined.loss(choice)
+        true = evaluator.loss(choice)
         assert table.predict(named) == pytest.approx(true, rel=0.1)
         if choice[0] == choice[1]:  # cross terms are half of it
             assert true == pytest.approx(

@@ -18,8 +18,8 @@ from graphopt.errors import (
     StateError,
 )
 from graphopt.mixed_precision import METRICS, Recipe, SensitivityTable, analyze
+from graphopt.search.mixed_precision.accuracy_drop import drop_and_error
 from graphopt.search.mixed_precision.choose import every_recipe
-from graphopt.search.mixed_precision.floor import drop_and_error
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -197,17 +197,17 @@ def test_sizes_of_the_article_fill_the_printed_column() -> None:
 @pytest.mark.parametrize("mode", ["exact", "hybrid"])
 @pytest.mark.parametrize("correction", [None, "statistics"])
 def test_refinement_is_never_worse_nor_larger(mode: Any, correction: Any) -> None:
-    from graphopt.search.mixed_precision.refining import combined_of
+    from graphopt.search.mixed_precision.refinement import recipe_evaluator
 
     model, x = residual(), pictures()
     table = analyze(model, (x[0],), [2, 3, 4, 6], x, "mse", mode=mode, correction=correction)
-    combined = combined_of(table, x)
+    evaluator = recipe_evaluator(table, x)
     for target in (2.6, 3.5):
         for solver in ("greedy", "milp"):
             first = table.recipe(target_bpw=target, solver=solver)  # type: ignore[arg-type]
             refined = table.refine(first, x, evaluations=8)
-            before = combined.measure([first.choice[layer.name] for layer in table.layers])
-            after = combined.measure([refined.choice[layer.name] for layer in table.layers])
+            before = evaluator.measure([first.choice[layer.name] for layer in table.layers])
+            after = evaluator.measure([refined.choice[layer.name] for layer in table.layers])
             assert refined.measured == pytest.approx(after)
             assert after <= before
             assert refined.bits_per_weight <= target
@@ -215,17 +215,17 @@ def test_refinement_is_never_worse_nor_larger(mode: Any, correction: Any) -> Non
 
 
 def test_refinement_measures_no_more_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:
-    from graphopt.mixed_precision import combined
+    from graphopt.search.mixed_precision import recipe_evaluation
 
     calls = 0
-    original = combined.Combined._measured
+    original = recipe_evaluation.RecipeEvaluator._measured
 
     def counted(self: Any, names: Any) -> list[float]:
         nonlocal calls
         calls += 1
         return original(self, names)
 
-    monkeypatch.setattr(combined.Combined, "_measured", counted)
+    monkeypatch.setattr(recipe_evaluation.RecipeEvaluator, "_measured", counted)
     model, x = residual(), pictures()
     table = analyze(model, (x[0],), [2, 3, 4, 6], x, "mse", mode="hybrid")
     first = table.recipe(target_bpw=3)

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from graphopt.mixed_precision import Problem, solve_near
-from graphopt.search.mixed_precision.refine import Exchange
+from graphopt.search.mixed_precision.exchange_search import ExchangeModel
 
 
-def random_exchange(seed: int, layers: int = 5, candidates: int = 3) -> Exchange:
+def random_exchange(seed: int, layers: int = 5, candidates: int = 3) -> ExchangeModel:
     generator = np.random.default_rng(seed)
     vectors = generator.standard_normal((40, layers * candidates))
     vectors += 0.7 * generator.standard_normal((40, 1))  # errors have something in common
@@ -17,7 +17,7 @@ def random_exchange(seed: int, layers: int = 5, candidates: int = 3) -> Exchange
         generator.integers(1, 5, layers), candidates
     )
     vectors *= np.tile([3.0, 1.0, 0.3], layers)
-    return Exchange(
+    return ExchangeModel(
         vectors.T @ vectors / 40,
         np.repeat(np.arange(layers), candidates),
         bits,
@@ -25,7 +25,7 @@ def random_exchange(seed: int, layers: int = 5, candidates: int = 3) -> Exchange
     )
 
 
-def states(exchange: Exchange) -> list[np.ndarray]:
+def states(exchange: ExchangeModel) -> list[np.ndarray]:
     count = int(exchange.layer.max()) + 1
     every = [np.flatnonzero(exchange.layer == layer) for layer in range(count)]
     return [np.array(state) for state in itertools.product(*every)]

@@ -8,7 +8,7 @@ from search.mixed_precision.nets import encoder, pictures, residual, sentences
 from torch import nn
 
 from graphopt.mixed_precision import analyze, stacked
-from graphopt.search.mixed_precision.stacked import Stacker
+from graphopt.search.mixed_precision.batched_candidates import CandidateBatcher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -16,14 +16,14 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Counter:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.results: list[bool] = []
-        original = Stacker.outputs
+        original = CandidateBatcher.outputs
 
-        def outputs(this: Stacker, *args: Any) -> Any:
+        def outputs(this: CandidateBatcher, *args: Any) -> Any:
             found = original(this, *args)
             self.results.append(found is not None)
             return found
 
-        monkeypatch.setattr(Stacker, "outputs", outputs)
+        monkeypatch.setattr(CandidateBatcher, "outputs", outputs)
 
 
 def compared(

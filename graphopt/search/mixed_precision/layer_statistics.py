@@ -20,14 +20,21 @@ from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.layers import Layer, Stored
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["Affine", "Correction", "Site", "Survey", "site_of", "survey"]
+__all__ = [
+    "Affine",
+    "Correction",
+    "CorrectionPoint",
+    "LayerStatistics",
+    "collect_statistics",
+    "correction_point",
+]
 
 Correction = Literal["statistics", "batch_norm", "bias"]
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 @dataclass(frozen=True)
-class Site:
+class CorrectionPoint:
     """Where a correction acts on a layer.
 
     Attributes:
@@ -58,7 +65,7 @@ class Affine:
 
 
 @dataclass(frozen=True)
-class Survey:
+class LayerStatistics:
     """Outcome for all data.
 
     Attributes:
@@ -70,7 +77,7 @@ class Survey:
     corrections: dict[tuple[str, str], Affine]
 
     def hooks(
-        self, layer: Layer, candidate: Candidate, site: Site | None, plan: GraphPlan
+        self, layer: Layer, candidate: Candidate, point: CorrectionPoint | None, plan: GraphPlan
     ) -> dict[str, dict[fx.Node, Hook]]:
         """Hooks of `SuffixRun.values` for a candidate."""
         found: dict[str, dict[fx.Node, Hook]] = {}
@@ -78,12 +85,14 @@ class Survey:
         if rounding is not None:
             found["before"] = {plan.by_name[name]: rounding for name in layer.nodes}
         affine = self.corrections.get((layer.name, candidate.name))
-        if affine is not None and site is not None:
-            found["behind"] = {plan.by_name[site.node]: affine}
+        if affine is not None and point is not None:
+            found["behind"] = {plan.by_name[point.node]: affine}
         return found
 
 
-def site_of(plan: GraphPlan, layer: Layer, correction: Correction | None) -> Site | None:
+def correction_point(
+    plan: GraphPlan, layer: Layer, correction: Correction | None
+) -> CorrectionPoint | None:
     """Where the correction acts on a layer; None where it does not."""
     if correction is None or len(layer.nodes) != 1:
         return None
@@ -93,8 +102,8 @@ def site_of(plan: GraphPlan, layer: Layer, correction: Correction | None) -> Sit
         return None
     normed = len(node.users) == 1 and next(iter(node.users)).target is _NORM
     if normed:
-        return Site(node.name, axis, True) if correction != "bias" else None
-    return Site(node.name, axis, False) if correction != "batch_norm" else None
+        return CorrectionPoint(node.name, axis, True) if correction != "bias" else None
+    return CorrectionPoint(node.name, axis, False) if correction != "batch_norm" else None
 
 
 class _Moments:
@@ -118,7 +127,7 @@ class _Moments:
         return (self.square / self.count - self.mean.square()).clamp_min(0)
 
 
-def survey(
+def collect_statistics(
     plan: GraphPlan,
     layers: Sequence[Layer],
     candidates: Mapping[str, Candidate],
@@ -128,7 +137,7 @@ def survey(
     correction: Correction | None,
     *,
     progress: bool | None = None,
-) -> Survey:
+) -> LayerStatistics:
     """Run all data once through every layer and its candidates, if anything asks for it.
 
     Ranges of activations are those that their spec's statistics find, as a `Quantizer` has them. A
@@ -146,13 +155,13 @@ def survey(
         correction: What will be corrected afterwards, or None.
         progress: Show a bar; None shows it on a terminal.
     """
-    sites = {layer.name: site_of(plan, layer, correction) for layer in layers}
+    points = {layer.name: correction_point(plan, layer, correction) for layer in layers}
     ranged = [
         layer for layer in layers if any(candidates[name].activation for name in layer.candidates)
     ]
-    corrected = [layer for layer in layers if sites[layer.name] is not None]
+    corrected = [layer for layer in layers if points[layer.name] is not None]
     if not ranged and not corrected:
-        return Survey({}, {})
+        return LayerStatistics({}, {})
     roundings = {
         (layer.name, name): _rounding(plan, layer, candidates[name].activation)
         for layer in ranged
@@ -170,13 +179,15 @@ def survey(
                 for name in layer.candidates:
                     if (layer.name, name) in roundings:
                         roundings[layer.name, name].observe(run.exact(node))
-            site = sites[layer.name]
-            if site is not None:
-                _add_moments(plan, run, layer, forms[layer.name], belows[layer.name], site, moments)
+            point = points[layer.name]
+            if point is not None:
+                _add_moments(
+                    plan, run, layer, forms[layer.name], belows[layer.name], point, moments
+                )
     for rounding in roundings.values():
         rounding.settle()
         rounding.rounding = True
-    return Survey(roundings, _affines(corrected, sites, moments))
+    return LayerStatistics(roundings, _affines(corrected, points, moments))
 
 
 def _data_inputs(plan: GraphPlan, layer: Layer) -> list[fx.Node]:
@@ -198,14 +209,14 @@ def _add_moments(
     layer: Layer,
     forms: Mapping[str, Stored | None],
     below: Downstream,
-    site: Site,
+    point: CorrectionPoint,
     moments: dict[tuple[str, str], _Moments],
 ) -> None:
-    node = plan.by_name[site.node]
+    node = plan.by_name[point.node]
     local = plan.downstream(below.sources, node)
 
     def add(name: str, value: Any) -> None:
-        moments.setdefault((layer.name, name), _Moments()).add(value, site.axis)
+        moments.setdefault((layer.name, name), _Moments()).add(value, point.axis)
 
     add("", run.exact(node))
     for name, form in forms.items():
@@ -216,22 +227,22 @@ def _add_moments(
 
 def _affines(
     layers: Sequence[Layer],
-    sites: Mapping[str, Site | None],
+    points: Mapping[str, CorrectionPoint | None],
     moments: Mapping[tuple[str, str], _Moments],
 ) -> dict[tuple[str, str], Affine]:
     found = {}
     for layer in layers:
-        site, exact = sites[layer.name], moments[layer.name, ""]
-        assert site is not None
+        point, exact = points[layer.name], moments[layer.name, ""]
+        assert point is not None
         for name in layer.candidates:
             own = moments.get((layer.name, name))
             if own is None:
                 continue
             gain = torch.ones_like(exact.mean)
-            if site.gains:
+            if point.gains:
                 spread = own.variance
                 gain = torch.where(spread > 0, exact.variance / spread.clamp_min(1e-300), 1.0)
                 gain = gain.sqrt()
             shift = exact.mean - gain * own.mean
-            found[layer.name, name] = Affine(site.axis, gain.float(), shift.float())
+            found[layer.name, name] = Affine(point.axis, gain.float(), shift.float())
     return found

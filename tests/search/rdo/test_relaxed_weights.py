@@ -6,7 +6,7 @@ from torch import Tensor
 
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
-from graphopt.search.rdo.soft import SoftPalette, SoftWeight, soften
+from graphopt.search.rdo.relaxed_weights import RelaxedPalette, RelaxedWeight, relax
 from graphopt.specs import (
     PalettizationSpec,
     PerBlockGranularity,
@@ -45,9 +45,9 @@ def form_of(
     return quantize_weight(weight, spec, plan_blocks(weight.shape, 0, spec.granularity)[0])
 
 
-def soft(name: str, target: Tensor = WEIGHT) -> tuple[SoftWeight, Tensor]:
+def soft(name: str, target: Tensor = WEIGHT) -> tuple[RelaxedWeight, Tensor]:
     form = form_of(SPECS[name])
-    relaxed = soften(form, SPECS[name], target)
+    relaxed = relax(form, SPECS[name], target)
     assert relaxed is not None
     return relaxed, form.dense()
 
@@ -88,7 +88,7 @@ def test_gradients_reach_roundings_and_scales(name: str) -> None:
     relaxed.dense().square().sum().backward()
     assert relaxed.v.grad is not None
     assert bool(relaxed.v.grad.any())
-    quantized_tables = isinstance(relaxed, SoftPalette) and relaxed.form.lut_storage is not None
+    quantized_tables = isinstance(relaxed, RelaxedPalette) and relaxed.form.lut_storage is not None
     assert (relaxed.scales.grad is None or not bool(relaxed.scales.grad.any())) == quantized_tables
 
 
@@ -111,7 +111,7 @@ def test_levels_stay_on_the_grid_at_its_ends() -> None:
     form = quantize_weight(
         weight, spec, plan_blocks(weight.shape, 0, CHANNELS)[0], fixed=(torch.ones(1, 1), None)
     )
-    relaxed = soften(form, spec, weight)
+    relaxed = relax(form, spec, weight)
     assert relaxed is not None
     for value in (-9.0, 9.0):
         with torch.no_grad():
@@ -132,4 +132,4 @@ def test_levels_stay_on_the_grid_at_its_ends() -> None:
 def test_forms_without_neighbouring_levels_are_not_relaxed(
     spec: QuantizationSpec | PalettizationSpec,
 ) -> None:
-    assert soften(form_of(spec), spec, WEIGHT) is None
+    assert relax(form_of(spec), spec, WEIGHT) is None

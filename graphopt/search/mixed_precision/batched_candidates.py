@@ -17,13 +17,13 @@ from torch.utils import _pytree as pytree
 
 from graphopt.run.suffix import Downstream, GraphPlan, SuffixRun, call_node
 
-__all__ = ["Stacker"]
+__all__ = ["CandidateBatcher"]
 
 _ELEMENTS = 1 << 22  # of the largest value behind the layer, all candidates together
 _TOLERANCE = 1e-4
 
 
-class Stacker:
+class CandidateBatcher:
     """Knows which layers of a graph can be stacked.
 
     Args:

@@ -20,12 +20,12 @@ from torch import Tensor
 from graphopt.errors import InputError
 from graphopt.run.suffix import GraphPlan, SuffixRun
 from graphopt.search.mixed_precision.candidates import KEEP
-from graphopt.search.mixed_precision.combined import Combined
 from graphopt.search.mixed_precision.fast import FAST_METRICS
 from graphopt.search.mixed_precision.layers import weights_of
+from graphopt.search.mixed_precision.recipe_evaluation import RecipeEvaluator
 from graphopt.search.mixed_precision.solvers import Problem, solve_near
 
-__all__ = ["Exchange", "refine_choice"]
+__all__ = ["ExchangeModel", "search_exchanges"]
 
 Floats = npt.NDArray[np.float64]
 _SHARES = (0.05, 0.1, 0.2)
@@ -34,7 +34,7 @@ _PAIRS = 256  # single exchanges that are paired with each other
 
 
 @dataclass
-class Exchange:
+class ExchangeModel:
     """The quadratic form `½ xᵀQx` over choices, with sizes.
 
     Attributes:
@@ -122,8 +122,8 @@ class Exchange:
         return state
 
 
-def refine_choice(
-    combined: Combined,
+def search_exchanges(
+    evaluator: RecipeEvaluator,
     matrix: Floats,
     starts: Sequence[Sequence[str]],
     budget: float,
@@ -136,7 +136,7 @@ def refine_choice(
     """A choice at least as good as each of `starts` on the whole model.
 
     Args:
-        combined: Measures choices.
+        evaluator: Measures choices.
         matrix: Cross terms of all candidates of all layers in order.
         starts: Choices to begin with, the candidate of each layer; the first one comes first.
         budget: Bits of all layers together.
@@ -148,7 +148,7 @@ def refine_choice(
     Returns:
         Candidate of each layer.
     """
-    layers = combined.bench.layers
+    layers = evaluator.bench.layers
     known = {
         pair: number
         for number, pair in enumerate(
@@ -166,70 +166,70 @@ def refine_choice(
     rows = [known.get(pair, len(known)) for pair in kept]
     sizes = np.array([float(layers[place].bits_of(name)) for place, name in kept])
     owners = np.array([place for place, _ in kept])
-    exchange = Exchange(matrix[np.ix_(rows, rows)], owners, sizes, budget)
+    exchange = ExchangeModel(matrix[np.ix_(rows, rows)], owners, sizes, budget)
     states = [
         np.array([where[pair] for pair in enumerate(start)])
         for start in starts
         if all(pair in where for pair in enumerate(start))
     ]
-    limit = combined.count + evaluations
+    limit = evaluator.count + evaluations
 
     def names(own: npt.NDArray[np.int64]) -> list[str]:
         return [kept[column][1] for column in own]
 
     best = states[0]
     for own in states[:evaluations]:
-        if combined.is_better(names(own), names(best)):
+        if evaluator.is_better(names(own), names(best)):
             best = own
     generator = np.random.default_rng(seed)
     seeds = [*states, *(exchange.perturbed(best, 0.2, generator) for _ in range(_RESTARTS))]
     optima = {tuple(own): exchange.value(own) for own in map(exchange.search, seeds)}
     share = max(1, (evaluations - len(states)) // 2)
     for found, _ in sorted(optima.items(), key=lambda each: each[1])[:share]:
-        if combined.count >= limit:
+        if evaluator.count >= limit:
             break
         own = np.array(found)
-        if combined.is_better(names(own), names(best)):
+        if evaluator.is_better(names(own), names(best)):
             best = own
     for _ in range(rounds):
-        if combined.count >= limit or combined.bench.metrics[0].name not in FAST_METRICS:
+        if evaluator.count >= limit or evaluator.bench.metrics[0].name not in FAST_METRICS:
             break
         before = best
-        local = _local(combined, exchange, before, kept)
+        local = _local(evaluator, exchange, before, kept)
         for part in _SHARES:
-            if combined.count >= limit:
+            if evaluator.count >= limit:
                 break
             changes = max(1, round(part * len(before)))
             near = solve_near(local, budget, _places(exchange, before), changes)
             if near is None:
                 continue
             own = _columns(exchange, near.choice)
-            if combined.is_better(names(own), names(best)):
+            if evaluator.is_better(names(own), names(best)):
                 best = own
         if best is before:
             break
     return names(best)
 
 
-def _places(exchange: Exchange, state: npt.NDArray[np.int64]) -> list[int]:
+def _places(exchange: ExchangeModel, state: npt.NDArray[np.int64]) -> list[int]:
     """Columns as places among the candidates of their layer."""
     first = np.searchsorted(exchange.layer, np.arange(len(state)))
     return [int(each) for each in state - first]
 
 
-def _columns(exchange: Exchange, choice: Sequence[int]) -> npt.NDArray[np.int64]:
+def _columns(exchange: ExchangeModel, choice: Sequence[int]) -> npt.NDArray[np.int64]:
     first = np.searchsorted(exchange.layer, np.arange(len(choice)))
     return first + np.array(choice)
 
 
 def _local(
-    combined: Combined,
-    exchange: Exchange,
+    evaluator: RecipeEvaluator,
+    exchange: ExchangeModel,
     state: npt.NDArray[np.int64],
     kept: Sequence[tuple[int, str]],
 ) -> Problem:
     """Change of loss by each exchange alone: slope along its change of weights, and curvature."""
-    slopes = _slopes(combined, [kept[column][1] for column in state])
+    slopes = _slopes(evaluator, [kept[column][1] for column in state])
     q = exchange.matrix
     every = np.arange(len(q))
     now = state[exchange.layer]
@@ -244,38 +244,38 @@ def _local(
     return Problem.of(losses, sizes)
 
 
-def _slopes(combined: Combined, names: Sequence[str]) -> list[dict[str, float]]:
+def _slopes(evaluator: RecipeEvaluator, names: Sequence[str]) -> list[dict[str, float]]:
     """⟨gradient of the loss, Ŵ_c − Ŵ⟩ for every candidate c of every layer."""
-    gm = combined.compressed(names)
+    gm = evaluator.compressed(names)
     plan = GraphPlan(gm)
     found = {weight.name: weight for weight in weights_of(gm)}
-    layers = combined.bench.layers
+    layers = evaluator.bench.layers
     leaves: dict[str, Tensor] = {
         layer.name: found[layer.name].tensor.detach().clone().requires_grad_() for layer in layers
     }
     sources = {node: leaves[layer.name] for layer in layers for node in found[layer.name].nodes}
     below = plan.downstream(list(sources))
-    before = combined.hooks(plan, names)
+    before = evaluator.hooks(plan, names)
     total: dict[str, Tensor] = {}
-    metric = combined.bench.metrics[0].name
-    for batch, reference in zip(combined.batches, combined.reference, strict=True):
+    metric = evaluator.bench.metrics[0].name
+    for batch, reference in zip(evaluator.batches, evaluator.reference, strict=True):
         with torch.enable_grad():
             run = SuffixRun(plan, batch)
             outputs = run.traced_outputs(below, sources, before=before)
-            loss = _differentiable(metric, outputs, reference) / len(combined.batches)
+            loss = _differentiable(metric, outputs, reference) / len(evaluator.batches)
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         for name, grad in zip(leaves, grads, strict=True):
             if grad is not None:
                 total[name] = total[name] + grad if name in total else grad
     slopes = []
-    exact = {weight.name: weight for weight in weights_of(combined.program.graph_module)}
+    exact = {weight.name: weight for weight in weights_of(evaluator.program.graph_module)}
     for layer in layers:
         gradient = total.get(layer.name)
         own: dict[str, float] = {}
         if gradient is not None:
             current = leaves[layer.name].detach()
             for name in (*layer.candidates, KEEP.name):
-                dense = combined.dense(layer, name)
+                dense = evaluator.dense(layer, name)
                 other = exact[layer.name].tensor.detach() if dense is None else dense
                 own[name] = float((gradient * (other - current)).sum(dtype=torch.float64))
         slopes.append(own)

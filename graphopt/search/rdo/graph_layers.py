@@ -13,10 +13,10 @@ from graphopt.search.mixed_precision.layers import Layer, uses_of, weights_of
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.fits import LayerSite
 
-__all__ = ["find_layer_blocks", "sites_by_layer", "sites_by_node"]
+__all__ = ["find_layer_blocks", "layers_by_name", "layers_by_node"]
 
 
-def sites_by_layer(
+def layers_by_name(
     gm: CapturedModule, layers: Sequence[Layer], config: RDOConfig
 ) -> dict[str, LayerSite]:
     """The layers of a graph by name."""
@@ -29,13 +29,13 @@ def sites_by_layer(
     }
 
 
-def sites_by_node(
+def layers_by_node(
     gm: CapturedModule, layers: Sequence[Layer], config: RDOConfig
 ) -> dict[fx.Node, LayerSite]:
     """The layers of a graph by the nodes that read them."""
     named = {node.name: node for node in gm.graph.nodes}
     found: dict[fx.Node, LayerSite] = {}
-    for site in sites_by_layer(gm, layers, config).values():
+    for site in layers_by_name(gm, layers, config).values():
         found |= {named[name]: site for name in site.layer.nodes}
     return found
 

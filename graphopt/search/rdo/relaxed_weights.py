@@ -21,7 +21,7 @@ from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.schemes.quantize import QuantizedWeight, scale_precision, store_weight
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["SoftInteger", "SoftPalette", "SoftWeight", "soften"]
+__all__ = ["RelaxedInteger", "RelaxedPalette", "RelaxedWeight", "relax"]
 
 _STRETCH, _SHIFT = 1.2, 0.1
 _HARD = 1e-3  # h this near to 0 or 1 counts as decided
@@ -29,7 +29,7 @@ _EDGE = 0.02  # the farthest that a start is decided
 _LEAN = 0.5  # how far a start leans from the weight's own place to the element that was chosen
 
 
-class SoftWeight(nn.Module, ABC):
+class RelaxedWeight(nn.Module, ABC):
     """A weight whose elements lie between two levels.
 
     Attributes:
@@ -81,7 +81,7 @@ class SoftWeight(nn.Module, ABC):
         """The stored form, every element at the nearer of its levels."""
 
 
-class SoftInteger(SoftWeight):
+class RelaxedInteger(RelaxedWeight):
     """Integers with scales."""
 
     def __init__(self, form: QuantizedWeight, spec: QuantizationSpec, target: Tensor) -> None:
@@ -111,14 +111,14 @@ class SoftInteger(SoftWeight):
         return dequantize(self.low + self.h(), scale, offset)
 
     def stored(self) -> QuantizedWeight:
-        """See `SoftWeight.stored`."""
+        """See `RelaxedWeight.stored`."""
         elements = self.low + (self.h().detach() >= 0.5)
         scale = self.scale * self.scales.detach().exp()
         scale = scale.to(scale_precision(self.target, self.spec)).float()
         return store_weight(self.target, elements, scale, self.offset, self.spec, self.form.blocks)
 
 
-class SoftPalette(SoftWeight):
+class RelaxedPalette(RelaxedWeight):
     """Entries of tables, one value each."""
 
     def __init__(self, form: PalettizedWeight, target: Tensor) -> None:
@@ -154,7 +154,7 @@ class SoftPalette(SoftWeight):
         return joined if scale is None else joined * scale.float()
 
     def stored(self) -> PalettizedWeight:
-        """See `SoftWeight.stored`."""
+        """See `RelaxedWeight.stored`."""
         form, layout = self.form, self.form.layout
         codes = self.low + (self.h().detach() >= 0.5)
         lut = form.lut
@@ -172,9 +172,9 @@ def _bare(form: PalettizedWeight, target: Tensor) -> Tensor:
     return wide if form.channel_scale is None else wide / form.channel_scale.float()
 
 
-def soften(
+def relax(
     form: QuantizedWeight | PalettizedWeight, spec: object, target: Tensor
-) -> SoftWeight | None:
+) -> RelaxedWeight | None:
     """The relaxed form of a weight; None where its elements have no neighbouring levels.
 
     Args:
@@ -184,7 +184,7 @@ def soften(
     """
     if isinstance(form, QuantizedWeight):
         assert isinstance(spec, QuantizationSpec)
-        return None if grid_of(spec).is_float else SoftInteger(form, spec, target)
+        return None if grid_of(spec).is_float else RelaxedInteger(form, spec, target)
     if form.layout.cluster_dim > 1 or form.outliers is not None or form.n_bits < 1:
         return None
-    return SoftPalette(form, target)
+    return RelaxedPalette(form, target)

@@ -20,10 +20,10 @@ from graphopt.search.mixed_precision.exact import Bench
 from graphopt.search.mixed_precision.layers import Layer, weights_of
 from graphopt.search.mixed_precision.metrics import measure
 
-__all__ = ["Combined"]
+__all__ = ["RecipeEvaluator"]
 
 
-class Combined:
+class RecipeEvaluator:
     """Measures choices on fixed data.
 
     Args:
@@ -106,7 +106,7 @@ class Combined:
         for layer, name in zip(self.bench.layers, names, strict=True):
             candidate = self.bench.candidates.get(name)
             if candidate is not None and candidate.activation is not None:
-                own = self.bench.survey.hooks(layer, candidate, None, plan)
+                own = self.bench.statistics.hooks(layer, candidate, None, plan)
                 found |= own.get("before", {})
         return found
 

@@ -12,19 +12,19 @@ import numpy as np
 from graphopt.errors import InfeasibleError, InputError
 from graphopt.run.layerwise import as_batch
 from graphopt.search.mixed_precision.choose import choose, make_recipe, options_of
-from graphopt.search.mixed_precision.combined import Combined
 from graphopt.search.mixed_precision.exact import make_bench
+from graphopt.search.mixed_precision.exchange_search import search_exchanges
 from graphopt.search.mixed_precision.fast import FAST_METRICS, draw_vectors
 from graphopt.search.mixed_precision.measurements import Matrix, Measurements, cross_terms
 from graphopt.search.mixed_precision.recipe import Recipe
-from graphopt.search.mixed_precision.refine import refine_choice
+from graphopt.search.mixed_precision.recipe_evaluation import RecipeEvaluator
 
-__all__ = ["combined_of", "refined"]
+__all__ = ["recipe_evaluator", "refine_recipe"]
 
 
-def combined_of(
+def recipe_evaluator(
     table: Measurements, data: Iterable[Any], *, progress: bool | None = None
-) -> Combined:
+) -> RecipeEvaluator:
     """Something that measures whole recipes of a table on data.
 
     Raises:
@@ -38,10 +38,10 @@ def combined_of(
     # whole models are corrected as a whole: no moments of single layers are needed
     header = replace(table.header, mode="fast")
     bench = make_bench(program, header, (table.metric,), batches, progress=progress)
-    return Combined(program, bench, batches)
+    return RecipeEvaluator(program, bench, batches)
 
 
-def refined(
+def refine_recipe(
     table: Measurements,
     recipe: Recipe,
     data: Iterable[Any],
@@ -57,7 +57,7 @@ def refined(
     recipe.check(table.program)
     if evaluations < 1:
         raise InputError(f"evaluations must be at least 1, got {evaluations}")
-    combined = combined_of(table, data, progress=progress)
+    evaluator = recipe_evaluator(table, data, progress=progress)
     starts = [[recipe.choice[layer.name] for layer in table.layers]]
     allowed = options_of(table, pin, keep=keep).names
     budget = recipe.bits if recipe.budget is None else max(recipe.budget, recipe.bits)
@@ -67,9 +67,9 @@ def refined(
                 table, target_bpw=budget / table.weights, solver=solver, pin=pin, keep=keep
             )
             starts.append([other.choice[layer.name] for layer in table.layers])
-    found = refine_choice(
-        combined,
-        _matrix(table, combined),
+    found = search_exchanges(
+        evaluator,
+        _matrix(table, evaluator),
         starts,
         budget,
         allowed,
@@ -82,12 +82,12 @@ def refined(
         found,
         f"{recipe.solver}, refined",
         budget=recipe.budget,
-        measured=combined.measure(found),
+        measured=evaluator.measure(found),
     )
     return replace(made, loss=table.predict(made.choice)) if table.has_interactions else made
 
 
-def _matrix(table: Measurements, combined: Combined) -> Matrix:
+def _matrix(table: Measurements, evaluator: RecipeEvaluator) -> Matrix:
     """Cross terms: the table's, or measured losses with correlations drawn here."""
     if table.has_interactions:
         return table.interactions()
@@ -95,7 +95,7 @@ def _matrix(table: Measurements, combined: Combined) -> Matrix:
     if table.metric.name not in FAST_METRICS:
         return np.diag(2 * np.clip(np.nan_to_num(losses, posinf=1e300), 0, None))
     drawn = [
-        draw_vectors(combined.bench, batch, draws=1, seed=seed)
-        for seed, batch in enumerate(combined.batches)
+        draw_vectors(evaluator.bench, batch, draws=1, seed=seed)
+        for seed, batch in enumerate(evaluator.batches)
     ]
     return cross_terms(np.concatenate(drawn).astype(np.float64), table.owners(), losses)
