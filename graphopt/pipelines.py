@@ -11,9 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from graphopt.compressors.joint import AnyConfig, joint_config, joint_passes
+from typing_extensions import Unpack
+
+from graphopt.compressors.flow import joint_pipeline
+from graphopt.compressors.joint import AnyConfig, joint_config
+from graphopt.compressors.options import CompressKeywords, CompressOptions
 from graphopt.compressors.pipeline import Pipeline
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
@@ -21,13 +25,8 @@ from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
 from graphopt.fitting.sensitivity import LossFn
 from graphopt.passes import RaiseToVocabulary, RemoveUnused
-from graphopt.passes.pass_manager import (
-    PassManager,
-    PassRecord,
-    PassReport,
-)
+from graphopt.passes.pass_manager import PassManager, PassRecord, PassReport
 from graphopt.search.rdo import OptimizeRateDistortion, RDOConfig
-from graphopt.specs import ExportBackend
 
 __all__ = [
     "PassManager",
@@ -45,7 +44,7 @@ def palettize(
     config: KMeansPalettizerConfig | Mapping[str, Any] | str | Path | None = None,
     data: Sequence[Any] | None = None,
     loss_fn: LossFn | None = None,
-    **options: Any,
+    **options: Unpack[CompressKeywords],
 ) -> Pipeline:
     """Weights become tables.
 
@@ -61,47 +60,33 @@ def palettize(
     whole = joint_config(config)
     if whole.quantization is not None:
         raise InputError("pipelines.palettize takes no quantization; use pipelines.joint")
-    return Pipeline("palettize", joint_passes(whole, _listed(data), loss_fn, **options))
+    return joint_pipeline("palettize", whole, data, loss_fn, CompressOptions(**options))
 
 
 def quantize(
     config: QuantizerConfig | Mapping[str, Any] | str | Path | None = None,
     data: Sequence[Any] | None = None,
-    *,
-    backend: ExportBackend | str | None = None,
-    on_unmatched: Literal["error", "warn"] = "error",
-    on_unobserved: Literal["error", "skip"] = "error",
-    progress: bool | None = None,
+    **options: Unpack[CompressKeywords],
 ) -> Pipeline:
     """Weights and activations are quantized.
 
     Args:
         config: What becomes of what, or a mapping or YAML file of it; int8 everywhere by default.
         data: Calibration inputs of one call each, needed for the ranges of activations.
-        backend: Target whose fusions decide where activations are rounded.
-        on_unmatched: Whether a config key that matches nothing is an error or a warning.
-        on_unobserved: "skip" leaves activations without a usable range in float.
-        progress: Show bars; None shows them on a terminal.
+        options: `backend`, `on_unmatched`, `on_unobserved` and `progress`, as for
+            `graphopt.compress`.
     """
     whole = joint_config(QuantizerConfig() if config is None else config)
     if whole.palettization is not None:
         raise InputError("pipelines.quantize takes no palettization; use pipelines.joint")
-    passes = joint_passes(
-        whole,
-        _listed(data),
-        backend=backend,
-        on_unmatched=on_unmatched,
-        on_unobserved=on_unobserved,
-        progress=progress,
-    )
-    return Pipeline("quantize", passes)
+    return joint_pipeline("quantize", whole, data, None, CompressOptions(**options))
 
 
 def joint(
     config: AnyConfig | Mapping[str, Any] | str | Path | None = None,
     data: Sequence[Any] | None = None,
     loss_fn: LossFn | None = None,
-    **options: Any,
+    **options: Unpack[CompressKeywords],
 ) -> Pipeline:
     """Palettized weights and quantized activations, in one pipeline: what `graphopt.compress` runs.
 
@@ -110,12 +95,11 @@ def joint(
             and int8 activations by default.
         data: Calibration inputs of one call each; pairs (inputs, target) with `loss_fn`.
         loss_fn: `loss_fn(output, target)`; None needs no labels.
-        options: As for `graphopt.compress`: `backend`, `correct_statistics`, `tune_steps`, `seed`,
-            `progress`; and `on_unmatched`, `on_unobserved`, `fold_batch_norm`.
+        options: As for `graphopt.compress`.
     """
     both = JointConfig(palettization=KMeansPalettizerConfig(), quantization=QuantizerConfig())
     whole = both if config is None else joint_config(config)
-    return Pipeline("joint", joint_passes(whole, _listed(data), loss_fn, **options))
+    return joint_pipeline("joint", whole, data, loss_fn, CompressOptions(**options))
 
 
 def rdo(
@@ -133,7 +117,3 @@ def rdo(
     """
     optimize = OptimizeRateDistortion(list(data), config, progress)
     return Pipeline("rdo", (RaiseToVocabulary(), optimize, RemoveUnused()))
-
-
-def _listed(data: Sequence[Any] | None) -> list[Any] | None:
-    return None if data is None else list(data)

@@ -11,7 +11,7 @@ import torch
 from typing_extensions import override
 
 from graphopt.errors import InputError
-from graphopt.ir.annotations import keep_findings
+from graphopt.ir.annotations import findings_of, keep_findings
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import share_graph
@@ -71,6 +71,8 @@ class CalibrateActivations(Pass):
     """Find the scales of annotated activations; `ConvertQuantization` uses them.
 
     The graph stays as it is: a copy that shares its tensors runs with observers, weights rounded.
+    Where an earlier stage hands on a prepared graph that has observed or learned, its ranges and the
+    quantizers of its weights are taken instead.
 
     Attributes:
         data: Inputs of one call each, as for `as_batch`; None where every range is fixed.
@@ -92,11 +94,16 @@ class CalibrateActivations(Pass):
         gm = edit.gm
         if not isinstance(gm, CapturedModule):
             raise InputError("activations are calibrated in graphs that graphopt.capture made")
-        prepared = with_quantizers(share_graph(gm))
-        for quantizer in parts_of(prepared, WeightQuantizer):
-            quantizer.rounding = self.rounded_weights
-        if self.data is not None:
-            calibrate(prepared, self.data, self.progress)
+        prepared = findings_of(gm).prepared
+        if prepared is None:
+            prepared = with_quantizers(share_graph(gm))
+            for quantizer in parts_of(prepared, WeightQuantizer):
+                quantizer.rounding = self.rounded_weights
+            if self.data is not None:
+                calibrate(prepared, self.data, self.progress)
+        else:
+            trained = {each.origin.name: each for each in parts_of(prepared, WeightQuantizer)}
+            keep_findings(gm, quantizers=trained, prepared=None)
         keep_findings(gm, scales=scales_of(prepared, self.on_unobserved))
         records = CompressionTable((), (), tuple(activation_records(gm, prepared)))
         before = gm.meta.get("graphopt.table", CompressionTable(()))

@@ -63,7 +63,8 @@ class ConvertQuantization(Pass):
     Attributes:
         activations: Sharing group → scale and offset, beside those that an earlier pass found; a
             group without either stays in float.
-        weights: Name → quantized form; weights without one are quantized here.
+        weights: Name → quantized form; weights without one are quantized here, by the quantizers that
+            an earlier stage trained for them or as their specs say.
     """
 
     name: ClassVar[str] = "convert-quantization"
@@ -86,7 +87,7 @@ class ConvertQuantization(Pass):
             annotation = quantization_annotation(weight.nodes[0])
             if annotation is None:
                 continue
-            quantized = self.weights.get(weight.name) or _quantize(weight, annotation)
+            quantized = self._quantized(edit.gm, weight, annotation)
             row = record_of(weight, annotation.spec, quantized)
             rows.append(of_whole_weight(edit.gm, weight, row))
             dense = emit_weight(edit, weight.name, quantized, weight.nodes[0])
@@ -94,9 +95,22 @@ class ConvertQuantization(Pass):
                 edit.replace(node, dense)
             for path in (weight.name, *weight.aliases):
                 edit.delete_constant(path)
-        keep_findings(edit.gm, scales={})
+        keep_findings(edit.gm, scales={}, quantizers={})
         before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
         edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))
+
+    def _quantized(
+        self,
+        gm: fx.GraphModule,
+        weight: WeightTensor,
+        annotation: WeightAnnotation[QuantizationSpec],
+    ) -> QuantizedWeight:
+        if weight.name in self.weights:
+            return self.weights[weight.name]
+        trained: WeightQuantizer | None = findings_of(gm).quantizers.get(weight.name)
+        if trained is not None:
+            return trained.quantized(weight.tensor)
+        return _quantize(weight, annotation)
 
     def _scales(self, gm: fx.GraphModule) -> dict[str, Scales]:
         return {**findings_of(gm).scales, **self.activations}

@@ -13,7 +13,7 @@ from typing_extensions import override
 
 from graphopt.analysis.weights import WeightTensor, find_weights, identity_of
 from graphopt.errors import CompressionError
-from graphopt.ir.annotations import pruning_annotation
+from graphopt.ir.annotations import findings_of, keep_findings, pruning_annotation
 from graphopt.ir.editor import Editor
 from graphopt.ir.records import CompressionTable, TensorRecord, merged
 from graphopt.passes.annotate_pruning import AnnotatePruning
@@ -62,7 +62,8 @@ class PruneWeights(Pass):
     them.
 
     Attributes:
-        masks: Name → where elements stay; weights without one are masked by their specs.
+        masks: Name → where elements stay, beside those that an earlier stage found; weights without
+            one are masked by their specs.
     """
 
     name: ClassVar[str] = "prune-weights"
@@ -72,11 +73,12 @@ class PruneWeights(Pass):
     @override
     def run(self, edit: Editor) -> None:
         rows = []
+        masks = {**findings_of(edit.gm).masks, **self.masks}
         for weight in find_weights(edit.gm):
             annotation = pruning_annotation(weight.nodes[0])
             if annotation is None:
                 continue
-            mask = self.masks.get(weight.name)
+            mask = masks.get(weight.name)
             if mask is None:
                 mask = mask_of(weight.tensor, annotation.spec)
             pruned = prune(weight.tensor, mask)
@@ -89,6 +91,7 @@ class PruneWeights(Pass):
                 edit.replace(node, dense)
             for path in (weight.name, *weight.aliases):
                 edit.delete_constant(path)
+        keep_findings(edit.gm, masks={})
         before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
         edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))
 
@@ -96,7 +99,8 @@ class PruneWeights(Pass):
     def expected(self, before: fx.GraphModule, after: fx.GraphModule) -> fx.GraphModule:
         """The graph with zeros in its dense weights."""
         del after
-        edit, masks = Editor(before), {**annotated_masks(before), **self.masks}
+        edit = Editor(before)
+        masks = {**annotated_masks(before), **findings_of(before).masks, **self.masks}
         for weight in find_weights(before):
             if weight.name in masks and pruning_annotation(weight.nodes[0]) is not None:
                 value = weight.tensor.detach() * masks[weight.name]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.analysis.weights import find_weights
@@ -19,13 +19,14 @@ from graphopt.fitting.sensitivity import GradientCollector, LossFn, label_free_l
 from graphopt.ir.annotations import palette_annotation
 from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.program import Program, share_graph
+from graphopt.ir.records import CompressionTable, merged
 from graphopt.passes import InsertTaps, cluster_annotated
 from graphopt.passes.pass_manager import run_passes
 from graphopt.progress import track
 from graphopt.run.layerwise import Batch
 from graphopt.schemes.palettize import PalettizedWeight
 
-__all__ = ["Calibrator", "algorithms_of", "shapes_to_weigh"]
+__all__ = ["Calibrator", "algorithms_of", "note_remarks", "shapes_to_weigh", "without_data"]
 
 _log = logging.getLogger(__name__)
 _TAPS = "_taps"
@@ -40,6 +41,30 @@ def algorithms_of(annotated: Program) -> dict[str, str]:
             algorithm = annotation.spec.algorithm
             found[weight.name] = "skm" if algorithm == "auto" else algorithm
     return found
+
+
+def without_data(gm: fx.GraphModule, weighed: Collection[str] = ()) -> list[str]:
+    """Weights whose algorithms need data, each with the algorithm and the config path that asks for it.
+
+    Args:
+        gm: A graph that `AnnotatePalettization` has seen.
+        weighed: Weights with known sensitivities, which are all that "skm" needs.
+    """
+    waiting = []
+    for weight in find_weights(gm):
+        annotation = palette_annotation(weight.nodes[0])
+        if annotation is None:
+            continue
+        algorithm = annotation.spec.algorithm
+        if algorithm == "gptq" or (algorithm == "skm" and weight.name not in weighed):
+            waiting.append(f"{weight.name}: {algorithm!r} ({annotation.path})")
+    return waiting
+
+
+def note_remarks(gm: CapturedModule, remarks: Sequence[str]) -> None:
+    """Add remarks to the table of what is done."""
+    before = gm.meta.get("graphopt.table", CompressionTable(()))
+    gm.meta["graphopt.table"] = merged(before, CompressionTable((), tuple(remarks)))
 
 
 def shapes_to_weigh(annotated: Program) -> dict[str, torch.Size]:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from typing_extensions import override
 
 from graphopt.compressors.kmeans import KMeansPalettizer
 from graphopt.config.palettization import DKMPalettizerConfig
@@ -46,6 +47,7 @@ class DKMPalettizer(KMeansPalettizer):
     ) -> None:
         super().__init__(model, DKMPalettizerConfig() if config is None else config)
 
+    @override
     def prepare(
         self,
         example_inputs: tuple[Any, ...] | Tensor | None = None,

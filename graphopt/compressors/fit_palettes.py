@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from graphopt.compressors.calibration import Calibrator
-from graphopt.errors import InputError
-from graphopt.fitting.sensitivity import LossFn
+from graphopt.compressors.calibration import Calibrator, note_remarks, shapes_to_weigh, without_data
+from graphopt.errors import CalibrationError, InputError
+from graphopt.fitting.sensitivity import LossFn, load_sensitivities
 from graphopt.ir.annotations import keep_findings
 from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
-from graphopt.ir.records import CompressionTable, merged
 from graphopt.passes import AnnotatePalettization, cluster_annotated
 from graphopt.passes.pass_base import Pass
 from graphopt.progress import track
@@ -37,6 +37,12 @@ class FitPalettes(Pass):
         loss_fn: `loss_fn(output, target)`, the mean over a batch; None takes a label-free loss.
         seed: Seed of whatever is drawn.
         progress: Show bars; None shows them on a terminal.
+        sensitivity_path: File of `KMeansPalettizer.save_sensitivities`, by which errors are weighed
+            where there are no data.
+        calibrated_later: Cluster by k-means what has to wait for its data.
+
+    Raises:
+        CalibrationError: An algorithm needs data and there are none.
     """
 
     name: ClassVar[str] = "fit-palettes"
@@ -46,16 +52,18 @@ class FitPalettes(Pass):
     loss_fn: LossFn | None = None
     seed: int = 0
     progress: bool | None = None
+    sensitivity_path: str | Path | None = None
+    calibrated_later: bool = False
 
     @override
     def run(self, edit: Editor) -> None:
         gm = edit.gm
         if not isinstance(gm, CapturedModule):
             raise InputError("palettes are fitted in graphs that graphopt.capture made")
-        calibrator = Calibrator(Program(gm, ()), loss_fn=self.loss_fn, seed=self.seed)
-        if self.data is None or not set(calibrator.algorithms.values()) - {"kmeans"}:
-            plain = cluster_annotated(gm, progress=self.progress, seed=self.seed)
-            keep_findings(gm, palettes=plain, fitted_to_outputs=False)
+        annotated = Program(gm, ())
+        calibrator = Calibrator(annotated, loss_fn=self.loss_fn, seed=self.seed)
+        if not self.data or not set(calibrator.algorithms.values()) - {"kmeans"}:
+            self._cluster(annotated)
             return
         module = calibrator.annotated.copy().graph_module
         with calibrator.watching(module):
@@ -70,5 +78,20 @@ class FitPalettes(Pass):
             edit.changed = True
         fitted = set(calibrator.algorithms.values()) == {"gptq"}
         keep_findings(gm, palettes=found, fitted_to_outputs=fitted)
-        before = gm.meta.get("graphopt.table", CompressionTable(()))
-        gm.meta["graphopt.table"] = merged(before, CompressionTable((), tuple(remarks)))
+        note_remarks(gm, remarks)
+
+    def _cluster(self, annotated: Program) -> None:
+        """Without data; weighed by saved sensitivities where there are any."""
+        gm, weighed = annotated.graph_module, {}
+        if self.sensitivity_path is not None:
+            weighed = load_sensitivities(self.sensitivity_path, shapes_to_weigh(annotated))
+        waiting = [] if self.calibrated_later else without_data(gm, weighed)
+        if waiting:
+            raise CalibrationError(
+                "there are no data for algorithms that need them:\n"
+                + "\n".join(waiting)
+                + "\ngive calibration data (`calibration_data=`, `data=` of a pipeline, --data), or"
+                " set algorithm 'kmeans' or 'auto'"
+            )
+        palettes = cluster_annotated(gm, progress=self.progress, seed=self.seed, importance=weighed)
+        keep_findings(gm, palettes=palettes, sensitivities=weighed, fitted_to_outputs=False)

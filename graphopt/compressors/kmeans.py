@@ -11,39 +11,41 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from typing_extensions import override
 
-from graphopt.backends.lowering import convert_for
-from graphopt.capture import capture
-from graphopt.compressors.calibration import Calibrator, algorithms_of, shapes_to_weigh
-from graphopt.compressors.compressed_program import CompressedProgram, compressed
+from graphopt.compressors.base import Compressor
+from graphopt.compressors.calibration import (
+    Calibrator,
+    algorithms_of,
+    note_remarks,
+    without_data,
+)
+from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.compressors.fit_palettes import FitPalettes
+from graphopt.compressors.flow import joint_pipeline
+from graphopt.compressors.options import CompressOptions
 from graphopt.compressors.training import PaletteTraining
+from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
-from graphopt.errors import InputError, StateError
-from graphopt.fitting.sensitivity import LossFn, load_sensitivities, save_sensitivities
+from graphopt.errors import StateError
+from graphopt.fitting.sensitivity import LossFn, save_sensitivities
+from graphopt.ir.annotations import findings_of, keep_findings
 from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionTable
-from graphopt.passes import (
-    AnnotatePalettization,
-    FakePalettize,
-    FoldBatchNorm,
-    PalettizeWeights,
-    RemoveUnused,
-    cluster_annotated,
-)
+from graphopt.passes import FakePalettize
 from graphopt.passes.pass_manager import run_passes
 from graphopt.progress import track
-from graphopt.report.stored import as_stored
 from graphopt.run.layerwise import as_batch
 from graphopt.schemes.palettize import PalettizedWeight
-from graphopt.specs import DKMTrainingSpec, ExportBackend
+from graphopt.specs import DKMTrainingSpec
 
 __all__ = ["KMeansPalettizer"]
 
 _log = logging.getLogger(__name__)
 
 
-class KMeansPalettizer:
+class KMeansPalettizer(Compressor):
     """Replace weights by tables of centroids and indices.
 
     >>> palettizer = KMeansPalettizer(model, KMeansPalettizerConfig.presets.w4())
@@ -67,21 +69,15 @@ class KMeansPalettizer:
         model: nn.Module | ExportedProgram | Program,
         config: KMeansPalettizerConfig | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module | ExportedProgram | Program):
-            raise InputError(
-                f"model must be a module, an ExportedProgram or a Program, got {type(model).__name__}"
-            )
-        self._model = model
+        super().__init__(model)
         self._config = KMeansPalettizerConfig() if config is None else config
-        self._annotated: Program | None = None
         self._fitted: Program | None = None
-        self._prepared: CapturedModule | None = None
         self._sensitivities: dict[str, Tensor] = {}
         self._training: PaletteTraining | None = None
         self._seed = 0
         self._palettes: dict[str, PalettizedWeight] = {}
-        self._summary = CompressionTable(())
 
+    @override
     def prepare(
         self,
         example_inputs: tuple[Any, ...] | Tensor | None = None,
@@ -121,38 +117,35 @@ class KMeansPalettizer:
             InputError: `sensitivity_path` cannot be read or belongs to another model.
             StateError: `prepare` was called before.
         """
-        if self._annotated is not None:
-            raise StateError("prepare() was called before; make a new KMeansPalettizer")
+        self._refuse_second_prepare()
         if num_workers != 1:
             _log.info("num_workers has no effect: clustering uses torch's threads")
-        program = self._model
-        if not isinstance(program, Program):
-            program = capture(program, example_inputs, example_kwargs, dynamic_shapes)
-        elif example_inputs is not None or example_kwargs:
-            args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs or ()
-            program = program.with_example(tuple(args), dict(example_kwargs or {}))
-        annotated = program.copy()
-        gm = annotated.graph_module
-        if fold_batch_norm:
-            run_passes(gm, [FoldBatchNorm(), RemoveUnused()])
-        run_passes(gm, [AnnotatePalettization(self._config, on_unmatched)])
-        self._annotated, self._seed = annotated, seed
-        if sensitivity_path is not None:
-            self._sensitivities = load_sensitivities(sensitivity_path, shapes_to_weigh(annotated))
-        self._palettes = cluster_annotated(
-            gm, progress=progress, seed=seed, importance=self._sensitivities
+        how = CompressOptions(
+            on_unmatched=on_unmatched,
+            fold_batch_norm=fold_batch_norm,
+            correct_statistics=False,
+            seed=seed,
+            progress=progress,
         )
-        fake = annotated.copy().graph_module
+        cluster = FitPalettes(
+            seed=seed,
+            progress=progress,
+            sensitivity_path=sensitivity_path,
+            calibrated_later=True,
+        )
+        joint = JointConfig(palettization=self._config)
+        pipeline = joint_pipeline("palettize", joint, options=how).replace(cluster.name, cluster)
+        run = self._pause(
+            pipeline, "palettize-weights", example_inputs, example_kwargs, dynamic_shapes
+        )
+        gm = run.program.graph_module
+        found = findings_of(gm)
+        self._palettes, self._sensitivities = dict(found.palettes), dict(found.sensitivities)
+        keep_findings(gm, palettes={}, sensitivities={})
+        fake = run.program.copy().graph_module
         run_passes(fake, [FakePalettize(self._palettes)])
-        self._summary = fake.meta["graphopt.table"]
-        _log.info(
-            "palettized %d of %d tensors to %.3f bits per weight",
-            len(self._summary.palettized),
-            len(self._summary),
-            self._summary.bits_per_weight,
-        )
-        for row in self._summary.skipped:
-            _log.info("left %s as it is: %s", row.name, row.detail)
+        _say(fake.meta["graphopt.table"])
+        self._run, self._seed = run, seed
         self._prepared = copy.deepcopy(fake)
         return self._prepared
 
@@ -199,9 +192,9 @@ class KMeansPalettizer:
             InputError: The loss has no gradient.
         """
         del model
-        annotated, prepared = self._ready()
+        prepared = self._ready()
         calibrator = Calibrator(
-            annotated,
+            self._waiting().program,
             loss_fn=loss_fn,
             label_free=label_free,
             per_sample=per_sample,
@@ -230,7 +223,7 @@ class KMeansPalettizer:
             progress: Show bars; None shows them on a terminal.
             options: Further options of `calibration_mode`.
         """
-        _, prepared = self._ready()
+        prepared = self._ready()
         with self.calibration_mode(progress=progress, **options) as calibrator:
             total = len(data) if isinstance(data, Sized) else 0
             for inputs in track(data, "gradients", total, enabled=progress):
@@ -273,10 +266,10 @@ class KMeansPalettizer:
         training.follow()
 
     def _train(self) -> PaletteTraining:
-        annotated, prepared = self._ready()
+        source = self._fitted or self._waiting().program
         if self._training is None:
             self._training = PaletteTraining(
-                self._fitted or annotated, prepared, self._palettes, self._config, self._strategy
+                source, self._ready(), self._palettes, self._config, self._strategy
             )
         return self._training
 
@@ -294,11 +287,12 @@ class KMeansPalettizer:
         self, found: dict[str, PalettizedWeight], biases: dict[str, Tensor], remarks: list[str]
     ) -> None:
         """Let the programs hold new palettes and biases."""
-        annotated, prepared = self._ready()
-        fitted = annotated.copy()
+        prepared = self._ready()
+        fitted = self._waiting().program.copy()
         for path, value in biases.items():
             holder, name = holder_of(fitted.graph_module, path)
             set_tensor(holder, name, value)
+        note_remarks(fitted.graph_module, remarks)
         self._fitted = fitted
         fake = fitted.copy().graph_module
         run_passes(fake, [FakePalettize(found)])
@@ -308,40 +302,14 @@ class KMeansPalettizer:
             value = getattr(holder, name).detach()
             # dense palettes are the pass's own, everything else is shared with the program
             getattr(target, name).data = value if path in found else value.clone()
-        table = fake.meta["graphopt.table"]
         self._palettes = found
-        self._summary = CompressionTable(table.rows, (*table.warnings, *remarks))
 
     @property
     def algorithms(self) -> dict[str, str]:
         """Name of each weight to be palettized → what a calibration does for it."""
-        return algorithms_of(self._ready()[0])
+        return algorithms_of(self._waiting().program)
 
-    def _ready(self) -> tuple[Program, CapturedModule]:
-        if self._annotated is None or self._prepared is None:
-            raise StateError("call prepare(example_inputs) first")
-        return self._annotated, self._prepared
-
-    def finalize(
-        self,
-        model: nn.Module | None = None,
-        backend: ExportBackend | str = ExportBackend.CoreAI,
-    ) -> CapturedModule:
-        """Turn the palettes into indices, tables and lookup ops.
-
-        Args:
-            model: None, or what `prepare` returned (after training, or a trained copy of it).
-            backend: Whose ops the module holds; `ExportBackend.Torch` keeps our neutral ones.
-
-        Returns:
-            A callable module, ready for `torch.export.export`.
-
-        Raises:
-            StateError: `prepare` was not called.
-            LoweringError: The backend cannot hold a palette; the message says which and why.
-        """
-        return convert_for(self.program(model), backend)
-
+    @override
     def program(self, model: nn.Module | None = None) -> CompressedProgram:
         """The compressed program in our neutral vocabulary.
 
@@ -352,26 +320,28 @@ class KMeansPalettizer:
             InputError: `model` is something else.
             StateError: `prepare` was not called.
         """
-        annotated, _ = self._ready()
-        source, palettes = self._fitted or annotated, self._palettes
+        run = self._waiting()
         if self._training is not None:
             source, palettes = self._training.fitted(model)
-        converted = source.copy()
-        run_passes(converted.graph_module, [PalettizeWeights(palettes)])
-        return compressed(converted)
+            return run.finish(source, palettes=palettes)
+        self._from_prepare(model, None)
+        if self._fitted is not None:
+            return run.finish(self._fitted.copy(), palettes=self._palettes)
+        source = run.program.copy()
+        waiting = without_data(source.graph_module, self._sensitivities)
+        note_remarks(
+            source.graph_module, [f"{each} had no data; clustered by k-means" for each in waiting]
+        )
+        return run.finish(source, palettes=self._palettes)
 
-    def summary(self, backend: ExportBackend | str | None = None) -> CompressionTable:
-        """One row per candidate tensor: what was done, or why not.
 
-        Args:
-            backend: Count sizes as this target stores them (Core AI keeps 3-bit codes as 4-bit
-                ones); None counts the codes' own width.
-
-        Raises:
-            LoweringError: There is no such target.
-            StateError: `prepare` was not called.
-        """
-        self._ready()
-        if backend is not None:
-            return as_stored(self.program(), backend)
-        return self._summary if self._training is None else self.program().report()
+def _say(table: CompressionTable) -> None:
+    """Log what is palettized and what is not."""
+    _log.info(
+        "palettized %d of %d tensors to %.3f bits per weight",
+        len(table.palettized),
+        len(table),
+        table.bits_per_weight,
+    )
+    for row in table.skipped:
+        _log.info("left %s as it is: %s", row.name, row.detail)

@@ -13,11 +13,18 @@ from torch.export import ExportedProgram
 from graphopt.backends.lowering import as_program
 from graphopt.compressors.compressed_program import CompressedProgram, compressed
 from graphopt.errors import InputError
+from graphopt.ir.annotations import keep_findings
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import PassResult
-from graphopt.passes.pass_manager import AnyPass, PassManager, check_order, name_of
+from graphopt.passes.pass_manager import (
+    AnyPass,
+    PassManager,
+    PassReport,
+    check_order,
+    name_of,
+)
 
-__all__ = ["Pipeline"]
+__all__ = ["PausedRun", "Pipeline"]
 
 
 @dataclass(frozen=True)
@@ -142,3 +149,75 @@ class Pipeline(Sequence[AnyPass]):
         )
         report = manager.run(program.graph_module)
         return compressed(program, report)
+
+    def pause(
+        self,
+        before: str,
+        model: nn.Module | ExportedProgram | Program | str | Path,
+        example_inputs: tuple[Any, ...] | Tensor | None = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+    ) -> PausedRun:
+        """Capture a model and run the passes in front of one of them; the model is never changed.
+
+        >>> paused = pipeline.pause("palettize-weights", model, example_inputs)
+        >>> program = paused.finish(palettes=my_palettes)
+
+        Args:
+            before: Name of the pass that comes next, the first one of that name.
+            model: A module, an exported program, a `Program` or a .pt2 file.
+            example_inputs: Inputs of one call.
+            example_kwargs: Keyword inputs of that call.
+
+        Raises:
+            CaptureError: The model cannot be exported.
+            InputError: There is no such pass.
+        """
+        place = self._place(before)
+        program = as_program(model, example_inputs, example_kwargs)
+        report = PassManager(self.passes[:place]).run(program.graph_module)
+        return PausedRun(self, place, program, report)
+
+
+@dataclass(frozen=True)
+class PausedRun:
+    """A run of a pipeline that waits in front of one of its passes.
+
+    What the pause is for, such as a calibration or a training, looks at `program` and hands its
+    results to `finish`, where the passes that wait take them for those of passes before.
+
+    Attributes:
+        pipeline: All of it.
+        place: Number of the pass that comes next.
+        program: What the passes before it have made; it stays as it is.
+        report: What they did.
+    """
+
+    pipeline: Pipeline
+    place: int
+    program: Program
+    report: PassReport
+
+    def finish(
+        self, program: Program | None = None, *passes: AnyPass, **results: Any
+    ) -> CompressedProgram:
+        """Run the passes that wait.
+
+        Args:
+            program: What to go on with, rewritten in place: a copy of `program` with tensors that a
+                training has moved; None is a copy as it is.
+            passes: Each takes the place of the waiting one of its name.
+            results: Fields of `graphopt.ir.annotations.Findings`.
+
+        Raises:
+            InputError: No pass of that name waits.
+        """
+        waiting = list(self.pipeline.passes[self.place :])
+        names = [name_of(each) for each in waiting]
+        for each in passes:
+            if name_of(each) not in names:
+                raise InputError(f"no pass {name_of(each)!r} waits: {names}")
+            waiting[names.index(name_of(each))] = each
+        going = self.program.copy() if program is None else program
+        keep_findings(going.graph_module, **results)
+        report = PassManager(waiting).run(going.graph_module)
+        return compressed(going, PassReport((*self.report, *report)))

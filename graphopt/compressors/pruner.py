@@ -10,26 +10,28 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from typing_extensions import override
 
-from graphopt.backends.lowering import as_program, convert_for
-from graphopt.compressors.compressed_program import CompressedProgram, compressed
+from graphopt.compressors.base import Compressor
+from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.compressors.flow import joint_pipeline
+from graphopt.compressors.options import CompressOptions
+from graphopt.config.joint import JointConfig
 from graphopt.config.pruning import MagnitudePrunerConfig
-from graphopt.errors import CompressionError, InputError, StateError
+from graphopt.errors import CompressionError
 from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.program import Program
-from graphopt.ir.records import CompressionTable
-from graphopt.passes import AnnotatePruning, InsertPruners, PruneWeights, RestoreTraining
+from graphopt.passes import InsertPruners, RestoreTraining
 from graphopt.passes.pass_manager import run_passes
 from graphopt.prepared import WeightPruner
 from graphopt.prepared.state import parts_of, take_state
-from graphopt.specs import ExportBackend
 
 __all__ = ["MagnitudePruner"]
 
 _log = logging.getLogger(__name__)
 
 
-class MagnitudePruner:
+class MagnitudePruner(Compressor):
     """Set the smallest elements, blocks or channels of weights to zero, and store the rest.
 
     >>> pruner = MagnitudePruner(model, config)
@@ -52,21 +54,17 @@ class MagnitudePruner:
         model: nn.Module | ExportedProgram | Program,
         config: MagnitudePrunerConfig | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module | ExportedProgram | Program):
-            raise InputError(
-                f"model must be a module, an ExportedProgram or a Program, got {type(model).__name__}"
-            )
-        self._model = model
+        super().__init__(model)
         self._config = MagnitudePrunerConfig() if config is None else config
-        self._annotated: Program | None = None
-        self._prepared: CapturedModule | None = None
 
+    @override
     def prepare(
         self,
         example_inputs: tuple[Any, ...] | Tensor | None = None,
         example_kwargs: Mapping[str, Any] | None = None,
         *,
         on_unmatched: Literal["error", "warn"] = "error",
+        dynamic_shapes: Any = "auto",
     ) -> CapturedModule:
         """Capture the model and mask its weights.
 
@@ -74,6 +72,7 @@ class MagnitudePruner:
             example_inputs: Inputs of one call.
             example_kwargs: Keyword inputs of that call.
             on_unmatched: Whether a config key that matches no module, op or state raises or warns.
+            dynamic_shapes: As for `graphopt.capture`, where the model is no program yet.
 
         Returns:
             A module with the model's signature and state-dict names that computes with the zeros
@@ -86,15 +85,15 @@ class MagnitudePruner:
             CompressionError: A weight contains NaN or Inf.
             StateError: `prepare` was called before.
         """
-        if self._annotated is not None:
-            raise StateError("prepare() was called before; make a new MagnitudePruner")
-        annotated = as_program(self._model, example_inputs, example_kwargs)
-        run_passes(annotated.graph_module, [AnnotatePruning(self._config, on_unmatched)])
-        prepared = copy.deepcopy(annotated.graph_module)
+        self._refuse_second_prepare()
+        how = CompressOptions(on_unmatched=on_unmatched)
+        pipeline = joint_pipeline("prune", JointConfig(pruning=self._config), options=how)
+        run = self._pause(pipeline, "prune-weights", example_inputs, example_kwargs, dynamic_shapes)
+        prepared = copy.deepcopy(run.program.graph_module)
         run_passes(prepared, [InsertPruners(), RestoreTraining()])
         prepared.eval()
-        self._annotated, self._prepared = annotated, prepared
         self._follow(prepared)
+        self._run, self._prepared = run, prepared
         _log.info("%d weights to prune", len(parts_of(prepared, WeightPruner)))
         return prepared
 
@@ -127,26 +126,7 @@ class MagnitudePruner:
         finally:
             prepared.eval()
 
-    def finalize(
-        self,
-        model: nn.Module | None = None,
-        backend: ExportBackend | str = ExportBackend.CoreAI,
-    ) -> CapturedModule:
-        """Turn masked weights into values and masks in the ops of a backend.
-
-        Args:
-            model: None, or what `prepare` returned (or a trained copy of it).
-            backend: Whose ops the module holds; `ExportBackend.Torch` keeps our neutral ones.
-
-        Returns:
-            A callable module, ready for `torch.export.export`.
-
-        Raises:
-            StateError: `prepare` was not called.
-            LoweringError: The backend cannot hold the program.
-        """
-        return convert_for(self.program(model), backend)
-
+    @override
     def program(self, model: nn.Module | None = None) -> CompressedProgram:
         """The pruned program in our neutral vocabulary.
 
@@ -156,34 +136,15 @@ class MagnitudePruner:
             InputError: `model` is something else than what `prepare` returned.
             StateError: `prepare` was not called.
         """
-        prepared = self._ready()
-        if model is not None:
-            if not isinstance(model, CapturedModule) or not parts_of(model, WeightPruner):
-                raise InputError(f"model must come from prepare(), got {type(model).__name__}")
-            prepared = model
-        assert self._annotated is not None
-        converted = self._annotated.copy()
-        gm = converted.graph_module
-        take_state(gm, prepared)
-        masks = {}
-        for pruner in parts_of(prepared, WeightPruner):
-            if pruner.has(pruner.spec.final_sparsity):
-                masks[pruner.origin.name] = pruner.mask
-        run_passes(gm, [PruneWeights(masks)])
-        return compressed(converted)
-
-    def summary(self) -> CompressionTable:
-        """One row per candidate tensor: what is done, or why not.
-
-        Raises:
-            StateError: `prepare` was not called.
-        """
-        return self.program().report()
-
-    def _ready(self) -> CapturedModule:
-        if self._prepared is None:
-            raise StateError("call prepare(example_inputs) first")
-        return self._prepared
+        run, prepared = self._waiting(), self._from_prepare(model, WeightPruner)
+        source = run.program.copy()
+        take_state(source.graph_module, prepared)
+        masks = {
+            pruner.origin.name: pruner.mask
+            for pruner in parts_of(prepared, WeightPruner)
+            if pruner.has(pruner.spec.final_sparsity)
+        }
+        return run.finish(source, masks=masks)
 
     def _follow(self, prepared: CapturedModule) -> None:
         for pruner in parts_of(prepared, WeightPruner):

@@ -10,34 +10,28 @@ from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from typing_extensions import override
 
-from graphopt.backends import load_backend
-from graphopt.backends.lowering import as_program, convert_for
-from graphopt.capture import capture
-from graphopt.compressors.compressed_program import CompressedProgram, compressed
+from graphopt.backends.lowering import convert_for
+from graphopt.compressors.base import Compressor
+from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.compressors.flow import joint_pipeline
+from graphopt.compressors.options import CompressOptions
+from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QATSchedule, QuantizerConfig
-from graphopt.errors import ConfigError, InputError, StateError
-from graphopt.ir.captured_module import CapturedModule, holder_of
+from graphopt.errors import ConfigError, InputError
+from graphopt.fitting.sensitivity import LossFn
+from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
-from graphopt.ir.records import CompressionTable, merged
-from graphopt.passes import (
-    AnnotatePalettization,
-    AnnotateQuantization,
-    ConvertQuantization,
-    FoldBatchNorm,
-    PalettizeWeights,
-    RemoveUnused,
-)
+from graphopt.ir.records import CompressionTable
 from graphopt.passes.calibrate_activations import (
+    CalibrateActivations,
     calibrate,
     observing,
     with_quantizers,
 )
-from graphopt.passes.pass_base import Pass
-from graphopt.passes.pass_manager import run_passes
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
-from graphopt.prepared.conversion import activation_records, scales_of
 from graphopt.prepared.state import parts_of, take_state
 from graphopt.report.stored import as_stored
 from graphopt.specs import ExportBackend
@@ -48,7 +42,7 @@ _log = logging.getLogger(__name__)
 _AnyQuantizer = ActivationQuantizer | WeightQuantizer
 
 
-class Quantizer:
+class Quantizer(Compressor):
     """Quantize weights and activations, from data or in training.
 
     >>> quantizer = Quantizer(model, QuantizerConfig.presets.w8a8())
@@ -75,23 +69,18 @@ class Quantizer:
         *,
         palettization: KMeansPalettizerConfig | None = None,
     ) -> None:
-        if not isinstance(model, nn.Module | ExportedProgram | Program):
-            raise InputError(
-                f"model must be a module, an ExportedProgram or a Program, got {type(model).__name__}"
-            )
-        self._model = model
+        super().__init__(model)
         self._config = QuantizerConfig() if config is None else config
         if self._config.kv_cache_quant_configs:
             raise ConfigError(
                 "kv_cache_quant_configs: quantized key-value caches are not there yet; leave it out"
             )
         self._palettization = palettization
-        self._annotated: Program | None = None
-        self._prepared: CapturedModule | None = None
         self._step = 0
         self._by_hand = False
 
     # --- life cycle -----------------------------------------------------------------------------
+    @override
     def prepare(
         self,
         example_inputs: tuple[Any, ...] | Tensor | None = None,
@@ -101,6 +90,8 @@ class Quantizer:
         on_unmatched: Literal["error", "warn"] = "error",
         export_with_no_grad: bool = True,
         dynamic_shapes: Any = "auto",
+        calibration_data: Iterable[Any] | None = None,
+        loss_fn: LossFn | None = None,
     ) -> CapturedModule:
         """Capture the model and insert quantizers.
 
@@ -113,6 +104,10 @@ class Quantizer:
             on_unmatched: Whether a config key that matches no module, op or state raises or warns.
             export_with_no_grad: Accepted for compatibility; capture needs no gradients.
             dynamic_shapes: As for `graphopt.capture`, where the model is no program yet.
+            calibration_data: Inputs of one call each, by which the tables of `palettization` are
+                fitted (pairs with `loss_fn`); its algorithms "skm" and "gptq" need them. Activations
+                are calibrated afterwards.
+            loss_fn: `loss_fn(output, target)` of that fitting; None needs no labels.
 
         Returns:
             A module with the model's signature and state-dict names that computes with rounded
@@ -123,29 +118,25 @@ class Quantizer:
             CaptureError: The model cannot be exported.
             ConfigError: A config key matches nothing, or asks for what activations cannot have.
             CompressionError: A weight contains NaN or Inf.
+            CalibrationError: An algorithm of `palettization` needs data and there are none.
             StateError: `prepare` was called before.
         """
         del export_with_no_grad
-        if self._annotated is not None:
-            raise StateError("prepare() was called before; make a new Quantizer")
-        model = self._model
-        if dynamic_shapes != "auto" and not isinstance(model, Program):
-            model = capture(model, example_inputs, example_kwargs, dynamic_shapes)
-            example_inputs = example_kwargs = None
-        annotated = as_program(model, example_inputs, example_kwargs)
-        fused = None if backend is None else load_backend(backend).capabilities.fused_activations
-        tables: list[Pass] = []
-        if self._palettization is not None:
-            tables = [
-                FoldBatchNorm(),
-                RemoveUnused(),
-                AnnotatePalettization(self._palettization, on_unmatched),
-                PalettizeWeights(),
-            ]
-        annotate = AnnotateQuantization(self._config, on_unmatched, fused)
-        run_passes(annotated.graph_module, [*tables, annotate])
-        prepared = with_quantizers(copy.deepcopy(annotated.graph_module))
-        self._annotated, self._prepared = annotated, prepared
+        self._refuse_second_prepare()
+        joint = JointConfig(palettization=self._palettization, quantization=self._config)
+        how = CompressOptions(
+            backend=backend,
+            correct_statistics=False,
+            on_unmatched=on_unmatched,
+            fold_batch_norm=self._palettization is not None,
+        )
+        data = None if calibration_data is None else list(calibration_data)
+        pipeline = joint_pipeline("quantize", joint, data, loss_fn, how)
+        run = self._pause(
+            pipeline, "calibrate-activations", example_inputs, example_kwargs, dynamic_shapes
+        )
+        prepared = with_quantizers(copy.deepcopy(run.program.graph_module))
+        self._run, self._prepared = run, prepared
         _log.info(
             "%d weights and %d activation scales to quantize",
             len(parts_of(prepared, WeightQuantizer)),
@@ -280,6 +271,7 @@ class Quantizer:
                 quantizer.forget()
 
     # --- results --------------------------------------------------------------------------------
+    @override
     def finalize(
         self,
         model: nn.Module | None = None,
@@ -304,6 +296,7 @@ class Quantizer:
         """
         return convert_for(self.program(model, on_unobserved=on_unobserved), backend)
 
+    @override
     def program(
         self,
         model: nn.Module | None = None,
@@ -316,27 +309,13 @@ class Quantizer:
             StateError: `prepare` was not called.
             CalibrationError: See `finalize`.
         """
-        prepared = self._ready()
-        if model is not None:
-            if not isinstance(model, CapturedModule):
-                raise InputError(f"model must come from prepare(), got {type(model).__name__}")
-            prepared = model
-        assert self._annotated is not None
-        activations = scales_of(prepared, on_unobserved)
-        converted = self._annotated.copy()
-        gm = converted.graph_module
-        take_state(gm, prepared)
-        run_passes(gm, [FoldBatchNorm()])
-        weights = {}
-        for quantizer in parts_of(prepared, WeightQuantizer):
-            holder, name = holder_of(gm, quantizer.origin.name)
-            weights[quantizer.origin.name] = quantizer.quantized(getattr(holder, name))
-        run_passes(gm, [ConvertQuantization(activations, weights), RemoveUnused()])
-        records = tuple(activation_records(self._annotated.graph_module, prepared))
-        known = gm.meta["graphopt.table"]
-        gm.meta["graphopt.table"] = merged(known, CompressionTable((), (), records))
-        return compressed(converted)
+        run, prepared = self._waiting(), self._from_prepare(model, None)
+        source = run.program.copy()
+        take_state(source.graph_module, prepared)
+        observed = CalibrateActivations(on_unobserved=on_unobserved)
+        return run.finish(source, observed, prepared=prepared)
 
+    @override
     def summary(self, backend: ExportBackend | str | None = None) -> CompressionTable:
         """One row per weight and one record per activation scale: what is done, or why not.
 
@@ -347,13 +326,7 @@ class Quantizer:
             LoweringError: There is no such target.
             StateError: `prepare` was not called.
         """
-        self._ready()
         return as_stored(self.program(on_unobserved="skip"), backend)
-
-    def _ready(self) -> CapturedModule:
-        if self._prepared is None:
-            raise StateError("call prepare(example_inputs) first")
-        return self._prepared
 
     def _quantizers(self) -> list[_AnyQuantizer]:
         prepared = self._ready()

@@ -180,13 +180,21 @@ class Findings:
 
     Attributes:
         palettes: Name of a weight → its `PalettizedWeight`.
+        sensitivities: Name of a weight → weight of each element's squared error.
+        masks: Name of a weight → where its elements stay.
+        prepared: The graph with quantizers that have observed its activations.
         scales: Sharing group of activations → scale and offset.
+        quantizers: Name of a weight → the `WeightQuantizer` that was trained for it.
         reference: The graph before compression.
         fitted_to_outputs: Whether every palette was fitted to the outputs of its layer.
     """
 
     palettes: Mapping[str, Any] = field(default_factory=dict)
+    sensitivities: Mapping[str, Any] = field(default_factory=dict)
+    masks: Mapping[str, Any] = field(default_factory=dict)
+    prepared: Any = None
     scales: Mapping[str, Any] = field(default_factory=dict)
+    quantizers: Mapping[str, Any] = field(default_factory=dict)
     reference: Any = None
     fitted_to_outputs: bool = False
 

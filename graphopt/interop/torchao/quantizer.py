@@ -18,6 +18,7 @@ from torchao.quantization.pt2e.quantizer import QuantizationSpec as TorchaoSpec
 from typing_extensions import override
 
 from graphopt.analysis.weights import find_weights
+from graphopt.compressors.calibration import without_data
 from graphopt.compressors.joint import joint_config
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
@@ -189,6 +190,7 @@ class GraphOptQuantizer(Quantizer):  # type: ignore[misc]
 
         Raises:
             ConfigError: A config key matches nothing.
+            CalibrationError: A weight's algorithm needs data, which torchao's flow does not collect.
         """
         taken = {node for node in model.graph.nodes if _KEY in node.meta}
         if self.base is not None:
@@ -201,11 +203,22 @@ class GraphOptQuantizer(Quantizer):  # type: ignore[misc]
         if palettization is not None:
             # a weight that both select becomes a table
             AnnotatePalettization(palettization, self._on_unmatched).run(edit)
+            self._refuse_fitted(model)
         self._weights(model, taken)
         for node in model.graph.nodes:
             clear_annotations(node)
         model.meta.pop("graphopt.table", None)
         return model
+
+    def _refuse_fitted(self, model: fx.GraphModule) -> None:
+        """Torchao's flow shows a weight to its observer, and nothing that tables could be fitted to."""
+        waiting = without_data(model)
+        if waiting:
+            raise CalibrationError(
+                "prepare_pt2e collects no data for algorithms that need them:\n"
+                + "\n".join(waiting)
+                + "\nset algorithm 'kmeans' or 'auto', or use graphopt.compress"
+            )
 
     @override
     def validate(self, model: fx.GraphModule) -> None:

@@ -83,7 +83,7 @@ class SensitivityTable(Measurements):
             each is not None for each in (target_bpw, target_bytes, max_loss)
         ):
             raise InputError("max_drop needs evaluate=, and no other target")
-        return within_drop(self, max_drop, evaluate, apply or self.apply, pin, keep=keep)
+        return within_drop(self, max_drop, evaluate, apply or self._by_kmeans, pin, keep=keep)
 
     def uniform(self, candidate: str) -> Recipe:
         """The recipe that gives every layer the same candidate; "keep" is the uncompressed model.
@@ -186,7 +186,7 @@ class SensitivityTable(Measurements):
             self,
             list(targets),
             evaluate,
-            apply or self.apply,
+            apply or self._by_kmeans,
             recipe_for,
             uniform_points=uniform,
             score=score,
@@ -217,6 +217,9 @@ class SensitivityTable(Measurements):
         recipe.check(self.program)
         config = recipe.to_config(algorithm=algorithm)
         return compress(self.program, None, config, calibration_data=data, **options).module()
+
+    def _by_kmeans(self, recipe: Recipe) -> CapturedModule:
+        return self.apply(recipe, algorithm="kmeans")
 
     def plot(self, ax: Axes | None = None, *, metric: str | None = None) -> Axes:
         """Each candidate's values over the layers; see `graphopt.mixed_precision.plots`."""

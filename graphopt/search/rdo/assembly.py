@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from graphopt.compressors.compressed_program import CompressedProgram, compressed
+from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.compressors.pipeline import Pipeline
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.ir.editor import Editor
@@ -18,7 +19,6 @@ from graphopt.passes import (
     RemoveUnused,
 )
 from graphopt.passes.pass_base import Pass
-from graphopt.passes.pass_manager import run_passes
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.schemes.quantize import QuantizedWeight
 from graphopt.search.mixed_precision.candidates import Candidate
@@ -71,6 +71,5 @@ def assemble(
         grids = config_for({n: candidates[forms[n].candidate] for n in integers}, {})
         assert isinstance(grids, QuantizerConfig)
         passes += [AnnotateQuantization(grids), ConvertQuantization(weights=integers)]
-    run_passes(gm, [*passes, RemoveUnused()])
-    done = compressed(made)
+    done = Pipeline("rdo-assembly", (*passes, RemoveUnused())).run(made)
     return quantize_activations(done, data, config.activations, config.backend, progress=progress)

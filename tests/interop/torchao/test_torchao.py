@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 import graphopt
 from graphopt import pipelines
-from graphopt.errors import ConfigError, InputError, PassError
+from graphopt.errors import CalibrationError, ConfigError, InputError, PassError
 from graphopt.palettization import KMeansPalettizerConfig
 from graphopt.passes import DequantizeWeights
 from graphopt.quantization import CalibrateActivations, QuantizerConfig
@@ -291,6 +291,18 @@ def test_our_quantization_through_prepare_pt2e_is_our_pipeline(
     assert {kind.dtype for key, kind in theirs.state_dict().items() if "quantized" in key} == {
         torch.int8
     }
+
+
+@pytest.mark.parametrize("algorithm", ["skm", "gptq"])
+def test_palettes_that_need_data_are_refused_by_name(net: nn.Module, algorithm: str) -> None:
+    config = KMeansPalettizerConfig.presets.w4()
+    assert config.global_config is not None
+    spec = config.global_config.op_state_spec["weight"].model_copy(  # type: ignore[index, union-attr]
+        update={"algorithm": algorithm}
+    )
+    config.global_config.op_state_spec = {"weight": spec}
+    with pytest.raises(CalibrationError, match=f"stem.weight: '{algorithm}' .global_config"):
+        converted(net, GraphOptQuantizer(config), [X], fold_quantize=False)
 
 
 def test_our_palettes_through_prepare_pt2e_are_our_pipeline(net: nn.Module) -> None:

@@ -1,0 +1,166 @@
+"""Compressor: the life cycle that every compressor class has."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from graphopt.backends.lowering import convert_for
+from graphopt.capture import capture
+from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.compressors.pipeline import PausedRun, Pipeline
+from graphopt.errors import InputError, StateError
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.program import Program
+from graphopt.ir.records import CompressionTable
+from graphopt.prepared.state import parts_of
+from graphopt.report.stored import as_stored
+from graphopt.specs import ExportBackend
+
+__all__ = ["Compressor"]
+
+
+class Compressor(ABC):
+    """A pipeline that pauses at `prepare`, so that its user can calibrate or train, and goes on later.
+
+    Args:
+        model: A module, an `ExportedProgram`, or a `Program`; it is never changed.
+
+    Raises:
+        InputError: `model` is something else.
+    """
+
+    compresses: ClassVar[str]
+
+    def __init__(self, model: nn.Module | ExportedProgram | Program) -> None:
+        if not isinstance(model, nn.Module | ExportedProgram | Program):
+            raise InputError(
+                f"model must be a module, an ExportedProgram or a Program, got {type(model).__name__}"
+            )
+        self._model = model
+        self._run: PausedRun | None = None
+        self._prepared: CapturedModule | None = None
+
+    @abstractmethod
+    def prepare(
+        self,
+        example_inputs: tuple[Any, ...] | Tensor | None = None,
+        example_kwargs: Mapping[str, Any] | None = None,
+    ) -> CapturedModule:
+        """Run the pipeline up to where its user comes in.
+
+        Args:
+            example_inputs: Inputs of one call.
+            example_kwargs: Keyword inputs of that call.
+
+        Raises:
+            CaptureError: The model cannot be exported.
+            StateError: `prepare` was called before.
+        """
+
+    @abstractmethod
+    def program(self, model: nn.Module | None = None) -> CompressedProgram:
+        """The compressed program in our neutral vocabulary.
+
+        Args:
+            model: None, or what `prepare` returned (or a trained copy of it).
+
+        Raises:
+            InputError: `model` is something else.
+            StateError: `prepare` was not called.
+        """
+
+    def finalize(
+        self,
+        model: nn.Module | None = None,
+        backend: ExportBackend | str = ExportBackend.CoreAI,
+    ) -> CapturedModule:
+        """Turn what was prepared into constants and ops of a backend.
+
+        Args:
+            model: None, or what `prepare` returned (after training, or a trained copy of it).
+            backend: Whose ops the module holds; `ExportBackend.Torch` keeps our neutral ones.
+
+        Returns:
+            A callable module, ready for `torch.export.export`.
+
+        Raises:
+            StateError: `prepare` was not called.
+            LoweringError: The backend cannot hold the program; the message says what and why.
+        """
+        return convert_for(self.program(model), backend)
+
+    def summary(self, backend: ExportBackend | str | None = None) -> CompressionTable:
+        """One row per candidate tensor: what was done, or why not.
+
+        Args:
+            backend: Count sizes as this target stores them (Core AI keeps 3-bit codes as 4-bit
+                ones); None counts the codes' own width.
+
+        Raises:
+            LoweringError: There is no such target.
+            StateError: `prepare` was not called.
+        """
+        return as_stored(self.program(), backend)
+
+    def _refuse_second_prepare(self) -> None:
+        if self._run is not None:
+            raise StateError(f"prepare() was called before; make a new {type(self).__name__}")
+
+    def _pause(
+        self,
+        pipeline: Pipeline,
+        before: str,
+        example_inputs: tuple[Any, ...] | Tensor | None,
+        example_kwargs: Mapping[str, Any] | None,
+        dynamic_shapes: Any = "auto",
+    ) -> PausedRun:
+        """Run a pipeline on the model, up to a pass.
+
+        Args:
+            pipeline: What is run.
+            before: Name of the pass that waits.
+            example_inputs: Inputs of one call.
+            example_kwargs: Keyword inputs of that call.
+            dynamic_shapes: As for `graphopt.capture`, where the model is no program yet.
+        """
+        model = self._model
+        if dynamic_shapes != "auto" and not isinstance(model, Program):
+            model = capture(model, example_inputs, example_kwargs, dynamic_shapes)
+            example_inputs = example_kwargs = None
+        return pipeline.pause(before, model, example_inputs, example_kwargs)
+
+    def _ready(self) -> CapturedModule:
+        """What `prepare` returned."""
+        if self._prepared is None:
+            raise StateError("call prepare(example_inputs) first")
+        return self._prepared
+
+    def _waiting(self) -> PausedRun:
+        """The run that waits for `program`."""
+        self._ready()
+        assert self._run is not None
+        return self._run
+
+    def _from_prepare(
+        self, model: nn.Module | None, part: type[nn.Module] | None
+    ) -> CapturedModule:
+        """What `prepare` returned, or a copy of it that was trained elsewhere.
+
+        Args:
+            model: None, or the copy.
+            part: What a copy must contain, where prepared modules always contain one.
+
+        Raises:
+            InputError: It is no such module.
+        """
+        prepared = self._ready()
+        if model is None:
+            return prepared
+        if isinstance(model, CapturedModule) and (part is None or parts_of(model, part)):
+            return model
+        raise InputError(f"model must come from prepare(), got {type(model).__name__}")

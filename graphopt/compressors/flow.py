@@ -1,0 +1,121 @@
+"""The passes of every flow, in order: the one place that says what runs when."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from graphopt.backends import load_backend
+from graphopt.compressors.fit_palettes import FitPalettes
+from graphopt.compressors.options import CompressOptions
+from graphopt.compressors.pipeline import Pipeline
+from graphopt.compressors.tuning import Tune
+from graphopt.config.joint import JointConfig
+from graphopt.config.palettization import KMeansPalettizerConfig
+from graphopt.config.pruning import MagnitudePrunerConfig
+from graphopt.config.quantization import QuantizerConfig
+from graphopt.fitting.sensitivity import LossFn
+from graphopt.passes import (
+    AnnotatePalettization,
+    AnnotatePruning,
+    AnnotateQuantization,
+    ConvertQuantization,
+    CorrectStatistics,
+    FoldBatchNorm,
+    ForgetReference,
+    KeepReference,
+    PalettizeWeights,
+    PruneWeights,
+    RaiseToVocabulary,
+    RemoveUnused,
+)
+from graphopt.passes.calibrate_activations import CalibrateActivations
+from graphopt.passes.pass_base import Pass
+
+__all__ = ["joint_pipeline"]
+
+
+def joint_pipeline(
+    name: str,
+    joint: JointConfig,
+    data: Sequence[Any] | None = None,
+    loss_fn: LossFn | None = None,
+    options: CompressOptions | None = None,
+) -> Pipeline:
+    """The pipeline of one config; every compressor, `compress` and the shell run what this builds.
+
+    Weights are pruned and palettized first; then batch norms and biases take up what that has
+    shifted; then tables are tuned; activations and the other weights are quantized last, so that
+    their ranges are those of the compressed weights.
+
+    Args:
+        name: Its name for people.
+        joint: What becomes of which tensor.
+        data: Calibration inputs of one call each; pairs (inputs, target) with `loss_fn`.
+        loss_fn: `loss_fn(output, target)`; None needs no labels.
+        options: How it runs; the defaults of `CompressOptions` when None.
+    """
+    how = CompressOptions() if options is None else options
+    given = None if data is None else list(data)
+    inputs = given if given is None or loss_fn is None else [pair[0] for pair in given]
+    shifting = joint.palettization is not None or joint.pruning is not None
+    quantization = joint.quantization
+    passes: list[Pass] = [RaiseToVocabulary()]
+    fold = how.fold_batch_norm
+    if fold is None:
+        # targets fuse a convolution with its activation, not with a norm between them
+        fold = shifting and quantization is not None and quantization.has_activations
+    if fold:
+        passes += [FoldBatchNorm(), RemoveUnused()]
+    changes: list[Pass] = []
+    if joint.pruning is not None:
+        changes += _zeros(joint.pruning, how)
+    if joint.palettization is not None:
+        changes += _tables(joint.palettization, given, loss_fn, how)
+    passes += changes if inputs is None or not shifting else _compared(changes, inputs, how)
+    if quantization is not None:
+        passes += _integers(quantization, inputs, how)
+    return Pipeline(name, (*passes, RemoveUnused()))
+
+
+def _zeros(config: MagnitudePrunerConfig, how: CompressOptions) -> list[Pass]:
+    return [AnnotatePruning(config, how.on_unmatched), PruneWeights()]
+
+
+def _tables(
+    config: KMeansPalettizerConfig,
+    data: list[Any] | None,
+    loss_fn: LossFn | None,
+    how: CompressOptions,
+) -> list[Pass]:
+    return [
+        AnnotatePalettization(config, how.on_unmatched),
+        FitPalettes(data, loss_fn, how.seed, how.progress),
+        PalettizeWeights(seed=how.seed),
+    ]
+
+
+def _compared(changes: list[Pass], inputs: list[Any], how: CompressOptions) -> list[Pass]:
+    """Changes to weights, and what is corrected against the graph before them."""
+    corrections: list[Pass] = []
+    if how.correct_statistics:
+        corrections.append(CorrectStatistics(inputs))
+    if how.tune_steps > 0:
+        corrections.append(Tune(inputs, how.tune_steps, how.seed, how.progress))
+    if not corrections:
+        return changes
+    return [KeepReference(), *changes, *corrections, ForgetReference()]
+
+
+def _integers(
+    config: QuantizerConfig, inputs: list[Any] | None, how: CompressOptions
+) -> list[Pass]:
+    fused = None
+    if how.backend is not None:
+        fused = load_backend(how.backend).capabilities.fused_activations
+    return [
+        AnnotateQuantization(config, how.on_unmatched, fused),
+        CalibrateActivations(inputs, how.on_unobserved, how.progress),
+        FoldBatchNorm(),
+        ConvertQuantization(),
+    ]

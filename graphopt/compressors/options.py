@@ -1,0 +1,50 @@
+"""CompressOptions: how a flow runs, in one object that every way in shares."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, TypedDict
+
+from graphopt.specs import ExportBackend
+
+__all__ = ["CompressKeywords", "CompressOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions:
+    """How a flow runs; what becomes of which tensor is the config's.
+
+    Attributes:
+        backend: Target whose fusions decide where activations are rounded; None is no particular.
+        correct_statistics: Estimate batch norms again and correct biases after palettization and
+            pruning, where there are data.
+        tune_steps: Steps of tuning per block (`graphopt.tune`); 0 leaves it out.
+        on_unmatched: Whether a config key that matches nothing is an error or a warning.
+        on_unobserved: "skip" leaves activations without a usable range in float.
+        fold_batch_norm: Fold batch norms before weights are palettized or pruned; None does where
+            activations are quantized too.
+        seed: Seed of everything that is drawn.
+        progress: Show bars; None shows them on a terminal.
+    """
+
+    backend: ExportBackend | str | None = None
+    correct_statistics: bool = True
+    tune_steps: int = 0
+    on_unmatched: Literal["error", "warn"] = "error"
+    on_unobserved: Literal["error", "skip"] = "error"
+    fold_batch_norm: bool | None = None
+    seed: int = 0
+    progress: bool | None = None
+
+
+class CompressKeywords(TypedDict, total=False):
+    """The options of `CompressOptions` as keywords of a call."""
+
+    backend: ExportBackend | str | None
+    correct_statistics: bool
+    tune_steps: int
+    on_unmatched: Literal["error", "warn"]
+    on_unobserved: Literal["error", "skip"]
+    fold_batch_norm: bool | None
+    seed: int
+    progress: bool | None
