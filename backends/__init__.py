@@ -1,4 +1,4 @@
-"""Backends: one folder per target; each is imported only when it is asked for."""
+"""Backends: one folder per target and one row in `registry`; each is imported when it is asked for."""
 
 if __name__ != "graphopt.backends":
     raise ImportError("import graphopt.backends, not backends")
@@ -6,34 +6,29 @@ if __name__ != "graphopt.backends":
 import importlib
 
 from graphopt.backends.base import Artifact, Backend, Capabilities, Verification
-from graphopt.errors import LoweringError
-from graphopt.specs import ExportBackend
+from graphopt.backends.registry import ExportBackend, Target, target_of
 
-__all__ = ["BACKENDS", "Artifact", "Backend", "Capabilities", "Verification", "load_backend"]
+__all__ = [
+    "Artifact",
+    "Backend",
+    "Capabilities",
+    "ExportBackend",
+    "Target",
+    "Verification",
+    "load_backend",
+]
 
-BACKENDS: dict[ExportBackend, str] = {
-    ExportBackend.CoreAI: "graphopt.backends.coreai.backend:CoreAIBackend",
-    ExportBackend.CoreML: "graphopt.backends.coreml.backend:CoreMLBackend",
-    ExportBackend.ExecuTorch: "graphopt.backends.executorch.backend:ExecuTorchBackend",
-    ExportBackend.Torch: "graphopt.backends.torch_export.backend:TorchBackend",
-}
 
-
-def load_backend(backend: ExportBackend | str) -> Backend:
-    """The backend of a target.
+def load_backend(name: Target | str) -> Backend:
+    """The backend of a target; its code is imported here, its toolchain only when it lowers.
 
     Args:
-        backend: An `ExportBackend` or its value, such as "coreai".
+        name: An `ExportBackend` or its value, such as "coreai".
 
     Raises:
         LoweringError: There is no such target.
     """
-    try:
-        target = ExportBackend(backend)
-    except ValueError:
-        names = [each.value for each in ExportBackend]
-        raise LoweringError(f"no backend {backend!r}; there are {names}") from None
-    module, _, name = BACKENDS[target].partition(":")
-    found = getattr(importlib.import_module(module), name)()
-    assert isinstance(found, Backend)
-    return found
+    module, _, attribute = target_of(name).backend.partition(":")
+    backend = getattr(importlib.import_module(module), attribute)()
+    assert isinstance(backend, Backend)
+    return backend

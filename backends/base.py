@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from graphopt.analysis.lookups import find_lookups, find_sparse
 from graphopt.analysis.quantized import find_quantized_activations, find_quantized_weights
 from graphopt.backends.delegate import Delegate
+from graphopt.backends.registry import Target, target_of_class
 from graphopt.errors import ArtifactExistsError, InputError, LoweringError, StateError
 from graphopt.files import replaced
 from graphopt.ir.program import Program
@@ -111,12 +112,15 @@ class Artifact(ABC):
         path: Where it was saved, None before.
     """
 
-    suffix: ClassVar[str]
-
     def __init__(self, backend: Backend, program: Program) -> None:
         self.backend = backend
         self.program = program
         self.path: Path | None = None
+
+    @property
+    def suffix(self) -> str:
+        """What its path ends in."""
+        return self.backend.target.suffix
 
     @abstractmethod
     def _write(self, path: Path) -> None:
@@ -180,6 +184,11 @@ class Backend(ABC):
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
+
+    @property
+    def target(self) -> Target:
+        """Its row in the registry."""
+        return target_of_class(type(self))
 
     @abstractmethod
     def unsupported(self, program: Program) -> list[str]:

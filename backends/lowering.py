@@ -11,22 +11,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.backends import Artifact, load_backend
+from graphopt.backends.registry import ExportBackend, target_of_suffix
 from graphopt.capture import capture
-from graphopt.errors import LoweringError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
 from graphopt.passes import RaiseToVocabulary, RemoveUnused
 from graphopt.passes.pass_manager import run_passes
-from graphopt.specs import ExportBackend
 
 __all__ = ["as_program", "convert_for", "lower", "lower_by_suffix"]
-
-_SUFFIXES = {
-    ".aimodel": ExportBackend.CoreAI,
-    ".mlpackage": ExportBackend.CoreML,
-    ".pte": ExportBackend.ExecuTorch,
-    ".pt2": ExportBackend.Torch,
-}
 
 
 def as_program(
@@ -102,6 +94,4 @@ def lower_by_suffix(program: Program, suffix: str) -> Artifact:
     Raises:
         LoweringError: No target's do.
     """
-    if suffix not in _SUFFIXES:
-        raise LoweringError(f"no target for {suffix!r}; use one of {sorted(_SUFFIXES)}")
-    return lower(program, _SUFFIXES[suffix])
+    return lower(program, target_of_suffix(suffix))

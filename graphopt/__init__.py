@@ -10,12 +10,12 @@ from graphopt.capture import capture
 if TYPE_CHECKING:
     from graphopt import casting, mixed_precision, pipelines, rdo
     from graphopt.api import compress, lower, tune
+    from graphopt.backends.registry import ExportBackend
     from graphopt.compressors.compressed_program import CompressedProgram
     from graphopt.config.joint import JointConfig
     from graphopt.ir.captured_module import CapturedModule
     from graphopt.ir.program import Program
     from graphopt.ir.records import CompressionTable, TensorRecord
-    from graphopt.specs import ExportBackend
 
 __version__ = "0.1.0"
 
@@ -45,7 +45,7 @@ _MEMBERS = {
     "CapturedModule": "graphopt.ir.captured_module",
     "CompressedProgram": "graphopt.compressors.compressed_program",
     "CompressionTable": "graphopt.ir.records",
-    "ExportBackend": "graphopt.specs",
+    "ExportBackend": "graphopt.backends.registry",
     "JointConfig": "graphopt.config.joint",
     "Program": "graphopt.ir.program",
     "TensorRecord": "graphopt.ir.records",

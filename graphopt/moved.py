@@ -119,6 +119,7 @@ MOVED: dict[str, str] = {
     "torchao.annotate": "interop.torchao.annotate",
     "torchao.quantizer": "interop.torchao.quantizer",
     "torchao.specs": "interop.torchao.specs",
+    "specs.targets": "backends.registry",
     "tuning": "compressors.tuning",
     "weights": "analysis.weights",
 }

@@ -51,8 +51,6 @@ class CoreAIArtifact(Artifact):
         ai_program: The converted program.
     """
 
-    suffix: ClassVar[str] = ".aimodel"
-
     def __init__(
         self,
         backend: CoreAIBackend,

@@ -54,8 +54,6 @@ class CoreMLArtifact(Artifact):
         model: coremltools' model.
     """
 
-    suffix: ClassVar[str] = ".mlpackage"
-
     def __init__(
         self,
         backend: CoreMLBackend,

@@ -101,8 +101,6 @@ class ExecuTorchArtifact(Artifact):
             delegate allocates for itself is not known here.
     """
 
-    suffix: ClassVar[str] = ".pte"
-
     def __init__(
         self,
         backend: ExecuTorchBackend,

@@ -37,8 +37,6 @@ class TorchArtifact(Artifact):
         exported: The exported program.
     """
 
-    suffix: ClassVar[str] = ".pt2"
-
     def __init__(self, backend: TorchBackend, program: Program, exported: ExportedProgram) -> None:
         super().__init__(backend, program)
         self.exported = exported

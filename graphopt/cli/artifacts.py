@@ -10,11 +10,10 @@ import typer
 
 from graphopt import errors
 from graphopt.backends.base import Artifact, Verification
+from graphopt.backends.registry import NEUTRAL, Target, target_of_suffix, targets
 from graphopt.cli.common import is_stream, scratch_folder, to_stdout
 
 __all__ = [
-    "SUFFIX",
-    "BackendName",
     "Delegate",
     "Limit",
     "Precision",
@@ -28,8 +27,6 @@ __all__ = [
     "write",
 ]
 
-SUFFIX = {"coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte", "torch": ".pt2"}
-BackendName = Literal["coreai", "coreml", "executorch", "torch"]
 Limit = Annotated[
     float | None,
     typer.Option(help="Fail (exit code 8) above this max|a−b|/max|b| of the outputs."),
@@ -48,19 +45,20 @@ Tables = Annotated[
 ]
 
 
-def backend_of(path: Path) -> BackendName:
-    """The target that a path's suffix names; "-" is a .pt2."""
+def backend_of(path: Path) -> Target:
+    """The target that a path's suffix names; "-" is a program in our own ops."""
     if is_stream(path):
-        return "torch"
-    for name, suffix in SUFFIX.items():
-        if path.suffix == suffix:
-            return name  # type: ignore[return-value]
-    raise errors.LoweringError(
-        f"cannot tell the target of {path.name}; suffixes are {sorted(SUFFIX.values())}"
-    )
+        return NEUTRAL
+    try:
+        return target_of_suffix(path.suffix)
+    except errors.LoweringError:
+        known = sorted(target.suffix for target in targets())
+        raise errors.LoweringError(
+            f"cannot tell the target of {path.name}; suffixes are {known}"
+        ) from None
 
 
-def check_output(output: Path, backend: str | None, *, overwrite: bool) -> str:
+def check_output(output: Path, backend: Target | None, *, overwrite: bool) -> Target:
     """The target, before any work is done.
 
     Raises:
@@ -69,11 +67,13 @@ def check_output(output: Path, backend: str | None, *, overwrite: bool) -> str:
     """
     target = backend or backend_of(output)
     if is_stream(output):
-        if target != "torch":
-            raise errors.LoweringError(f"only .pt2 goes to standard output, not {SUFFIX[target]}")
+        if target != NEUTRAL:
+            raise errors.LoweringError(
+                f"only {NEUTRAL.suffix} goes to standard output, not {target.suffix}"
+            )
         return target
-    if output.suffix != SUFFIX[target]:
-        raise errors.LoweringError(f"{output.name} must end in {SUFFIX[target]} for {target}")
+    if output.suffix != target.suffix:
+        raise errors.LoweringError(f"{output.name} must end in {target.suffix} for {target}")
     if output.exists() and not overwrite:
         raise errors.ArtifactExistsError(f"{output} exists; pass --overwrite to replace it")
     return target

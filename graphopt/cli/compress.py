@@ -11,8 +11,8 @@ import typer
 
 from graphopt import pipelines
 from graphopt.backends.lowering import as_program, lower
+from graphopt.backends.registry import ExportBackend
 from graphopt.cli.artifacts import (
-    BackendName,
     Delegate,
     Limit,
     Precision,
@@ -43,7 +43,7 @@ Output = Annotated[
     Path, typer.Option("--output", "-o", help="Where to write; - is a .pt2 on standard output.")
 ]
 Target = Annotated[
-    BackendName | None, typer.Option(help="Target; the output's suffix decides when omitted.")
+    ExportBackend | None, typer.Option(help="Target; the output's suffix decides when omitted.")
 ]
 Verify = Annotated[bool, typer.Option(help="Evaluate what was saved and compare.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]

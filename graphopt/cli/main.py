@@ -18,10 +18,10 @@ from typing import Annotated, Any
 import typer
 
 from graphopt import errors
-from graphopt.backends import BACKENDS, load_backend
+from graphopt.backends import load_backend
 from graphopt.backends.lowering import as_program
 from graphopt.cli import mixed_precision
-from graphopt.cli.artifacts import SUFFIX, Limit, backend_of, check_limit, plain, sentence
+from graphopt.cli.artifacts import Limit, backend_of, check_limit, plain, sentence
 from graphopt.cli.common import ERR, OUT, Json, Model, print_json
 from graphopt.cli.compress import compress, lower_program
 from graphopt.cli.rdo import rdo
@@ -116,7 +116,6 @@ def run() -> None:
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
     warnings.simplefilter("ignore", FutureWarning)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
-    assert set(SUFFIX) == {target.value for target in BACKENDS}
     try:
         app()
     except errors.GraphOptError as error:

@@ -12,6 +12,7 @@ import typer
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphopt.backends.registry import ExportBackend
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.config.base import read_yaml
 from graphopt.errors import ArtifactExistsError, ConfigError, InputError
@@ -62,7 +63,7 @@ def analyze(
         Literal["exact", "fast", "hybrid"], typer.Option(help="Measured, predicted, or both.")
     ] = "exact",
     backend: Annotated[
-        Literal["coreai", "coreml", "executorch", "torch"] | None,
+        ExportBackend | None,
         typer.Option(help="Target whose sizes and limits count."),
     ] = None,
     correction: Annotated[

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 
+from graphopt.backends.registry import ExportBackend
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.cli.mixed_precision import BatchSize, Data, read_data
 from graphopt.config.base import read_yaml
@@ -34,7 +35,7 @@ def rdo(
         Literal["integer", "palette"] | None, typer.Option(help="What a plain number of bits is.")
     ] = None,
     backend: Annotated[
-        Literal["coreai", "coreml", "executorch", "torch"] | None,
+        ExportBackend | None,
         typer.Option(help="Target whose sizes and limits count."),
     ] = None,
     evaluation: Annotated[

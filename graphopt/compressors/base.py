@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.backends.lowering import convert_for
+from graphopt.backends.registry import DEFAULT, ExportBackend
 from graphopt.capture import capture
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.pipeline import PausedRun, Pipeline
@@ -19,7 +20,6 @@ from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionTable
 from graphopt.prepared.state import parts_of
 from graphopt.report.stored import as_stored
-from graphopt.specs import ExportBackend
 
 __all__ = ["Compressor"]
 
@@ -77,7 +77,7 @@ class Compressor(ABC):
     def finalize(
         self,
         model: nn.Module | None = None,
-        backend: ExportBackend | str = ExportBackend.CoreAI,
+        backend: ExportBackend | str = DEFAULT,
     ) -> CapturedModule:
         """Turn what was prepared into constants and ops of a backend.
 

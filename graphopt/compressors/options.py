@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal, TypedDict
 
-from graphopt.specs import ExportBackend
+from graphopt.backends.registry import ExportBackend
 
 __all__ = ["CompressKeywords", "CompressOptions"]
 

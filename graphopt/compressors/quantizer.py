@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from typing_extensions import override
 
 from graphopt.backends.lowering import convert_for
+from graphopt.backends.registry import DEFAULT, ExportBackend
 from graphopt.compressors.base import Compressor
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.flow import joint_pipeline
@@ -34,7 +35,6 @@ from graphopt.passes.calibrate_activations import (
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 from graphopt.prepared.state import parts_of, take_state
 from graphopt.report.stored import as_stored
-from graphopt.specs import ExportBackend
 
 __all__ = ["Quantizer"]
 
@@ -275,7 +275,7 @@ class Quantizer(Compressor):
     def finalize(
         self,
         model: nn.Module | None = None,
-        backend: ExportBackend | str = ExportBackend.CoreAI,
+        backend: ExportBackend | str = DEFAULT,
         *,
         on_unobserved: Literal["error", "skip"] = "error",
     ) -> CapturedModule:

@@ -8,10 +8,10 @@ from dataclasses import replace
 from graphopt.analysis.lookups import find_lookups
 from graphopt.analysis.quantized import find_quantized_weights
 from graphopt.backends import load_backend
+from graphopt.backends.registry import ExportBackend
 from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionTable
 from graphopt.numerics.packing import packed_size
-from graphopt.specs import ExportBackend
 from graphopt.specs.dtypes import bits_of, parse_dtype
 
 __all__ = ["as_stored"]

@@ -22,12 +22,10 @@ from graphopt.specs.quantization import (
     QuantizationScheme,
     QuantizationSpec,
 )
-from graphopt.specs.targets import ExportBackend
 
 __all__ = [
     "DKMTrainingSpec",
     "DefaultTrainingSpec",
-    "ExportBackend",
     "PalettizationGranularity",
     "PalettizationSpec",
     "PerBlockGranularity",

@@ -10,7 +10,7 @@ import torch
 from helpers.tables_on_targets import ARGS, TARGETS, palettized
 
 import graphopt
-from graphopt.backends import BACKENDS, Backend, load_backend
+from graphopt.backends import Backend, ExportBackend, load_backend
 from graphopt.backends.base import compare_outputs
 from graphopt.errors import ArtifactExistsError, LoweringError, StateError
 from graphopt.palettization import (
@@ -70,7 +70,7 @@ def test_unknown_targets_are_refused() -> None:
         load_backend("onnx")
 
 
-@pytest.mark.parametrize("target", list(BACKENDS))
+@pytest.mark.parametrize("target", list(ExportBackend))
 def test_backends_load_by_name(target: graphopt.ExportBackend) -> None:
     assert isinstance(load_backend(target), Backend)
 

@@ -19,6 +19,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphopt.backends.lowering import as_program
+from graphopt.backends.registry import ExportBackend
 from graphopt.errors import InputError
 from graphopt.ir.program import Program
 from graphopt.progress import track
@@ -42,7 +43,6 @@ from graphopt.search.mixed_precision.records import (
 )
 from graphopt.search.mixed_precision.sensitivity_table import SensitivityTable
 from graphopt.search.mixed_precision.sizes import SizeModel
-from graphopt.specs import ExportBackend
 from graphopt.specs.dtypes import bits_of
 
 __all__ = ["analyze"]

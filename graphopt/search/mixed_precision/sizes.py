@@ -8,16 +8,11 @@ from dataclasses import dataclass
 
 import torch
 
-from graphopt.backends import load_backend
+from graphopt.backends import ExportBackend, load_backend
 from graphopt.numerics.affine import grid_of, has_whole_offsets
 from graphopt.schemes.layout import plan_layout
 from graphopt.schemes.quantize import plan_blocks
-from graphopt.specs import (
-    ExportBackend,
-    PalettizationSpec,
-    QuantizationScheme,
-    QuantizationSpec,
-)
+from graphopt.specs import PalettizationSpec, QuantizationScheme, QuantizationSpec
 from graphopt.specs.dtypes import bits_of, dtype_name, parse_dtype
 
 __all__ = ["SizeModel"]

@@ -9,6 +9,7 @@ from typing import IO, Any, Literal, Self
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
+from graphopt.backends.registry import ExportBackend
 from graphopt.config.base import read_yaml
 from graphopt.errors import ConfigError
 from graphopt.search.mixed_precision.candidates import Candidate, as_candidates
@@ -130,7 +131,7 @@ class RDOConfig(SpecModel):
     feedback: FeedbackOptions = Field(default_factory=FeedbackOptions)
     rounding: RoundingOptions = Field(default_factory=RoundingOptions)
     held_out: float = Field(default=0.25, ge=0, lt=1)
-    backend: Literal["coreai", "coreml", "executorch", "torch"] | None = None
+    backend: ExportBackend | None = None
     seed: int = 0
 
     @field_validator("activations", mode="before")
