@@ -22,7 +22,6 @@ from graphopt.config.selection import Selector
 from graphopt.errors import CompressionError, ConfigWarning
 from graphopt.ir.annotations import WeightAnnotation, annotate_weight
 from graphopt.ir.editor import Editor
-from graphopt.ir.records import CompressionTable, merged
 from graphopt.passes.pass_base import Pass
 from graphopt.schemes.layout import plan_layout
 from graphopt.specs import PalettizationSpec, PerTensorGranularity
@@ -66,9 +65,7 @@ class AnnotatePalettization(Pass):
             elif weight.tensor.ndim >= 2 or weight.compressed or decision.chosen:
                 rows.append(skipped_row(weight, decision))
         remarks = report_unmatched(selector, edit.gm, weights, self.on_unmatched)
-        table = CompressionTable(tuple(rows), tuple(remarks))
-        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
-        edit.gm.meta["graphopt.table"] = merged(before, table)
+        edit.record(rows, remarks=remarks)
 
     def _refusal(self, weight: WeightTensor, spec: SpecModel) -> str:
         assert isinstance(spec, PalettizationSpec)

@@ -22,7 +22,6 @@ from graphopt.config.selection import Selector
 from graphopt.errors import ConfigWarning
 from graphopt.ir.annotations import WeightAnnotation, annotate_pruning
 from graphopt.ir.editor import Editor
-from graphopt.ir.records import CompressionTable, merged
 from graphopt.passes.pass_base import Pass
 from graphopt.schemes.prune import unfit
 from graphopt.specs import PruningSpec
@@ -60,9 +59,7 @@ class AnnotatePruning(Pass):
             elif weight.tensor.ndim >= 2 or weight.compressed or decision.chosen:
                 rows.append(skipped_row(weight, decision))
         remarks = report_unmatched(selector, edit.gm, weights, self.on_unmatched)
-        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
-        table = CompressionTable(tuple(rows), tuple(remarks))
-        edit.gm.meta["graphopt.table"] = merged(before, table)
+        edit.record(rows, remarks=remarks)
 
 
 def _refusal(weight: WeightTensor, spec: SpecModel) -> str:

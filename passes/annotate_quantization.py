@@ -29,7 +29,7 @@ from graphopt.ir.annotations import (
     annotate_weight,
 )
 from graphopt.ir.editor import Editor
-from graphopt.ir.records import ActivationRecord, CompressionTable, merged
+from graphopt.ir.records import ActivationRecord
 from graphopt.passes.fold_batchnorm import is_foldable
 from graphopt.passes.pass_base import Pass
 from graphopt.schemes.quantize import plan_blocks
@@ -88,9 +88,7 @@ class AnnotateQuantization(Pass):
             ActivationRecord(name=name, status="float", detail=f"{kind}: {why}")
             for name, kind, why in plan.floats
         )
-        table = CompressionTable(tuple(rows), (*remarks, *plan.remarks), floats)
-        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
-        edit.gm.meta["graphopt.table"] = merged(before, table)
+        edit.record(rows, remarks=(*remarks, *plan.remarks), activations=floats)
 
     def _apply(self, edit: Editor, plan: ActivationPlan) -> None:
         for node, point in plan.outputs.items():

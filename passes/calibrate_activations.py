@@ -15,7 +15,6 @@ from graphopt.ir.annotations import findings_of, keep_findings
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import share_graph
-from graphopt.ir.records import CompressionTable, merged
 from graphopt.passes import AnnotateQuantization, InsertFakeQuantize
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
@@ -105,6 +104,4 @@ class CalibrateActivations(Pass):
             trained = {each.origin.name: each for each in parts_of(prepared, WeightQuantizer)}
             keep_findings(gm, quantizers=trained, prepared=None)
         keep_findings(gm, scales=scales_of(prepared, self.on_unobserved))
-        records = CompressionTable((), (), tuple(activation_records(gm, prepared)))
-        before = gm.meta.get("graphopt.table", CompressionTable(()))
-        gm.meta["graphopt.table"] = merged(before, records)
+        edit.record(activations=tuple(activation_records(gm, prepared)))

@@ -22,7 +22,7 @@ from graphopt.ir.annotations import (
 )
 from graphopt.ir.captured_module import holder_of, set_tensor
 from graphopt.ir.editor import Editor
-from graphopt.ir.records import CompressionTable, TensorRecord, merged
+from graphopt.ir.records import TensorRecord
 from graphopt.numerics.affine import grid_of, has_whole_offsets
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.insert_fake_quantize import (
@@ -96,8 +96,7 @@ class ConvertQuantization(Pass):
             for path in (weight.name, *weight.aliases):
                 edit.delete_constant(path)
         keep_findings(edit.gm, scales={}, quantizers={})
-        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
-        edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))
+        edit.record(rows)
 
     def _quantized(
         self,

@@ -32,7 +32,7 @@ class ExpandSparse(Pass):
 
     Symmetric int8 values with one scale become a dense int8 weight with that scale, all others float.
     Outliers beside tables belong to these and stay. What was expanded is noted in
-    `gm.meta["graphopt.notes"]`.
+    `annotations.notes_of`.
     """
 
     name: ClassVar[str] = "expand-sparse"
@@ -56,7 +56,7 @@ class ExpandSparse(Pass):
             edit.replace(node, made)
             drop_unread(edit, read)
             note = f"{name}: stored as a dense weight with zeros"
-            edit.gm.meta["graphopt.notes"] = (*edit.gm.meta.get("graphopt.notes", ()), note)
+            edit.note(note)
 
 
 def _integers(edit: Editor, values: fx.Node) -> Tensor | None:

@@ -26,7 +26,7 @@ class ExpandTables(Pass):
         %w = get_attr[fc.weight]
 
     The values are those of the tables; only the storage is that of a dense weight. What was expanded
-    is noted in `gm.meta["graphopt.notes"]`.
+    is noted in `annotations.notes_of`.
     """
 
     name: ClassVar[str] = "expand-tables"
@@ -40,7 +40,7 @@ class ExpandTables(Pass):
             edit.replace(node, made)
             drop_unread(edit, read)
             note = f"{lookup.name}: {lookup.n_bits}-bit table stored as a dense weight"
-            edit.gm.meta["graphopt.notes"] = (*edit.gm.meta.get("graphopt.notes", ()), note)
+            edit.note(note)
 
 
 def constant_value(edit: Editor, node: fx.Node) -> Tensor:

@@ -11,7 +11,6 @@ from typing_extensions import override
 from graphopt.analysis.weights import find_weights
 from graphopt.ir.annotations import palette_annotation
 from graphopt.ir.editor import Editor
-from graphopt.ir.records import CompressionTable, merged
 from graphopt.numerics.parallel import map_tasks
 from graphopt.passes.palettize_weights import record_of
 from graphopt.passes.pass_base import Pass
@@ -49,5 +48,4 @@ class FakePalettize(Pass):
             row = record_of(weight, annotation.spec, palettized)
             rows.append(of_whole_weight(edit.gm, weight, row))
             edit.set_value(weight.nodes[0], value, tied=weight.nodes[1:])
-        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
-        edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))
+        edit.record(rows)

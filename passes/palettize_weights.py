@@ -15,7 +15,7 @@ from graphopt.analysis.weights import WeightTensor, find_weights, identity_of
 from graphopt.errors import CompressionError
 from graphopt.ir.annotations import WeightAnnotation, findings_of, keep_findings, palette_annotation
 from graphopt.ir.editor import Editor
-from graphopt.ir.records import CompressionTable, TensorRecord, merged
+from graphopt.ir.records import TensorRecord
 from graphopt.numerics.parallel import map_tasks
 from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.pass_base import Pass
@@ -147,8 +147,7 @@ class PalettizeWeights(Pass):
             rows.append(of_whole_weight(edit.gm, weight, row))
             self._rewrite(edit, weight, palettized)
         keep_findings(edit.gm, palettes={})
-        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
-        edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))
+        edit.record(rows)
 
     @override
     def expected(self, before: fx.GraphModule, after: fx.GraphModule) -> fx.GraphModule:

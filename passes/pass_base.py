@@ -11,22 +11,17 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
 from graphopt.errors import GraphOptError, PassError
+from graphopt.ir.annotations import note_pass, passes_provided, passes_run
 from graphopt.ir.editor import Editor
 
-__all__ = ["Pass", "PassResult", "missing_passes", "passes_run"]
+__all__ = ["Pass", "PassResult", "missing_passes"]
 
-_RUN, _PROVIDED = "graphopt.passes", "graphopt.passes_provided"
 _log = logging.getLogger(__name__)
-
-
-def passes_run(gm: fx.GraphModule) -> tuple[str, ...]:
-    """Names of our passes that this module has seen, in order."""
-    return tuple(gm.meta.get(_RUN, ()))
 
 
 def missing_passes(each: Pass, gm: fx.GraphModule) -> list[str]:
     """Names of the passes that must come before `each` and have not run on `gm`."""
-    seen = {*passes_run(gm), *gm.meta.get(_PROVIDED, ())}
+    seen = {*passes_run(gm), *passes_provided(gm)}
     return [needed.name for needed in each.after if needed.name not in seen]
 
 
@@ -82,9 +77,6 @@ class Pass(ABC):
             raise
         except RuntimeError as error:
             raise PassError(f"pass {self.name!r} left an invalid graph: {error}") from error
-        gm.meta[_RUN] = (*seen, self.name)
-        if self.provides:
-            provided = (each.name for each in self.provides)
-            gm.meta[_PROVIDED] = (*gm.meta.get(_PROVIDED, ()), *provided)
+        note_pass(gm, self.name, [provided.name for provided in self.provides])
         _log.debug("%s: %s", self.name, "changed" if edit.changed else "unchanged")
         return PassResult(gm, edit.changed)

@@ -15,7 +15,7 @@ from graphopt.analysis.weights import WeightTensor, find_weights, identity_of
 from graphopt.errors import CompressionError
 from graphopt.ir.annotations import findings_of, keep_findings, pruning_annotation
 from graphopt.ir.editor import Editor
-from graphopt.ir.records import CompressionTable, TensorRecord, merged
+from graphopt.ir.records import TensorRecord
 from graphopt.passes.annotate_pruning import AnnotatePruning
 from graphopt.passes.pass_base import Pass
 from graphopt.schemes.prune import PrunedWeight, mask_of, prune
@@ -92,8 +92,7 @@ class PruneWeights(Pass):
             for path in (weight.name, *weight.aliases):
                 edit.delete_constant(path)
         keep_findings(edit.gm, masks={})
-        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
-        edit.gm.meta["graphopt.table"] = merged(before, CompressionTable(tuple(rows)))
+        edit.record(rows)
 
     @override
     def expected(self, before: fx.GraphModule, after: fx.GraphModule) -> fx.GraphModule:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from typing_extensions import override
 
+from graphopt.ir.annotations import dropout_rate
 from graphopt.ir.editor import Editor
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared import QUANTIZERS, TrainableNorm
@@ -52,7 +53,7 @@ class RestoreTraining(Pass):
                 edit.erase(user)
             edit.erase(norm)
         for node in list(edit.gm.graph.nodes):
-            rate = node.meta.get("graphopt", {}).get("dropout")
+            rate = dropout_rate(node)
             if rate is not None and node.op == "call_function":
                 path = edit.module(f"{QUANTIZERS}.dropout_{node.name}", nn.Dropout(rate))
                 edit.gm.get_submodule(path).eval()

@@ -8,7 +8,8 @@ from dataclasses import replace
 from torch import fx
 
 from graphopt.analysis.weights import WeightTensor
-from graphopt.ir.records import CompressionTable, TensorRecord
+from graphopt.ir.annotations import record_of
+from graphopt.ir.records import TensorRecord
 
 __all__ = ["of_whole_weight"]
 
@@ -22,7 +23,7 @@ def of_whole_weight(gm: fx.GraphModule, weight: WeightTensor, row: TensorRecord)
     name = row.name.removesuffix(_VALUES)
     shape = tuple(int(size) for size in weight.sparse.args[2])  # type: ignore[union-attr,arg-type]
     mask_bits = 8 * -(-math.prod(shape) // 8)
-    known = gm.meta.get("graphopt.table", CompressionTable(()))
+    known = record_of(gm)
     pruned = next((each for each in known.rows if each.name == name), None)
     zeros = 1 - math.prod(row.shape) / max(math.prod(shape), 1)
     share = pruned.detail if pruned is not None else f"{100 * zeros:.1f} % zeros"

@@ -40,6 +40,7 @@ from graphopt.backends.executorch.weight_forms import why_not_integers
 from graphopt.backends.quiet import silent
 from graphopt.errors import LoweringError, VerificationError
 from graphopt.extras import require
+from graphopt.ir.annotations import clear_notes, notes_of
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import (
@@ -251,7 +252,7 @@ class ExecuTorchBackend(Backend):
             )
         legal = program.copy()
         gm = legal.graph_module
-        gm.meta["graphopt.notes"] = ()
+        clear_notes(gm)
         run_passes(gm, [RemoveUnused(), *self.legalize(tables)])
         _own_storage(gm)
         exported = export_graph(gm, program.example_args, program.example_kwargs)
@@ -303,7 +304,7 @@ class ExecuTorchBackend(Backend):
                 edge = to_edge_transform_and_lower(exported, partitioner=chosen, **options)
                 if target is not None:
                     target.finish(edge)
-                notes = () if lowered is None else lowered.meta["graphopt.notes"]
+                notes = () if lowered is None else notes_of(lowered)
                 delegation = _delegation(edge, notes)
                 manager = edge.to_executorch()
                 buffer = bytes(manager.buffer)

@@ -71,7 +71,7 @@ class CompressTables(Pass):
             else:
                 made = _Decoder(edit, lookup, shared).emit()
                 note = f"{lookup.name}: {lookup.n_bits}-bit codes decoded at every call"
-            edit.gm.meta["graphopt.notes"] = (*edit.gm.meta.get("graphopt.notes", ()), note)
+            edit.note(note)
             read = operands(node)
             if made is None:  # every reader has its own decoder
                 edit.erase(node)

@@ -76,7 +76,7 @@ def bias_apart(edit: Editor, linear: fx.Node) -> None:
 
 
 def _note(edit: Editor, text: str) -> None:
-    edit.gm.meta["graphopt.notes"] = (*edit.gm.meta.get("graphopt.notes", ()), text)
+    edit.note(text)
 
 
 def _dense(edit: Editor, weight: QuantizedTensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 import graphopt.ir.ops  # noqa: F401 - registers the stand-in of dropouts
+from graphopt.ir.annotations import annotate_dropout
 
 __all__ = ["dropout_kept", "is_plain", "to_inference_form"]
 
@@ -71,7 +72,7 @@ def to_inference_form(graph: fx.Graph) -> None:
         ):
             rate = float(node.args[1])
             node.target, node.args = _aten.clone.default, node.args[:1]
-            node.meta["graphopt"] = {**node.meta.get("graphopt", {}), "dropout": rate}
+            annotate_dropout(node, rate)
         elif node.target is _aten.batch_norm.default and not _trains(node):
             _native_norm(graph, node)
 

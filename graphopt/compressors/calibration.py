@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,14 +19,13 @@ from graphopt.fitting.sensitivity import GradientCollector, LossFn, label_free_l
 from graphopt.ir.annotations import palette_annotation
 from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.program import Program, share_graph
-from graphopt.ir.records import CompressionTable, merged
 from graphopt.passes import InsertTaps, cluster_annotated
 from graphopt.passes.pass_manager import run_passes
 from graphopt.progress import track
 from graphopt.run.layerwise import Batch
 from graphopt.schemes.palettize import PalettizedWeight
 
-__all__ = ["Calibrator", "algorithms_of", "note_remarks", "shapes_to_weigh", "without_data"]
+__all__ = ["Calibrator", "algorithms_of", "shapes_to_weigh", "without_data"]
 
 _log = logging.getLogger(__name__)
 _TAPS = "_taps"
@@ -59,12 +58,6 @@ def without_data(gm: fx.GraphModule, weighed: Collection[str] = ()) -> list[str]
         if algorithm == "gptq" or (algorithm == "skm" and weight.name not in weighed):
             waiting.append(f"{weight.name}: {algorithm!r} ({annotation.path})")
     return waiting
-
-
-def note_remarks(gm: CapturedModule, remarks: Sequence[str]) -> None:
-    """Add remarks to the table of what is done."""
-    before = gm.meta.get("graphopt.table", CompressionTable(()))
-    gm.meta["graphopt.table"] = merged(before, CompressionTable((), tuple(remarks)))
 
 
 def shapes_to_weigh(annotated: Program) -> dict[str, torch.Size]:

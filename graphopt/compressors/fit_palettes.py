@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from graphopt.compressors.calibration import Calibrator, note_remarks, shapes_to_weigh, without_data
+from graphopt.compressors.calibration import Calibrator, shapes_to_weigh, without_data
 from graphopt.errors import CalibrationError, InputError
 from graphopt.fitting.sensitivity import LossFn, load_sensitivities
 from graphopt.ir.annotations import keep_findings
@@ -78,7 +78,7 @@ class FitPalettes(Pass):
             edit.changed = True
         fitted = set(calibrator.algorithms.values()) == {"gptq"}
         keep_findings(gm, palettes=found, fitted_to_outputs=fitted)
-        note_remarks(gm, remarks)
+        edit.record(remarks=remarks)
 
     def _cluster(self, annotated: Program) -> None:
         """Without data; weighed by saved sensitivities where there are any."""

@@ -17,7 +17,6 @@ from graphopt.compressors.base import Compressor
 from graphopt.compressors.calibration import (
     Calibrator,
     algorithms_of,
-    note_remarks,
     without_data,
 )
 from graphopt.compressors.compressed_program import CompressedProgram
@@ -29,7 +28,7 @@ from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.errors import StateError
 from graphopt.fitting.sensitivity import LossFn, save_sensitivities
-from graphopt.ir.annotations import findings_of, keep_findings
+from graphopt.ir.annotations import findings_of, keep_findings, record, record_of
 from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionTable
@@ -144,7 +143,7 @@ class KMeansPalettizer(Compressor):
         keep_findings(gm, palettes={}, sensitivities={})
         fake = run.program.copy().graph_module
         run_passes(fake, [FakePalettize(self._palettes)])
-        _say(fake.meta["graphopt.table"])
+        _say(record_of(fake))
         self._run, self._seed = run, seed
         self._prepared = copy.deepcopy(fake)
         return self._prepared
@@ -292,7 +291,7 @@ class KMeansPalettizer(Compressor):
         for path, value in biases.items():
             holder, name = holder_of(fitted.graph_module, path)
             set_tensor(holder, name, value)
-        note_remarks(fitted.graph_module, remarks)
+        record(fitted.graph_module, remarks=remarks)
         self._fitted = fitted
         fake = fitted.copy().graph_module
         run_passes(fake, [FakePalettize(found)])
@@ -329,8 +328,9 @@ class KMeansPalettizer(Compressor):
             return run.finish(self._fitted.copy(), palettes=self._palettes)
         source = run.program.copy()
         waiting = without_data(source.graph_module, self._sensitivities)
-        note_remarks(
-            source.graph_module, [f"{each} had no data; clustered by k-means" for each in waiting]
+        record(
+            source.graph_module,
+            remarks=[f"{name} had no data; clustered by k-means" for name in waiting],
         )
         return run.finish(source, palettes=self._palettes)
 

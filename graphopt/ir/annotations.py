@@ -6,40 +6,54 @@ never by node, so that copies of a graph keep them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Generic, TypeVar, cast
 
 from torch import fx
 
+from graphopt.ir.records import ActivationRecord, CompressionTable, TensorRecord, merged
 from graphopt.specs import PalettizationSpec, PruningSpec, QuantizationSpec
 
 __all__ = [
     "ActivationPoint",
     "Findings",
     "WeightAnnotation",
+    "annotate_dropout",
     "annotate_input",
     "annotate_norm",
     "annotate_output",
     "annotate_pruning",
     "annotate_weight",
     "clear_annotations",
+    "clear_notes",
     "describe_annotations",
+    "dropout_rate",
     "findings_of",
+    "forget_record",
     "input_points",
     "is_fused_norm",
     "keep_findings",
     "move_output",
+    "note",
+    "note_pass",
+    "notes_of",
     "output_point",
     "palette_annotation",
+    "passes_provided",
+    "passes_run",
     "pruning_annotation",
     "quantization_annotation",
+    "record",
+    "record_of",
 ]
 
 _KEY = "graphopt"
 _FINDINGS = "graphopt_findings"  # not saved with a module
 _WEIGHT, _OUTPUT, _INPUTS, _NORM = "weight", "output", "inputs", "norm"
-_PRUNING = "pruning"
+_PRUNING, _DROPOUT = "pruning", "dropout"
+_RECORD, _NOTES = "graphopt.table", "graphopt.notes"
+_RUN, _PROVIDED = "graphopt.passes", "graphopt.passes_provided"
 
 
 SpecT = TypeVar("SpecT", PalettizationSpec, QuantizationSpec, PruningSpec)
@@ -152,6 +166,16 @@ def is_fused_norm(node: fx.Node) -> bool:
     return bool(node.meta.get(_KEY, {}).get(_NORM))
 
 
+def annotate_dropout(node: fx.Node, rate: float) -> None:
+    """Remember that a copy was a dropout of this rate."""
+    _put(node, _DROPOUT, rate)
+
+
+def dropout_rate(node: fx.Node) -> float | None:
+    """The rate of the dropout that a node was, if it was one."""
+    return cast("float | None", node.meta.get(_KEY, {}).get(_DROPOUT))
+
+
 def clear_annotations(node: fx.Node) -> None:
     """Detach everything that is attached to a node."""
     node.meta.pop(_KEY, None)
@@ -207,3 +231,70 @@ def findings_of(gm: fx.GraphModule) -> Findings:
 def keep_findings(gm: fx.GraphModule, **found: Any) -> None:
     """Leave something for later passes."""
     gm.meta[_FINDINGS] = replace(findings_of(gm), **found)
+
+
+def record_of(gm: fx.GraphModule) -> CompressionTable:
+    """What was done to each tensor of a graph so far; empty before any compression."""
+    return cast("CompressionTable", gm.meta.get(_RECORD, CompressionTable(())))
+
+
+def record(
+    gm: fx.GraphModule,
+    rows: Sequence[TensorRecord] = (),
+    *,
+    remarks: Sequence[str] = (),
+    activations: Sequence[ActivationRecord] = (),
+) -> None:
+    """Add to the record of a graph; rows replace earlier ones of the same tensor.
+
+    Args:
+        gm: The graph.
+        rows: One per tensor.
+        remarks: On the whole model.
+        activations: One per scale of activations, and per op that stays in float.
+    """
+    added = CompressionTable(tuple(rows), tuple(remarks), tuple(activations))
+    gm.meta[_RECORD] = merged(record_of(gm), added)
+
+
+def forget_record(gm: fx.GraphModule) -> None:
+    """Drop the record of a graph."""
+    gm.meta.pop(_RECORD, None)
+
+
+def notes_of(gm: fx.GraphModule) -> tuple[str, ...]:
+    """What passes of a target had to say about the form of the graph's weights."""
+    return tuple(gm.meta.get(_NOTES, ()))
+
+
+def note(gm: fx.GraphModule, text: str) -> None:
+    """Add a note on the form of the graph's weights."""
+    gm.meta[_NOTES] = (*notes_of(gm), text)
+
+
+def clear_notes(gm: fx.GraphModule) -> None:
+    """Drop the notes of a graph."""
+    gm.meta[_NOTES] = ()
+
+
+def passes_run(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Names of our passes that a graph has seen, in order."""
+    return tuple(gm.meta.get(_RUN, ()))
+
+
+def passes_provided(gm: fx.GraphModule) -> tuple[str, ...]:
+    """Names of the passes in whose place others have run."""
+    return tuple(gm.meta.get(_PROVIDED, ()))
+
+
+def note_pass(gm: fx.GraphModule, name: str, provides: Sequence[str] = ()) -> None:
+    """Remember that a pass has run.
+
+    Args:
+        gm: The graph.
+        name: Its name.
+        provides: Names of passes in whose place it stands.
+    """
+    gm.meta[_RUN] = (*passes_run(gm), name)
+    if provides:
+        gm.meta[_PROVIDED] = (*passes_provided(gm), *provides)

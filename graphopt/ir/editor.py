@@ -8,7 +8,9 @@ from typing import Any
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from graphopt.ir.annotations import note, record
 from graphopt.ir.captured_module import holder_of
+from graphopt.ir.records import ActivationRecord, TensorRecord
 
 __all__ = ["Editor", "nodes_in", "operands"]
 
@@ -224,6 +226,26 @@ class Editor:
         holder, name = holder_of(self.gm, path)
         delattr(holder, name)
         self.changed = True
+
+    def record(
+        self,
+        rows: Sequence[TensorRecord] = (),
+        *,
+        remarks: Sequence[str] = (),
+        activations: Sequence[ActivationRecord] = (),
+    ) -> None:
+        """Add to the record of what was done; that alone is no change of the graph.
+
+        Args:
+            rows: One per tensor; each replaces an earlier one of the same tensor.
+            remarks: On the whole model.
+            activations: One per scale of activations, and per op that stays in float.
+        """
+        record(self.gm, rows, remarks=remarks, activations=activations)
+
+    def note(self, text: str) -> None:
+        """Say something about the form of the graph's weights; that alone is no change."""
+        note(self.gm, text)
 
     def _exists(self, path: str) -> bool:
         try:

@@ -14,6 +14,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import InputError
+from graphopt.ir.annotations import record_of
 from graphopt.ir.captured_module import CapturedModule, InputGuards
 from graphopt.ir.records import CompressionTable
 
@@ -148,7 +149,7 @@ class Program:
     @property
     def table(self) -> CompressionTable:
         """What was done to each tensor; empty before any compression."""
-        return self.graph_module.meta.get("graphopt.table", CompressionTable(()))
+        return record_of(self.graph_module)
 
 
 def _without_rest(value: Any) -> Any:

@@ -13,9 +13,9 @@ from graphopt.analysis.lookups import find_lookups, find_sparse
 from graphopt.analysis.quantized import find_quantized_weights, zero_points
 from graphopt.backends.lowering import as_program
 from graphopt.errors import InputError
+from graphopt.ir.annotations import record_of
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program, share_graph
-from graphopt.ir.records import CompressionTable
 from graphopt.passes import RaiseToVocabulary, RemoveUnused
 from graphopt.passes.pass_manager import run_passes
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
@@ -109,7 +109,7 @@ def stored_tensors(gm: torch.fx.GraphModule) -> dict[str, StoredTensor]:
     for name in zero_points(gm):
         points = tensors[name]
         bits[name] = 8 * points.numel() if bool(points.any()) else 0
-    for row in gm.meta.get("graphopt.table", CompressionTable(())).compressed:
+    for row in record_of(gm).compressed:
         # a prepared module computes with dense palettes
         if row.name in bits and tensors[row.name].numel() == row.numel:
             bits[row.name] = row.stored_bits

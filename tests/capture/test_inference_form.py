@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.capture.inference_form import is_plain
+from graphopt.ir.annotations import dropout_rate
 
 
 class Plain(nn.Module):
@@ -52,7 +53,7 @@ def test_norms_have_their_inference_op_and_dropouts_their_rate(kind: type[Plain]
     targets = [str(node.target) for node in gm.graph.nodes]
     assert targets.count("aten._native_batch_norm_legit_no_training.default") == 1
     assert not any("dropout" in target for target in targets)
-    rates = [node.meta.get("graphopt", {}).get("dropout") for node in gm.graph.nodes]
+    rates = [dropout_rate(node) for node in gm.graph.nodes]
     assert [rate for rate in rates if rate] == ([0.3] if kind is Plain else [])
     torch.testing.assert_close(gm(X), model(X), rtol=0, atol=0)
     # metadata as every pass expects it
@@ -66,5 +67,5 @@ def test_loaded_programs_keep_the_rate_too(tmp_path: object) -> None:
     exported = torch.export.export(Plain().eval(), (X,))
     before = [str(node.target) for node in exported.graph.nodes]
     gm = graphopt.capture(exported).graph_module
-    assert [n for n in gm.graph.nodes if n.meta.get("graphopt", {}).get("dropout") == 0.3]
+    assert [n for n in gm.graph.nodes if dropout_rate(n) == 0.3]
     assert before == [str(node.target) for node in exported.graph.nodes]

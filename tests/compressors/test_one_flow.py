@@ -262,7 +262,7 @@ def test_shapes_of_the_model_stay_open(kind: type[Compressor]) -> None:
 def test_paused_run_takes_results_in_place_of_the_passes_own(net: graphopt.Program) -> None:
     pipeline = pipelines.palettize(palettes("kmeans"))
     paused = pipeline.pause("palettize-weights", net)
-    assert not paused.program.graph_module.meta.get("graphopt.table").palettized
+    assert not paused.program.table.palettized
     same(paused.finish(), pipeline.run(net))
     four = pipelines.palettize(palettes("kmeans", 4)).pause("palettize-weights", net)
     made = findings_of(four.program.graph_module).palettes

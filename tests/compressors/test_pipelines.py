@@ -13,11 +13,12 @@ from torch.fx.passes.infra import pass_manager as fx_passes
 import graphopt
 from graphopt import pipelines
 from graphopt.errors import InputError, PassError
+from graphopt.ir.annotations import findings_of, passes_run
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.palettization import KMeansPalettizerConfig
 from graphopt.passes import PalettizeWeights
-from graphopt.passes.pass_base import Pass, PassResult, passes_run
+from graphopt.passes.pass_base import Pass, PassResult
 from graphopt.pipelines import PassManager, Pipeline
 
 
@@ -290,8 +291,8 @@ def test_pipeline_leaves_the_model_and_its_copy_alone(net: nn.Module, data: list
     before = copy.deepcopy(net.state_dict())
     program = named(data)["joint"].run(net, (X,))
     assert all(torch.equal(before[key], value) for key, value in net.state_dict().items())
-    assert program.graph_module.meta.get("graphopt_findings") is not None
-    assert program.graph_module.meta["graphopt_findings"].reference is None
+    assert findings_of(program.graph_module).scales
+    assert findings_of(program.graph_module).reference is None
 
 
 def test_pipelines_inside_pipelines_are_their_passes() -> None:

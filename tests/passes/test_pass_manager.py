@@ -14,6 +14,7 @@ from torch.fx.passes.infra.pass_manager import PassManager
 
 import graphopt
 from graphopt.errors import CompressionError, PassError
+from graphopt.ir.annotations import passes_run
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.palettization import KMeansPalettizerConfig
@@ -28,7 +29,7 @@ from graphopt.passes import (
     RemoveUnused,
     pass_manager,
 )
-from graphopt.passes.pass_base import Pass, PassResult, passes_run
+from graphopt.passes.pass_base import Pass, PassResult
 from graphopt.passes.pass_manager import run_passes
 
 

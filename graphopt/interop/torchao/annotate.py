@@ -27,7 +27,7 @@ from graphopt.ir.annotations import (
     annotate_weight,
 )
 from graphopt.ir.editor import Editor, operands
-from graphopt.ir.records import ActivationRecord, CompressionTable, merged
+from graphopt.ir.records import ActivationRecord
 from graphopt.passes import (
     AnnotateQuantization,
     ConvertQuantization,
@@ -124,8 +124,7 @@ class AnnotateFromTorchao(Pass):
                     if operand is place[0]:
                         annotate_input(place[1], position, point)
             edit.changed = True
-        before = edit.gm.meta.get("graphopt.table", CompressionTable(()))
-        edit.gm.meta["graphopt.table"] = merged(before, CompressionTable((), (), tuple(rows)))
+        edit.record(activations=rows)
 
 
 def quantize_with(

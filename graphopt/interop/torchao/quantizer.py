@@ -27,6 +27,7 @@ from graphopt.errors import CalibrationError, StateError
 from graphopt.ir.annotations import (
     ActivationPoint,
     clear_annotations,
+    forget_record,
     input_points,
     output_point,
     palette_annotation,
@@ -207,7 +208,7 @@ class GraphOptQuantizer(Quantizer):  # type: ignore[misc]
         self._weights(model, taken)
         for node in model.graph.nodes:
             clear_annotations(node)
-        model.meta.pop("graphopt.table", None)
+        forget_record(model)
         return model
 
     def _refuse_fitted(self, model: fx.GraphModule) -> None:
