@@ -198,6 +198,14 @@ class Backend(ABC):
     def legalize(self) -> tuple[Pass, ...]:
         """Passes that turn our vocabulary into the target's."""
 
+    def raise_(self) -> tuple[Pass, ...]:
+        """Passes that turn the target's ops back into our vocabulary, by the ops' names alone.
+
+        They run on any program that is read, so they need no toolchain; () where `legalize` leaves
+        no ops of the target's own.
+        """
+        return ()
+
     @abstractmethod
     def lower(self, program: Program, **options: Any) -> Artifact:
         """Translate a program in our vocabulary.

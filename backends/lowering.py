@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,13 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.backends import Artifact, load_backend
+from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.backends.registry import ExportBackend, target_of_suffix
 from graphopt.capture import capture
 from graphopt.ir.captured_module import CapturedModule
-from graphopt.ir.program import Program
-from graphopt.passes import RaiseToVocabulary, RemoveUnused
+from graphopt.ir.neutral_form import neutral_form, with_neutral_form
+from graphopt.ir.program import Program, share_graph
+from graphopt.passes import RemoveUnused
 from graphopt.passes.pass_manager import run_passes
 
 __all__ = ["as_program", "convert_for", "lower", "lower_by_suffix"]
@@ -28,7 +31,8 @@ def as_program(
 ) -> Program:
     """A program in our vocabulary, from whatever is at hand.
 
-    A module that was finalized for a backend has its ops raised back.
+    A module that was finalized for a backend is the program that it was made from, where it is as it
+    was then; else its ops are raised back.
 
     Raises:
         CaptureError: It cannot be exported.
@@ -41,12 +45,15 @@ def as_program(
             program = program.with_example(tuple(args), dict(example_kwargs or {}))
     else:
         program = capture(source, example_inputs, example_kwargs)
+    neutral = neutral_form(program.graph_module)
+    if neutral is not None:
+        program = replace(program, graph_module=share_graph(neutral))
     run_passes(program.graph_module, [RaiseToVocabulary()])
     return program
 
 
 def convert_for(program: Program, backend: ExportBackend | str) -> CapturedModule:
-    """A module that holds the ops of a backend instead of ours.
+    """A module that holds the ops of a backend instead of ours, and keeps the program beside them.
 
     Raises:
         LoweringError: The backend cannot hold the program.
@@ -55,7 +62,9 @@ def convert_for(program: Program, backend: ExportBackend | str) -> CapturedModul
     target.refuse_unsupported(program)
     converted = program.copy()
     run_passes(converted.graph_module, [RemoveUnused(), *target.legalize()])
-    return copy.deepcopy(converted.graph_module)
+    if not target.legalize():
+        return copy.deepcopy(converted.graph_module)
+    return with_neutral_form(converted.graph_module, program.graph_module)
 
 
 def lower(

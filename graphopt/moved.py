@@ -81,6 +81,8 @@ MOVED: dict[str, str] = {
     "pass_manager": "passes.pass_manager",
     "passes.op_patterns": "analysis.op_patterns",
     "passes.quantization_plan": "analysis.quantization_plan",
+    "passes.raise_quantization": "backends.coreai.raise_quantization",
+    "passes.raise_to_vocabulary": "backends.raising",
     "passes.select_weights": "analysis.select_weights",
     "passes.value_facts": "analysis.value_facts",
     "program": "ir.program",

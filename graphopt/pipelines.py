@@ -15,6 +15,7 @@ from typing import Any
 
 from typing_extensions import Unpack
 
+from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.compressors.flow import joint_pipeline
 from graphopt.compressors.joint import AnyConfig, joint_config
 from graphopt.compressors.options import CompressKeywords, CompressOptions
@@ -24,7 +25,7 @@ from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
 from graphopt.fitting.sensitivity import LossFn
-from graphopt.passes import RaiseToVocabulary, RemoveUnused
+from graphopt.passes import RemoveUnused
 from graphopt.passes.pass_manager import PassManager, PassRecord, PassReport
 from graphopt.search.rdo import OptimizeRateDistortion, RDOConfig
 

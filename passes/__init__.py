@@ -3,6 +3,9 @@
 if __name__ != "graphopt.passes":
     raise ImportError("import graphopt.passes, not passes")
 
+import importlib
+from typing import Any
+
 from graphopt.passes.absorb_channel_scale import AbsorbChannelScale
 from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.annotate_pruning import AnnotatePruning
@@ -28,7 +31,6 @@ from graphopt.passes.insert_taps import InsertTaps
 from graphopt.passes.integers_to_tables import IntegersToTables
 from graphopt.passes.palettize_weights import PalettizeWeights, cluster_annotated
 from graphopt.passes.prune_weights import PruneWeights
-from graphopt.passes.raise_to_vocabulary import RaiseToVocabulary
 from graphopt.passes.reestimate_batchnorm import ReestimateBatchNorm
 from graphopt.passes.remove_unused import RemoveUnused
 from graphopt.passes.restore_training import RestoreTraining
@@ -65,3 +67,12 @@ __all__ = [
     "cluster_annotated",
     "reference_of",
 ]
+
+# stands above the passes, with the targets that it asks
+_ELSEWHERE = {"RaiseToVocabulary": "graphopt.backends.raising"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _ELSEWHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(_ELSEWHERE[name]), name)

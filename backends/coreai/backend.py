@@ -31,6 +31,7 @@ from graphopt.backends.base import (
 from graphopt.backends.casting import cast_to_16_bit_precision
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
+from graphopt.backends.coreai.raise_ import RaiseFromCoreAI
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError, VerificationError
@@ -149,6 +150,10 @@ class CoreAIBackend(Backend):
             LegalizeQuantizationForCoreAI(),
             LegalizeForCoreAI(),
         )
+
+    @override
+    def raise_(self) -> tuple[Pass, ...]:
+        return (RaiseFromCoreAI(),)
 
     @override
     def lower(

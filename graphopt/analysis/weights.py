@@ -82,12 +82,10 @@ _RESHAPING = {
     *(_aten.flatten.using_ints, _aten.unflatten.int, _aten.squeeze.default),
     *(_aten.squeeze.dim, _aten.squeeze.dims),
 }
-_SPARSE = ("graphopt.sparse_to_dense", "coreai.sparse_to_dense")
+_SPARSE = ("graphopt.sparse_to_dense",)
 _LOOKUPS = (
     "graphopt.lut_to_dense",
-    "coreai.lut_to_dense",
     "graphopt.shift_scale",
-    "coreai.constexpr_blockwise_shift_scale",
     *_SPARSE,
     "quantized_decomposed.dequantize_per_tensor",
     "quantized_decomposed.dequantize_per_channel",

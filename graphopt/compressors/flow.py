@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from graphopt.backends import load_backend
+from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.compressors.fit_palettes import FitPalettes
 from graphopt.compressors.options import CompressOptions
 from graphopt.compressors.pipeline import Pipeline
@@ -26,7 +27,6 @@ from graphopt.passes import (
     KeepReference,
     PalettizeWeights,
     PruneWeights,
-    RaiseToVocabulary,
     RemoveUnused,
 )
 from graphopt.passes.calibrate_activations import CalibrateActivations

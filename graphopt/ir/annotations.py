@@ -12,6 +12,7 @@ from typing import Any, Generic, TypeVar, cast
 
 from torch import fx
 
+from graphopt.ir.captured_module import KeptGraph
 from graphopt.ir.records import ActivationRecord, CompressionTable, TensorRecord, merged
 from graphopt.specs import PalettizationSpec, PruningSpec, QuantizationSpec
 
@@ -34,7 +35,9 @@ __all__ = [
     "input_points",
     "is_fused_norm",
     "keep_findings",
+    "keep_neutral_graph",
     "move_output",
+    "neutral_graph_of",
     "note",
     "note_pass",
     "notes_of",
@@ -49,7 +52,8 @@ __all__ = [
 ]
 
 _KEY = "graphopt"
-_FINDINGS = "graphopt_findings"  # not saved with a module
+# not saved with a module
+_FINDINGS, _NEUTRAL = "graphopt_findings", "graphopt_neutral"
 _WEIGHT, _OUTPUT, _INPUTS, _NORM = "weight", "output", "inputs", "norm"
 _PRUNING, _DROPOUT = "pruning", "dropout"
 _RECORD, _NOTES = "graphopt.table", "graphopt.notes"
@@ -298,3 +302,13 @@ def note_pass(gm: fx.GraphModule, name: str, provides: Sequence[str] = ()) -> No
     gm.meta[_RUN] = (*passes_run(gm), name)
     if provides:
         gm.meta[_PROVIDED] = (*passes_provided(gm), *provides)
+
+
+def keep_neutral_graph(gm: fx.GraphModule, kept: KeptGraph) -> None:
+    """Leave the graph in our vocabulary beside the one that was made of it for a target."""
+    gm.meta[_NEUTRAL] = kept
+
+
+def neutral_graph_of(gm: fx.GraphModule) -> KeptGraph | None:
+    """The graph that `keep_neutral_graph` left, if there is one."""
+    return cast("KeptGraph | None", gm.meta.get(_NEUTRAL))

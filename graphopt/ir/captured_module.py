@@ -15,7 +15,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from graphopt.errors import InputError
 
-__all__ = ["CapturedModule", "InputGuards", "holder_of", "set_tensor"]
+__all__ = ["CapturedModule", "InputGuards", "KeptGraph", "holder_of", "set_tensor"]
 
 _ALLOWED = (
     *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare),
@@ -109,9 +109,25 @@ class CapturedModule(fx.GraphModule):
             graph = copy.deepcopy(self.graph, memo)
         copied = CapturedModule(tree, graph)
         copied.__dict__.update({key: tree.__dict__[key] for key in _TREE})
-        copied.meta = dict(self.meta)
+        copied.meta = {
+            key: copy.deepcopy(value, memo) if isinstance(value, KeptGraph) else value
+            for key, value in self.meta.items()
+        }
         memo[id(self)] = copied
         return copied
+
+
+@dataclass(frozen=True)
+class KeptGraph:
+    """A graph in a module's `meta` that is copied with the module, sharing the tensors of both.
+
+    Attributes:
+        graph: The graph; it is never changed.
+        digest: What the module was like when the graph stood for it (`ir.neutral_form`).
+    """
+
+    graph: CapturedModule
+    digest: str
 
 
 _TREE = (

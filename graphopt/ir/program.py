@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import InputError
 from graphopt.ir.annotations import record_of
-from graphopt.ir.captured_module import CapturedModule, InputGuards
+from graphopt.ir.captured_module import CapturedModule, InputGuards, KeptGraph
 from graphopt.ir.records import CompressionTable
 
 __all__ = ["Program", "Provenance", "export_graph", "share_graph"]
@@ -163,5 +163,6 @@ def _without_rest(value: Any) -> Any:
 def share_graph(module: _Module) -> _Module:
     """Copy a module's graph and tree while its tensors stay shared."""
     tensors = [*module.parameters(), *module.buffers()]
-    memo: dict[int, Any] = {id(tensor): tensor for tensor in tensors}
+    kept = [x for x in getattr(module, "meta", {}).values() if isinstance(x, KeptGraph)]
+    memo: dict[int, Any] = {id(shared): shared for shared in (*tensors, *kept)}
     return copy.deepcopy(module, memo)

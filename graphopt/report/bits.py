@@ -12,12 +12,11 @@ from torch.export import ExportedProgram
 from graphopt.analysis.lookups import find_lookups, find_sparse
 from graphopt.analysis.quantized import find_quantized_weights, zero_points
 from graphopt.backends.lowering import as_program
+from graphopt.backends.raising import in_vocabulary
 from graphopt.errors import InputError
 from graphopt.ir.annotations import record_of
 from graphopt.ir.captured_module import CapturedModule
-from graphopt.ir.program import Program, share_graph
-from graphopt.passes import RaiseToVocabulary, RemoveUnused
-from graphopt.passes.pass_manager import run_passes
+from graphopt.ir.program import Program
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 
 __all__ = ["BitsPerWeightResult", "StoredTensor", "bits_per_weight", "stored_tensors"]
@@ -95,14 +94,12 @@ class StoredTensor:
     compressed: bool
 
 
-def stored_tensors(gm: torch.fx.GraphModule) -> dict[str, StoredTensor]:
+def stored_tensors(gm: CapturedModule) -> dict[str, StoredTensor]:
     """What a program stores, by name; ops of a target are read as ours.
 
     Zero points count as bytes, and not at all where they are 0, as no target stores them.
     """
-    if any(str(node.target).startswith("coreai.") for node in gm.graph.nodes):
-        gm = share_graph(gm)
-        run_passes(gm, [RaiseToVocabulary(), RemoveUnused()])
+    gm = in_vocabulary(gm)
     tensors = dict((*gm.named_parameters(), *gm.named_buffers()))
     elements = _stand_for(gm)
     bits = {name: 8 * t.numel() * t.element_size() for name, t in tensors.items()}

@@ -16,6 +16,7 @@ from torchao.quantization.pt2e.quantizer import (
 from typing_extensions import override
 
 from graphopt.analysis.weights import WeightTensor, find_weights
+from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.compressors.pipeline import Pipeline
 from graphopt.errors import ConfigError, InputError
 from graphopt.interop.torchao.specs import activation_spec, weight_spec
@@ -32,7 +33,6 @@ from graphopt.passes import (
     AnnotateQuantization,
     ConvertQuantization,
     FoldBatchNorm,
-    RaiseToVocabulary,
     RemoveUnused,
 )
 from graphopt.passes.calibrate_activations import CalibrateActivations

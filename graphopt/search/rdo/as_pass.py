@@ -9,11 +9,11 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
+from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
-from graphopt.passes import RaiseToVocabulary
 from graphopt.passes.pass_base import Pass
 from graphopt.run.layerwise import as_batch
 from graphopt.search.rdo.config import RDOConfig

@@ -1,4 +1,4 @@
-"""Raise the lookup and dequantize ops of a target back to our vocabulary."""
+"""Raise Core AI's lookup and dequantize ops back to our vocabulary."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.backends.coreai.raise_quantization import raise_activation, raise_weight
 from graphopt.ir.editor import Editor
 from graphopt.numerics.packing import pack
 from graphopt.passes.pass_base import Pass
-from graphopt.passes.raise_quantization import raise_activation, raise_weight
 
-__all__ = ["RaiseToVocabulary"]
+__all__ = ["RaiseFromCoreAI"]
 
 _ops = torch.ops.graphopt
 _NARROW, _PADDED = 3, 4
@@ -28,7 +28,7 @@ _STORAGE = {
 
 
 @dataclass(frozen=True)
-class RaiseToVocabulary(Pass):
+class RaiseFromCoreAI(Pass):
     """Turn Core AI's compression ops into ours, so that every backend can take the program.
 
     Before:
@@ -42,7 +42,7 @@ class RaiseToVocabulary(Pass):
     a scale on the dense weight where not.
     """
 
-    name: ClassVar[str] = "raise-to-vocabulary"
+    name: ClassVar[str] = "raise-from-coreai"
 
     @override
     def run(self, edit: Editor) -> None:
