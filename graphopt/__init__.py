@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from graphopt.config.joint import JointConfig
     from graphopt.ir.captured_module import CapturedModule
     from graphopt.ir.program import Program
-    from graphopt.ir.records import CompressionTable, TensorRecord
+    from graphopt.ir.records import TensorRecord
+    from graphopt.report.table import CompressionTable
 
 __version__ = "0.1.0"
 
@@ -44,7 +45,7 @@ __all__ = [
 _MEMBERS = {
     "CapturedModule": "graphopt.ir.captured_module",
     "CompressedProgram": "graphopt.compressors.compressed_program",
-    "CompressionTable": "graphopt.ir.records",
+    "CompressionTable": "graphopt.report.table",
     "ExportBackend": "graphopt.backends.registry",
     "JointConfig": "graphopt.config.joint",
     "Program": "graphopt.ir.program",

@@ -129,6 +129,7 @@ MOVED: dict[str, str] = {
 # names that did not go where the rest of their module went
 MOVED_NAMES: dict[str, str] = {
     "program.CompressedProgram": "compressors.compressed_program",
+    "table.CompressionTable": "report.table",
 }
 
 # in a new module: old name → what it is called now

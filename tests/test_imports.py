@@ -18,7 +18,7 @@ OPTIONAL = {"coreai", "coreai_torch", "coremltools", "executorch", "torchao", "m
 OPTIONAL |= {"pandas", "dask", "distributed", "ml_dtypes"}
 # a backend and what makes it a delegate know each other
 MUTUAL = {"graphopt.backends.coreai.delegate", "graphopt.backends.coreml.delegate"}
-HEAVY = ("numba", "scipy", "networkx", "typer")
+HEAVY = ("numba", "scipy", "networkx", "rich", "typer")
 
 
 def modules() -> list[Path]:

@@ -17,9 +17,9 @@ from graphopt.compressors.pipeline import PausedRun, Pipeline
 from graphopt.errors import InputError, StateError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
-from graphopt.ir.records import CompressionTable
 from graphopt.prepared.state import parts_of
 from graphopt.report.stored import as_stored
+from graphopt.report.table import CompressionTable
 
 __all__ = ["Compressor"]
 

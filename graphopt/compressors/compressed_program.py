@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from graphopt.backends.lowering import lower_by_suffix
 from graphopt.ir.program import Program
-from graphopt.ir.records import CompressionTable
 from graphopt.passes.pass_manager import PassReport
+from graphopt.report.table import CompressionTable, table_of
 
 __all__ = ["CompressedProgram", "compressed"]
 
@@ -26,7 +26,7 @@ class CompressedProgram(Program):
 
     def report(self) -> CompressionTable:
         """One row per candidate tensor; prints as a table, with `to_json()` and `to_html(path)`."""
-        return replace(self.table, program=self)
+        return table_of(self)
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Lower to the target that the suffix names and save: .aimodel, .mlpackage or .pt2.

@@ -31,7 +31,7 @@ from graphopt.fitting.sensitivity import LossFn, save_sensitivities
 from graphopt.ir.annotations import findings_of, keep_findings, record, record_of
 from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.ir.program import Program
-from graphopt.ir.records import CompressionTable
+from graphopt.ir.records import CompressionRecord
 from graphopt.passes import FakePalettize
 from graphopt.passes.pass_manager import run_passes
 from graphopt.progress import track
@@ -335,7 +335,7 @@ class KMeansPalettizer(Compressor):
         return run.finish(source, palettes=self._palettes)
 
 
-def _say(table: CompressionTable) -> None:
+def _say(table: CompressionRecord) -> None:
     """Log what is palettized and what is not."""
     _log.info(
         "palettized %d of %d tensors to %.3f bits per weight",

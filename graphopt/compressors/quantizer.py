@@ -25,7 +25,6 @@ from graphopt.errors import ConfigError, InputError
 from graphopt.fitting.sensitivity import LossFn
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
-from graphopt.ir.records import CompressionTable
 from graphopt.passes.calibrate_activations import (
     CalibrateActivations,
     calibrate,
@@ -35,6 +34,7 @@ from graphopt.passes.calibrate_activations import (
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 from graphopt.prepared.state import parts_of, take_state
 from graphopt.report.stored import as_stored
+from graphopt.report.table import CompressionTable
 
 __all__ = ["Quantizer"]
 

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar, cast
 from torch import fx
 
 from graphopt.ir.captured_module import KeptGraph
-from graphopt.ir.records import ActivationRecord, CompressionTable, TensorRecord, merged
+from graphopt.ir.records import ActivationRecord, CompressionRecord, TensorRecord, merged
 from graphopt.specs import PalettizationSpec, PruningSpec, QuantizationSpec
 
 __all__ = [
@@ -237,9 +237,9 @@ def keep_findings(gm: fx.GraphModule, **found: Any) -> None:
     gm.meta[_FINDINGS] = replace(findings_of(gm), **found)
 
 
-def record_of(gm: fx.GraphModule) -> CompressionTable:
+def record_of(gm: fx.GraphModule) -> CompressionRecord:
     """What was done to each tensor of a graph so far; empty before any compression."""
-    return cast("CompressionTable", gm.meta.get(_RECORD, CompressionTable(())))
+    return cast("CompressionRecord", gm.meta.get(_RECORD, CompressionRecord(())))
 
 
 def record(
@@ -257,7 +257,7 @@ def record(
         remarks: On the whole model.
         activations: One per scale of activations, and per op that stays in float.
     """
-    added = CompressionTable(tuple(rows), tuple(remarks), tuple(activations))
+    added = CompressionRecord(tuple(rows), tuple(remarks), tuple(activations))
     gm.meta[_RECORD] = merged(record_of(gm), added)
 
 

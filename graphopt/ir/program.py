@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import InputError
 from graphopt.ir.annotations import record_of
 from graphopt.ir.captured_module import CapturedModule, InputGuards, KeptGraph
-from graphopt.ir.records import CompressionTable
+from graphopt.ir.records import CompressionRecord
 
 __all__ = ["Program", "Provenance", "export_graph", "share_graph"]
 
@@ -147,7 +147,7 @@ class Program:
         return digest.hexdigest()
 
     @property
-    def table(self) -> CompressionTable:
+    def table(self) -> CompressionRecord:
         """What was done to each tensor; empty before any compression."""
         return record_of(self.graph_module)
 

@@ -1,22 +1,14 @@
-"""The table that every compressor returns: one row per candidate tensor, done or not and why."""
+"""The record of what was done: one row per candidate tensor, done or not and why."""
 
 from __future__ import annotations
 
-import importlib
-import io
 import json
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field, replace
-from pathlib import Path
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from rich.console import Console
-from rich.table import Table
-
-from graphopt.errors import StateError
-
-__all__ = ["ActivationRecord", "CompressionTable", "TensorRecord", "finite_values", "merged"]
+__all__ = ["ActivationRecord", "CompressionRecord", "TensorRecord", "finite_values", "merged"]
 
 
 _PARTS = (
@@ -104,20 +96,18 @@ class ActivationRecord:
 
 
 @dataclass(frozen=True)
-class CompressionTable:
-    """Rows of `TensorRecord` with totals; prints as a table.
+class CompressionRecord:
+    """Rows of `TensorRecord` with totals.
 
     Attributes:
         rows: One per candidate tensor, in the order of the graph.
         warnings: Config keys that had no effect, and other remarks on the whole model.
         activations: One per scale of activations, and per op that stays in float.
-        program: The program that this reports on, where it is one's report.
     """
 
     rows: tuple[TensorRecord, ...]
     warnings: tuple[str, ...] = ()
     activations: tuple[ActivationRecord, ...] = ()
-    program: Any = field(default=None, compare=False, repr=False)
 
     def __iter__(self) -> Iterator[TensorRecord]:
         return iter(self.rows)
@@ -179,24 +169,6 @@ class CompressionTable:
         # JSON has no infinity
         return json.dumps(finite_values(plain), indent=2, default=str)
 
-    def to_html(self, path: str | Path, **options: Any) -> Path:
-        """Write a self-contained page about the program that this is the report of.
-
-        Args:
-            path: An .html file.
-            options: `before`, `data`, `sensitivities`, `curve`, `title`, `overwrite`, as for
-                `graphopt.inspection.write_page`.
-
-        Raises:
-            StateError: The table is no program's report.
-        """
-        if self.program is None:
-            raise StateError("call to_html() on program.report(); a table alone has no weights")
-        # what draws stands above this; it is imported by name as backends are
-        page = importlib.import_module("graphopt.report.page")
-        written: Path = page.write_page(self.program, path, **options)
-        return written
-
     def to_dicts(self) -> list[dict[str, Any]]:
         """Rows as plain values."""
         return [
@@ -204,73 +176,8 @@ class CompressionTable:
             for row in self.rows
         ]
 
-    def _title(self) -> str:
-        done = [
-            (len(self.palettized), "palettized"),
-            (len(self.quantized), "quantized"),
-            (len(self.pruned), "pruned"),
-        ]
-        parts = [f"{count} {verb}" for count, verb in done if count]
-        if len(parts) > 1:
-            title = f"{' and '.join(parts)} of {len(self.rows)} tensors"
-        else:
-            count, verb = next(((c, v) for c, v in done if c), (0, "compressed"))
-            title = f"{count} of {len(self.rows)} tensors {verb}"
-        scales = sum(record.status == "quantized" for record in self.activations)
-        return f"{title}, {scales} activation scales" if scales else title
 
-    def activation_table(self) -> Table:
-        """The activations, for printing."""
-        table = Table(title="activations")
-        for heading in ("values", "type", "range", "scale", "offset", "seen", "decided by"):
-            table.add_column(heading, overflow="fold")
-        for record in self.activations:
-            if record.status == "float":
-                table.add_row(record.name, "float", "", "", "", "", record.detail)
-                continue
-            known = record.low is not None and record.high is not None
-            reach = f"[{record.low:.4g}, {record.high:.4g}]" if known else ""
-            scale = "" if record.scale is None else f"{record.scale:.4g}"
-            offset = "" if record.offset is None else f"{record.offset:g}"
-            values = ", ".join(record.nodes)
-            table.add_row(
-                values, record.detail, reach, scale, offset, str(record.seen), record.path
-            )
-        return table
-
-    def __rich__(self) -> Table:
-        table = Table(title=self._title())
-        for heading in (
-            "tensor",
-            "op",
-            "shape",
-            "bits/weight",
-            "KiB",
-            "SNR dB",
-            "what, or why not",
-        ):
-            right = heading in ("bits/weight", "KiB", "SNR dB")
-            table.add_column(heading, justify="right" if right else "left", overflow="fold")
-        for row in self.rows:
-            snr = "" if row.snr_db is None else f"{row.snr_db:.1f}"
-            about = f"{row.detail}; {row.note}" if row.note else row.detail
-            if row.aliases:
-                about += f"; tied with {', '.join(row.aliases)}"
-            size = f"{row.stored_bits / 8192:.2f}"
-            shape = "×".join(map(str, row.shape))
-            bits = f"{row.bits_per_weight:.3f}"
-            table.add_row(row.name, ", ".join(row.ops), shape, bits, size, snr, about)
-        for warning in self.warnings:
-            table.add_row("", "", "", "", "", "", warning)
-        return table
-
-    def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=140, no_color=True).print(self)
-        return stream.getvalue()
-
-
-def merged(first: CompressionTable, second: CompressionTable) -> CompressionTable:
+def merged(first: CompressionRecord, second: CompressionRecord) -> CompressionRecord:
     """Rows of both, the second's replacing the first's of the same tensor.
 
     Of a weight that the first compressed the second knows only a part, which it leaves: the first's
@@ -291,7 +198,7 @@ def merged(first: CompressionTable, second: CompressionTable) -> CompressionTabl
         for row in first.rows
         if row.name not in replaced
     ]
-    return CompressionTable(
+    return CompressionRecord(
         (*kept, *added),
         (*first.warnings, *second.warnings),
         (*first.activations, *second.activations),

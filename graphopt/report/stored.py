@@ -10,8 +10,8 @@ from graphopt.analysis.quantized import find_quantized_weights
 from graphopt.backends import load_backend
 from graphopt.backends.registry import ExportBackend
 from graphopt.ir.program import Program
-from graphopt.ir.records import CompressionTable
 from graphopt.numerics.packing import packed_size
+from graphopt.report.table import CompressionTable, table_of
 from graphopt.specs.dtypes import bits_of, parse_dtype
 
 __all__ = ["as_stored"]
@@ -30,7 +30,7 @@ def as_stored(program: Program, backend: ExportBackend | str | None = None) -> C
     Raises:
         LoweringError: There is no such target.
     """
-    table = replace(program.table, program=program)
+    table = table_of(program)
     if backend is None:
         return table
     capabilities = load_backend(backend).capabilities

@@ -1,0 +1,115 @@
+"""CompressionTable: the record of what was done, for printing and as a page."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from graphopt.errors import StateError
+from graphopt.ir.program import Program
+from graphopt.ir.records import CompressionRecord
+from graphopt.report.page import write_page
+
+__all__ = ["CompressionTable", "table_of"]
+
+
+@dataclass(frozen=True)
+class CompressionTable(CompressionRecord):
+    """What every compressor returns; prints as a table.
+
+    Attributes:
+        program: The program that this reports on, where it is one's report.
+    """
+
+    program: Program | None = field(default=None, compare=False, repr=False)
+
+    def to_html(self, path: str | Path, **options: Any) -> Path:
+        """Write a self-contained page about the program that this is the report of.
+
+        Args:
+            path: An .html file.
+            options: `before`, `data`, `sensitivities`, `curve`, `title`, `overwrite`, as for
+                `graphopt.inspection.write_page`.
+
+        Raises:
+            StateError: The table is no program's report.
+        """
+        if self.program is None:
+            raise StateError("call to_html() on program.report(); a table alone has no weights")
+        return write_page(self.program, path, **options)
+
+    def _title(self) -> str:
+        done = [
+            (len(self.palettized), "palettized"),
+            (len(self.quantized), "quantized"),
+            (len(self.pruned), "pruned"),
+        ]
+        parts = [f"{count} {verb}" for count, verb in done if count]
+        if len(parts) > 1:
+            title = f"{' and '.join(parts)} of {len(self.rows)} tensors"
+        else:
+            count, verb = next(((c, v) for c, v in done if c), (0, "compressed"))
+            title = f"{count} of {len(self.rows)} tensors {verb}"
+        scales = sum(record.status == "quantized" for record in self.activations)
+        return f"{title}, {scales} activation scales" if scales else title
+
+    def activation_table(self) -> Table:
+        """The activations, for printing."""
+        table = Table(title="activations")
+        for heading in ("values", "type", "range", "scale", "offset", "seen", "decided by"):
+            table.add_column(heading, overflow="fold")
+        for record in self.activations:
+            if record.status == "float":
+                table.add_row(record.name, "float", "", "", "", "", record.detail)
+                continue
+            known = record.low is not None and record.high is not None
+            reach = f"[{record.low:.4g}, {record.high:.4g}]" if known else ""
+            scale = "" if record.scale is None else f"{record.scale:.4g}"
+            offset = "" if record.offset is None else f"{record.offset:g}"
+            values = ", ".join(record.nodes)
+            table.add_row(
+                values, record.detail, reach, scale, offset, str(record.seen), record.path
+            )
+        return table
+
+    def __rich__(self) -> Table:
+        table = Table(title=self._title())
+        for heading in (
+            "tensor",
+            "op",
+            "shape",
+            "bits/weight",
+            "KiB",
+            "SNR dB",
+            "what, or why not",
+        ):
+            right = heading in ("bits/weight", "KiB", "SNR dB")
+            table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        for row in self.rows:
+            snr = "" if row.snr_db is None else f"{row.snr_db:.1f}"
+            about = f"{row.detail}; {row.note}" if row.note else row.detail
+            if row.aliases:
+                about += f"; tied with {', '.join(row.aliases)}"
+            size = f"{row.stored_bits / 8192:.2f}"
+            shape = "×".join(map(str, row.shape))
+            bits = f"{row.bits_per_weight:.3f}"
+            table.add_row(row.name, ", ".join(row.ops), shape, bits, size, snr, about)
+        for warning in self.warnings:
+            table.add_row("", "", "", "", "", "", warning)
+        return table
+
+    def __str__(self) -> str:
+        stream = io.StringIO()
+        Console(file=stream, width=140, no_color=True).print(self)
+        return stream.getvalue()
+
+
+def table_of(program: Program) -> CompressionTable:
+    """The report of a program."""
+    record = program.table
+    return CompressionTable(record.rows, record.warnings, record.activations, program)
