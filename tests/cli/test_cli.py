@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.shell import command
 from torch import nn
 
 CONFIG = """
@@ -26,16 +27,6 @@ def folder(tmp_path: Path) -> Path:
     torch.export.save(torch.export.export(model, (torch.randn(2, 16),)), tmp_path / "m.pt2")
     (tmp_path / "c.yaml").write_text(CONFIG)
     return tmp_path
-
-
-def command(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "graphopt.cli.main", *words],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
 
 
 def test_compress_writes_verifies_and_reports(folder: Path) -> None:
@@ -93,7 +84,14 @@ def test_mistakes_have_exit_codes_and_write_nothing(
 
 def test_file_that_is_no_program_has_its_exit_code(folder: Path) -> None:
     (folder / "broken.pt2").write_bytes(b"nothing")
-    done = command(folder, "inspect", "broken.pt2")
+    # in a process of its own, as the entry point is called
+    done = subprocess.run(
+        [sys.executable, "-m", "graphopt.cli.main", "inspect", "broken.pt2"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 3
     assert "CaptureError" in done.stderr
 
@@ -112,35 +110,25 @@ def with_data(folder: Path) -> Path:
     return folder
 
 
-def piped(folder: Path, stdin: bytes, *words: str) -> subprocess.CompletedProcess[bytes]:
-    return subprocess.run(
-        [sys.executable, "-m", "graphopt.cli.main", *words],
-        cwd=folder,
-        capture_output=True,
-        input=stdin,
-        check=False,
-    )
-
-
 def test_stages_compose_through_standard_streams(with_data: Path) -> None:
     source = (with_data / "m.pt2").read_bytes()
-    first = piped(with_data, source, "compress", "-", "--config", "c.yaml", "-o", "-")
+    first = command(with_data, "compress", "-", "--config", "c.yaml", "-o", "-", stdin=source)
     assert first.returncode == 0, first.stderr
-    assert b"1 of 2 tensors palettized" in first.stderr
+    assert "1 of 2 tensors palettized" in first.stderr
     words = ("compress", "-", "--config", "q.yaml", "--data", "d.pt", "--batch-size", "2")
     words += ("-o", "-", "--json")
-    second = piped(with_data, first.stdout, *words)
+    second = command(with_data, *words, stdin=first.output)
     assert second.returncode == 0, second.stderr
     report = json.loads(second.stderr)
     assert {t["name"] for t in report["tensors"] if t["status"] == "quantized"} == {"2.weight"}
     assert report["verification"]["max_error"] == 0.0
-    last = piped(with_data, second.stdout, "lower", "-", "-o", "o.pt2", "--json")
+    last = command(with_data, "lower", "-", "-o", "o.pt2", "--json", stdin=second.output)
     assert json.loads(last.stdout)["verification"]["max_error"] == 0.0
     module = torch.export.load(with_data / "o.pt2").module()
     targets = {str(node.target) for node in module.graph.nodes}
     assert "graphopt.lut_to_dense.default" in targets
     assert "quantized_decomposed.quantize_per_tensor.default" in targets
-    seen = piped(with_data, second.stdout, "inspect", "-", "--json", "--graph", "g.json")
+    seen = command(with_data, "inspect", "-", "--json", "--graph", "g.json", stdin=second.output)
     assert json.loads(seen.stdout)["palettized"] == 1
     assert (with_data / "g.json").exists()
 
