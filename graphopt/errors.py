@@ -14,6 +14,7 @@ __all__ = [
     "InputError",
     "LoweringError",
     "MissingDependencyError",
+    "OptionError",
     "PassError",
     "StateError",
     "VerificationError",
@@ -36,6 +37,10 @@ class ConfigError(GraphOptError, ValueError):
     ) -> None:
         super().__init__(message)
         self.problems = problems
+
+
+class OptionError(ConfigError, TypeError):
+    """A call or a mapping names an option that there is not; the message has the closest one."""
 
 
 class CaptureError(GraphOptError, RuntimeError):

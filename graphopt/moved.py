@@ -135,6 +135,7 @@ MOVED_NAMES: dict[str, str] = {
 # in a new module: old name → what it is called now
 RENAMED: dict[str, dict[str, str]] = {
     "search.mixed_precision.batched_candidates": {"Stacker": "CandidateBatcher"},
+    "search.mixed_precision.choose": {"Options": "LayerChoices", "options_of": "choices_of"},
     "search.mixed_precision.exchange_search": {
         "Exchange": "ExchangeModel",
         "refine_choice": "search_exchanges",

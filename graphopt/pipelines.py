@@ -61,7 +61,9 @@ def palettize(
     whole = joint_config(config)
     if whole.quantization is not None:
         raise InputError("pipelines.palettize takes no quantization; use pipelines.joint")
-    return joint_pipeline("palettize", whole, data, loss_fn, CompressOptions(**options))
+    return joint_pipeline(
+        "palettize", whole, data, loss_fn, CompressOptions.of("pipelines.palettize", options)
+    )
 
 
 def quantize(
@@ -80,7 +82,9 @@ def quantize(
     whole = joint_config(QuantizerConfig() if config is None else config)
     if whole.palettization is not None:
         raise InputError("pipelines.quantize takes no palettization; use pipelines.joint")
-    return joint_pipeline("quantize", whole, data, None, CompressOptions(**options))
+    return joint_pipeline(
+        "quantize", whole, data, None, CompressOptions.of("pipelines.quantize", options)
+    )
 
 
 def joint(
@@ -100,7 +104,9 @@ def joint(
     """
     both = JointConfig(palettization=KMeansPalettizerConfig(), quantization=QuantizerConfig())
     whole = both if config is None else joint_config(config)
-    return joint_pipeline("joint", whole, data, loss_fn, CompressOptions(**options))
+    return joint_pipeline(
+        "joint", whole, data, loss_fn, CompressOptions.of("pipelines.joint", options)
+    )
 
 
 def rdo(

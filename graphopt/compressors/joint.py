@@ -76,7 +76,7 @@ def compress(
         InputError: Data do not fit the program, or the config is of no known kind.
     """
     data = None if calibration_data is None else list(calibration_data)
-    how = CompressOptions(**options)
+    how = CompressOptions.of("compress", options)
     pipeline = joint_pipeline("compress", joint_config(config), data, loss_fn, how)
     return pipeline.run(model, example_inputs, example_kwargs)
 

@@ -6,12 +6,13 @@ from dataclasses import dataclass
 from typing import Literal, TypedDict
 
 from graphopt.backends.registry import ExportBackend
+from graphopt.specs.options import Options
 
 __all__ = ["CompressKeywords", "CompressOptions"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class CompressOptions:
+class CompressOptions(Options):
     """How a flow runs; what becomes of which tensor is the config's.
 
     Attributes:

@@ -11,29 +11,29 @@ import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, as_completed
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+from typing_extensions import Unpack
 
 from graphopt.backends.lowering import as_program
-from graphopt.backends.registry import ExportBackend
 from graphopt.errors import InputError
 from graphopt.ir.program import Program
 from graphopt.progress import track
 from graphopt.run.layerwise import Batch, as_batch
-from graphopt.search.mixed_precision.candidates import CandidateLike, as_candidates
+from graphopt.search.mixed_precision.candidates import as_candidates
 from graphopt.search.mixed_precision.exact import Bench, Values, make_bench, measure_batch
 from graphopt.search.mixed_precision.fast import FAST_METRICS, draw_vectors
-from graphopt.search.mixed_precision.layer_statistics import Correction
 from graphopt.search.mixed_precision.layers import (
     find_layers,
     refuse_unsupported,
     weights_of,
 )
 from graphopt.search.mixed_precision.metrics import Compare, Metric, as_metric
+from graphopt.search.mixed_precision.options import AnalysisKeywords, AnalysisOptions, Candidates
 from graphopt.search.mixed_precision.records import (
     Header,
     Records,
@@ -47,42 +47,21 @@ from graphopt.specs.dtypes import bits_of
 
 __all__ = ["analyze"]
 
-Mode = Literal["exact", "fast", "hybrid"]
-_Candidates = Sequence[CandidateLike] | Mapping[str, CandidateLike]
-
 
 def analyze(
     model: nn.Module | ExportedProgram | Program | str | Path,
     example_inputs: tuple[Any, ...] | Tensor | None = None,
-    candidates: _Candidates = (2, 4, 6),
+    candidates: Candidates = (2, 4, 6),
     data: Iterable[Any] = (),
     metric: str | Compare | Metric | Sequence[str | Compare | Metric] = "psnr",
     *,
-    mode: Mode = "exact",
-    backend: ExportBackend | str | None = None,
-    layer_candidates: Mapping[str, _Candidates] | None = None,
-    correction: Correction | None = None,
-    path: str | Path | None = None,
-    resume: bool = True,
-    executor: Executor | None = None,
-    draws: int = 1,
-    max_vectors: int = 128,
-    weight_threshold: int = 0,
-    float_dtype: torch.dtype | str = torch.float16,
-    lut_dtype: torch.dtype | str | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    seed: int = 0,
-    progress: bool | None = None,
+    **options: Unpack[AnalysisKeywords],
 ) -> SensitivityTable:
     """Measure how much each candidate of each layer changes the model's outputs.
 
     >>> table = analyze(model, example, [2, 4, 6], batches, path="model.sensitivity.jsonl")
     >>> recipe = table.recipe(target_bpw=4)
-
-    "exact" gives, for every candidate, the number that compressing this layer in a copy of the model
-    and running it all gives, but runs only what depends on the layer. "fast" predicts the numbers
-    from one forward and one backward pass and gives the cross terms between layers too
-    (`graphopt.mixed_precision.fast`). "hybrid" does both: measured numbers, predicted cross terms.
 
     Palettes are found by k-means on the weights; what calibration or training make of them later
     ("skm", "gptq", DKM) is not part of the measurement.
@@ -96,25 +75,12 @@ def analyze(
         metric: "psnr" (dB, on the outputs), "mse", "kl" (nats; logits), "cosine", "top1"
             (agreement), a callable `(found, reference) → float`, or several, of which the first
             decides. The mean over outputs and batches counts.
-        mode: See above.
-        backend: Target: candidates that it cannot hold are refused, and sizes are its own.
-        layer_candidates: Regular expression over tensor names, module names or module types →
-            candidates of those layers; the last that matches counts.
-        correction: Measure under the correction that will be applied afterwards: "batch_norm"
-            (statistics estimated again), "bias" (means corrected), "statistics" (both, what
-            `compress` does), or None. A layer's own output is corrected.
-        path: File that grows with every measurement; None keeps them in memory.
-        resume: Go on with an existing file; False begins anew.
-        executor: Any `concurrent.futures.Executor`, over which batches are distributed. Workers in
-            other processes get the program as a .pt2 file. Results do not depend on it.
-        draws: Random directions per sample ("fast", "hybrid"), a backward pass each.
-        max_vectors: About as many vectors are drawn at most; more samples are summed in groups.
-        weight_threshold: Weights of at most this many elements are left out.
-        float_dtype: Type of tables, scales and uncompressed weights in the artifact.
-        lut_dtype: Type of table entries where it differs.
         example_kwargs: Keyword inputs of the example call.
-        seed: Seed of vector tables and of directions.
-        progress: Show bars; None shows them on a terminal.
+        options: How it is measured, the fields of `AnalysisOptions`: `mode` ("exact", "fast" or
+            "hybrid"), `backend` (target whose sizes and limits count), `layer_candidates`
+            (candidates of single layers), `correction` (measure under it), `path` (file that grows
+            with every measurement), `resume` (go on with it), `executor` (runs batches), `draws`,
+            `max_vectors`, `weight_threshold`, `float_dtype`, `lut_dtype`, `seed` and `progress`.
 
     Raises:
         CaptureError: The model cannot be exported.
@@ -123,27 +89,23 @@ def analyze(
         InputError: There are no data, they do not fit the model, the metric is unknown or cannot be
             predicted, or the file belongs to another model, other data or other settings.
         CompressionError: A weight contains NaN or Inf.
+        OptionError: There is no such option.
     """
-    if mode not in ("exact", "fast", "hybrid"):
-        raise InputError(f"mode must be 'exact', 'fast' or 'hybrid', got {mode!r}")
-    if correction not in (None, "statistics", "batch_norm", "bias"):
-        raise InputError(
-            f"correction must be 'statistics', 'batch_norm', 'bias' or None, got {correction!r}"
-        )
+    how = AnalysisOptions.of("analyze", options)
     several = isinstance(metric, Sequence) and not isinstance(metric, str)
     wanted: Sequence[Any] = metric if several else [metric]  # type: ignore[assignment]
     metrics = tuple(as_metric(each) for each in wanted)
-    if mode != "exact" and metrics[0].name not in FAST_METRICS:
+    if how.mode != "exact" and metrics[0].name not in FAST_METRICS:
         raise InputError(f"the fast mode predicts {list(FAST_METRICS)}, not {metrics[0].name!r}")
     batches = [as_batch(each) for each in data]
     if not batches:
         raise InputError("there are no data to measure on; give `data`, inputs of one call each")
     general = as_candidates(candidates)
-    special = {key: as_candidates(each) for key, each in (layer_candidates or {}).items()}
-    sizes = SizeModel.of(backend, float_dtype, lut_dtype)
+    special = {key: as_candidates(each) for key, each in (how.layer_candidates or {}).items()}
+    sizes = SizeModel.of(how.backend, how.float_dtype, how.lut_dtype)
     program = as_program(model, example_inputs, example_kwargs)
     gm = program.graph_module
-    layers, known = find_layers(gm, general, special, sizes, weight_threshold)
+    layers, known = find_layers(gm, general, special, sizes, how.weight_threshold)
     if sizes.backend is not None:
         refuse_unsupported(tuple(known.values()), sizes.backend)
     names = {layer.name for layer in layers}
@@ -152,23 +114,23 @@ def analyze(
         program.fingerprint(),
         weights_hash([weight.tensor for weight in own]),
         tuple(each.name for each in metrics),
-        mode,
-        correction,
-        draws,
-        _group(batches, draws, max_vectors),
-        seed,
+        how.mode,
+        how.correction,
+        how.draws,
+        _group(batches, how.draws, how.max_vectors),
+        how.seed,
         sizes.to_dict(),
         _rest_bits(program, names, sizes),
         known,
         tuple(layers),
     )
-    records = Records.open(header, None if path is None else Path(path), resume=resume)
+    records = Records.open(header, None if how.path is None else Path(how.path), resume=how.resume)
     for number, batch in enumerate(batches):
         records.check_batch(number, batch_hash(batch))
     _drop_beyond(records, len(batches))
     if _missing(records, len(batches)):
-        bench = make_bench(program, header, metrics, batches, progress=progress)
-        _run(bench, program, records, batches, executor, progress)
+        bench = make_bench(program, header, metrics, batches, progress=how.progress)
+        _run(bench, program, records, batches, how.executor, how.progress)
     return SensitivityTable(records, program, metrics[0])
 
 

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import numpy as np
+from typing_extensions import Unpack
 
 from graphopt.config.selection import closest
 from graphopt.errors import ConfigError, InfeasibleError, InputError
 from graphopt.search.mixed_precision.candidates import KEEP
 from graphopt.search.mixed_precision.layers import matches
 from graphopt.search.mixed_precision.measurements import Measurements
+from graphopt.search.mixed_precision.options import RecipeKeywords, RecipeOptions, Solver
 from graphopt.search.mixed_precision.recipe import Recipe
 from graphopt.search.mixed_precision.solvers import (
     Problem,
@@ -22,13 +24,19 @@ from graphopt.search.mixed_precision.solvers import (
     solve_on_hull,
 )
 
-__all__ = ["Options", "Solver", "choose", "every_recipe", "make_recipe", "options_of", "uniform"]
-
-Solver = Literal["milp", "lagrangian", "greedy"]
+__all__ = [
+    "LayerChoices",
+    "Solver",
+    "choices_of",
+    "choose",
+    "every_recipe",
+    "make_recipe",
+    "uniform",
+]
 
 
 @dataclass(frozen=True)
-class Options:
+class LayerChoices:
     """What each layer may become, after pins.
 
     Attributes:
@@ -46,9 +54,9 @@ class Options:
         return [names[place] for names, place in zip(self.names, choice, strict=True)]
 
 
-def options_of(
+def choices_of(
     table: Measurements, pin: Mapping[str, str] | None = None, *, keep: bool = True
-) -> Options:
+) -> LayerChoices:
     """Losses and sizes of what every layer may become.
 
     Args:
@@ -93,64 +101,56 @@ def options_of(
                 f"pin[{pattern!r}] matches no layer"
                 + (f"; closest: {', '.join(near)}" if near else "")
             )
-    return Options(tuple(names), Problem.of(losses, sizes), tuple(pinned))
+    return LayerChoices(tuple(names), Problem.of(losses, sizes), tuple(pinned))
 
 
-def choose(
-    table: Measurements,
-    *,
-    target_bpw: float | None = None,
-    target_bytes: float | None = None,
-    max_loss: float | None = None,
-    solver: Solver = "milp",
-    pin: Mapping[str, str] | None = None,
-    keep: bool = True,
-    seconds: float = 60.0,
-) -> Recipe:
-    """The recipe for one target; arguments as for `SensitivityTable.recipe`."""
-    given = [each for each in (target_bpw, target_bytes, max_loss) if each is not None]
-    if len(given) != 1:
+def choose(table: Measurements, **options: Unpack[RecipeKeywords]) -> Recipe:
+    """The recipe for one target; options as for `SensitivityTable.recipe`, without `max_drop`."""
+    asked = RecipeOptions.of("choose", options)
+    targets = (asked.target_bpw, asked.target_bytes, asked.max_loss)
+    if sum(target is not None for target in targets) != 1:
         raise InputError("give one of target_bpw, target_bytes, max_loss and max_drop")
-    if solver not in ("milp", "lagrangian", "greedy"):
+    solver = asked.solver
+    if solver not in get_args(Solver):
         raise InputError(f"solver must be 'milp', 'lagrangian' or 'greedy', got {solver!r}")
-    options = options_of(table, pin, keep=keep and solver != "greedy")
-    if max_loss is not None:
-        return _smallest(table, options, max_loss, solver, seconds)
+    choices = choices_of(table, asked.pin, keep=asked.keep and solver != "greedy")
+    if asked.max_loss is not None:
+        return _smallest(table, choices, asked.max_loss, solver, asked.seconds)
     budget = 0.0
-    if target_bpw is not None:
-        budget = target_bpw * table.weights
-    elif target_bytes is not None:
-        budget = 8 * target_bytes - table.header.rest_bits
-    _require_attainable(table, options, budget, greedy=solver == "greedy")
+    if asked.target_bpw is not None:
+        budget = asked.target_bpw * table.weights
+    elif asked.target_bytes is not None:
+        budget = 8 * asked.target_bytes - table.header.rest_bits
+    _require_attainable(table, choices, budget, greedy=solver == "greedy")
     if solver == "greedy":
-        return _greedy(table, options, budget)
+        return _greedy(table, choices, budget)
     if solver == "milp":
-        found = solve_exactly(options.problem, budget, seconds=seconds)
+        best = solve_exactly(choices.problem, budget, seconds=asked.seconds)
     else:
-        found = solve_on_hull(options.problem, budget)
-    return make_recipe(table, options.named(found.choice), solver, bound=found.bound, budget=budget)
+        best = solve_on_hull(choices.problem, budget)
+    return make_recipe(table, choices.named(best.choice), solver, bound=best.bound, budget=budget)
 
 
-def _greedy(table: Measurements, options: Options, budget: float) -> Recipe:
+def _greedy(table: Measurements, choices: LayerChoices, budget: float) -> Recipe:
     """The published walk over (layer, candidate) pairs, best metric first."""
-    losses, sizes = options.problem.losses, options.problem.sizes
+    losses, sizes = choices.problem.losses, choices.problem.sizes
     # pinned layers take no part in the walk
     scores = [
         [] if fixed else [-float(each) for each in own]
-        for own, fixed in zip(losses, options.pinned, strict=True)
+        for own, fixed in zip(losses, choices.pinned, strict=True)
     ]
     kept = [
         float(own[0]) if fixed else float(layer.kept_bits)
-        for layer, own, fixed in zip(table.layers, sizes, options.pinned, strict=True)
+        for layer, own, fixed in zip(table.layers, sizes, choices.pinned, strict=True)
     ]
     found = solve_greedily(scores, [list(map(float, own)) for own in sizes], kept, budget)
     names = [
-        options.names[layer][place or 0]
-        if place is not None or options.pinned[layer]
+        choices.names[layer][place or 0]
+        if place is not None or choices.pinned[layer]
         else KEEP.name
         for layer, place in enumerate(found)
     ]
-    free = [0.0 if not fixed else np.inf for fixed in options.pinned]
+    free = [0.0 if not fixed else np.inf for fixed in choices.pinned]
     whole = Problem(
         tuple(np.append(own, each) for own, each in zip(losses, free, strict=True)),
         tuple(np.append(own, each) for own, each in zip(sizes, kept, strict=True)),
@@ -160,12 +160,12 @@ def _greedy(table: Measurements, options: Options, budget: float) -> Recipe:
 
 
 def _smallest(
-    table: Measurements, options: Options, most: float, solver: Solver, seconds: float
+    table: Measurements, choices: LayerChoices, most: float, solver: Solver, seconds: float
 ) -> Recipe:
     """The smallest recipe with at most this predicted loss."""
     if solver == "greedy":
         raise InputError("the greedy walk needs a size target; use 'milp' or 'lagrangian'")
-    problem = options.problem
+    problem = choices.problem
     usable = tuple(np.isfinite(own) for own in problem.losses)
     best = sum(float(own[ok].min()) for own, ok in zip(problem.losses, usable, strict=True))
     if best > most:
@@ -179,15 +179,15 @@ def _smallest(
     )
     exact = solver == "milp"
     found = solve_exactly(turned, most, seconds=seconds) if exact else solve_on_hull(turned, most)
-    return make_recipe(table, options.named(found.choice), solver)
+    return make_recipe(table, choices.named(found.choice), solver)
 
 
 def _require_attainable(
-    table: Measurements, options: Options, budget: float, *, greedy: bool
+    table: Measurements, choices: LayerChoices, budget: float, *, greedy: bool
 ) -> None:
     finite = [
         own[np.isfinite(loss)]
-        for own, loss in zip(options.problem.sizes, options.problem.losses, strict=True)
+        for own, loss in zip(choices.problem.sizes, choices.problem.losses, strict=True)
     ]
     if any(not len(own) for own in finite):
         raise InfeasibleError("a layer has no candidate with a finite loss")
@@ -253,8 +253,8 @@ def every_recipe(
     table: Measurements, pin: Mapping[str, str] | None = None, *, keep: bool = True
 ) -> list[Recipe]:
     """Recipes that are each optimal for their own size, from the smallest to the largest."""
-    options, losses = options_of(table, pin, keep=keep), table.losses()
+    choices, losses = choices_of(table, pin, keep=keep), table.losses()
     return [
-        make_recipe(table, options.named(each.choice), "lagrangian", bound=each.loss, losses=losses)
-        for each in front(options.problem)
+        make_recipe(table, choices.named(each.choice), "lagrangian", bound=each.loss, losses=losses)
+        for each in front(choices.problem)
     ]

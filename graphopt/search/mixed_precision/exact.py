@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -10,16 +10,16 @@ from torch import Tensor
 
 from graphopt.ir.program import Program
 from graphopt.run.layerwise import Batch
-from graphopt.run.suffix import Downstream, GraphPlan, SuffixRun
+from graphopt.run.suffix import GraphPlan, SuffixRun
 from graphopt.search.mixed_precision.batched_candidates import CandidateBatcher
-from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.layer_statistics import (
+    CandidateGraph,
     Correction,
     LayerStatistics,
     collect_statistics,
     correction_point,
 )
-from graphopt.search.mixed_precision.layers import Layer, Stored, stored_forms, weights_of
+from graphopt.search.mixed_precision.layers import Layer, stored_forms, weights_of
 from graphopt.search.mixed_precision.metrics import Metric, measure
 from graphopt.search.mixed_precision.records import Header
 
@@ -29,26 +29,16 @@ Values = dict[str, dict[str, float]]  # candidate → metric → value
 
 
 @dataclass(frozen=True)
-class Bench:
+class Bench(CandidateGraph):
     """Everything that measuring a batch needs.
 
     Attributes:
-        plan: The uncompressed graph.
-        layers: Layers in the order of the graph.
-        candidates: Candidates by name.
-        forms: Layer → candidate → stored form.
-        belows: Layer → what depends on it.
         statistics: Ranges and corrections over all data.
         metrics: What is measured.
         correction: What will be corrected afterwards, or None.
         batcher: Runs candidates side by side where that is possible.
     """
 
-    plan: GraphPlan
-    layers: tuple[Layer, ...]
-    candidates: Mapping[str, Candidate]
-    forms: Mapping[str, Mapping[str, Stored | None]]
-    belows: Mapping[str, Downstream]
     statistics: LayerStatistics
     metrics: tuple[Metric, ...]
     correction: Correction | None
@@ -87,26 +77,12 @@ def make_bench(
     )
     correction: Any = header.correction
     if statistics is None:
-        statistics = collect_statistics(
-            plan,
-            layers,
-            header.candidates,
-            forms,
-            belows,
-            batches,
-            None if header.mode == "fast" else correction,
-            progress=progress,
-        )
+        graph = CandidateGraph(plan, layers, header.candidates, forms, belows)
+        asked = None if header.mode == "fast" else correction
+        statistics = collect_statistics(graph, batches, asked, progress=progress)
+    batcher = CandidateBatcher(plan)
     return Bench(
-        plan,
-        layers,
-        header.candidates,
-        forms,
-        belows,
-        statistics,
-        metrics,
-        correction,
-        CandidateBatcher(plan),
+        plan, layers, header.candidates, forms, belows, statistics, metrics, correction, batcher
     )
 
 

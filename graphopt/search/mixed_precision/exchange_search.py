@@ -22,6 +22,7 @@ from graphopt.run.suffix import GraphPlan, SuffixRun
 from graphopt.search.mixed_precision.candidates import KEEP
 from graphopt.search.mixed_precision.fast import FAST_METRICS
 from graphopt.search.mixed_precision.layers import weights_of
+from graphopt.search.mixed_precision.options import RefinementOptions
 from graphopt.search.mixed_precision.recipe_evaluation import RecipeEvaluator
 from graphopt.search.mixed_precision.solvers import Problem, solve_near
 
@@ -128,10 +129,7 @@ def search_exchanges(
     starts: Sequence[Sequence[str]],
     budget: float,
     fixed: Sequence[Sequence[str]],
-    *,
-    evaluations: int = 16,
-    rounds: int = 2,
-    seed: int = 0,
+    options: RefinementOptions,
 ) -> list[str]:
     """A choice at least as good as each of `starts` on the whole model.
 
@@ -141,9 +139,7 @@ def search_exchanges(
         starts: Choices to begin with, the candidate of each layer; the first one comes first.
         budget: Bits of all layers together.
         fixed: Candidates that each layer may have.
-        evaluations: Choices that may be measured, the first one included.
-        rounds: Times that the local model is built anew.
-        seed: Seed of the perturbed restarts.
+        options: How many choices may be measured, the first one included; rounds; seed.
 
     Returns:
         Candidate of each layer.
@@ -172,6 +168,7 @@ def search_exchanges(
         for start in starts
         if all(pair in where for pair in enumerate(start))
     ]
+    evaluations = options.evaluations
     limit = evaluator.count + evaluations
 
     def names(own: npt.NDArray[np.int64]) -> list[str]:
@@ -181,7 +178,7 @@ def search_exchanges(
     for own in states[:evaluations]:
         if evaluator.is_better(names(own), names(best)):
             best = own
-    generator = np.random.default_rng(seed)
+    generator = np.random.default_rng(options.seed)
     seeds = [*states, *(exchange.perturbed(best, 0.2, generator) for _ in range(_RESTARTS))]
     optima = {tuple(own): exchange.value(own) for own in map(exchange.search, seeds)}
     share = max(1, (evaluations - len(states)) // 2)
@@ -191,7 +188,7 @@ def search_exchanges(
         own = np.array(found)
         if evaluator.is_better(names(own), names(best)):
             best = own
-    for _ in range(rounds):
+    for _ in range(options.rounds):
         if evaluator.count >= limit or evaluator.bench.metrics[0].name not in FAST_METRICS:
             break
         before = best

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,10 +18,12 @@ from graphopt.run.layerwise import Batch
 from graphopt.run.suffix import Downstream, GraphPlan, Hook, SuffixRun
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.layers import Layer, Stored
+from graphopt.search.mixed_precision.options import Correction
 from graphopt.specs import QuantizationSpec
 
 __all__ = [
     "Affine",
+    "CandidateGraph",
     "Correction",
     "CorrectionPoint",
     "LayerStatistics",
@@ -29,8 +31,26 @@ __all__ = [
     "correction_point",
 ]
 
-Correction = Literal["statistics", "batch_norm", "bias"]
 _NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+
+
+@dataclass(frozen=True)
+class CandidateGraph:
+    """A graph and what its layers can become.
+
+    Attributes:
+        plan: The uncompressed graph.
+        layers: Layers in the order of the graph.
+        candidates: Candidates by name.
+        forms: Layer → candidate → stored form.
+        belows: Layer → what depends on it.
+    """
+
+    plan: GraphPlan
+    layers: tuple[Layer, ...]
+    candidates: Mapping[str, Candidate]
+    forms: Mapping[str, Mapping[str, Stored | None]]
+    belows: Mapping[str, Downstream]
 
 
 @dataclass(frozen=True)
@@ -128,11 +148,7 @@ class _Moments:
 
 
 def collect_statistics(
-    plan: GraphPlan,
-    layers: Sequence[Layer],
-    candidates: Mapping[str, Candidate],
-    forms: Mapping[str, Mapping[str, Stored | None]],
-    belows: Mapping[str, Downstream],
+    graph: CandidateGraph,
     batches: Sequence[Batch],
     correction: Correction | None,
     *,
@@ -146,15 +162,13 @@ def collect_statistics(
     single layer that is what new batch-norm statistics and corrected biases do.
 
     Args:
-        plan: The uncompressed graph.
-        layers: Layers in the order of the graph.
-        candidates: Candidates by name.
-        forms: Layer → candidate → stored form.
-        belows: Layer → what depends on it.
+        graph: The graph and what its layers can become.
         batches: All data.
         correction: What will be corrected afterwards, or None.
         progress: Show a bar; None shows it on a terminal.
     """
+    plan, layers, candidates = graph.plan, graph.layers, graph.candidates
+    forms, belows = graph.forms, graph.belows
     points = {layer.name: correction_point(plan, layer, correction) for layer in layers}
     ranged = [
         layer for layer in layers if any(candidates[name].activation for name in layer.candidates)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -11,11 +11,12 @@ import numpy as np
 
 from graphopt.errors import InfeasibleError, InputError
 from graphopt.run.layerwise import as_batch
-from graphopt.search.mixed_precision.choose import choose, make_recipe, options_of
+from graphopt.search.mixed_precision.choose import choices_of, choose, make_recipe
 from graphopt.search.mixed_precision.exact import make_bench
 from graphopt.search.mixed_precision.exchange_search import search_exchanges
 from graphopt.search.mixed_precision.fast import FAST_METRICS, draw_vectors
 from graphopt.search.mixed_precision.measurements import Matrix, Measurements, cross_terms
+from graphopt.search.mixed_precision.options import RefinementOptions, Solver
 from graphopt.search.mixed_precision.recipe import Recipe
 from graphopt.search.mixed_precision.recipe_evaluation import RecipeEvaluator
 
@@ -45,44 +46,34 @@ def refine_recipe(
     table: Measurements,
     recipe: Recipe,
     data: Iterable[Any],
-    *,
-    evaluations: int,
-    rounds: int,
-    pin: Mapping[str, str] | None,
-    keep: bool,
-    seed: int,
-    progress: bool | None,
+    options: RefinementOptions,
 ) -> Recipe:
     """The refined recipe; arguments as for `SensitivityTable.refine`."""
     recipe.check(table.program)
-    if evaluations < 1:
-        raise InputError(f"evaluations must be at least 1, got {evaluations}")
-    evaluator = recipe_evaluator(table, data, progress=progress)
+    if options.evaluations < 1:
+        raise InputError(f"evaluations must be at least 1, got {options.evaluations}")
+    evaluator = recipe_evaluator(table, data, progress=options.progress)
     starts = [[recipe.choice[layer.name] for layer in table.layers]]
-    allowed = options_of(table, pin, keep=keep).names
+    allowed = choices_of(table, options.pin, keep=options.keep).names
     budget = recipe.bits if recipe.budget is None else max(recipe.budget, recipe.bits)
-    for solver in ("greedy", "lagrangian"):
+    solvers: tuple[Solver, ...] = ("greedy", "lagrangian")
+    for solver in solvers:
         with suppress(InfeasibleError):
             other = choose(
-                table, target_bpw=budget / table.weights, solver=solver, pin=pin, keep=keep
+                table,
+                target_bpw=budget / table.weights,
+                solver=solver,
+                pin=options.pin,
+                keep=options.keep,
             )
             starts.append([other.choice[layer.name] for layer in table.layers])
-    found = search_exchanges(
-        evaluator,
-        _matrix(table, evaluator),
-        starts,
-        budget,
-        allowed,
-        evaluations=evaluations,
-        rounds=rounds,
-        seed=seed,
-    )
+    names = search_exchanges(evaluator, _matrix(table, evaluator), starts, budget, allowed, options)
     made = make_recipe(
         table,
-        found,
+        names,
         f"{recipe.solver}, refined",
         budget=recipe.budget,
-        measured=evaluator.measure(found),
+        measured=evaluator.measure(names),
     )
     return replace(made, loss=table.predict(made.choice)) if table.has_interactions else made
 

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
+
+from typing_extensions import Unpack
 
 from graphopt.compressors.joint import compress
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.search.mixed_precision.accuracy_drop import within_drop
-from graphopt.search.mixed_precision.choose import Solver, choose, uniform
+from graphopt.search.mixed_precision.choose import choose, uniform
 from graphopt.search.mixed_precision.measurements import Measurements
+from graphopt.search.mixed_precision.options import (
+    RecipeKeywords,
+    RecipeOptions,
+    RefinementKeywords,
+    RefinementOptions,
+    SweepKeywords,
+    SweepOptions,
+)
 from graphopt.search.mixed_precision.plots import plot_table
 from graphopt.search.mixed_precision.recipe import Recipe
 from graphopt.search.mixed_precision.refinement import refine_recipe
@@ -29,16 +38,9 @@ class SensitivityTable(Measurements):
     def recipe(
         self,
         *,
-        target_bpw: float | None = None,
-        target_bytes: float | None = None,
-        max_loss: float | None = None,
-        max_drop: float | None = None,
-        solver: Solver = "milp",
-        pin: Mapping[str, str] | None = None,
-        keep: bool = True,
         evaluate: Callable[[Any], Any] | None = None,
         apply: Callable[[Recipe], Any] | None = None,
-        seconds: float = 60.0,
+        **options: Unpack[RecipeKeywords],
     ) -> Recipe:
         """Choose a candidate for every layer.
 
@@ -49,41 +51,28 @@ class SensitivityTable(Measurements):
         not reach stay uncompressed.
 
         Args:
-            target_bpw: Largest number of bits per weight over all layers, tables included.
-            target_bytes: Largest size of all tensors of the program, in bytes, the rest included.
-            max_loss: Smallest recipe with at most this predicted loss (`Metric.loss`).
-            max_drop: Smallest recipe on the hull whose score certainly falls by at most this, by
-                bisection with `evaluate`.
-            solver: See above; `max_drop` takes the hull's recipes.
-            pin: Regular expression over layer names → the candidate, or "keep", that they must have.
-            keep: Every layer may stay uncompressed, whether or not that is among its candidates
-                (in the greedy walk the layers that it does not reach always do).
             evaluate: For `max_drop`: module → score, larger is better, or one score per sample, with
                 which the drop is judged by paired differences (one-sided, 95 %).
             apply: For `max_drop`: recipe → compressed module; k-means palettes by default.
-            seconds: Time limit of "milp".
+            options: The fields of `RecipeOptions`: a target, `target_bpw` (largest number of bits per
+                weight), `target_bytes` (largest size), `max_loss` (largest predicted loss) or
+                `max_drop` (largest drop of the score); `solver` ("milp"), `pin` (regular expression
+                over layer names → candidate), `keep` (layers may stay uncompressed; True) and
+                `seconds` (time limit of "milp"; 60).
 
         Raises:
             InfeasibleError: No choice meets the target; the message has the attainable range.
             InputError: Targets are missing or contradict each other.
             ConfigError: A pin matches nothing.
         """
-        if max_drop is None:
-            return choose(
-                self,
-                target_bpw=target_bpw,
-                target_bytes=target_bytes,
-                max_loss=max_loss,
-                solver=solver,
-                pin=pin,
-                keep=keep,
-                seconds=seconds,
-            )
-        if evaluate is None or any(
-            each is not None for each in (target_bpw, target_bytes, max_loss)
-        ):
+        asked = RecipeOptions.of("recipe", options)
+        if asked.max_drop is None:
+            return choose(self, **options)
+        others = (asked.target_bpw, asked.target_bytes, asked.max_loss)
+        if evaluate is None or any(target is not None for target in others):
             raise InputError("max_drop needs evaluate=, and no other target")
-        return within_drop(self, max_drop, evaluate, apply or self._by_kmeans, pin, keep=keep)
+        by = apply or self._by_kmeans
+        return within_drop(self, asked.max_drop, evaluate, by, asked.pin, keep=asked.keep)
 
     def uniform(self, candidate: str) -> Recipe:
         """The recipe that gives every layer the same candidate; "keep" is the uncompressed model.
@@ -97,13 +86,7 @@ class SensitivityTable(Measurements):
         self,
         recipe: Recipe,
         data: Iterable[Any],
-        *,
-        evaluations: int = 16,
-        rounds: int = 2,
-        pin: Mapping[str, str] | None = None,
-        keep: bool = True,
-        seed: int = 0,
-        progress: bool | None = None,
+        **options: Unpack[RefinementKeywords],
     ) -> Recipe:
         """Improve a recipe by what layers do to each other, measuring whole models.
 
@@ -114,43 +97,24 @@ class SensitivityTable(Measurements):
         Args:
             recipe: Where to begin.
             data: Unlabelled inputs of one call each.
-            evaluations: Whole models that may be measured, the recipe's own included.
-            rounds: Times that the local model is built anew.
-            pin: As for `recipe`.
-            keep: As for `recipe`.
-            seed: Seed of restarts.
-            progress: Show bars; None shows them on a terminal.
+            options: The fields of `RefinementOptions`: `evaluations` (whole models that may be
+                measured; 16), `rounds` (times that the local model is built anew; 2), `pin`, `keep`,
+                `seed` (of restarts) and `progress`.
 
         Raises:
             StateError: The table has no model.
             InputError: The recipe is for another model, or there are no data.
         """
-        return refine_recipe(
-            self,
-            recipe,
-            data,
-            evaluations=evaluations,
-            rounds=rounds,
-            pin=pin,
-            keep=keep,
-            seed=seed,
-            progress=progress,
-        )
+        return refine_recipe(self, recipe, data, RefinementOptions.of("refine", options))
 
     def sweep(
         self,
         targets: Iterable[float],
         evaluate: Callable[[Any], Any],
         *,
-        solver: Solver = "milp",
-        pin: Mapping[str, str] | None = None,
-        keep: bool = True,
         refine_with: Iterable[Any] | None = None,
         apply: Callable[[Recipe], Any] | None = None,
-        uniform: bool = True,
-        score: str = "score",
-        path: str | Path | None = None,
-        progress: bool | None = None,
+        **options: Unpack[SweepKeywords],
     ) -> Sweep:
         """Apply and evaluate recipes over targets.
 
@@ -160,39 +124,30 @@ class SensitivityTable(Measurements):
         Args:
             targets: Bits per weight; unattainable ones are listed in `Sweep.failed`.
             evaluate: Module → score, larger is better, or one score per sample.
-            solver: As for `recipe`.
-            pin: As for `recipe`.
-            keep: As for `recipe`.
             refine_with: Data with which each recipe is refined first.
             apply: Recipe → compressed module; k-means palettes by default.
-            uniform: Evaluate every candidate for all layers as well.
-            score: Name of the score.
-            path: File that grows with every evaluation and lets an interrupted sweep go on.
-            progress: Show bars; None shows them on a terminal.
+            options: The fields of `SweepOptions`: `solver`, `pin` and `keep` as for `recipe`,
+                `uniform` (evaluate every candidate for all layers as well; True), `score` (its
+                name), `path` (file that grows with every evaluation and lets an interrupted sweep go
+                on) and `progress`.
 
         Raises:
             InfeasibleError: No target is attainable.
             StateError: The table has no model.
         """
+        asked = SweepOptions.of("sweep", options)
         data = None if refine_with is None else list(refine_with)
 
         def recipe_for(target: float) -> Recipe:
-            found = self.recipe(target_bpw=target, solver=solver, pin=pin, keep=keep)
+            chosen = choose(
+                self, target_bpw=target, solver=asked.solver, pin=asked.pin, keep=asked.keep
+            )
             if data is None:
-                return found
-            return self.refine(found, data, pin=pin, keep=keep, progress=False)
+                return chosen
+            return self.refine(chosen, data, pin=asked.pin, keep=asked.keep, progress=False)
 
-        return run_sweep(
-            self,
-            list(targets),
-            evaluate,
-            apply or self._by_kmeans,
-            recipe_for,
-            uniform_points=uniform,
-            score=score,
-            path=path,
-            progress=progress,
-        )
+        by = apply or self._by_kmeans
+        return run_sweep(self, list(targets), evaluate, by, recipe_for, asked)
 
     def apply(
         self,

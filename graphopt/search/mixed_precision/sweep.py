@@ -20,6 +20,7 @@ from graphopt.files import write_csv
 from graphopt.progress import track
 from graphopt.search.mixed_precision.choose import uniform
 from graphopt.search.mixed_precision.measurements import Measurements
+from graphopt.search.mixed_precision.options import SweepOptions
 from graphopt.search.mixed_precision.plots import plot_sweep
 from graphopt.search.mixed_precision.recipe import Recipe
 
@@ -134,14 +135,10 @@ def run_sweep(
     evaluate: Callable[[Any], Any],
     apply: Callable[[Recipe], Any],
     recipe_for: Callable[[float], Recipe],
-    *,
-    uniform_points: bool = True,
-    score: str = "score",
-    path: str | Path | None = None,
-    progress: bool | None = None,
+    options: SweepOptions,
 ) -> Sweep:
     """Apply and evaluate a recipe per target; arguments as for `SensitivityTable.sweep`."""
-    known = _Known(table, None if path is None else Path(path))
+    known = _Known(table, None if options.path is None else Path(options.path))
     failed, planned = [], []
     for asked in map(float, targets):
         try:
@@ -153,7 +150,7 @@ def run_sweep(
     plain = [
         name
         for name in table.candidates
-        if uniform_points and all(name in layer.candidates for layer in table.layers)
+        if options.uniform and all(name in layer.candidates for layer in table.layers)
     ]
     work: list[tuple[str, float | None, Recipe]] = [
         ("recipe", target, recipe) for target, recipe in planned
@@ -162,7 +159,7 @@ def run_sweep(
     work.append(("uncompressed", None, uniform(table, "keep")))
     points: list[Point] = []
     recipes: list[Recipe] = []
-    for kind, target, recipe in track(work, "sweeping", len(work), enabled=progress):
+    for kind, target, recipe in track(work, "sweeping", len(work), enabled=options.progress):
         value = known.get(kind, recipe)
         if value is None:
             module = table.program.module() if kind == "uncompressed" else apply(recipe)
@@ -178,7 +175,7 @@ def run_sweep(
     return Sweep(
         tuple([points[place] for place in order] + rest),
         tuple(recipes[place] for place in order),
-        score,
+        options.score,
         tuple(failed),
     )
 
