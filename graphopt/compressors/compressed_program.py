@@ -6,6 +6,8 @@ import copy
 from dataclasses import dataclass
 from pathlib import Path
 
+from typing_extensions import override
+
 from graphopt.backends.lowering import lower_by_suffix
 from graphopt.ir.program import Program
 from graphopt.passes.pass_manager import PassReport
@@ -27,6 +29,12 @@ class CompressedProgram(Program):
     def report(self) -> CompressionTable:
         """One row per candidate tensor; prints as a table, with `to_json()` and `to_html(path)`."""
         return table_of(self)
+
+    @property
+    @override
+    def table(self) -> CompressionTable:
+        """The report."""
+        return self.report()
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
         """Lower to the target that the suffix names and save: .aimodel, .mlpackage or .pt2.

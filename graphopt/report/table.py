@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from graphopt.errors import StateError
+from graphopt.ir.annotations import record_of
 from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionRecord
 from graphopt.report.page import write_page
@@ -111,5 +112,5 @@ class CompressionTable(CompressionRecord):
 
 def table_of(program: Program) -> CompressionTable:
     """The report of a program."""
-    record = program.table
+    record = record_of(program.graph_module)
     return CompressionTable(record.rows, record.warnings, record.activations, program)
