@@ -107,14 +107,22 @@ def annotate_weight(node: fx.Node, annotation: WeightAnnotation[SpecT]) -> None:
 
 def palette_annotation(node: fx.Node) -> WeightAnnotation[PalettizationSpec] | None:
     """The annotation of a constant that is to be palettized, if it is one."""
-    found = node.meta.get(_KEY, {}).get(_WEIGHT)
-    return found if found is not None and isinstance(found.spec, PalettizationSpec) else None
+    annotation = node.meta.get(_KEY, {}).get(_WEIGHT)
+    return (
+        annotation
+        if annotation is not None and isinstance(annotation.spec, PalettizationSpec)
+        else None
+    )
 
 
 def quantization_annotation(node: fx.Node) -> WeightAnnotation[QuantizationSpec] | None:
     """The annotation of a constant that is to be quantized, if it is one."""
-    found = node.meta.get(_KEY, {}).get(_WEIGHT)
-    return found if found is not None and isinstance(found.spec, QuantizationSpec) else None
+    annotation = node.meta.get(_KEY, {}).get(_WEIGHT)
+    return (
+        annotation
+        if annotation is not None and isinstance(annotation.spec, QuantizationSpec)
+        else None
+    )
 
 
 def annotate_pruning(node: fx.Node, annotation: WeightAnnotation[PruningSpec]) -> None:
@@ -195,8 +203,8 @@ def describe_annotations(node: fx.Node) -> str:
     point = output_point(node)
     if point is not None:
         parts.append(f"output in {point.group}: {point.spec!r}")
-    for position, each in input_points(node).items():
-        parts.append(f"operand {position} in {each.group}: {each.spec!r}")
+    for position, place in input_points(node).items():
+        parts.append(f"operand {position} in {place.group}: {place.spec!r}")
     if is_fused_norm(node):
         parts.append("norm of the op before")
     return "; ".join(parts)
@@ -232,9 +240,9 @@ def findings_of(gm: fx.GraphModule) -> Findings:
     return cast("Findings", gm.meta.get(_FINDINGS, Findings()))
 
 
-def keep_findings(gm: fx.GraphModule, **found: Any) -> None:
+def keep_findings(gm: fx.GraphModule, **findings: Any) -> None:
     """Leave something for later passes."""
-    gm.meta[_FINDINGS] = replace(findings_of(gm), **found)
+    gm.meta[_FINDINGS] = replace(findings_of(gm), **findings)
 
 
 def record_of(gm: fx.GraphModule) -> CompressionRecord:

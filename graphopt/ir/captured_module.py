@@ -150,10 +150,10 @@ class _TorchRef:
     name: str
 
     def resolve(self) -> Any:
-        found: Any = torch
+        value: Any = torch
         for part in self.name.split("."):
-            found = getattr(found, part)
-        return found
+            value = getattr(value, part)
+        return value
 
 
 def _packed(value: Any) -> Any:

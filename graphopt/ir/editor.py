@@ -24,14 +24,14 @@ def operands(node: fx.Node) -> list[fx.Node]:
 
 def nodes_in(arguments: Any) -> list[fx.Node]:
     """The nodes in arguments of any nesting, in order and with repetitions."""
-    found: list[fx.Node] = []
+    nodes: list[fx.Node] = []
 
     def note(used: fx.Node) -> fx.Node:
-        found.append(used)
+        nodes.append(used)
         return used
 
     fx.map_arg(arguments, note)
-    return found
+    return nodes
 
 
 class Editor:
@@ -60,10 +60,10 @@ class Editor:
     def value(self, node: fx.Node) -> Tensor:
         """The tensor behind a `get_attr` node."""
         holder, name = holder_of(self.gm, str(node.target))
-        found = getattr(holder, name)
-        if not isinstance(found, Tensor):
+        tensor = getattr(holder, name)
+        if not isinstance(tensor, Tensor):
             raise TypeError(f"{node.target} is no tensor")
-        return found
+        return tensor
 
     def constant(
         self, name: str, value: Tensor, *, like: fx.Node, before: fx.Node | None = None
@@ -201,8 +201,8 @@ class Editor:
             tied: Other names of the same tensor, which stay tied to it.
         """
         shared: Tensor = value
-        for each in (node, *tied):
-            holder, name = holder_of(self.gm, str(each.target))
+        for constant in (node, *tied):
+            holder, name = holder_of(self.gm, str(constant.target))
             old = getattr(holder, name)
             if isinstance(old, nn.Parameter):
                 if not isinstance(shared, nn.Parameter):

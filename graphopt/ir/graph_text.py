@@ -52,7 +52,7 @@ def _line(node: fx.Node) -> str:
         called = node.target if node.op == "call_module" else op_name(node.target)
         what = f"{called}({', '.join(given)})"
     remarks = [_place(node), describe_annotations(node)]
-    about = "; ".join(each for each in remarks if each)
+    about = "; ".join(remark for remark in remarks if remark)
     return f"{name} = {what}" + (f"    # {about}" if about else "")
 
 
@@ -72,7 +72,7 @@ def value_text(value: Any) -> str:
         dtype = _SHORT.get(value.dtype, str(value.dtype).removeprefix("torch."))
         return f"{dtype}[{', '.join(map(str, value.shape))}]"
     if isinstance(value, list | tuple):
-        return f"({', '.join(value_text(each) for each in value)})"
+        return f"({', '.join(value_text(item) for item in value)})"
     return "" if value is None else type(value).__name__
 
 
@@ -80,7 +80,7 @@ def _argument(value: Any) -> str:
     if isinstance(value, fx.Node):
         return f"%{value.name}"
     if isinstance(value, list | tuple):
-        inner = ", ".join(_argument(each) for each in value)
+        inner = ", ".join(_argument(item) for item in value)
         return f"[{inner}]" if isinstance(value, list) else f"({inner})"
     return op_name(value) if callable(value) else repr(value)
 

@@ -89,8 +89,8 @@ def lut_to_dense(
     if length == 1:
         return lut.reshape(-1).index_select(0, codes).reshape(list(shape))
     assert vector_axis is not None
-    found = lut.reshape(-1, length).index_select(0, codes).reshape([*index_shape, length])
-    return found.movedim(-1, vector_axis + 1).reshape(list(shape))
+    blocks = lut.reshape(-1, length).index_select(0, codes).reshape([*index_shape, length])
+    return blocks.movedim(-1, vector_axis + 1).reshape(list(shape))
 
 
 def _index_shape(lut: Tensor, shape: Sequence[int], vector_axis: int | None) -> list[int]:

@@ -208,7 +208,7 @@ def merged(first: CompressionRecord, second: CompressionRecord) -> CompressionRe
 def finite_values(value: Any) -> Any:
     """Plain values with None for infinite ones, which JSON has not."""
     if isinstance(value, dict):
-        return {key: finite_values(each) for key, each in value.items()}
+        return {key: finite_values(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite_values(each) for each in value]
+        return [finite_values(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

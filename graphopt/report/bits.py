@@ -57,7 +57,7 @@ def bits_per_weight(
         InputError: A module with quantizers in training form; count what it finalizes to.
     """
     if isinstance(program, CapturedModule) and any(
-        isinstance(each, ActivationQuantizer | WeightQuantizer) for each in program.modules()
+        isinstance(part, ActivationQuantizer | WeightQuantizer) for part in program.modules()
     ):
         raise InputError(
             "the module still observes; count finalize() or program() of its quantizer"

@@ -107,7 +107,7 @@ def _draw(graph: nx.DiGraph[str]) -> Any:
     constant: set[str] = set()
     for name in nx.topological_sort(graph):
         before = list(graph.predecessors(name))
-        rows[name] = max((rows[each] for each in before), default=-1) + 1
+        rows[name] = max((rows[other] for other in before), default=-1) + 1
         own = (
             graph.nodes[name]["kind"] != "data"
             if not before
@@ -117,7 +117,7 @@ def _draw(graph: nx.DiGraph[str]) -> Any:
             constant.add(name)
     for name in reversed(list(nx.topological_sort(graph))):
         # weights stand right above what reads them
-        readers = [rows[each] for each in graph.successors(name)]
+        readers = [rows[other] for other in graph.successors(name)]
         if name in constant and readers:
             rows[name] = min(readers) - 1
     lines: dict[int, list[str]] = {}
@@ -168,7 +168,7 @@ def _draw(graph: nx.DiGraph[str]) -> Any:
 
 
 def _mean(graph: nx.DiGraph[str], name: str, spots: dict[str, tuple[float, float]]) -> float:
-    known = [spots[each][0] for each in graph.predecessors(name) if each in spots]
+    known = [spots[other][0] for other in graph.predecessors(name) if other in spots]
     return sum(known) / len(known) if known else 0.0
 
 

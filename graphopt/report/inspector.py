@@ -169,7 +169,7 @@ def _has_state(node: fx.Node) -> bool:
 
 def _ops_of(gm: fx.GraphModule) -> dict[fx.Node, OpInfo]:
     """One entry per node, with edges both ways; items of tuples are outputs of what gives these."""
-    found: dict[fx.Node, OpInfo] = {}
+    infos: dict[fx.Node, OpInfo] = {}
     items: dict[fx.Node, tuple[fx.Node, int]] = {}
     root = _root_type(gm)
     for node in gm.graph.nodes:
@@ -183,18 +183,18 @@ def _ops_of(gm: fx.GraphModule) -> dict[fx.Node, OpInfo]:
             ModuleContext("", root),
             *(ModuleContext(frame.name, frame.type) for frame in module_frames(node) if frame.name),
         )
-        found[node] = OpInfo(name, kind, stack, _frames(node), is_state=state)
-    for node, info in found.items():
+        infos[node] = OpInfo(name, kind, stack, _frames(node), is_state=state)
+    for node, info in infos.items():
         edges = []
         for operand in operands(node):
             source, place = items.get(operand, (operand, 0))
-            if source in found:
-                edges.append(InputEdge(found[source], place))
-                readers = found[source].outputs.get(place, ())
+            if source in infos:
+                edges.append(InputEdge(infos[source], place))
+                readers = infos[source].outputs.get(place, ())
                 if info not in readers:
-                    found[source].outputs[place] = (*readers, info)
+                    infos[source].outputs[place] = (*readers, info)
         info.inputs = tuple(edges)
-    return found
+    return infos
 
 
 def _root_type(gm: fx.GraphModule) -> str:

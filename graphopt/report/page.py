@@ -121,7 +121,7 @@ def _facts(program: Program, difference: Difference | None) -> str:
             rows.append(("signal to error of the outputs", f"{shown} dB"))
     rows += [
         ("torch", program.provenance.torch_version),
-        *(("note", each) for each in table.warnings),
+        *(("note", warning) for warning in table.warnings),
     ]
     items = "".join(f"<dt>{html.escape(k)}</dt><dd>{html.escape(v)}</dd>" for k, v in rows)
     return f"<dl>{items}</dl>"
@@ -258,7 +258,7 @@ def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def _histograms(program: Program, before: Any) -> str:
     """The largest palettized weights: distribution, table entries, and how often each is used."""
     edit = Editor(program.graph_module)
-    lookups = sorted(find_lookups(program.graph_module), key=lambda each: -math.prod(each.shape))
+    lookups = sorted(find_lookups(program.graph_module), key=lambda entry: -math.prod(entry.shape))
     originals = _originals(before)
     drawn = []
     for lookup in lookups[:_MOST_HISTOGRAMS]:
