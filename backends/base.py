@@ -13,14 +13,15 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphopt.analysis.lookups import find_lookups, find_sparse
-from graphopt.analysis.quantized import find_quantized_activations, find_quantized_weights
+from graphopt.analysis.quantized import find_quantized_activations
+from graphopt.analysis.stored_values import find_quantized_weights, stored_values
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.registry import Target, target_of_class
 from graphopt.errors import ArtifactExistsError, InputError, LoweringError, StateError
 from graphopt.files import replaced
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
+from graphopt.specs.storage import StorageRules
 
 __all__ = [
     "Artifact",
@@ -75,11 +76,14 @@ class Capabilities:
     activation_channels: bool = True
     fused_activations: frozenset[str] | None = None
 
+    @property
+    def storage(self) -> StorageRules:
+        """What decides the sizes of weights."""
+        return StorageRules(self.index_bits, self.padded_bits, self.table_types)
+
     def stored_bits(self, n_bits: int) -> int | None:
         """Width that an index of `n_bits` takes in the target, None where it cannot hold it."""
-        if n_bits in self.index_bits:
-            return n_bits
-        return dict(self.padded_bits).get(n_bits)
+        return self.storage.code_bits(n_bits)
 
 
 @dataclass(frozen=True)
@@ -286,12 +290,7 @@ def quantization_refusals(gm: fx.GraphModule, allowed: Capabilities) -> list[str
 
 def stored_weights(gm: fx.GraphModule) -> int:
     """Number of weights that a program stores compressed."""
-    plain = [
-        node
-        for node in find_sparse(gm)
-        if isinstance(node.args[0], fx.Node) and node.args[0].op == "get_attr"
-    ]
-    return len(find_lookups(gm)) + len(find_quantized_weights(gm)) + len(plain)
+    return sum(not value.nested for value in stored_values(gm))
 
 
 def compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, ...]:

@@ -45,7 +45,7 @@ MOVED: dict[str, str] = {
     "joint": "compressors.joint",
     "layer_fit": "fitting.layer_fit",
     "layerwise": "run.layerwise",
-    "lookups": "analysis.lookups",
+    "lookups": "analysis.stored_values",
     "matrix_form": "analysis.matrix_form",
     "mixed_precision.analysis": "search.mixed_precision.analysis",
     "mixed_precision.candidates": "search.mixed_precision.candidates",
@@ -108,7 +108,7 @@ MOVED: dict[str, str] = {
     "rdo.search": "search.rdo.search",
     "rdo.session": "search.rdo.session",
     "rdo.sites": "search.rdo.graph_layers",
-    "rdo.soft": "search.rdo.relaxed_weights",
+    "rdo.soft": "schemes.relaxed",
     "rdo.state": "search.rdo.state",
     "rdo.walk": "search.rdo.walk",
     "schemes.palettize_outputs": "fitting.palettize_outputs",
@@ -128,6 +128,9 @@ MOVED: dict[str, str] = {
 
 # names that did not go where the rest of their module went
 MOVED_NAMES: dict[str, str] = {
+    "quantized.QuantizedTensor": "analysis.stored_values",
+    "quantized.find_quantized_weights": "analysis.stored_values",
+    "rdo.rate.entropy": "schemes.sizes",
     "program.CompressedProgram": "compressors.compressed_program",
     "table.CompressionTable": "report.table",
 }
@@ -155,11 +158,10 @@ RENAMED: dict[str, dict[str, str]] = {
         "sites_by_layer": "layers_by_name",
         "sites_by_node": "layers_by_node",
     },
-    "search.rdo.relaxed_weights": {
+    "schemes.relaxed": {
         "SoftInteger": "RelaxedInteger",
         "SoftPalette": "RelaxedPalette",
         "SoftWeight": "RelaxedWeight",
-        "soften": "relax",
     },
 }
 

@@ -25,7 +25,6 @@ from graphopt.ir.editor import Editor
 from graphopt.passes.pass_base import Pass
 from graphopt.schemes.layout import plan_layout
 from graphopt.specs import PalettizationSpec, PerTensorGranularity
-from graphopt.specs.model import SpecModel
 
 __all__ = ["AnnotatePalettization"]
 
@@ -56,7 +55,7 @@ class AnnotatePalettization(Pass):
         for weight in weights:
             refusal = partial(self._refusal, weight)
             decision = decide(weight, selector, PalettizationSpec, refusal, "palettize")
-            if isinstance(decision.spec, PalettizationSpec):
+            if decision.spec is not None:
                 spec = _of_values(decision.spec) if weight.sparse is not None else decision.spec
                 annotation = WeightAnnotation(spec, weight.output_axis, decision.path)
                 for node in weight.nodes:
@@ -67,8 +66,7 @@ class AnnotatePalettization(Pass):
         remarks = report_unmatched(selector, edit.gm, weights, self.on_unmatched)
         edit.record(rows, remarks=remarks)
 
-    def _refusal(self, weight: WeightTensor, spec: SpecModel) -> str:
-        assert isinstance(spec, PalettizationSpec)
+    def _refusal(self, weight: WeightTensor, spec: PalettizationSpec) -> str:
         if weight.tensor.dtype not in FLOAT_DTYPES:
             return f"{weight.tensor.dtype} values are not palettized"
         if weight.tensor.numel() == 0:

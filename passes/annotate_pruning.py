@@ -25,7 +25,6 @@ from graphopt.ir.editor import Editor
 from graphopt.passes.pass_base import Pass
 from graphopt.schemes.prune import unfit
 from graphopt.specs import PruningSpec
-from graphopt.specs.model import SpecModel
 
 __all__ = ["AnnotatePruning"]
 
@@ -51,7 +50,7 @@ class AnnotatePruning(Pass):
         rows = []
         for weight in weights:
             decision = decide(weight, selector, PruningSpec, partial(_refusal, weight), "prune")
-            if isinstance(decision.spec, PruningSpec):
+            if decision.spec is not None:
                 annotation = WeightAnnotation(decision.spec, weight.output_axis, decision.path)
                 for node in weight.nodes:
                     annotate_pruning(node, annotation)
@@ -62,8 +61,7 @@ class AnnotatePruning(Pass):
         edit.record(rows, remarks=remarks)
 
 
-def _refusal(weight: WeightTensor, spec: SpecModel) -> str:
-    assert isinstance(spec, PruningSpec)
+def _refusal(weight: WeightTensor, spec: PruningSpec) -> str:
     if weight.tensor.dtype not in FLOAT_DTYPES:
         return f"{weight.tensor.dtype} values are not pruned"
     if weight.sparse is not None:

@@ -34,7 +34,6 @@ from graphopt.passes.fold_batchnorm import is_foldable
 from graphopt.passes.pass_base import Pass
 from graphopt.schemes.quantize import plan_blocks
 from graphopt.specs import PerTensorGranularity, QuantizationSpec
-from graphopt.specs.model import SpecModel
 
 __all__ = ["AnnotateQuantization"]
 
@@ -67,7 +66,7 @@ class AnnotateQuantization(Pass):
             decision = decide(
                 weight, selector, QuantizationSpec, partial(self._refusal, weight), "quantize"
             )
-            if isinstance(decision.spec, QuantizationSpec):
+            if decision.spec is not None:
                 spec = decision.spec
                 if weight.sparse is not None:
                     # the values of a pruned weight know no channels
@@ -100,8 +99,7 @@ class AnnotateQuantization(Pass):
                 annotate_norm(match.norm)
         edit.changed |= bool(plan.outputs or plan.inputs)
 
-    def _refusal(self, weight: WeightTensor, spec: SpecModel) -> str:
-        assert isinstance(spec, QuantizationSpec)
+    def _refusal(self, weight: WeightTensor, spec: QuantizationSpec) -> str:
         if weight.tensor.dtype not in FLOAT_DTYPES:
             return f"{weight.tensor.dtype} values are not quantized"
         if weight.tensor.numel() == 0:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -13,7 +12,7 @@ from typing_extensions import override
 
 from graphopt.analysis.activation_places import places_of
 from graphopt.analysis.quantized import quantized_ops
-from graphopt.analysis.weights import WeightTensor, find_weights, identity_of
+from graphopt.analysis.weights import WeightTensor, find_weights
 from graphopt.ir.annotations import (
     WeightAnnotation,
     findings_of,
@@ -22,7 +21,6 @@ from graphopt.ir.annotations import (
 )
 from graphopt.ir.captured_module import holder_of, set_tensor
 from graphopt.ir.editor import Editor
-from graphopt.ir.records import TensorRecord
 from graphopt.numerics.affine import grid_of, has_whole_offsets
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.insert_fake_quantize import (
@@ -31,13 +29,14 @@ from graphopt.passes.insert_fake_quantize import (
     redirect,
 )
 from graphopt.passes.pass_base import Pass
-from graphopt.passes.sparse_records import of_whole_weight
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 from graphopt.prepared.state import parts_of
-from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
+from graphopt.schemes.base import Statistics
+from graphopt.schemes.quantize import Quantization, QuantizedWeight
+from graphopt.schemes.rewrite import replace_weight
 from graphopt.specs import PerChannelGranularity, QuantizationSpec
 
-__all__ = ["ConvertQuantization", "Scales", "emit_rounding", "emit_weight", "record_of"]
+__all__ = ["ConvertQuantization", "Scales", "emit_rounding"]
 
 _ops = torch.ops.graphopt
 Scales = tuple[Tensor, Tensor | None]
@@ -88,13 +87,7 @@ class ConvertQuantization(Pass):
             if annotation is None:
                 continue
             quantized = self._quantized(edit.gm, weight, annotation)
-            row = record_of(weight, annotation.spec, quantized)
-            rows.append(of_whole_weight(edit.gm, weight, row))
-            dense = emit_weight(edit, weight.name, quantized, weight.nodes[0])
-            for node in weight.nodes:
-                edit.replace(node, dense)
-            for path in (weight.name, *weight.aliases):
-                edit.delete_constant(path)
+            rows.append(replace_weight(edit, weight, quantized, annotation.spec))
         keep_findings(edit.gm, scales={}, quantizers={})
         edit.record(rows)
 
@@ -109,7 +102,8 @@ class ConvertQuantization(Pass):
         trained: WeightQuantizer | None = findings_of(gm).quantizers.get(weight.name)
         if trained is not None:
             return trained.quantized(weight.tensor)
-        return _quantize(weight, annotation)
+        statistics = Statistics(annotation.output_axis)
+        return Quantization().make(weight.tensor, annotation.spec, statistics)
 
     def _scales(self, gm: fx.GraphModule) -> dict[str, Scales]:
         return {**findings_of(gm).scales, **self.activations}
@@ -131,14 +125,6 @@ class ConvertQuantization(Pass):
                 set_tensor(holder, name, made.dense())
                 quantizer.rounding = False
         return gm
-
-
-def _quantize(
-    weight: WeightTensor, annotation: WeightAnnotation[QuantizationSpec]
-) -> QuantizedWeight:
-    spec = annotation.spec
-    blocks, _ = plan_blocks(weight.tensor.shape, annotation.output_axis, spec.granularity)
-    return quantize_weight(weight.tensor, spec, blocks)
 
 
 def emit_rounding(
@@ -187,100 +173,3 @@ def emit_rounding(
     stored = call(ops.quantize_per_tensor.default, moved, *around)
     back = call(ops.dequantize_per_tensor.default, stored, *around, **out)
     return call(torch.ops.aten.add.Tensor, back, minimum)
-
-
-def emit_weight(
-    edit: Editor,
-    name: str,
-    weight: QuantizedWeight,
-    like: fx.Node,
-    *,
-    before: fx.Node | None = None,
-) -> fx.Node:
-    """Emit a weight's stored form and the op that gives its dense values.
-
-    Args:
-        edit: The editor.
-        name: The weight's name, from which its constants get theirs.
-        weight: The stored form.
-        like: Node whose origin the new ones take, and their place when `before` is None.
-        before: Node in front of which they stand.
-    """
-    counts, shape = weight.blocks.counts, list(weight.blocks.shape)
-    place: dict[str, Any] = {"like": like, "before": before}
-    axes = [axis for axis, count in enumerate(counts) if count > 1]
-    per_channel = len(axes) == 1 and counts[axes[0]] == shape[axes[0]]
-    plain = weight.storage in ("int8", "uint8") and weight.dtype == torch.float32
-    whole = weight.offset is None or not weight.offset.is_floating_point()
-    if plain and whole and (not axes or per_channel) and weight.scale.dtype == torch.float32:
-        return _plain(edit, name, weight, axes, place)
-    data = edit.constant(f"{name}_quantized", weight.data, **place)
-    scale = edit.constant(f"{name}_scale", weight.scale, **place)
-    offset = None
-    if weight.offset is not None:
-        offset = edit.constant(f"{name}_offset", weight.offset, **place)
-    return edit.call(
-        _ops.shift_scale.default,
-        data,
-        scale,
-        offset,
-        weight.storage,
-        shape,
-        weight.dtype,
-        **place,
-    )
-
-
-def _plain(
-    edit: Editor, name: str, weight: QuantizedWeight, axes: list[int], place: dict[str, Any]
-) -> fx.Node:
-    ops = quantized_ops()
-    container = torch.int8 if weight.storage == "int8" else torch.uint8
-    data = weight.data.view(container).reshape(weight.blocks.shape)
-    low, high = (-128, 127) if container == torch.int8 else (0, 255)
-    stored = edit.constant(f"{name}_quantized", data, **place)
-    if not axes:
-        zero = 0 if weight.offset is None else int(weight.offset)
-        step = float(weight.scale)
-        return edit.call(
-            ops.dequantize_per_tensor.default, stored, step, zero, low, high, container, **place
-        )
-    zeros = torch.zeros(weight.scale.numel(), dtype=torch.int64)
-    if weight.offset is not None:
-        zeros = weight.offset.reshape(-1).to(torch.int64)
-    factors = edit.constant(f"{name}_scale", weight.scale.reshape(-1), **place)
-    zero_points = edit.constant(f"{name}_zero_point", zeros, **place)
-    return edit.call(
-        ops.dequantize_per_channel.default,
-        stored,
-        factors,
-        zero_points,
-        axes[0],
-        low,
-        high,
-        container,
-        **place,
-    )
-
-
-def record_of(
-    weight: WeightTensor, spec: QuantizationSpec, quantized: QuantizedWeight
-) -> TensorRecord:
-    """The table's row of a quantized weight."""
-    blocks = quantized.blocks
-    detail = f"{quantized.storage} {spec.qscheme.value}, "
-    sizes = [size // count for size, count in zip(blocks.shape, blocks.counts, strict=True)]
-    if blocks.n_blocks == 1:
-        detail += "one scale"
-    else:
-        detail += f"{blocks.n_blocks} scales over blocks of {'×'.join(map(str, sizes))}"
-    energy, sse = quantized.energy, quantized.sse
-    snr = None if energy <= 0 else math.inf if sse <= 0 else 10 * math.log10(energy / sse)
-    return TensorRecord(
-        **identity_of(weight),
-        status="quantized",
-        detail=detail,
-        n_bits=grid_of(spec).bits,
-        stored_bits=quantized.stored_bits(),
-        snr_db=snr,
-    )

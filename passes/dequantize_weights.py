@@ -8,7 +8,7 @@ from typing import ClassVar
 from torch import fx
 from typing_extensions import override
 
-from graphopt.analysis.quantized import find_quantized_weights
+from graphopt.analysis.stored_values import find_quantized_weights
 from graphopt.ir.editor import Editor, operands
 from graphopt.passes.expand_tables import constant_value, drop_unread
 from graphopt.passes.pass_base import Pass

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.analysis.lookups import find_sparse
+from graphopt.analysis.stored_values import find_sparse
 from graphopt.ir.editor import Editor, operands
 from graphopt.passes.expand_tables import constant_value, drop_unread
 from graphopt.passes.pass_base import Pass
@@ -39,10 +39,10 @@ class ExpandSparse(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        for node in find_sparse(edit.gm):
+        for weight in find_sparse(edit.gm):
+            node, name = weight.node, weight.name
             values, mask, shape = node.args
             assert isinstance(values, fx.Node)
-            name = str(mask.target).removesuffix("_mask")  # type: ignore[union-attr]
             integers = _integers(edit, values)
             if integers is None:
                 made = edit.constant(f"{name}_dense", constant_value(edit, node), like=node)

@@ -12,10 +12,9 @@ from graphopt.analysis.weights import find_weights
 from graphopt.ir.annotations import palette_annotation
 from graphopt.ir.editor import Editor
 from graphopt.numerics.parallel import map_tasks
-from graphopt.passes.palettize_weights import record_of
 from graphopt.passes.pass_base import Pass
-from graphopt.passes.sparse_records import of_whole_weight
 from graphopt.schemes.palettize import PalettizedWeight
+from graphopt.schemes.rewrite import row_of
 
 __all__ = ["FakePalettize"]
 
@@ -45,7 +44,6 @@ class FakePalettize(Pass):
         dense = map_tasks(lambda each: each[2].dense(), chosen)
         rows = []
         for (weight, annotation, palettized), value in zip(chosen, dense, strict=True):
-            row = record_of(weight, annotation.spec, palettized)
-            rows.append(of_whole_weight(edit.gm, weight, row))
+            rows.append(row_of(edit.gm, weight, palettized, annotation.spec))
             edit.set_value(weight.nodes[0], value, tied=weight.nodes[1:])
         edit.record(rows)

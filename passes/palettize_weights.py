@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.analysis.weights import WeightTensor, find_weights, identity_of
+from graphopt.analysis.weights import find_weights
 from graphopt.errors import CompressionError
 from graphopt.ir.annotations import WeightAnnotation, findings_of, keep_findings, palette_annotation
 from graphopt.ir.editor import Editor
-from graphopt.ir.records import TensorRecord
 from graphopt.numerics.parallel import map_tasks
 from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.pass_base import Pass
-from graphopt.passes.sparse_records import of_whole_weight
 from graphopt.progress import track
 from graphopt.schemes.palettize import PalettizedWeight, palettize
-from graphopt.specs import PalettizationSpec, PerGroupedChannelGranularity
+from graphopt.schemes.rewrite import replace_weight
+from graphopt.specs import PalettizationSpec
 
-__all__ = ["PalettizeWeights", "cluster_annotated", "emit_palette"]
+__all__ = ["PalettizeWeights", "cluster_annotated"]
 
-_ops = torch.ops.graphopt
 _FLOOR = 1e-3  # of the mean importance
 
 
@@ -142,10 +138,7 @@ class PalettizeWeights(Pass):
         for weight in weights:
             annotation = palette_annotation(weight.nodes[0])
             assert annotation is not None
-            palettized = palettes[weight.name]
-            row = record_of(weight, annotation.spec, palettized)
-            rows.append(of_whole_weight(edit.gm, weight, row))
-            self._rewrite(edit, weight, palettized)
+            rows.append(replace_weight(edit, weight, palettes[weight.name], annotation.spec))
         keep_findings(edit.gm, palettes={})
         edit.record(rows)
 
@@ -161,107 +154,3 @@ class PalettizeWeights(Pass):
         for weight in weights:
             edit.set_value(weight.nodes[0], palettes[weight.name].dense(), tied=weight.nodes[1:])
         return before
-
-    def _rewrite(self, edit: Editor, weight: WeightTensor, palettized: PalettizedWeight) -> None:
-        first = weight.nodes[0]
-        dense = emit_palette(edit, weight.name, palettized, first)
-        for node in weight.nodes:
-            edit.replace(node, dense)
-        for path in (weight.name, *weight.aliases):
-            edit.delete_constant(path)
-
-
-def emit_palette(
-    edit: Editor,
-    name: str,
-    palettized: PalettizedWeight,
-    like: fx.Node,
-    *,
-    before: fx.Node | None = None,
-) -> fx.Node:
-    """Emit a weight's tables and indices and the ops that give its dense values.
-
-    Args:
-        edit: The editor.
-        name: The weight's name, from which its constants get theirs.
-        palettized: The stored form.
-        like: Node whose origin the new ones take, and their place when `before` is None.
-        before: Node in front of which they stand.
-    """
-    place: dict[str, Any] = {"like": like, "before": before}
-    shape = list(palettized.layout.shape)
-    indices = edit.constant(f"{name}_indices", palettized.indices, **place)
-    lut = edit.constant(f"{name}_lut", palettized.lut, **place)
-    if palettized.lut_scale is not None:
-        scale = edit.constant(f"{name}_lut_scale", palettized.lut_scale, **place)
-        offset = None
-        if palettized.lut_offset is not None:
-            offset = edit.constant(f"{name}_lut_offset", palettized.lut_offset, **place)
-        lut = edit.call(
-            _ops.shift_scale.default,
-            lut,
-            scale,
-            offset,
-            palettized.lut_storage,
-            palettized.lut_shape(),
-            palettized.dtype,
-            **place,
-        )
-    vector_axis = palettized.op_vector_axis
-    extra = () if vector_axis is None else (vector_axis,)
-    dense = edit.call(
-        _ops.lut_to_dense.default, indices, lut, palettized.n_bits, shape, *extra, **place
-    )
-    if palettized.channel_scale is not None:
-        scale = edit.constant(f"{name}_channel_scale", palettized.channel_scale, **place)
-        dense = edit.call(
-            _ops.shift_scale.default,
-            dense,
-            scale,
-            None,
-            "float",
-            shape,
-            palettized.dtype,
-            **place,
-        )
-    if palettized.outliers is None or palettized.outlier_mask is None:
-        return dense
-    values = edit.constant(f"{name}_outliers", palettized.outliers, **place)
-    mask = edit.constant(f"{name}_outlier_mask", palettized.outlier_mask, **place)
-    sparse = edit.call(_ops.sparse_to_dense.default, values, mask, shape, **place)
-    return edit.call(torch.ops.aten.add.Tensor, dense, sparse, **place)
-
-
-def record_of(
-    weight: WeightTensor, spec: PalettizationSpec, palettized: PalettizedWeight
-) -> TensorRecord:
-    """The table's row of a palettized weight."""
-    layout = palettized.layout
-    grouped = isinstance(spec.granularity, PerGroupedChannelGranularity) and layout.n_groups > 1
-    parts = [
-        f"{spec.n_bits}-bit",
-        f"{layout.n_groups} tables on axis {layout.group_axis}" if grouped else "one table",
-    ]
-    if spec.cluster_dim > 1:
-        parts.append(f"entries of {spec.cluster_dim}")
-    if palettized.lut_storage is not None:
-        parts.append(f"{palettized.lut_storage} table")
-    if palettized.channel_scale is not None:
-        parts.append("per-channel scale")
-    if palettized.outliers is not None:
-        parts.append(f"{palettized.outliers.numel()} outliers")
-    snr = None
-    if palettized.energy > 0:
-        snr = (
-            math.inf if palettized.sse <= 0 else 10 * math.log10(palettized.energy / palettized.sse)
-        )
-    return TensorRecord(
-        **identity_of(weight),
-        status="palettized",
-        detail=", ".join(parts),
-        note=layout.note,
-        n_bits=spec.n_bits,
-        n_luts=layout.n_groups,
-        stored_bits=palettized.stored_bits(),
-        snr_db=snr,
-    )

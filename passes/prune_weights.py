@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import ClassVar
 
-import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.analysis.weights import WeightTensor, find_weights, identity_of
+from graphopt.analysis.weights import find_weights
 from graphopt.errors import CompressionError
 from graphopt.ir.annotations import findings_of, keep_findings, pruning_annotation
 from graphopt.ir.editor import Editor
-from graphopt.ir.records import TensorRecord
 from graphopt.passes.annotate_pruning import AnnotatePruning
 from graphopt.passes.pass_base import Pass
-from graphopt.schemes.prune import PrunedWeight, mask_of, prune
+from graphopt.schemes.prune import mask_of, prune
+from graphopt.schemes.rewrite import replace_weight
 
 __all__ = ["PruneWeights", "annotated_masks"]
-
-_ops = torch.ops.graphopt
 
 
 def annotated_masks(gm: fx.GraphModule) -> dict[str, Tensor]:
@@ -82,15 +78,7 @@ class PruneWeights(Pass):
             if mask is None:
                 mask = mask_of(weight.tensor, annotation.spec)
             pruned = prune(weight.tensor, mask)
-            first, shape = weight.nodes[0], list(weight.tensor.shape)
-            values = edit.constant(f"{weight.name}_values", pruned.values, like=first)
-            where = edit.constant(f"{weight.name}_mask", pruned.mask, like=first)
-            dense = edit.call(_ops.sparse_to_dense.default, values, where, shape, like=first)
-            rows.append(_record(weight, pruned))
-            for node in weight.nodes:
-                edit.replace(node, dense)
-            for path in (weight.name, *weight.aliases):
-                edit.delete_constant(path)
+            rows.append(replace_weight(edit, weight, pruned, annotation.spec))
         keep_findings(edit.gm, masks={})
         edit.record(rows)
 
@@ -105,17 +93,3 @@ class PruneWeights(Pass):
                 value = weight.tensor.detach() * masks[weight.name]
                 edit.set_value(weight.nodes[0], value, tied=weight.nodes[1:])
         return before
-
-
-def _record(weight: WeightTensor, pruned: PrunedWeight) -> TensorRecord:
-    kept = pruned.values.numel()
-    snr = None
-    if pruned.energy > 0:
-        snr = math.inf if pruned.sse <= 0 else 10 * math.log10(pruned.energy / pruned.sse)
-    return TensorRecord(
-        **identity_of(weight),
-        status="pruned",
-        detail=f"{100 * (1 - kept / max(weight.tensor.numel(), 1)):.1f} % zeros",
-        stored_bits=pruned.stored_bits(),
-        snr_db=snr,
-    )

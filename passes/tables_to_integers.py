@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.analysis.lookups import find_lookups
+from graphopt.analysis.stored_values import find_lookups
 from graphopt.ir.editor import Editor, operands
 from graphopt.passes.expand_tables import drop_unread
 from graphopt.passes.pass_base import Pass

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from typing_extensions import override
 
-from graphopt.analysis.lookups import find_lookups
+from graphopt.analysis.stored_values import find_lookups
 from graphopt.backends.base import (
     Artifact,
     Backend,

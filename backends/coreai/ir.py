@@ -6,6 +6,7 @@ import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
 from graphopt.numerics.packing import pack
+from graphopt.schemes.base import StoredWeight
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.schemes.prune import PrunedWeight
 from graphopt.schemes.quantize import QuantizedWeight
@@ -166,8 +168,8 @@ def _name(op: Any) -> str:
 
 def replace_constant(
     constant: Constant,
-    stored: PalettizedWeight | QuantizedWeight | PrunedWeight,
-    values: PalettizedWeight | QuantizedWeight | None = None,
+    stored: StoredWeight,
+    values: StoredWeight | None = None,
 ) -> None:
     """Put a compressed form in a constant's place.
 
@@ -181,12 +183,7 @@ def replace_constant(
     old = op.results[0]
     with op.context, op.location, ir.InsertionPoint(op):
         build = _Builder(ir, _FLOATS[constant.dtype])
-        if isinstance(stored, PrunedWeight):
-            new = build.sparse(stored, values)
-        elif isinstance(stored, PalettizedWeight):
-            new = build.lookup(stored)
-        else:
-            new = build.integers(stored)
+        new = build.stored(stored, values)
         # the verifier lets some wrong ranks through that the runtime does not survive
         assert new.type == old.type, f"{new.type} is no {old.type}"
         old.replace_all_uses_with(new)
@@ -208,6 +205,15 @@ class _Builder:
         self._elements: Callable[..., Any] = importlib.import_module(
             "coreai._compiler.dialects.coreai.constant"
         ).create_elements_attr
+
+    def stored(self, form: StoredWeight, values: StoredWeight | None = None) -> Any:
+        """The dense value of a stored weight; `values` are those of a pruned one, if compressed."""
+        emit: dict[str, Callable[..., Any]] = {
+            PalettizedWeight.kind: self.lookup,
+            QuantizedWeight.kind: self.integers,
+            PrunedWeight.kind: partial(self.sparse, values=values),
+        }
+        return emit[form.kind](form)
 
     def lookup(self, stored: PalettizedWeight) -> Any:
         shape = list(stored.layout.index_shape())
@@ -237,15 +243,10 @@ class _Builder:
         powers = name == "f4E2M1FN" or (name.startswith("f8") and _are_powers(scale))
         return self.scaled(data, scale, offset, name, powers=powers)
 
-    def sparse(
-        self, stored: PrunedWeight, values: PalettizedWeight | QuantizedWeight | None
-    ) -> Any:
-        if isinstance(values, PalettizedWeight):
-            kept = self.lookup(values)
-        elif isinstance(values, QuantizedWeight):
-            kept = self.integers(values)
-        else:
-            kept = self.floats(stored.values, self.float_type)
+    def sparse(self, stored: PrunedWeight, values: StoredWeight | None) -> Any:
+        kept = (
+            self.floats(stored.values, self.float_type) if values is None else self.stored(values)
+        )
         mask = self.raw(stored.mask, "ui1", list(stored.shape))
         return self.dialect.sparse_with_bitmask_to_dense(
             self.dialect.build_sparse_with_bitmask(kept, mask)

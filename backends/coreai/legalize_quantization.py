@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.analysis.quantized import QuantizedTensor, find_quantized_weights
+from graphopt.analysis.stored_values import QuantizedTensor, find_quantized_weights
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
 from graphopt.ir.editor import Editor

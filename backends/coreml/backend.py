@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from typing_extensions import override
 
-from graphopt.analysis.lookups import Lookup, find_lookups, find_sparse
 from graphopt.analysis.quantized import find_quantized_activations, quantized_ops
+from graphopt.analysis.stored_values import Lookup, find_lookups, find_sparse
 from graphopt.backends.base import (
     Artifact,
     Backend,
@@ -134,9 +134,9 @@ class CoreMLBackend(Backend):
             )
         if not allowed.sparse:
             reasons += [
-                f"{str(node.args[1]).removesuffix('_mask')}: pruned weights for {where}; raise"
-                " minimum_deployment_target to iOS18"
-                for node in find_sparse(program.graph_module)
+                f"{str(weight.node.args[1]).removesuffix('_mask')}: pruned weights for {where};"
+                " raise minimum_deployment_target to iOS18"
+                for weight in find_sparse(program.graph_module)
             ]
         return [*reasons, *quantization_refusals(program.graph_module, allowed)]
 

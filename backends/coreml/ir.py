@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -242,9 +242,11 @@ def _output_axis(op: Any, slot: str, var: Any) -> int | None:
 
 def _emit(op: Any, stored: PalettizedWeight | QuantizedWeight, *, modern: bool) -> Any:
     dtype = op.outputs[0].val.dtype
-    if isinstance(stored, PalettizedWeight):
-        return _lookup(op, stored, dtype, modern)
-    return _integers(op, stored, dtype, modern)
+    emit: dict[str, Callable[..., Any]] = {
+        PalettizedWeight.kind: _lookup,
+        QuantizedWeight.kind: _integers,
+    }
+    return emit[stored.kind](op, stored, dtype, modern)
 
 
 def _lookup(op: Any, stored: PalettizedWeight, dtype: Any, modern: bool) -> Any:

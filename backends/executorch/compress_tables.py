@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.analysis.lookups import Lookup, find_lookups
+from graphopt.analysis.stored_values import Lookup, find_lookups
 from graphopt.backends.executorch.weight_forms import bias_apart
 from graphopt.ir.editor import Editor, operands
 from graphopt.numerics.packing import pack, unpack

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.analysis.quantized import find_quantized_weights, quantized_ops
+from graphopt.analysis.quantized import quantized_ops
+from graphopt.analysis.stored_values import find_quantized_weights
 from graphopt.backends.executorch.weight_forms import (
     CONVOLUTIONS,
     DEQUANTIZE,

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, fx
 
-from graphopt.analysis.quantized import QuantizedTensor, quantized_ops
+from graphopt.analysis.quantized import quantized_ops
+from graphopt.analysis.stored_values import QuantizedTensor
 from graphopt.ir.editor import Editor
 
 __all__ = [

@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, cast
 
 import networkx as nx
 import torch
@@ -173,7 +173,7 @@ class _Planner:
         self.matches.append(match)
         shared = []
         for (operand, position), found in selections:
-            if isinstance(found.spec, QuantizationSpec):
+            if found.spec is not None:
                 self._request_input(operand, node, position, found)
                 shared.append(operand)
             else:
@@ -181,7 +181,7 @@ class _Planner:
         wanted = out.spec if pattern.output or out.named_op else None
         if node in self.scores and not named:
             self._note_float(match, "attention scores, which a softmax reads")
-        elif isinstance(wanted, QuantizationSpec) and is_float(match.output):
+        elif wanted is not None and is_float(match.output):
             self._request_output(match.output, out)
             shared.append(match.output)
         elif pattern.output:
@@ -279,8 +279,9 @@ class _Planner:
         value.inputs[node, position] = self._request(node, found)
 
     def _request(self, node: fx.Node, found: Selection) -> _Request:
-        assert isinstance(found.spec, QuantizationSpec)
-        granularity = found.spec.granularity
+        # a quantization config holds no other specs
+        spec = cast("QuantizationSpec", found.spec)
+        granularity = spec.granularity
         if not isinstance(granularity, PerTensorGranularity | PerChannelGranularity) or (
             isinstance(granularity, PerChannelGranularity) and granularity.axis is None
         ):
@@ -288,10 +289,10 @@ class _Planner:
                 f"{found.path}: activations have one scale per tensor, or per channel of a given"
                 f" axis; got {granularity}"
             )
-        if grid_of(found.spec).is_float and not isinstance(granularity, PerTensorGranularity):
+        if grid_of(spec).is_float and not isinstance(granularity, PerTensorGranularity):
             raise ConfigError(f"{found.path}: float activations have one scale per tensor")
         order = self.order[node]
-        return _Request(found.spec, found.rank, found.path, order)
+        return _Request(spec, found.rank, found.path, order)
 
     def _note_float(self, match: Match, reason: str) -> None:
         if match.pattern.kind is Kind.COMPUTE or match.pattern.kind is Kind.SHARE:

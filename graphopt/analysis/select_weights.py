@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Generic, Literal, TypeVar
 
 import torch
 from torch import fx
@@ -19,11 +19,12 @@ from graphopt.specs.model import SpecModel
 
 __all__ = ["FLOAT_DTYPES", "Decision", "decide", "report_unmatched", "skipped_row", "touch_modules"]
 
+SpecT = TypeVar("SpecT", bound=SpecModel)
 FLOAT_DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
 @dataclass(frozen=True)
-class Decision:
+class Decision(Generic[SpecT]):
     """What becomes of one weight.
 
     Attributes:
@@ -34,7 +35,7 @@ class Decision:
         chosen: Whether a config asked for it, though it cannot be compressed.
     """
 
-    spec: SpecModel | None
+    spec: SpecT | None
     path: str = ""
     reason: str = ""
     conflict: str = ""
@@ -54,10 +55,10 @@ def touch_modules(gm: fx.GraphModule, selector: Selector, weights: Iterable[Weig
 def decide(
     weight: WeightTensor,
     selector: Selector,
-    kind: type[SpecModel],
-    refusal: Callable[[SpecModel], str],
+    kind: type[SpecT],
+    refusal: Callable[[SpecT], str],
     verb: str,
-) -> Decision:
+) -> Decision[SpecT]:
     """The spec of a weight, the first of its uses that has one deciding.
 
     Args:
@@ -67,7 +68,7 @@ def decide(
         refusal: Why a weight cannot have a spec, or "".
         verb: "palettize" or "quantize", for messages.
     """
-    chosen: SpecModel | None = None
+    chosen: SpecT | None = None
     path, reason, conflict, off = "", "", "", ""
     for use in weight.uses:
         selection = selector.select(use)
@@ -100,7 +101,7 @@ def decide(
     return Decision(chosen, path, conflict=conflict)
 
 
-def skipped_row(weight: WeightTensor, decision: Decision) -> TensorRecord:
+def skipped_row(weight: WeightTensor, decision: Decision[Any]) -> TensorRecord:
     """The table's row of a weight that is left alone."""
     tensor = weight.tensor
     return TensorRecord(

@@ -15,6 +15,7 @@ from torch import fx
 from graphopt.ir.captured_module import KeptGraph
 from graphopt.ir.records import ActivationRecord, CompressionRecord, TensorRecord, merged
 from graphopt.specs import PalettizationSpec, PruningSpec, QuantizationSpec
+from graphopt.specs.model import SpecModel
 
 __all__ = [
     "ActivationPoint",
@@ -49,6 +50,7 @@ __all__ = [
     "quantization_annotation",
     "record",
     "record_of",
+    "weight_annotation",
 ]
 
 _KEY = "graphopt"
@@ -60,7 +62,7 @@ _RECORD, _NOTES = "graphopt.table", "graphopt.notes"
 _RUN, _PROVIDED = "graphopt.passes", "graphopt.passes_provided"
 
 
-SpecT = TypeVar("SpecT", PalettizationSpec, QuantizationSpec, PruningSpec)
+SpecT = TypeVar("SpecT", bound=SpecModel)
 
 
 @dataclass(frozen=True)
@@ -105,24 +107,21 @@ def annotate_weight(node: fx.Node, annotation: WeightAnnotation[SpecT]) -> None:
     _put(node, _WEIGHT, annotation)
 
 
+def weight_annotation(node: fx.Node, kind: type[SpecT]) -> WeightAnnotation[SpecT] | None:
+    """The annotation of a constant with a spec of this kind, if it has one."""
+    annotation = node.meta.get(_KEY, {}).get(_WEIGHT)
+    fits = annotation is not None and isinstance(annotation.spec, kind)
+    return annotation if fits else None
+
+
 def palette_annotation(node: fx.Node) -> WeightAnnotation[PalettizationSpec] | None:
     """The annotation of a constant that is to be palettized, if it is one."""
-    annotation = node.meta.get(_KEY, {}).get(_WEIGHT)
-    return (
-        annotation
-        if annotation is not None and isinstance(annotation.spec, PalettizationSpec)
-        else None
-    )
+    return weight_annotation(node, PalettizationSpec)
 
 
 def quantization_annotation(node: fx.Node) -> WeightAnnotation[QuantizationSpec] | None:
     """The annotation of a constant that is to be quantized, if it is one."""
-    annotation = node.meta.get(_KEY, {}).get(_WEIGHT)
-    return (
-        annotation
-        if annotation is not None and isinstance(annotation.spec, QuantizationSpec)
-        else None
-    )
+    return weight_annotation(node, QuantizationSpec)
 
 
 def annotate_pruning(node: fx.Node, annotation: WeightAnnotation[PruningSpec]) -> None:

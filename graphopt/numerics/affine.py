@@ -18,6 +18,7 @@ __all__ = [
     "Grid",
     "dequantize",
     "grid_of",
+    "has_offset",
     "has_whole_offsets",
     "qparams",
     "quantize",
@@ -82,6 +83,12 @@ def scale_limits(spec: QuantizationSpec) -> str:
 def has_whole_offsets(spec: QuantizationSpec) -> bool:
     """Whether offsets are zero points, not the fractions of the MINVAL formulation."""
     return spec.qformulation is QuantizationFormulation.ZP
+
+
+def has_offset(spec: QuantizationSpec) -> bool:
+    """Whether values of the spec are stored with offsets."""
+    asymmetric = spec.qscheme is QuantizationScheme.ASYMMETRIC
+    return asymmetric or not has_whole_offsets(spec) or grid_of(spec).middle != 0
 
 
 def qparams(

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from graphopt.numerics.affine import grid_of, has_whole_offsets, qparams
+from graphopt.numerics.affine import grid_of, has_offset, has_whole_offsets, qparams
 from graphopt.numerics.blocks import Blocks
 from graphopt.observers import observer_of
 from graphopt.prepared.origin import Origin
@@ -70,16 +70,12 @@ class ActivationQuantizer(nn.Module):
             return self._rounded(x, *self._of(self._split(x.detach())))
         if not self._ready():
             return x
-        return self._rounded(x, self.scale, self.offset if bool(self._has_offset) else None)
+        return self._rounded(x, self.scale, self.offset if has_offset(self.spec) else None)
 
     def _ready(self) -> bool:
         if torch.compiler.is_compiling():
             return True
         return bool(self.known)
-
-    @property
-    def _has_offset(self) -> bool:
-        return self.grid.middle != 0 or self.spec.qscheme == "asymmetric" or not self._whole
 
     def _axis(self) -> int | None:
         granularity = self.spec.granularity

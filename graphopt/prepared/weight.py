@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from graphopt.numerics.affine import grid_of, has_whole_offsets, qparams
+from graphopt.numerics.affine import grid_of, has_offset, has_whole_offsets, qparams
 from graphopt.numerics.blocks import Blocks
 from graphopt.prepared.origin import Origin
 from graphopt.prepared.rounding import learned_round, round_groups
@@ -116,8 +116,7 @@ class WeightQuantizer(nn.Module):
         return self.blocks.join(round_groups(parts, scale, offset, self.grid, whole=self._whole))
 
     def _offset(self) -> Tensor | None:
-        used = self.grid.middle != 0 or self.spec.qscheme == "asymmetric" or not self._whole
-        return self.offset if used else None
+        return self.offset if has_offset(self.spec) else None
 
     def quantized(self, weight: Tensor) -> QuantizedWeight:
         """The stored form: from the weight's own range, or from scales that training has fixed.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from graphopt.analysis.lookups import find_lookups, find_sparse
-from graphopt.analysis.quantized import find_quantized_weights, zero_points
+from graphopt.analysis.quantized import zero_points
+from graphopt.analysis.stored_values import stored_values
 from graphopt.backends.lowering import as_program
 from graphopt.backends.raising import in_vocabulary
 from graphopt.errors import InputError
@@ -18,6 +19,7 @@ from graphopt.ir.annotations import record_of
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
+from graphopt.schemes.sizes import tensor_bits
 
 __all__ = ["BitsPerWeightResult", "StoredTensor", "bits_per_weight", "stored_tensors"]
 
@@ -102,7 +104,7 @@ def stored_tensors(gm: CapturedModule) -> dict[str, StoredTensor]:
     gm = in_vocabulary(gm)
     tensors = dict((*gm.named_parameters(), *gm.named_buffers()))
     elements = _stand_for(gm)
-    bits = {name: 8 * t.numel() * t.element_size() for name, t in tensors.items()}
+    bits = {name: tensor_bits(t) for name, t in tensors.items()}
     for name in zero_points(gm):
         points = tensors[name]
         bits[name] = 8 * points.numel() if bool(points.any()) else 0
@@ -125,13 +127,9 @@ def _stand_for(gm: torch.fx.GraphModule) -> dict[str, int]:
             return [str(node.target)]
         return [name for each in node.all_input_nodes for name in parts(each)]
 
-    for dense, count in (
-        *((each.dense, int(torch.Size(each.shape).numel())) for each in find_lookups(gm)),
-        *((each.node, int(torch.Size(each.shape).numel())) for each in find_quantized_weights(gm)),
-        *((node, int(torch.Size(node.args[2]).numel())) for node in find_sparse(gm)),  # type: ignore[arg-type]
-    ):
-        names = parts(dense)
+    for value in stored_values(gm):
+        names = parts(value.dense)
         found |= dict.fromkeys(names, 0)
         # values inside a pruned weight are counted with it, later in this list
-        found[names[0]] = count
+        found[names[0]] = math.prod(value.shape)
     return found

@@ -15,8 +15,7 @@ from rich.table import Table
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphopt.analysis.lookups import find_lookups
-from graphopt.analysis.quantized import find_quantized_weights
+from graphopt.analysis.stored_values import stored_values
 from graphopt.analysis.weights import op_names, source_of, state_operands
 from graphopt.backends.lowering import as_program
 from graphopt.errors import InputError
@@ -265,12 +264,11 @@ def _name(operand: fx.Node) -> str:
 
 def _storage(gm: fx.GraphModule) -> dict[str, tuple[str, int]]:
     """Dense node → how it is stored and with how many tables."""
-    found = {
-        each.dense.name: (f"{each.n_bits}-bit table", math.prod(each.tables))
-        for each in find_lookups(gm)
+    return {
+        value.dense.name: (value.label, value.codes.tables)
+        for value in stored_values(gm)
+        if value.codes is not None
     }
-    found |= {each.node.name: (each.storage, 0) for each in find_quantized_weights(gm)}
-    return found
 
 
 def _layer(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from graphopt.analysis.lookups import find_lookups
+from graphopt.analysis.stored_values import find_lookups
 from graphopt.errors import ArtifactExistsError
 from graphopt.extras import require
 from graphopt.files import replaced

@@ -9,7 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.tree import Tree
 
-from graphopt.analysis.lookups import find_lookups
+from graphopt.analysis.stored_values import find_lookups
 from graphopt.analysis.weights import find_weights
 from graphopt.ir.module_frames import module_frames
 from graphopt.ir.program import Program

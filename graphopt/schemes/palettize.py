@@ -3,123 +3,37 @@
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from graphopt.errors import CompressionError
-from graphopt.ir.ops import lut_to_dense, shift_scale, sparse_to_dense
-from graphopt.numerics.kmeans1d import cluster_1d, look_up, sum_of_squares
+from graphopt.numerics.affine import has_offset
+from graphopt.numerics.kmeans1d import cluster_1d, sum_of_squares
 from graphopt.numerics.kmeans_nd import cluster_vectors
-from graphopt.numerics.packing import pack, packed_size, unpack
+from graphopt.numerics.packing import pack
+from graphopt.schemes.base import Scheme, Statistics
 from graphopt.schemes.layout import Layout, plan_layout
+from graphopt.schemes.palette import PalettizedWeight
+from graphopt.schemes.relaxed import RelaxedPalette
+from graphopt.schemes.sizes import Parts, mask_bits
 from graphopt.schemes.tables import StoredTables, nearest_codes, quantize_tables
-from graphopt.specs import PalettizationSpec
+from graphopt.specs import PalettizationSpec, PerGroupedChannelGranularity
+from graphopt.specs.dtypes import bits_of, dtype_name
+from graphopt.specs.storage import Codes, StorageRules
 
 __all__ = [
     "Arranged",
+    "Palettization",
     "PalettizedWeight",
     "arrange",
     "assemble",
     "palettize",
 ]
-
-
-@dataclass(frozen=True)
-class PalettizedWeight:
-    """The stored form of one palettized weight.
-
-    `dense = channel_scale · lut_to_dense(indices, lut_scale · (lut − lut_offset)) + outliers`
-
-    Attributes:
-        indices: Packed codes, uint8 1-D.
-        lut: Tables, [n_lut_0 … n_lut_{K-1}, 2**n_bits, cluster_dim], in the weight's dtype, or
-            packed bytes when `lut_storage` names a narrow type.
-        lut_scale: One scale per table, rank K + 2; None for a table in the weight's dtype.
-        lut_offset: Zero points of the shape of `lut_scale`, or None.
-        lut_storage: Element type of quantized tables (`graphopt.ops.shift_scale`), or None.
-        channel_scale: Per-output-channel scale, rank K, or None.
-        layout: How elements belong to tables.
-        n_bits: Bits per code.
-        dtype: Type of the dense weight.
-        sse: Sum of squared errors against the weight, float64.
-        energy: Sum of squares of the weight.
-        outliers: What a few weights have beyond their table entries, 1-D in row-major order, in
-            `dtype`; None without any.
-        outlier_mask: Packed bits of their places, uint8 1-D, or None.
-    """
-
-    indices: Tensor
-    lut: Tensor
-    lut_scale: Tensor | None
-    lut_offset: Tensor | None
-    lut_storage: str | None
-    channel_scale: Tensor | None
-    layout: Layout
-    n_bits: int
-    dtype: torch.dtype
-    sse: float
-    energy: float
-    outliers: Tensor | None = None
-    outlier_mask: Tensor | None = None
-
-    @property
-    def op_vector_axis(self) -> int | None:
-        """`vector_axis` as the lookup op wants it: None for scalar entries."""
-        return self.layout.vector_axis if self.layout.cluster_dim > 1 else None
-
-    def lut_shape(self) -> list[int]:
-        """Logical shape of the tables."""
-        return self.layout.lut_shape(2**self.n_bits)
-
-    def table_values(self) -> Tensor:
-        """Tables in the weight's type, of `lut_shape`."""
-        if self.lut_storage is None or self.lut_scale is None:
-            return self.lut
-        return shift_scale(
-            self.lut,
-            self.lut_scale,
-            self.lut_offset,
-            self.lut_storage,
-            self.lut_shape(),
-            self.dtype,
-        )
-
-    def dense(self) -> Tensor:
-        """The weight that this stands for, of `layout.shape` and `dtype`."""
-        weight = self._from_tables()
-        if self.outliers is None or self.outlier_mask is None:
-            return weight
-        return weight + sparse_to_dense(self.outliers, self.outlier_mask, self.layout.shape)
-
-    def _from_tables(self) -> Tensor:
-        layout = self.layout
-        plain = self.lut_storage is None and self.channel_scale is None and layout.cluster_dim == 1
-        if plain and (layout.group_axis == 0 or layout.n_groups == 1):
-            # groups are contiguous: no group index per element is needed
-            codes = unpack(self.indices, self.n_bits, math.prod(layout.shape))
-            tables = self.lut.reshape(layout.n_groups, -1)
-            return look_up(codes.reshape(layout.n_groups, -1), tables).reshape(layout.shape)
-        shape, lut = self.layout.shape, self.table_values()
-        weight = lut_to_dense(self.indices, lut, self.n_bits, shape, self.op_vector_axis)
-        if self.channel_scale is not None:
-            weight = shift_scale(weight, self.channel_scale, None, "float", shape, self.dtype)
-        return weight
-
-    def stored_bits(self, width: int | None = None) -> int:
-        """Bits of everything that must be stored: codes, tables and scales.
-
-        Args:
-            width: Bits per code in the target, where it pads them; None is `n_bits`.
-        """
-        width = self.n_bits if width is None else width
-        total = 8 * packed_size(math.prod(self.layout.index_shape()), width)
-        total += 8 * self.lut.numel() * self.lut.element_size() * 2 ** (width - self.n_bits)
-        scales = (self.lut_scale, self.lut_offset, self.channel_scale)
-        for tensor in (*scales, self.outliers, self.outlier_mask):
-            total += 0 if tensor is None else 8 * tensor.numel() * tensor.element_size()
-        return total
 
 
 def palettize(
@@ -290,3 +204,105 @@ def assemble(
 def _squared_error(weight: Tensor, palettized: PalettizedWeight) -> Tensor:
     error = weight.float() - palettized.dense().float()
     return torch.linalg.vector_norm(error, dtype=torch.float64).square()
+
+
+_TEXT = re.compile(r"(\d)(?:-bit)?(?: ?g(\d+))?(?: ?v(\d+))?")
+
+
+class Palettization(Scheme[PalettizationSpec, PalettizedWeight]):
+    """Weights as indices into tables."""
+
+    kind: ClassVar[str] = "palettize"
+    spec_type = PalettizationSpec
+    stored_type = PalettizedWeight
+    searched: ClassVar[bool] = True
+
+    def make(self, weight: Tensor, spec: PalettizationSpec, known: Statistics) -> PalettizedWeight:
+        """See `palettize`."""
+        return palettize(
+            weight,
+            spec,
+            output_axis=known.output_axis,
+            importance=known.importance,
+            seed=known.seed,
+        )
+
+    def make_all(
+        self, weight: Tensor, specs: Mapping[str, PalettizationSpec], known: Statistics
+    ) -> dict[str, PalettizedWeight]:
+        """See `Scheme.make_all`; specs that differ in bits alone share one clustering."""
+        made: dict[str, PalettizedWeight] = {}
+        families: dict[PalettizationSpec, list[str]] = {}
+        for name, spec in specs.items():
+            if spec.cluster_dim == 1 and not spec.lut_qspec and not spec.outlier_fraction:
+                families.setdefault(spec.model_copy(update={"n_bits": 4}), []).append(name)
+            else:
+                made[name] = self.make(weight, spec, known)
+        for family, names in families.items():
+            parts = arrange(weight, family, known.output_axis, known.importance)
+            sizes = [specs[name].n_entries for name in names]
+            clusterings = cluster_1d(parts.vectors[..., 0], sizes, weights=parts.weights)
+            for name in names:
+                best = clusterings[specs[name].n_entries]
+                made[name] = assemble(
+                    weight, specs[name], parts, best.tables[..., None], best.indices
+                )
+        return made
+
+    def parts(
+        self,
+        spec: PalettizationSpec,
+        shape: Sequence[int],
+        output_axis: int,
+        rules: StorageRules,
+    ) -> Parts:
+        """See `Scheme.parts`."""
+        layout = plan_layout(shape, output_axis, spec)
+        floats, tables, elements = bits_of(rules.float_dtype), layout.n_groups, math.prod(shape)
+        entry, sides = bits_of(rules.lut_dtype or rules.float_dtype), 0
+        if spec.lut_qspec is not None:
+            entry = bits_of(spec.lut_qspec.dtype)
+            sides += tables * (floats + (8 if has_offset(spec.lut_qspec) else 0))
+        if spec.enable_per_channel_scale:
+            sides += layout.shape[output_axis] * floats
+        outliers = round(spec.outlier_fraction * elements)
+        if outliers:
+            sides += outliers * floats + mask_bits(shape)
+        count = math.prod(layout.index_shape())
+        codes = Codes(count, spec.n_bits, tables=tables, slot_bits=spec.cluster_dim * entry)
+        return Parts(elements, codes, sides)
+
+    def name_of(self, spec: PalettizationSpec) -> str:
+        """Such as "4-bit" or "4-bit g16"."""
+        words, per = [f"{spec.n_bits}-bit"], spec.granularity
+        if isinstance(per, PerGroupedChannelGranularity):
+            words.append(f"g{per.group_size}" + (f" axis {per.axis}" if per.axis else ""))
+        words += [f"v{spec.cluster_dim}"] if spec.cluster_dim > 1 else []
+        words += [f"{dtype_name(spec.lut_qspec.dtype)} tables"] if spec.lut_qspec else []
+        words += ["scaled"] if spec.enable_per_channel_scale else []
+        words += [f"{spec.outlier_fraction:.2%} outliers"] if spec.outlier_fraction else []
+        return " ".join(words)
+
+    def parse(self, text: str) -> tuple[PalettizationSpec, None] | None:
+        """Read "4", "4-bit", "4 g16" (a table per 16 channels) or "8 v4" (entries of 4)."""
+        match = _TEXT.fullmatch(text)
+        if match is None:
+            return None
+        bits, group, length = match.groups()
+        options: dict[str, Any] = {"n_bits": int(bits), "cluster_dim": int(length or 1)}
+        if group:
+            options["granularity"] = PerGroupedChannelGranularity(group_size=int(group))
+        return PalettizationSpec(**options), None
+
+    def with_algorithm(self, spec: PalettizationSpec, algorithm: str) -> PalettizationSpec:
+        """The spec with tables found by another algorithm (`PalettizationSpec.algorithm`)."""
+        return PalettizationSpec.model_validate({**dict(spec), "algorithm": algorithm})
+
+    def relax(
+        self, stored: PalettizedWeight, spec: PalettizationSpec, target: Tensor
+    ) -> RelaxedPalette | None:
+        """See `Scheme.relax`; entries of one value have neighbours."""
+        del spec
+        if stored.layout.cluster_dim > 1 or stored.outliers is not None or stored.n_bits < 1:
+            return None
+        return RelaxedPalette(stored, target)

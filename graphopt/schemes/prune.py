@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphopt.errors import CompressionError
+from graphopt.ir.editor import Editor
 from graphopt.ir.ops import sparse_to_dense
 from graphopt.numerics.packing import pack
 from graphopt.numerics.sparsity import block_mask, channel_mask, n_m_mask, unstructured_mask
+from graphopt.schemes.base import Scheme, Statistics, StoredWeight
+from graphopt.schemes.sizes import Parts, mask_bits, tensor_bits
 from graphopt.specs import PruningSpec
+from graphopt.specs.dtypes import bits_of
 from graphopt.specs.pruning import BlockStructured, ChannelStructured, NMStructured
+from graphopt.specs.storage import StorageRules
 
-__all__ = ["PrunedWeight", "mask_of", "prune", "unfit"]
+__all__ = ["PrunedWeight", "Pruning", "mask_of", "prune", "unfit", "zeros"]
 
 
 @dataclass(frozen=True)
-class PrunedWeight:
+class PrunedWeight(StoredWeight):
     """The stored form of a pruned weight.
 
     Attributes:
@@ -35,13 +43,37 @@ class PrunedWeight:
     sse: float
     energy: float
 
+    kind: ClassVar[str] = "sparse"
+
     def dense(self) -> Tensor:
         """The weight with its zeros."""
         return sparse_to_dense(self.values, self.mask, self.shape)
 
-    def stored_bits(self) -> int:
-        """Bits of values and mask."""
-        return 8 * (self.values.numel() * self.values.element_size() + self.mask.numel())
+    def parts(self) -> Parts:
+        """Values and mask."""
+        return Parts(math.prod(self.shape), None, tensor_bits(self.values, self.mask))
+
+    def described(self, spec: PruningSpec) -> dict[str, Any]:
+        """See `StoredWeight.described`."""
+        del spec
+        return {"status": "pruned", "detail": zeros(self.values.numel(), math.prod(self.shape))}
+
+    def emit(
+        self, edit: Editor, name: str, like: fx.Node, *, before: fx.Node | None = None
+    ) -> fx.Node:
+        """Emit the op that scatters the values.
+
+        Args: as for `StoredWeight.emit`.
+        """
+        values = edit.constant(f"{name}_values", self.values, like=like, before=before)
+        mask = edit.constant(f"{name}_mask", self.mask, like=like, before=before)
+        op = torch.ops.graphopt.sparse_to_dense.default
+        return edit.call(op, values, mask, list(self.shape), like=like, before=before)
+
+
+def zeros(kept: int, elements: int) -> str:
+    """The share of zeros, for people."""
+    return f"{100 * (1 - kept / max(elements, 1)):.1f} % zeros"
 
 
 def unfit(shape: tuple[int, ...], spec: PruningSpec) -> str:
@@ -104,3 +136,32 @@ def prune(weight: Tensor, mask: Tensor) -> PrunedWeight:
         sse=float(dropped.square().sum()),
         energy=float(weight.detach().to(torch.float64).square().sum()),
     )
+
+
+class Pruning(Scheme[PruningSpec, PrunedWeight]):
+    """Weights as a mask and the values that are not zero."""
+
+    kind: ClassVar[str] = "prune"
+    spec_type = PruningSpec
+    stored_type = PrunedWeight
+
+    def make(self, weight: Tensor, spec: PruningSpec, known: Statistics) -> PrunedWeight:
+        """Keep what `mask_of` keeps."""
+        del known
+        return prune(weight, mask_of(weight, spec))
+
+    def parts(
+        self, spec: PruningSpec, shape: Sequence[int], output_axis: int, rules: StorageRules
+    ) -> Parts:
+        """See `Scheme.parts`; the share of zeros is taken as exact."""
+        del output_axis
+        reason = unfit(tuple(shape), spec)
+        if reason:
+            raise CompressionError(reason)
+        elements = math.prod(shape)
+        kept = elements - round(spec.final_sparsity * elements)
+        return Parts(elements, None, kept * bits_of(rules.float_dtype) + mask_bits(shape))
+
+    def name_of(self, spec: PruningSpec) -> str:
+        """Such as "50.0 % zeros"."""
+        return f"{spec.final_sparsity:.1%} zeros"

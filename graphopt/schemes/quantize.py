@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from graphopt.errors import CompressionError
-from graphopt.ir.ops import shift_scale
-from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
+from graphopt.numerics.affine import grid_of, has_offset, has_whole_offsets, qparams, quantize
 from graphopt.numerics.blocks import Blocks, nearest_divisor
 from graphopt.numerics.clipping import clip_by_value
-from graphopt.numerics.packing import pack
+from graphopt.schemes.base import Scheme, Statistics
+from graphopt.schemes.integers import QuantizedWeight, scale_precision, store_weight
+from graphopt.schemes.relaxed import RelaxedInteger
+from graphopt.schemes.sizes import Parts
 from graphopt.specs import (
     PerBlockGranularity,
     PerChannelGranularity,
     PerGroupedChannelGranularity,
-    QuantizationFormulation,
+    PerTensorGranularity,
     QuantizationGranularity,
+    QuantizationScheme,
     QuantizationSpec,
 )
+from graphopt.specs.dtypes import bits_of, dtype_name, parse_dtype
+from graphopt.specs.storage import Codes, StorageRules
 
 __all__ = [
+    "Quantization",
     "QuantizedWeight",
     "plan_blocks",
     "quantize_weight",
@@ -31,9 +39,6 @@ __all__ = [
     "store_weight",
     "weight_range",
 ]
-
-_FP8 = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
-_FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def plan_blocks(
@@ -100,41 +105,6 @@ def _input_axis(rank: int, output_axis: int) -> int:
     if rank == 1:
         return 0
     return 1 if output_axis == 0 else output_axis - 1
-
-
-@dataclass(frozen=True)
-class QuantizedWeight:
-    """The stored form of one quantized weight: `dense = scale · (data − offset)` block-wise.
-
-    Attributes:
-        data: Packed elements, uint8 1-D (`graphopt.ops.shift_scale`).
-        scale: One per block, shape `blocks.counts`.
-        offset: Zero points (integer type) or fractional offsets (MINVAL) of that shape, or None.
-        storage: Element type.
-        blocks: Which elements share a scale.
-        dtype: Type of the dense weight.
-        sse: Sum of squared errors against the weight.
-        energy: Sum of squares of the weight.
-    """
-
-    data: Tensor
-    scale: Tensor
-    offset: Tensor | None
-    storage: str
-    blocks: Blocks
-    dtype: torch.dtype
-    sse: float
-    energy: float
-
-    def dense(self) -> Tensor:
-        """The weight as the compressed program computes it."""
-        shape = list(self.blocks.shape)
-        return shift_scale(self.data, self.scale, self.offset, self.storage, shape, self.dtype)
-
-    def stored_bits(self) -> int:
-        """Bits of data, scales and offsets."""
-        tensors = [self.data, self.scale, *([] if self.offset is None else [self.offset])]
-        return sum(8 * tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def weight_range(
@@ -204,67 +174,62 @@ def quantize_weight(
     return store_weight(weight, stored, scale, offset, spec, blocks)
 
 
-def store_weight(
-    weight: Tensor,
-    stored: Tensor,
-    scale: Tensor,
-    offset: Tensor | None,
-    spec: QuantizationSpec,
-    blocks: Blocks,
-) -> QuantizedWeight:
-    """The stored form of given elements.
-
-    Args:
-        weight: The weight that they stand for.
-        stored: Values of the element type, float32 of the weight's shape.
-        scale: Shape `blocks.counts`, float32.
-        offset: Of the same shape, or None.
-        spec: Element type.
-        blocks: Which elements share a scale.
-    """
-    grid = grid_of(spec)
-    kept = spec.scale_dtype or weight.dtype
-    exact = weight.detach().to(torch.float32)
-    wide_offset = None if offset is None else blocks.spread(offset)
-    restored = dequantize(stored, blocks.spread(scale), wide_offset)
-    sse = float((restored - exact).double().square().sum())
-    energy = float(exact.double().square().sum())
-    return QuantizedWeight(
-        _packed(stored, grid.storage),
-        scale.to(kept),
-        _stored_offset(offset, spec),
-        grid.storage,
-        blocks,
-        weight.dtype,
-        sse,
-        energy,
-    )
+_TEXT = re.compile(r"(u?int\d|fp8_e4m3|fp8_e5m2|fp4_e2m1)(?: ?b(\d+))?(?: ?a(8))?")
 
 
-def scale_precision(weight: Tensor, spec: QuantizationSpec) -> torch.dtype:
-    """Type to which scales are rounded before anything is computed from them.
+class Quantization(Scheme[QuantizationSpec, QuantizedWeight]):
+    """Weights as integers or narrow floats with scales."""
 
-    e8m0 scales are powers of two by construction; float64 ones are computed as float32.
-    """
-    kept = spec.scale_dtype or weight.dtype
-    return kept if kept in (torch.float16, torch.bfloat16) else torch.float32
+    kind: ClassVar[str] = "quantize"
+    spec_type = QuantizationSpec
+    stored_type = QuantizedWeight
+    searched: ClassVar[bool] = True
 
+    def make(self, weight: Tensor, spec: QuantizationSpec, known: Statistics) -> QuantizedWeight:
+        """See `quantize_weight`; importance is not used."""
+        blocks, _ = plan_blocks(weight.shape, known.output_axis, spec.granularity)
+        return quantize_weight(weight, spec, blocks)
 
-def _stored_offset(offset: Tensor | None, spec: QuantizationSpec) -> Tensor | None:
-    if offset is None:
-        return None
-    if spec.qformulation is QuantizationFormulation.MINVAL:
-        return offset.to(torch.float32)
-    return offset.to(torch.uint8 if grid_of(spec).q_min == 0 else torch.int8)
+    def parts(
+        self,
+        spec: QuantizationSpec,
+        shape: Sequence[int],
+        output_axis: int,
+        rules: StorageRules,
+    ) -> Parts:
+        """See `Scheme.parts`."""
+        blocks, _ = plan_blocks(shape, output_axis, spec.granularity)
+        grid, elements = grid_of(spec), math.prod(shape)
+        scale = bits_of(spec.scale_dtype or rules.float_dtype)
+        if has_offset(spec):
+            scale += 8 if has_whole_offsets(spec) else 32
+        codes = Codes(elements, grid.bits, grid.storage)
+        return Parts(elements, codes, blocks.n_blocks * scale)
 
+    def name_of(self, spec: QuantizationSpec) -> str:
+        """Such as "int8" or "int4 b32"."""
+        words, per = [dtype_name(spec.dtype)], spec.granularity
+        if isinstance(per, PerBlockGranularity):
+            words.append(f"b{per.block_size}")
+        elif isinstance(per, PerGroupedChannelGranularity):
+            words.append(f"g{per.group_size}")
+        elif isinstance(per, PerTensorGranularity):
+            words.append("per tensor")
+        words += ["asymmetric"] if spec.qscheme is QuantizationScheme.ASYMMETRIC else []
+        return " ".join(words)
 
-def _packed(stored: Tensor, storage: str) -> Tensor:
-    if storage in _FP8:
-        return stored.to(_FP8[storage]).contiguous().view(torch.uint8).reshape(-1)
-    if storage == "fp4_e2m1":
-        table = torch.tensor(_FP4, device=stored.device)
-        codes = torch.bucketize(stored.abs(), table) + 8 * (stored < 0)
-        return pack(codes.to(torch.uint8), 4)
-    bits = int(storage.removeprefix("u").removeprefix("int"))
-    codes = stored.to(torch.int16) & (2**bits - 1)
-    return pack(codes.to(torch.uint8), bits)
+    def parse(self, text: str) -> tuple[QuantizationSpec, QuantizationSpec | None] | None:
+        """Read "int8" (a scale per channel), "int4 b32" (a scale per 32) or "int8 a8" (int8 inputs)."""
+        match = _TEXT.fullmatch(text)
+        if match is None:
+            return None
+        dtype, block, activation = match.groups()
+        per = PerBlockGranularity(block_size=int(block)) if block else PerChannelGranularity()
+        weight = QuantizationSpec(dtype=parse_dtype(dtype), granularity=per)
+        return weight, QuantizationSpec() if activation else None
+
+    def relax(
+        self, stored: QuantizedWeight, spec: QuantizationSpec, target: Tensor
+    ) -> RelaxedInteger | None:
+        """See `Scheme.relax`; integers have neighbours."""
+        return None if grid_of(spec).is_float else RelaxedInteger(stored, spec, target)

@@ -35,11 +35,10 @@ from graphopt.ir.annotations import (
 )
 from graphopt.ir.editor import Editor, operands
 from graphopt.passes import AnnotatePalettization, AnnotateQuantization
-from graphopt.passes.convert_quantization import emit_rounding, emit_weight
-from graphopt.passes.palettize_weights import emit_palette
+from graphopt.passes.convert_quantization import emit_rounding
 from graphopt.prepared import ActivationQuantizer
-from graphopt.schemes.palettize import palettize
-from graphopt.schemes.quantize import plan_blocks, quantize_weight
+from graphopt.schemes.base import Statistics
+from graphopt.schemes.registry import scheme_of
 from graphopt.specs import PalettizationSpec, QuantizationSpec
 from graphopt.specs.dtypes import dtype_name
 
@@ -111,13 +110,9 @@ class _WeightObserver(ObserverBase):  # type: ignore[misc]
         weight = edit.value(source) if source.op == "get_attr" else self.weight
         if weight is None:
             raise CalibrationError(f"{self.name} was never computed; run the prepared module once")
-        if isinstance(self.spec, PalettizationSpec):
-            stored = palettize(weight.detach(), self.spec, output_axis=self.axis, seed=self.seed)
-            dense = emit_palette(edit, self.name, stored, source, before=node)
-        else:
-            blocks, _ = plan_blocks(weight.shape, self.axis, self.spec.granularity)
-            made = quantize_weight(weight.detach(), self.spec, blocks)
-            dense = emit_weight(edit, self.name, made, source, before=node)
+        known = Statistics(self.axis, seed=self.seed)
+        stored = scheme_of(self.spec).make(weight.detach(), self.spec, known)
+        dense = stored.emit(edit, self.name, source, before=node)
         node.replace_all_uses_with(dense)
         model.graph.erase_node(node)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,13 @@ from pydantic import ValidationError
 
 from graphopt.config.base import read_yaml
 from graphopt.errors import ConfigError
-from graphopt.specs import (
-    PalettizationSpec,
-    PerBlockGranularity,
-    PerChannelGranularity,
-    PerGroupedChannelGranularity,
-    QuantizationScheme,
-    QuantizationSpec,
-)
-from graphopt.specs.dtypes import dtype_name, parse_dtype
-from graphopt.specs.granularity import PerTensorGranularity
+from graphopt.schemes.registry import SCHEMES, scheme_of
+from graphopt.specs import PerTensorGranularity, QuantizationSpec
+from graphopt.specs.model import SpecModel
 
 __all__ = ["KEEP", "Candidate", "CandidateLike", "as_candidates", "read_candidates", "spec_name"]
 
-WeightSpec = PalettizationSpec | QuantizationSpec
-_PALETTE = re.compile(r"(\d)(?:-bit)?(?: ?g(\d+))?(?: ?v(\d+))?")
-_INTEGER = re.compile(r"(u?int\d|fp8_e4m3|fp8_e5m2|fp4_e2m1)(?: ?b(\d+))?(?: ?a(8))?")
+WeightSpec = SpecModel
 
 
 @dataclass(frozen=True)
@@ -58,8 +48,7 @@ class Candidate:
         """Plain values, as `from_dict` reads them."""
         found: dict[str, Any] = {}
         if self.weight is not None:
-            kind = "palettize" if isinstance(self.weight, PalettizationSpec) else "quantize"
-            found[kind] = _dumped(self.weight)
+            found[scheme_of(self.weight).kind] = _dumped(self.weight)
         if self.activation is not None:
             found["activation"] = _dumped(self.activation)
         return found
@@ -71,19 +60,18 @@ class Candidate:
         Raises:
             ConfigError: A key is unknown, a value is wrong, or both kinds are given.
         """
-        known = {"palettize", "quantize", "activation"}
-        unknown = sorted(set(data) - known)
-        if unknown or ("palettize" in data and "quantize" in data):
+        schemes = {scheme.kind: scheme for scheme in SCHEMES if scheme.searched}
+        unknown = set(data) - {*schemes, "activation"}
+        kinds = [kind for kind in schemes if kind in data]
+        if unknown or len(kinds) > 1:
             raise ConfigError(
-                f"candidate {name!r}: give one of 'palettize' and 'quantize', and 'activation' if"
-                f" wanted; got {sorted(data)}"
+                f"candidate {name!r}: give one of {' and '.join(map(repr, schemes))}, and"
+                f" 'activation' if wanted; got {sorted(data)}"
             )
         try:
             weight: WeightSpec | None = None
-            if "palettize" in data:
-                weight = PalettizationSpec.model_validate(data["palettize"])
-            elif "quantize" in data:
-                weight = QuantizationSpec.model_validate(data["quantize"])
+            for kind in kinds:
+                weight = schemes[kind].spec_type.model_validate(data[kind])
             act = data.get("activation")
             return cls(name, weight, None if act is None else QuantizationSpec.model_validate(act))
         except ValidationError as error:
@@ -99,9 +87,7 @@ def _dumped(spec: WeightSpec) -> dict[str, Any]:
 
 
 KEEP = Candidate("keep")
-CandidateLike = (
-    int | str | PalettizationSpec | QuantizationSpec | Candidate | Mapping[str, Any] | None
-)
+CandidateLike = int | str | SpecModel | Candidate | Mapping[str, Any] | None
 
 
 def as_candidates(
@@ -163,7 +149,7 @@ def _candidate(name: str | None, given: CandidateLike) -> Candidate:
         if name is None:
             raise ConfigError(f"a candidate given as a mapping needs a name: {dict(given)}")
         return Candidate.from_dict(name, given)
-    if isinstance(given, PalettizationSpec | QuantizationSpec):
+    if isinstance(given, SpecModel):
         return Candidate(name or spec_name(given), given)
     weight, activation = _parsed(str(given).strip())
     return Candidate(name or _joined(weight, activation), weight, activation)
@@ -176,17 +162,10 @@ def _joined(weight: WeightSpec, activation: QuantizationSpec | None) -> str:
 
 def _parsed(text: str) -> tuple[WeightSpec, QuantizationSpec | None]:
     try:
-        if match := _PALETTE.fullmatch(text):
-            bits, group, length = match.groups()
-            options: dict[str, Any] = {"n_bits": int(bits), "cluster_dim": int(length or 1)}
-            if group:
-                options["granularity"] = PerGroupedChannelGranularity(group_size=int(group))
-            return PalettizationSpec(**options), None
-        if match := _INTEGER.fullmatch(text):
-            kind, block, activation = match.groups()
-            per = PerBlockGranularity(block_size=int(block)) if block else PerChannelGranularity()
-            weight = QuantizationSpec(dtype=parse_dtype(kind), granularity=per)
-            return weight, QuantizationSpec() if activation else None
+        for scheme in SCHEMES:
+            parsed = scheme.parse(text)
+            if parsed is not None:
+                return parsed
     except (ValidationError, ValueError) as error:
         raise ConfigError(f"candidate {text!r}: {error}") from None
     raise ConfigError(
@@ -197,22 +176,4 @@ def _parsed(text: str) -> tuple[WeightSpec, QuantizationSpec | None]:
 
 def spec_name(spec: WeightSpec) -> str:
     """A short name of a spec, such as "4-bit", "4-bit g16" or "int8"."""
-    per = spec.granularity
-    if isinstance(spec, PalettizationSpec):
-        parts = [f"{spec.n_bits}-bit"]
-        if isinstance(per, PerGroupedChannelGranularity):
-            parts.append(f"g{per.group_size}" + (f" axis {per.axis}" if per.axis else ""))
-        parts += [f"v{spec.cluster_dim}"] if spec.cluster_dim > 1 else []
-        parts += [f"{dtype_name(spec.lut_qspec.dtype)} tables"] if spec.lut_qspec else []
-        parts += ["scaled"] if spec.enable_per_channel_scale else []
-        parts += [f"{spec.outlier_fraction:.2%} outliers"] if spec.outlier_fraction else []
-        return " ".join(parts)
-    parts = [dtype_name(spec.dtype)]
-    if isinstance(per, PerBlockGranularity):
-        parts.append(f"b{per.block_size}")
-    elif isinstance(per, PerGroupedChannelGranularity):
-        parts.append(f"g{per.group_size}")
-    elif isinstance(per, PerTensorGranularity):
-        parts.append("per tensor")
-    parts += ["asymmetric"] if spec.qscheme is QuantizationScheme.ASYMMETRIC else []
-    return " ".join(parts)
+    return scheme_of(spec).name_of(spec)

@@ -9,8 +9,9 @@ from typing import Any
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig, ModuleKMeansPalettizerConfig
 from graphopt.config.quantization import ModuleQuantizerConfig, OpQuantizerConfig, QuantizerConfig
+from graphopt.errors import ConfigError
+from graphopt.schemes.registry import scheme_of
 from graphopt.search.mixed_precision.candidates import Candidate
-from graphopt.specs import PalettizationSpec, QuantizationSpec
 
 __all__ = ["config_for"]
 
@@ -26,17 +27,18 @@ def config_for(choice: Mapping[str, Candidate], nodes: Mapping[str, Sequence[str
 
     Returns:
         A palettization config, a quantization config, or both where the choice has both kinds.
+
+    Raises:
+        ConfigError: A candidate is of a scheme that no config asks for.
     """
-    tables = {
-        name: each.weight
-        for name, each in choice.items()
-        if isinstance(each.weight, PalettizationSpec)
-    }
-    integers = {
-        name: each.weight
-        for name, each in choice.items()
-        if isinstance(each.weight, QuantizationSpec)
-    }
+    kinds: dict[str, dict[str, Any]] = {"palettize": {}, "quantize": {}}
+    for name, each in choice.items():
+        if each.weight is not None:
+            kind = scheme_of(each.weight).kind
+            if kind not in kinds:
+                raise ConfigError(f"{name}: no config asks for {kind!r}; use one of {list(kinds)}")
+            kinds[kind][name] = each.weight
+    tables, integers = kinds["palettize"], kinds["quantize"]
     ops: dict[str, Any] = {}
     for name, each in choice.items():
         if each.activation is not None:

@@ -16,8 +16,9 @@ from graphopt.prepared import ActivationQuantizer
 from graphopt.progress import track
 from graphopt.run.layerwise import Batch
 from graphopt.run.suffix import Downstream, GraphPlan, Hook, SuffixRun
+from graphopt.schemes.base import StoredWeight
 from graphopt.search.mixed_precision.candidates import Candidate
-from graphopt.search.mixed_precision.layers import Layer, Stored
+from graphopt.search.mixed_precision.layers import Layer
 from graphopt.search.mixed_precision.options import Correction
 from graphopt.specs import QuantizationSpec
 
@@ -49,7 +50,7 @@ class CandidateGraph:
     plan: GraphPlan
     layers: tuple[Layer, ...]
     candidates: Mapping[str, Candidate]
-    forms: Mapping[str, Mapping[str, Stored | None]]
+    forms: Mapping[str, Mapping[str, StoredWeight | None]]
     belows: Mapping[str, Downstream]
 
 
@@ -221,7 +222,7 @@ def _add_moments(
     plan: GraphPlan,
     run: SuffixRun,
     layer: Layer,
-    forms: Mapping[str, Stored | None],
+    forms: Mapping[str, StoredWeight | None],
     below: Downstream,
     point: CorrectionPoint,
     moments: dict[tuple[str, str], _Moments],

@@ -19,21 +19,18 @@ from graphopt.capture import capture
 from graphopt.compressors.joint import compress
 from graphopt.config.selection import closest
 from graphopt.errors import CompressionError, ConfigError, InputError, LoweringError
-from graphopt.numerics.kmeans1d import cluster_1d
 from graphopt.numerics.parallel import map_tasks
 from graphopt.progress import track
-from graphopt.schemes.palettize import PalettizedWeight, arrange, assemble, palettize
-from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
+from graphopt.schemes.base import Statistics, StoredWeight
+from graphopt.schemes.registry import SCHEMES
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.configs import config_for
 from graphopt.search.mixed_precision.sizes import SizeModel
-from graphopt.specs import PalettizationSpec
 
 __all__ = ["Layer", "find_layers", "matches", "refuse_unsupported", "stored_forms", "weights_of"]
 
 _log = logging.getLogger(__name__)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-Stored = PalettizedWeight | QuantizedWeight
 
 
 @dataclass(frozen=True)
@@ -207,7 +204,7 @@ def stored_forms(
     *,
     seed: int = 0,
     progress: bool | None = None,
-) -> dict[str, dict[str, Stored | None]]:
+) -> dict[str, dict[str, StoredWeight | None]]:
     """Every layer in the form of every candidate; those that differ in bits alone share one run.
 
     Returns:
@@ -226,40 +223,18 @@ def stored_forms(
 
 def _forms(
     tensors: Mapping[str, Tensor], candidates: Mapping[str, Candidate], seed: int, layer: Layer
-) -> tuple[str, dict[str, Stored | None]]:
+) -> tuple[str, dict[str, StoredWeight | None]]:
     weight = tensors[layer.name]
-    found: dict[str, Stored | None] = {}
-    families: dict[PalettizationSpec, list[str]] = {}
+    specs = {name: candidates[name].weight for name in layer.candidates}
+    found: dict[str, StoredWeight | None] = dict.fromkeys(specs)
+    known = Statistics(layer.output_axis, seed=seed)
     try:
-        for name in layer.candidates:
-            spec = candidates[name].weight
-            if spec is None:
-                found[name] = None
-            elif isinstance(spec, PalettizationSpec):
-                alike = spec.cluster_dim == 1 and not spec.lut_qspec and not spec.outlier_fraction
-                if alike:
-                    families.setdefault(spec.model_copy(update={"n_bits": 4}), []).append(name)
-                else:
-                    found[name] = palettize(weight, spec, output_axis=layer.output_axis, seed=seed)
-            else:
-                blocks, _ = plan_blocks(layer.shape, layer.output_axis, spec.granularity)
-                found[name] = quantize_weight(weight, spec, blocks)
-        for spec, names in families.items():
-            parts = arrange(weight, spec, layer.output_axis, None)
-            own = {name: _spec(candidates[name]) for name in names}
-            sizes = [each.n_entries for each in own.values()]
-            clusterings = cluster_1d(parts.vectors[..., 0], sizes, weights=parts.weights)
-            for name, each in own.items():
-                one = clusterings[each.n_entries]
-                found[name] = assemble(weight, each, parts, one.tables[..., None], one.indices)
+        for scheme in SCHEMES:
+            own = {name: spec for name, spec in specs.items() if isinstance(spec, scheme.spec_type)}
+            found |= scheme.make_all(weight, own, known)
     except CompressionError as error:
         raise CompressionError(f"{layer.name}: {error}; repair the model") from None
-    return layer.name, {name: found[name] for name in layer.candidates}
-
-
-def _spec(candidate: Candidate) -> PalettizationSpec:
-    assert isinstance(candidate.weight, PalettizationSpec)
-    return candidate.weight
+    return layer.name, found
 
 
 def uses_of(gm: fx.GraphModule, names: Sequence[str]) -> dict[str, WeightUse]:

@@ -17,10 +17,10 @@ from graphopt.config.base import read_yaml
 from graphopt.errors import ArtifactExistsError, InputError
 from graphopt.files import replaced
 from graphopt.ir.program import Program
+from graphopt.schemes.registry import scheme_of
 from graphopt.search.mixed_precision.candidates import KEEP, Candidate
 from graphopt.search.mixed_precision.configs import AnyConfig, config_for
 from graphopt.search.mixed_precision.layers import Layer
-from graphopt.specs import PalettizationSpec
 
 __all__ = ["Recipe"]
 
@@ -99,10 +99,8 @@ class Recipe:
         chosen = {}
         for layer in self.layers:
             candidate = self.candidates.get(self.choice[layer.name], KEEP)
-            if algorithm is not None and isinstance(candidate.weight, PalettizationSpec):
-                spec = PalettizationSpec.model_validate(
-                    {**dict(candidate.weight), "algorithm": algorithm}
-                )
+            if algorithm is not None and candidate.weight is not None:
+                spec = scheme_of(candidate.weight).with_algorithm(candidate.weight, algorithm)
                 candidate = Candidate(candidate.name, spec, candidate.activation)
             chosen[layer.name] = candidate
         return config_for(chosen, {layer.name: layer.nodes for layer in self.layers})

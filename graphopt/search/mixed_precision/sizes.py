@@ -1,19 +1,18 @@
-"""What a spec costs: the bits that its stored form takes, tables, scales and padding included."""
+"""What a spec costs in a saved artifact: `graphopt.schemes.sizes` with the types that people ask for."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 from graphopt.backends import ExportBackend, load_backend
-from graphopt.numerics.affine import grid_of, has_whole_offsets
-from graphopt.schemes.layout import plan_layout
-from graphopt.schemes.quantize import plan_blocks
-from graphopt.specs import PalettizationSpec, QuantizationScheme, QuantizationSpec
-from graphopt.specs.dtypes import bits_of, dtype_name, parse_dtype
+from graphopt.schemes.registry import scheme_of
+from graphopt.schemes.sizes import dense_bits
+from graphopt.specs.dtypes import dtype_name, parse_dtype
+from graphopt.specs.model import SpecModel
+from graphopt.specs.storage import StorageRules
 
 __all__ = ["SizeModel"]
 
@@ -53,7 +52,7 @@ class SizeModel:
 
     def weight_bits(
         self,
-        spec: PalettizationSpec | QuantizationSpec | None,
+        spec: SpecModel | None,
         shape: Sequence[int],
         output_axis: int,
     ) -> int:
@@ -68,10 +67,16 @@ class SizeModel:
             CompressionError: The spec does not fit the shape.
         """
         if spec is None:
-            return math.prod(shape) * bits_of(self.float_dtype)
-        if isinstance(spec, PalettizationSpec):
-            return self._palette_bits(spec, shape, output_axis)
-        return self._quantized_bits(spec, shape, output_axis)
+            return dense_bits(shape, self.float_dtype)
+        return scheme_of(spec).bits(spec, shape, output_axis, self.rules)
+
+    @property
+    def rules(self) -> StorageRules:
+        """How the target stores codes, with these types."""
+        rules = StorageRules()
+        if self.backend is not None:
+            rules = load_backend(self.backend).capabilities.storage
+        return replace(rules, float_dtype=self.float_dtype, lut_dtype=self.lut_dtype)
 
     def to_dict(self) -> dict[str, str | None]:
         """Plain values."""
@@ -80,55 +85,3 @@ class SizeModel:
             "float_dtype": dtype_name(self.float_dtype),
             "lut_dtype": None if self.lut_dtype is None else dtype_name(self.lut_dtype),
         }
-
-    def _width(self, bits: int) -> int | None:
-        """Bits that the target stores for codes of `bits`, None where it has no tables."""
-        if self.backend is None:
-            return bits
-        return load_backend(self.backend).capabilities.stored_bits(bits)
-
-    def _palette_bits(self, spec: PalettizationSpec, shape: Sequence[int], axis: int) -> int:
-        layout = plan_layout(shape, axis, spec)
-        floats = bits_of(self.float_dtype)
-        width = self._width(spec.n_bits)
-        if width is None:
-            # lookups are expanded when lowered
-            return math.prod(shape) * floats
-        entries = bits_of(self.lut_dtype or self.float_dtype)
-        tables = layout.n_groups
-        total = _whole_bytes(math.prod(layout.index_shape()) * width)
-        if spec.lut_qspec is not None:
-            entries = bits_of(spec.lut_qspec.dtype)
-            total += tables * (floats + (8 if _has_offset(spec.lut_qspec) else 0))
-        total += _whole_bytes(tables * 2**width * spec.cluster_dim * entries)
-        if spec.enable_per_channel_scale:
-            total += layout.shape[axis] * floats
-        count = round(spec.outlier_fraction * math.prod(shape))
-        if count:
-            total += count * floats + _whole_bytes(math.prod(shape))
-        return total
-
-    def _quantized_bits(self, spec: QuantizationSpec, shape: Sequence[int], axis: int) -> int:
-        blocks, _ = plan_blocks(shape, axis, spec.granularity)
-        scales = math.prod(blocks.counts)
-        grid = grid_of(spec)
-        narrow = () if self.backend is None else load_backend(self.backend).capabilities.table_types
-        width, total = grid.bits, 0
-        if grid.storage in narrow:
-            # held as codes of a table with every value of the type
-            width = self._width(grid.bits) or grid.bits
-            total += 2**width * 8
-        total += _whole_bytes(math.prod(shape) * width)
-        total += scales * bits_of(spec.scale_dtype or self.float_dtype)
-        if _has_offset(spec):
-            total += scales * (8 if has_whole_offsets(spec) else 32)
-        return total
-
-
-def _has_offset(spec: QuantizationSpec) -> bool:
-    symmetric = spec.qscheme is not QuantizationScheme.ASYMMETRIC
-    return not (symmetric and has_whole_offsets(spec) and grid_of(spec).middle == 0)
-
-
-def _whole_bytes(bits: int) -> int:
-    return 8 * math.ceil(bits / 8)

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.pipeline import Pipeline
-from graphopt.config.palettization import KMeansPalettizerConfig
-from graphopt.config.quantization import QuantizerConfig
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes import (
@@ -19,6 +17,7 @@ from graphopt.passes import (
     RemoveUnused,
 )
 from graphopt.passes.pass_base import Pass
+from graphopt.schemes.base import StoredWeight
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.schemes.quantize import QuantizedWeight
 from graphopt.search.mixed_precision.candidates import Candidate
@@ -30,6 +29,18 @@ from graphopt.search.rdo.fits import Fitted
 from graphopt.search.rdo.graph_layers import layers_by_name
 
 __all__ = ["assemble"]
+
+# kind of stored weight → the passes that put such weights into a graph
+_PASSES: Mapping[str, Callable[[Any, Any], list[Pass]]] = {
+    PalettizedWeight.kind: lambda config, stored: [
+        AnnotatePalettization(config),
+        PalettizeWeights(stored),
+    ],
+    QuantizedWeight.kind: lambda config, stored: [
+        AnnotateQuantization(config),
+        ConvertQuantization(weights=stored),
+    ],
+}
 
 
 def assemble(
@@ -60,16 +71,14 @@ def assemble(
         bias = forms[name].bias
         if bias is not None and site.bias is not None:
             edit.set_value(site.bias, bias)
+    kinds: dict[str, dict[str, StoredWeight]] = {kind: {} for kind in _PASSES}
+    for name, form in forms.items():
+        if form.stored is not None:
+            kinds[form.stored.kind][name] = form.stored
     passes: list[Pass] = []
-    palettes = {n: f.stored for n, f in forms.items() if isinstance(f.stored, PalettizedWeight)}
-    integers = {n: f.stored for n, f in forms.items() if isinstance(f.stored, QuantizedWeight)}
-    if palettes:
-        tables = config_for({n: candidates[forms[n].candidate] for n in palettes}, {})
-        assert isinstance(tables, KMeansPalettizerConfig)
-        passes += [AnnotatePalettization(tables), PalettizeWeights(palettes)]
-    if integers:
-        grids = config_for({n: candidates[forms[n].candidate] for n in integers}, {})
-        assert isinstance(grids, QuantizerConfig)
-        passes += [AnnotateQuantization(grids), ConvertQuantization(weights=integers)]
+    for kind, stored in kinds.items():
+        if stored:
+            wanted = config_for({name: candidates[forms[name].candidate] for name in stored}, {})
+            passes += _PASSES[kind](wanted, stored)
     done = Pipeline("rdo-assembly", (*passes, RemoveUnused())).run(made)
     return quantize_activations(done, data, config.activations, config.backend, progress=progress)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, fx
 
@@ -21,17 +21,19 @@ from graphopt.fitting.quantize_outputs import quantize_to_outputs, search_scales
 from graphopt.ir.editor import Editor
 from graphopt.numerics.affine import grid_of
 from graphopt.numerics.feedback import OrderedHessian
-from graphopt.schemes.palettize import PalettizedWeight, palettize
-from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
+from graphopt.schemes.base import Statistics, StoredWeight
+from graphopt.schemes.palettize import palettize
+from graphopt.schemes.quantize import plan_blocks, quantize_weight
+from graphopt.schemes.registry import scheme_of
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.layers import Layer
 from graphopt.search.rdo.config import RDOConfig
-from graphopt.search.rdo.rate import coded_bits, scales_by_rate
+from graphopt.search.rdo.rate import scales_by_rate
 from graphopt.specs import PalettizationSpec, QuantizationSpec
 
-__all__ = ["Fitted", "LayerInputs", "LayerSite", "fit_layer", "measured", "take_inputs"]
+__all__ = ["Fitted", "LayerInputs", "LayerSite", "fit_layer", "take_inputs"]
 
-Stored = PalettizedWeight | QuantizedWeight
+_Fit = tuple[StoredWeight, str, str]  # form, how it was found, why something was not done
 _NO_FEEDBACK = "no error feedback for lookups, tied weights and ops of other forms"
 
 
@@ -99,7 +101,7 @@ class Fitted:
     """
 
     candidate: str
-    stored: Stored | None
+    stored: StoredWeight | None
     bias: Tensor | None
     how: str
     coded: float
@@ -169,44 +171,38 @@ def fit_layer(
         numel = site.weight.tensor.numel() * site.weight.tensor.element_size() * 8
         return Fitted(candidate.name, None, None, "kept", numel)
     weight = site.weight.tensor.detach()
-    stored: Stored | None
-    if isinstance(spec, QuantizationSpec):
-        stored, how, note = _quantized(site, spec, given, config, rate_weight, importance)
+    scheme = scheme_of(spec)
+    stored: StoredWeight
+    fit = _FITS.get(scheme.kind)
+    if given is None or site.use is None or fit is None:
+        known = Statistics(site.layer.output_axis, seed=config.seed)
+        stored, how, note = scheme.make(weight, spec, known), "rounded", _NO_FEEDBACK
     else:
-        stored, how, note = _palettized(site, spec, given, config)
+        stored, how, note = fit(site, site.use, spec, given, config, rate_weight, importance)
     bias = None
     if site.bias_value is not None and site.use is not None and given is not None:
         change = bias_change(site.use, weight, stored.dense(), given.moments)
         bias = (site.bias_value.double() + change).to(site.bias_value.dtype)
-    return Fitted(candidate.name, measured(stored, weight), bias, how, coded_bits(stored), note)
-
-
-def measured(stored: Stored, weight: Tensor) -> Stored:
-    """The same form with its error against a weight."""
-    exact = weight.double()
-    error = float((stored.dense().double() - exact).square().sum())
-    return replace(stored, sse=error, energy=float(exact.square().sum()))
+    coded = stored.coded_bits()
+    return Fitted(candidate.name, stored.measured(weight), bias, how, coded, note)
 
 
 def _quantized(
     site: LayerSite,
+    use: WeightUse,
     spec: QuantizationSpec,
-    given: LayerInputs | None,
+    given: LayerInputs,
     config: RDOConfig,
     rate_weight: float,
     importance: Tensor | None,
-) -> tuple[Stored, str, str]:
-    weight = site.weight.tensor.detach() if given is None else given.target
+) -> _Fit:
+    weight = given.target
     blocks, _ = plan_blocks(weight.shape, site.layer.output_axis, spec.granularity)
-    if given is None or site.use is None:
-        return quantize_weight(weight, spec, blocks), "rounded", _NO_FEEDBACK
     scales = None
     if config.blocks.scales and config.rate == "entropy" and not grid_of(spec).is_float:
-        scales = scales_by_rate(
-            weight, spec, blocks, site.use, given.hessian, rate_weight, importance
-        )
+        scales = scales_by_rate(weight, spec, blocks, use, given.hessian, rate_weight, importance)
     elif config.blocks.scales:
-        scales = search_scales(weight, spec, blocks, site.use, given.hessian)
+        scales = search_scales(weight, spec, blocks, use, given.hessian)
     else:
         plain = quantize_weight(weight, spec, blocks)
         offset = None if plain.offset is None else plain.offset.float()
@@ -218,7 +214,7 @@ def _quantized(
         weight,
         spec,
         blocks,
-        site.use,
+        use,
         given.hessian,
         scales=scales,
         move_scales=config.blocks.scales,
@@ -232,19 +228,22 @@ def _quantized(
 
 
 def _palettized(
-    site: LayerSite, spec: PalettizationSpec, given: LayerInputs | None, config: RDOConfig
-) -> tuple[Stored, str, str]:
+    site: LayerSite,
+    use: WeightUse,
+    spec: PalettizationSpec,
+    given: LayerInputs,
+    config: RDOConfig,
+    rate_weight: float,
+    importance: Tensor | None,
+) -> _Fit:
+    del rate_weight, importance
     axis, seed = site.layer.output_axis, config.seed
-    if given is None or site.use is None:
-        weight = site.weight.tensor.detach()
-        plain = palettize(weight, spec, output_axis=axis, seed=seed)
-        return plain, "rounded", _NO_FEEDBACK
     fed = None
     if config.feedback.enabled:
         fed = palettize_to_outputs(
             given.target,
             spec,
-            site.use,
+            use,
             given.hessian,
             output_axis=axis,
             damping=config.feedback.damping,
@@ -253,11 +252,15 @@ def _palettized(
         )
     if fed is not None:
         return fed, "error feedback", ""
-    importance = None
+    costs = None
     if config.blocks.scales:
-        matrix = site.use.matrix(given.target, casts=False)
+        matrix = use.matrix(given.target, casts=False)
         level = given.hessian.diagonal(dim1=1, dim2=2)[:, None, :].expand_as(matrix)
-        importance = site.use.pull_back(level.contiguous(), given.target.shape).contiguous()
-    found = palettize(given.target, spec, output_axis=axis, seed=seed, importance=importance)
+        costs = use.pull_back(level.contiguous(), given.target.shape).contiguous()
+    found = palettize(given.target, spec, output_axis=axis, seed=seed, importance=costs)
     note = "its tables do not follow the rows and columns of its matrix"
     return found, "searched", note if config.feedback.enabled else ""
+
+
+# kind of scheme → how its weights are fitted to outputs; others are rounded
+_FITS: Mapping[str, Callable[..., _Fit]] = {"quantize": _quantized, "palettize": _palettized}

@@ -1,57 +1,22 @@
-"""What a weight costs in an entropy coder, and scales that weigh that against the error."""
+"""Scales that weigh what a weight costs in an entropy coder against its error."""
 
 from __future__ import annotations
-
-import math
 
 import torch
 from torch import Tensor
 
 from graphopt.analysis.matrix_form import WeightUse
-from graphopt.ir.ops import STORAGE_BITS
 from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
 from graphopt.numerics.blocks import Blocks
-from graphopt.numerics.packing import unpack
-from graphopt.schemes.palettize import PalettizedWeight
-from graphopt.schemes.quantize import QuantizedWeight, scale_precision, weight_range
+from graphopt.schemes.quantize import scale_precision, weight_range
+from graphopt.schemes.sizes import entropy
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["coded_bits", "entropy", "scales_by_rate"]
+__all__ = ["scales_by_rate"]
 
 _STEPS = tuple(2.0 ** (step / 4) for step in range(-6, 29))
 _ROUNDS = 4
 _Scales = tuple[Tensor, Tensor | None]
-
-
-def entropy(counts: Tensor) -> float:
-    """Bits of an ideal coder for symbols that occur so often: `Σ −n log₂(n / N)`."""
-    wide = counts.double()
-    used = wide[wide > 0]
-    return float(-(used * (used / used.sum()).log2()).sum()) if used.numel() else 0.0
-
-
-def coded_bits(stored: PalettizedWeight | QuantizedWeight) -> float:
-    """Bits of a weight whose elements an ideal coder compresses, one distribution per tensor.
-
-    Integers are coded less their zero points; scales, zero points and tables are counted as they
-    are stored. Targets store elements at a fixed width: this is what a compressed download takes,
-    not what lies in memory.
-    """
-    if isinstance(stored, PalettizedWeight):
-        count = math.prod(stored.layout.index_shape())
-        codes = unpack(stored.indices, stored.n_bits, count)
-        fixed = 8 * stored.indices.numel()
-    else:
-        bits = STORAGE_BITS[stored.storage]
-        codes = unpack(stored.data, bits, math.prod(stored.blocks.shape)).to(torch.int16)
-        if stored.offset is not None:
-            if stored.storage.startswith("int"):
-                codes = torch.where(codes >= 2 ** (bits - 1), codes - 2**bits, codes)
-            zero = stored.blocks.spread(stored.offset.float().round()).to(torch.int16)
-            codes = codes.reshape(stored.blocks.shape) - zero
-        fixed = 8 * stored.data.numel()
-    _, counts = codes.unique(return_counts=True)
-    return stored.stored_bits() - fixed + entropy(counts)
 
 
 def scales_by_rate(

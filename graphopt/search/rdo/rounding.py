@@ -1,6 +1,6 @@
 """Adaptive rounding of a whole block against the outputs that it should have.
 
-The roundings of all its weights are relaxed (`graphopt.rdo.relaxed_weights`) and trained with Adam on
+The roundings of all its weights are relaxed (`graphopt.schemes.relaxed`) and trained with Adam on
 `Σ c·(y − ŷ)² + γ·Σ(1 − |2h − 1|^β)` while β falls, c being what the loss feels at each element (Li et
 al., BRECQ, arXiv 2102.05426, section 3.3). Where activations are rounded, each element stays as it is
 with some probability (Wei et al., QDrop, arXiv 2203.05740). A block keeps the outcome only if its
@@ -20,11 +20,11 @@ from torch import Tensor, fx, nn
 
 from graphopt.prepared import ActivationQuantizer
 from graphopt.run.block_forward import BlockForward
+from graphopt.schemes.registry import scheme_of
+from graphopt.schemes.relaxed import RelaxedWeight
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.rdo.config import RoundingOptions
-from graphopt.search.rdo.fits import Fitted, LayerSite, measured
-from graphopt.search.rdo.rate import coded_bits
-from graphopt.search.rdo.relaxed_weights import RelaxedWeight, relax
+from graphopt.search.rdo.fits import Fitted, LayerSite
 from graphopt.search.rdo.walk import BlockSite, Walk
 
 __all__ = ["Rounded", "round_block"]
@@ -79,9 +79,9 @@ def round_block(
     soft: dict[str, RelaxedWeight] = {}
     for layer, fitted, target in layers:
         spec = candidates[fitted.candidate].weight
-        if fitted.stored is None or layer.use is None:
+        if spec is None or fitted.stored is None or layer.use is None:
             continue
-        relaxed = relax(fitted.stored, spec, target)
+        relaxed = scheme_of(spec).relax(fitted.stored, spec, target)
         if relaxed is not None:
             soft[layer.layer.name] = relaxed
     wanted = walk.goals(site)
@@ -106,13 +106,13 @@ def round_block(
     for name, relaxed in soft.items():
         layer, old = chosen[name]
         assert old.stored is not None
-        stored = measured(relaxed.stored(), layer.weight.tensor.detach())
+        stored = relaxed.stored().measured(layer.weight.tensor.detach())
         moved += relaxed.moved()
         bias = trained.bias_of(layer)
         found[name] = replace(
             old,
             stored=stored,
-            coded=coded_bits(stored),
+            coded=stored.coded_bits(),
             how="adaptive rounding",
             bias=old.bias if bias is None else bias,
         )

@@ -13,13 +13,10 @@ import torch
 
 from graphopt.errors import InputError
 from graphopt.files import delete_path, replaced
-from graphopt.numerics.blocks import Blocks
-from graphopt.schemes.layout import Layout
-from graphopt.schemes.palettize import PalettizedWeight
-from graphopt.schemes.quantize import QuantizedWeight
+from graphopt.schemes.registry import stored_from
 from graphopt.search.mixed_precision.layers import weights_of
 from graphopt.search.mixed_precision.records import batch_hash, weights_hash
-from graphopt.search.rdo.fits import Fitted, Stored
+from graphopt.search.rdo.fits import Fitted
 from graphopt.search.rdo.rounding import Rounded
 from graphopt.search.rdo.session import BlockFit, Session
 
@@ -112,23 +109,9 @@ class RunState:
 
 def _plain_fit(fitted: Fitted) -> dict[str, Any]:
     found = {each.name: getattr(fitted, each.name) for each in fields(Fitted)}
-    stored = fitted.stored
-    if stored is not None:
-        parts = {each.name: getattr(stored, each.name) for each in fields(stored)}
-        kind, place = "integers", "blocks"
-        if isinstance(stored, PalettizedWeight):
-            kind, place = "palette", "layout"
-        parts[place] = asdict(parts[place])
-        found["stored"] = {"kind": kind, **parts}
-    return found
+    return {**found, "stored": None if fitted.stored is None else fitted.stored.to_state()}
 
 
 def _fit_from(data: dict[str, Any]) -> Fitted:
-    stored: Stored | None = None
-    if data["stored"] is not None:
-        parts = dict(data["stored"])
-        if parts.pop("kind") == "palette":
-            stored = PalettizedWeight(**{**parts, "layout": Layout(**parts["layout"])})
-        else:
-            stored = QuantizedWeight(**{**parts, "blocks": Blocks(**parts["blocks"])})
+    stored = None if data["stored"] is None else stored_from(data["stored"])
     return Fitted(**{**data, "stored": stored})

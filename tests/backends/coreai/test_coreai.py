@@ -9,7 +9,7 @@ import torch
 from helpers.tables_on_targets import ARGS, SPECS, palettized
 
 import graphopt
-from graphopt.analysis.lookups import find_lookups
+from graphopt.analysis.stored_values import find_lookups
 from graphopt.backends import lowering
 from graphopt.palettization import (
     PalettizationSpec,

@@ -11,8 +11,8 @@ from search.rdo.nets import calibration, held_out, trained
 from search.rdo.runs import EXAMPLE, QUICK, plain, run
 from torch import nn
 
-from graphopt.analysis.lookups import find_lookups
-from graphopt.analysis.quantized import find_quantized_activations, find_quantized_weights
+from graphopt.analysis.quantized import find_quantized_activations
+from graphopt.analysis.stored_values import find_lookups, find_quantized_weights
 from graphopt.rdo import optimize
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -14,7 +14,7 @@ from search.rdo.runs import EXAMPLE, QUICK, run
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.analysis.quantized import find_quantized_weights
+from graphopt.analysis.stored_values import find_quantized_weights
 from graphopt.errors import (
     LoweringError,
 )

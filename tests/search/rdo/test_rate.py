@@ -13,7 +13,8 @@ from graphopt.numerics.affine import dequantize, grid_of, quantize
 from graphopt.numerics.blocks import Blocks
 from graphopt.schemes.palettize import palettize
 from graphopt.schemes.quantize import quantize_weight
-from graphopt.search.rdo.rate import coded_bits, entropy, scales_by_rate
+from graphopt.schemes.sizes import entropy
+from graphopt.search.rdo.rate import scales_by_rate
 from graphopt.specs import PalettizationSpec, PerChannelGranularity, QuantizationSpec
 
 INT8 = QuantizationSpec(dtype="int8", granularity=PerChannelGranularity())
@@ -48,8 +49,8 @@ def test_coded_bits_count_scales_as_stored_and_elements_by_their_entropy() -> No
     form = quantize_weight(w, INT8, Blocks.along(w.shape, 0, 1))
     elements = (form.dense() / form.scale).round().int() + 128
     counts = torch.bincount(elements.reshape(-1), minlength=256)
-    assert coded_bits(form) == pytest.approx(entropy(counts) + 16 * 32)
-    assert coded_bits(form) < form.stored_bits()
+    assert form.coded_bits() == pytest.approx(entropy(counts) + 16 * 32)
+    assert form.coded_bits() < form.stored_bits()
 
 
 def test_zero_points_do_not_spread_the_symbols() -> None:
@@ -61,14 +62,14 @@ def test_zero_points_do_not_spread_the_symbols() -> None:
     form = quantize_weight(w, ASYMMETRIC, Blocks.along(w.shape, 0, 1), fixed=(scale, zero))
     shifted = ((w - w.mean(1, keepdim=True)) * 16).round()
     _, counts = (shifted + zero * 0).unique(return_counts=True)
-    assert coded_bits(form) <= entropy(counts) + 132 * 4 + 4 * (32 + 8) + 1e-6
+    assert form.coded_bits() <= entropy(counts) + 132 * 4 + 4 * (32 + 8) + 1e-6
 
 
 def test_coded_bits_of_palettes_count_their_tables() -> None:
     w = weight()
     form = palettize(w, PalettizationSpec(n_bits=4), output_axis=0)
     _, counts = form.dense().unique(return_counts=True)
-    assert coded_bits(form) == pytest.approx(entropy(counts) + 16 * 32)
+    assert form.coded_bits() == pytest.approx(entropy(counts) + 16 * 32)
 
 
 def rate_and_loss(

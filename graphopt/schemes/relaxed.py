@@ -14,14 +14,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from graphopt.ir.ops import STORAGE_BITS
 from graphopt.numerics.affine import dequantize, grid_of
 from graphopt.numerics.packing import pack, unpack
-from graphopt.schemes.palettize import PalettizedWeight
-from graphopt.schemes.quantize import QuantizedWeight, scale_precision, store_weight
+from graphopt.schemes.base import StoredWeight
+from graphopt.schemes.integers import QuantizedWeight, scale_precision, store_weight
+from graphopt.schemes.palette import PalettizedWeight
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["RelaxedInteger", "RelaxedPalette", "RelaxedWeight", "relax"]
+__all__ = ["RelaxedInteger", "RelaxedPalette", "RelaxedWeight"]
 
 _STRETCH, _SHIFT = 1.2, 0.1
 _HARD = 1e-3  # h this near to 0 or 1 counts as decided
@@ -77,7 +77,7 @@ class RelaxedWeight(nn.Module, ABC):
         """The weight as it is now, float32."""
 
     @abstractmethod
-    def stored(self) -> QuantizedWeight | PalettizedWeight:
+    def stored(self) -> StoredWeight:
         """The stored form, every element at the nearer of its levels."""
 
 
@@ -86,12 +86,7 @@ class RelaxedInteger(RelaxedWeight):
 
     def __init__(self, form: QuantizedWeight, spec: QuantizationSpec, target: Tensor) -> None:
         grid = grid_of(spec)
-        bits = STORAGE_BITS[form.storage]
-        shape = form.blocks.shape
-        codes = unpack(form.data, bits, target.numel()).reshape(shape)
-        elements = codes.to(torch.float32)
-        if not form.storage.startswith("u"):
-            elements = torch.where(elements >= 2 ** (bits - 1), elements - 2**bits, elements)
+        elements = form.elements().to(torch.float32)
         scale = form.scale.float()
         wide = form.blocks.spread(scale)
         offset = None if form.offset is None else form.offset.float()
@@ -170,21 +165,3 @@ def _bare(form: PalettizedWeight, target: Tensor) -> Tensor:
     """The weight that tables stand for, without its channels' scales."""
     wide = target.float()
     return wide if form.channel_scale is None else wide / form.channel_scale.float()
-
-
-def relax(
-    form: QuantizedWeight | PalettizedWeight, spec: object, target: Tensor
-) -> RelaxedWeight | None:
-    """The relaxed form of a weight; None where its elements have no neighbouring levels.
-
-    Args:
-        form: Where it starts.
-        spec: What it was made for.
-        target: The weight that it stands for.
-    """
-    if isinstance(form, QuantizedWeight):
-        assert isinstance(spec, QuantizationSpec)
-        return None if grid_of(spec).is_float else RelaxedInteger(form, spec, target)
-    if form.layout.cluster_dim > 1 or form.outliers is not None or form.n_bits < 1:
-        return None
-    return RelaxedPalette(form, target)

@@ -6,7 +6,8 @@ from torch import Tensor
 
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
-from graphopt.search.rdo.relaxed_weights import RelaxedPalette, RelaxedWeight, relax
+from graphopt.schemes.registry import scheme_of
+from graphopt.schemes.relaxed import RelaxedPalette, RelaxedWeight
 from graphopt.specs import (
     PalettizationSpec,
     PerBlockGranularity,
@@ -47,7 +48,7 @@ def form_of(
 
 def soft(name: str, target: Tensor = WEIGHT) -> tuple[RelaxedWeight, Tensor]:
     form = form_of(SPECS[name])
-    relaxed = relax(form, SPECS[name], target)
+    relaxed = scheme_of(SPECS[name]).relax(form, SPECS[name], target)
     assert relaxed is not None
     return relaxed, form.dense()
 
@@ -111,7 +112,7 @@ def test_levels_stay_on_the_grid_at_its_ends() -> None:
     form = quantize_weight(
         weight, spec, plan_blocks(weight.shape, 0, CHANNELS)[0], fixed=(torch.ones(1, 1), None)
     )
-    relaxed = relax(form, spec, weight)
+    relaxed = scheme_of(spec).relax(form, spec, weight)
     assert relaxed is not None
     for value in (-9.0, 9.0):
         with torch.no_grad():
@@ -132,4 +133,4 @@ def test_levels_stay_on_the_grid_at_its_ends() -> None:
 def test_forms_without_neighbouring_levels_are_not_relaxed(
     spec: QuantizationSpec | PalettizationSpec,
 ) -> None:
-    assert relax(form_of(spec), spec, WEIGHT) is None
+    assert scheme_of(spec).relax(form_of(spec), spec, WEIGHT) is None
