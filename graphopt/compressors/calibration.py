@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from graphopt.errors import CalibrationError, InputError
 from graphopt.fitting.output_fit import fit_to_outputs
 from graphopt.fitting.sensitivity import GradientCollector, LossFn, label_free_loss
 from graphopt.ir.annotations import palette_annotation
-from graphopt.ir.captured_module import CapturedModule, holder_of
+from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.ir.program import Program, share_graph
 from graphopt.passes import InsertTaps, cluster_annotated
 from graphopt.passes.pass_manager import run_passes
@@ -25,7 +25,7 @@ from graphopt.progress import track
 from graphopt.run.layerwise import Batch
 from graphopt.schemes.palettize import PalettizedWeight
 
-__all__ = ["Calibrator", "algorithms_of", "shapes_to_weigh", "without_data"]
+__all__ = ["Calibrator", "algorithms_of", "set_biases", "shapes_to_weigh", "without_data"]
 
 _log = logging.getLogger(__name__)
 _TAPS = "_taps"
@@ -58,6 +58,13 @@ def without_data(gm: fx.GraphModule, weighed: Collection[str] = ()) -> list[str]
         if algorithm == "gptq" or (algorithm == "skm" and weight.name not in weighed):
             waiting.append(f"{weight.name}: {algorithm!r} ({annotation.path})")
     return waiting
+
+
+def set_biases(gm: CapturedModule, biases: Mapping[str, Tensor]) -> None:
+    """Give biases the values by which a fit has corrected them; tensors are replaced."""
+    for path, value in biases.items():
+        holder, name = holder_of(gm, path)
+        set_tensor(holder, name, value)
 
 
 def shapes_to_weigh(annotated: Program) -> dict[str, torch.Size]:

@@ -9,11 +9,16 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from graphopt.compressors.calibration import Calibrator, shapes_to_weigh, without_data
+from graphopt.compressors.calibration import (
+    Calibrator,
+    set_biases,
+    shapes_to_weigh,
+    without_data,
+)
 from graphopt.errors import CalibrationError, InputError
 from graphopt.fitting.sensitivity import LossFn, load_sensitivities
 from graphopt.ir.annotations import keep_findings
-from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
+from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes import AnnotatePalettization, cluster_annotated
@@ -72,10 +77,8 @@ class FitPalettes(Pass):
                 args, kwargs = as_batch(inputs)
                 calibrator.step(module(*args, **kwargs), target)
         found, biases, remarks = calibrator.palettes(self.seed, self.progress, correct_bias=True)
-        for path, value in biases.items():
-            holder, name = holder_of(gm, path)
-            set_tensor(holder, name, value)
-            edit.changed = True
+        set_biases(gm, biases)
+        edit.changed |= bool(biases)
         fitted = set(calibrator.algorithms.values()) == {"gptq"}
         keep_findings(gm, palettes=found, fitted_to_outputs=fitted)
         edit.record(remarks=remarks)

@@ -17,6 +17,7 @@ from graphopt.compressors.base import Compressor
 from graphopt.compressors.calibration import (
     Calibrator,
     algorithms_of,
+    set_biases,
     without_data,
 )
 from graphopt.compressors.compressed_program import CompressedProgram
@@ -29,7 +30,7 @@ from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.errors import StateError
 from graphopt.fitting.sensitivity import LossFn, save_sensitivities
 from graphopt.ir.annotations import findings_of, keep_findings, record, record_of
-from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
+from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionRecord
 from graphopt.passes import FakePalettize
@@ -288,9 +289,7 @@ class KMeansPalettizer(Compressor):
         """Let the programs hold new palettes and biases."""
         prepared = self._ready()
         fitted = self._waiting().program.copy()
-        for path, value in biases.items():
-            holder, name = holder_of(fitted.graph_module, path)
-            set_tensor(holder, name, value)
+        set_biases(fitted.graph_module, biases)
         record(fitted.graph_module, remarks=remarks)
         self._fitted = fitted
         fake = fitted.copy().graph_module

@@ -16,8 +16,11 @@ from torchao.quantization.pt2e.quantizer import (
 from typing_extensions import override
 
 from graphopt.analysis.weights import WeightTensor, find_weights
-from graphopt.backends.raising import RaiseToVocabulary
+from graphopt.compressors.flow import joint_pipeline
+from graphopt.compressors.options import CompressOptions
 from graphopt.compressors.pipeline import Pipeline
+from graphopt.config.joint import JointConfig
+from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import ConfigError, InputError
 from graphopt.interop.torchao.specs import activation_spec, weight_spec
 from graphopt.ir.annotations import (
@@ -31,9 +34,6 @@ from graphopt.ir.editor import Editor, operands
 from graphopt.ir.records import ActivationRecord
 from graphopt.passes import (
     AnnotateQuantization,
-    ConvertQuantization,
-    FoldBatchNorm,
-    RemoveUnused,
 )
 from graphopt.passes.calibrate_activations import CalibrateActivations
 from graphopt.passes.pass_base import Pass
@@ -146,20 +146,13 @@ def quantize_with(
         on_unobserved: "skip" leaves activations without a usable range in float.
         progress: Show a bar; None shows it on a terminal.
     """
-    return Pipeline(
-        "quantize-with-torchao",
-        (
-            RaiseToVocabulary(),
-            FoldBatchNorm(),
-            RemoveUnused(),
-            AnnotateFromTorchao(quantizer, transform),
-            CalibrateActivations(
-                None if data is None else list(data), on_unobserved, progress, rounded_weights=False
-            ),
-            ConvertQuantization(),
-            RemoveUnused(),
-        ),
-    )
+    everything = JointConfig(quantization=QuantizerConfig())
+    how = CompressOptions(fold_batch_norm=True)
+    ours = joint_pipeline("quantize-with-torchao", everything, options=how)
+    given = None if data is None else list(data)
+    observe = CalibrateActivations(given, on_unobserved, progress, rounded_weights=False)
+    theirs = ours.replace(AnnotateQuantization.name, AnnotateFromTorchao(quantizer, transform))
+    return theirs.replace(observe.name, observe)
 
 
 def _places(gm: fx.GraphModule) -> Iterator[tuple[Place, Any]]:
