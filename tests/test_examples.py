@@ -40,6 +40,7 @@ def test_digits_example_trains_palettizes_and_runs(tmp_path: Path) -> None:
     assert float(rows["2-bit"][2]) < float(rows["4-bit"][2]) < 4.1
 
 
+@pytest.mark.slow
 @pytest.mark.coreai
 def test_mnist_example_reads_idx_files(tmp_path: Path) -> None:
     rng = np.random.default_rng(0)
@@ -86,6 +87,7 @@ def test_edsr_example_quantizes_and_runs(tmp_path: Path) -> None:
     assert len(list(tmp_path.glob("*.aimodel"))) == 3
 
 
+@pytest.mark.slow
 def test_edsr_example_reads_a_folder_of_images(tmp_path: Path) -> None:
     import skimage.io
 
@@ -199,6 +201,7 @@ def test_mixed_precision_example_reads_imagenet_folders(tmp_path: Path) -> None:
     assert "54 (3, 1000)" in out
 
 
+@pytest.mark.slow
 @pytest.mark.coreai
 def test_resnet18_example_reads_cifar10(tmp_path: Path) -> None:
     """Made-up images in the published files' form, a narrow network, a few steps."""

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers.tables_on_targets import SPECS, TARGETS, palettized
+from helpers.tiers import cases
 from torch import Tensor, nn
 
 import graphopt
@@ -18,9 +19,21 @@ from graphopt.palettization import (
     PalettizationSpec,
 )
 
+# in torch every form; Core AI and Core ML take turns, and both get what holds all at once
+EVERY_OTHER = {name: ("coreai", "coreml")[place % 2] for place, name in enumerate(SPECS)}
+BOTH = {"everything", "outliers, scales and int8 tables", "vectors in groups"}
 
-@pytest.mark.parametrize("target", TARGETS)
-@pytest.mark.parametrize("name", SPECS)
+
+@pytest.mark.parametrize(
+    ("name", "target"),
+    cases(
+        SPECS,
+        ("coreai", "coreml", "torch"),
+        default=lambda name, target: (
+            target == "torch" or name in BOTH or EVERY_OTHER[name] == target
+        ),
+    ),
+)
 def test_every_form_of_table_is_executed_and_equal(name: str, target: str, tmp_path: Path) -> None:
     palettizer = palettized(SPECS[name])
     options = {"precision": "float32"} if target != "torch" else {}

@@ -19,6 +19,7 @@ from helpers.calibrated_palettes import (
     state,
     trained,
 )
+from helpers.tiers import cases
 from torch import Tensor, nn
 
 import graphopt
@@ -208,14 +209,14 @@ FORMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize(
-    "target",
-    [
-        pytest.param("coreai", marks=pytest.mark.coreai),
-        pytest.param("coreml", marks=pytest.mark.coreml),
-    ],
+    ("form", "algorithm", "target"),
+    cases(
+        FORMS,
+        CALIBRATED,
+        ("coreai", "coreml"),
+        default=lambda form, algorithm, target: (target == "coreml") == (algorithm == "skm"),
+    ),
 )
-@pytest.mark.parametrize("algorithm", CALIBRATED)
-@pytest.mark.parametrize("form", FORMS)
 def test_calibrated_palettes_of_every_form_are_what_the_target_computes(
     form: str, algorithm: str, target: str, tmp_path: Path
 ) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -142,12 +143,17 @@ def test_tied_weight_is_palettized_once_for_all_its_users(tmp_path: Path) -> Non
     assert "embed.weight" not in finalized.state_dict()
 
 
+@cache
+def palettized_and_exported() -> tuple[KMeansPalettizer, torch.export.ExportedProgram]:
+    model = EveryOp().eval()
+    palettizer = KMeansPalettizer(model)
+    palettizer.prepare(ARGS)
+    return palettizer, torch.export.export(model, ARGS)
+
+
 @pytest.mark.parametrize("form", ["exported", "decomposed", "file", "unlifted"])
 def test_exported_models_give_the_same_palettes_as_the_module(form: str, tmp_path: Path) -> None:
-    model = EveryOp().eval()
-    direct = KMeansPalettizer(model)
-    direct.prepare(ARGS)
-    exported = torch.export.export(model, ARGS)
+    direct, exported = palettized_and_exported()
     source: object = exported
     if form == "decomposed":
         source = exported.run_decompositions({})

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiers import cases
 from torch import Tensor, nn
 
 import graphopt
@@ -159,19 +160,20 @@ def test_masks_are_chosen_from_the_weights_of_the_time() -> None:
 
 
 # --- the whole way -------------------------------------------------------------------------------------
-@pytest.mark.parametrize("scheme", SCHEMES, ids=lambda each: each.type)
+SUFFIXES = {"coreai": "aimodel", "coreml": "mlpackage", "executorch": "pte", "torch": "pt2"}
+
+
 @pytest.mark.parametrize(
-    ("target", "suffix"),
-    [
-        pytest.param("coreai", "aimodel", marks=pytest.mark.coreai),
-        pytest.param("coreml", "mlpackage", marks=pytest.mark.coreml),
-        pytest.param("executorch", "pte", marks=pytest.mark.executorch),
-        ("torch", "pt2"),
-    ],
+    ("scheme", "target"),
+    cases(
+        SCHEMES,
+        SUFFIXES,
+        default=lambda scheme, target: target == "torch" or scheme.type == "unstructured",
+    ),
+    ids=lambda value: getattr(value, "type", value),
 )
-def test_pruned_weights_run_on_every_target(
-    scheme: Any, target: str, suffix: str, tmp_path: Path
-) -> None:
+def test_pruned_weights_run_on_every_target(scheme: Any, target: str, tmp_path: Path) -> None:
+    suffix = SUFFIXES[target]
     pruner = MagnitudePruner(Net().eval(), config(PruningSpec(pruning_scheme=scheme)))
     prepared = pruner.prepare((X,))
     program = pruner.program()
@@ -213,18 +215,19 @@ JOINT = {
 }
 
 
-@pytest.mark.parametrize("name", JOINT)
+# each target once with tables and once with integers
+RUN = {
+    *(("tables", "coreai"), ("W8A8", "coreai"), ("int8 tables", "coreml"), ("int4", "coreml")),
+    *(("tables", "executorch"), ("W8A8", "executorch"), ("tables and activations", "coreai")),
+}
+
+
 @pytest.mark.parametrize(
-    ("target", "suffix"),
-    [
-        pytest.param("coreai", "aimodel", marks=pytest.mark.coreai),
-        pytest.param("coreml", "mlpackage", marks=pytest.mark.coreml),
-        pytest.param("executorch", "pte", marks=pytest.mark.executorch),
-    ],
+    ("name", "target"),
+    cases(JOINT, ("coreai", "coreml", "executorch"), default=lambda *case: case in RUN),
 )
-def test_values_that_stay_are_compressed_and_run(
-    name: str, target: str, suffix: str, tmp_path: Path
-) -> None:
+def test_values_that_stay_are_compressed_and_run(name: str, target: str, tmp_path: Path) -> None:
+    suffix = SUFFIXES[target]
     program = pipelines.joint(JOINT[name], [X]).run(Net().eval(), (X,), verify=True)
     options = {"precision": "float32"} if target == "coreml" else {}
     artifact = graphopt.lower(program, target, **options)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from helpers.executorch_nets import IDS, IMAGE, SPECS, Convolutions, Words, palettized, saved
+from helpers.tiers import cases
 from torch import Tensor, nn
 
 import graphopt
@@ -18,8 +19,15 @@ from graphopt.quantization import Quantizer, QuantizerConfig
 pytestmark = pytest.mark.executorch
 
 
-@pytest.mark.parametrize("name", SPECS)
-@pytest.mark.parametrize("delegate", ["coreml", "coreai"])
+HELD = {
+    *(("coreml", name) for name in ("3 bits", "vectors in groups", "int8 tables", "outliers")),
+    *(("coreai", name) for name in ("1 bit", "groups of columns", "channel scale", "outliers")),
+}
+
+
+@pytest.mark.parametrize(
+    ("delegate", "name"), cases(("coreml", "coreai"), SPECS, default=lambda *case: case in HELD)
+)
 def test_targets_delegates_hold_every_form(name: str, delegate: str, tmp_path: Path) -> None:
     pytest.importorskip("coremltools" if delegate == "coreml" else "coreai_torch")
     program = palettized(Convolutions(), IMAGE, SPECS[name])
