@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from graphopt import pipelines
+from graphopt.backends.base import Artifact
 from graphopt.backends.lowering import as_program, lower
-from graphopt.backends.registry import ExportBackend
+from graphopt.backends.registry import ExportBackend, Target
 from graphopt.cli.artifacts import (
     Delegate,
     Limit,
@@ -27,8 +29,10 @@ from graphopt.cli.artifacts import (
 )
 from graphopt.cli.common import ERR, OUT, Json, Model, is_stream, print_json
 from graphopt.cli.mixed_precision import BatchSize, is_recipe, read_data
+from graphopt.cli.options import Fields, Given
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.joint import AnyConfig
+from graphopt.compressors.options import CompressOptions
 from graphopt.config.base import read_yaml
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
@@ -36,17 +40,69 @@ from graphopt.files import replaced
 from graphopt.ir.program import Program
 from graphopt.report.stored import as_stored
 from graphopt.search.mixed_precision import Recipe
+from graphopt.specs.options import Options
 
 __all__ = ["compress", "lower_program"]
 
-Output = Annotated[
-    Path, typer.Option("--output", "-o", help="Where to write; - is a .pt2 on standard output.")
-]
-Target = Annotated[
-    ExportBackend | None, typer.Option(help="Target; the output's suffix decides when omitted.")
-]
-Verify = Annotated[bool, typer.Option(help="Evaluate what was saved and compare.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace the output.")]
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(Options):
+    """Where an artifact goes, in which form, and how it is checked.
+
+    Attributes:
+        output: Where to write; - is a .pt2 on standard output.
+        backend: Target; the output's suffix decides when omitted.
+        precision: See `Precision`.
+        delegate: See `Delegate`.
+        tables: See `Tables`.
+        verify: Evaluate what was saved and compare.
+        overwrite: Replace the output.
+        max_error: See `Limit`.
+        as_json: See `Json`.
+    """
+
+    output: Annotated[Path, typer.Option("--output", "-o")]
+    backend: ExportBackend | None = None
+    precision: Precision = None
+    delegate: Delegate = None
+    tables: Tables = None
+    verify: bool = True
+    overwrite: Annotated[bool, typer.Option("--overwrite")] = False
+    max_error: Limit = None
+    as_json: Json = False
+
+    def lower(self, program: Program, target: Target) -> Artifact:
+        """The program in the form of its target."""
+        given = options_of(target, self.precision, self.delegate, self.tables)
+        return lower(program, target, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationFiles(Options):
+    """Data of a compression.
+
+    Attributes:
+        data: Calibration inputs, as for analyze.
+        batch_size: See `BatchSize`.
+    """
+
+    data: Annotated[Path | None, typer.Option(exists=True, dir_okay=False)] = None
+    batch_size: BatchSize = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchOptions(Options):
+    """What is written and checked on the way.
+
+    Attributes:
+        dump_passes: Folder for the graph before and after each pass.
+        verify_passes: Compare each pass with its input.
+        report: Write the report here, too: .json or .html.
+    """
+
+    dump_passes: Path | None = None
+    verify_passes: Annotated[bool, typer.Option("--verify-passes")] = False
+    report: Path | None = None
 
 
 def compress(
@@ -60,63 +116,35 @@ def compress(
             dir_okay=False,
         ),
     ],
-    output: Output,
-    backend: Target = None,
-    precision: Precision = None,
-    delegate: Delegate = None,
-    tables: Tables = None,
-    data: Annotated[
-        Path | None,
-        typer.Option(help="Calibration inputs, as for analyze.", exists=True, dir_okay=False),
-    ] = None,
-    batch_size: BatchSize = 32,
-    verify: Verify = True,
-    overwrite: Overwrite = False,
-    lenient: Annotated[
-        bool, typer.Option("--lenient", help="Config keys that match nothing only warn.")
-    ] = False,
-    dump_passes: Annotated[
-        Path | None, typer.Option(help="Folder for the graph before and after each pass.")
-    ] = None,
-    verify_passes: Annotated[
-        bool, typer.Option("--verify-passes", help="Compare each pass with its input.")
-    ] = False,
-    report: Annotated[
-        Path | None, typer.Option(help="Write the report here, too: .json or .html.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything that is drawn.")] = 0,
-    max_error: Limit = None,
-    as_json: Json = False,
+    to: OutputOptions,
+    calibration: CalibrationFiles,
+    how: Annotated[Given, Fields(CompressOptions, "on_unmatched", "seed")],
+    watch: WatchOptions,
 ) -> None:
     """Compress a program as a config or a recipe says and write it for a target."""
     started = time.perf_counter()
-    target = check_output(output, backend, overwrite=overwrite)
-    if report is not None:
-        check_report(report, (".json", ".html"), overwrite=overwrite)
+    target = check_output(to.output, to.backend, overwrite=to.overwrite)
+    if watch.report is not None:
+        check_report(watch.report, (".json", ".html"), overwrite=to.overwrite)
     original = as_program(model)
     wanted = None if is_recipe(config) else _config(config)
-    batches = None if data is None else read_data(data, batch_size)
+    data = calibration.data
+    batches = None if data is None else read_data(data, calibration.batch_size)
     if wanted is None:
         recipe = Recipe.load(config)
         recipe.check(original)
         wanted = recipe.to_config()
-    pipeline = pipelines.joint(
-        wanted,
-        batches,
-        backend=target,
-        seed=seed,
-        progress=False if as_json else None,
-        on_unmatched="warn" if lenient else "error",
-    )
-    program = pipeline.run(original, dump_dir=dump_passes, verify=verify_passes)
+    progress = False if to.as_json else None
+    pipeline = pipelines.joint(wanted, batches, backend=target, progress=progress, **how)
+    program = pipeline.run(original, dump_dir=watch.dump_passes, verify=watch.verify_passes)
     table = as_stored(program, target)
-    artifact = lower(program, target, **options_of(target, precision, delegate, tables))
-    write(artifact, output, overwrite=overwrite)
-    outcome = artifact.verify() if verify else None
+    artifact = to.lower(program, target)
+    write(artifact, to.output, overwrite=to.overwrite)
+    outcome = artifact.verify() if to.verify else None
     seconds = time.perf_counter() - started
     passes = [] if program.pass_report is None else program.pass_report.to_dicts()
-    found = {
-        "output": str(output),
+    outcomes = {
+        "output": str(to.output),
         "bytes": artifact.size,
         "bits_per_weight": table.bits_per_weight,
         "seconds": seconds,
@@ -124,53 +152,42 @@ def compress(
         "passes": passes,
         "verification": None if outcome is None else plain(outcome),
     }
-    if report is not None:
-        _write_report(report, program, original, found, overwrite=overwrite)
+    if watch.report is not None:
+        _write_report(watch.report, program, original, outcomes, overwrite=to.overwrite)
     # what goes to standard output is the program, if it goes there
-    console = ERR if is_stream(output) else OUT
-    if as_json:
-        print_json(found, stream=sys.stderr if is_stream(output) else None)
+    console = ERR if is_stream(to.output) else OUT
+    if to.as_json:
+        print_json(outcomes, stream=sys.stderr if is_stream(to.output) else None)
     else:
         console.print(table)
-        if program.pass_report is not None and (dump_passes or verify_passes):
+        if program.pass_report is not None and (watch.dump_passes or watch.verify_passes):
             console.print(program.pass_report)
         console.print(
-            f"{output}: {artifact.size:,} bytes, {table.bits_per_weight:.3f} bits per compressed"
+            f"{to.output}: {artifact.size:,} bytes, {table.bits_per_weight:.3f} bits per compressed"
             f" weight, {seconds:.1f} s"
         )
         if outcome is not None:
             console.print(sentence(outcome))
-    check_limit(outcome, max_error)
+    check_limit(outcome, to.max_error)
 
 
-def lower_program(
-    model: Model,
-    output: Output,
-    backend: Target = None,
-    precision: Precision = None,
-    delegate: Delegate = None,
-    tables: Tables = None,
-    verify: Verify = True,
-    overwrite: Overwrite = False,
-    max_error: Limit = None,
-    as_json: Json = False,
-) -> None:
+def lower_program(model: Model, to: OutputOptions) -> None:
     """Write a program, compressed or not, for a target."""
-    target = check_output(output, backend, overwrite=overwrite)
-    artifact = lower(as_program(model), target, **options_of(target, precision, delegate, tables))
-    write(artifact, output, overwrite=overwrite)
-    outcome = artifact.verify() if verify else None
-    stream = is_stream(output)
-    if as_json:
+    target = check_output(to.output, to.backend, overwrite=to.overwrite)
+    artifact = to.lower(as_program(model), target)
+    write(artifact, to.output, overwrite=to.overwrite)
+    outcome = artifact.verify() if to.verify else None
+    stream = is_stream(to.output)
+    if to.as_json:
         checked = None if outcome is None else plain(outcome)
-        found = {"output": str(output), "bytes": artifact.size, "verification": checked}
-        print_json(found, stream=sys.stderr if stream else None)
+        facts = {"output": str(to.output), "bytes": artifact.size, "verification": checked}
+        print_json(facts, stream=sys.stderr if stream else None)
     else:
         console = ERR if stream else OUT
-        console.print(f"{output}: {artifact.size:,} bytes")
+        console.print(f"{to.output}: {artifact.size:,} bytes")
         if outcome is not None:
             console.print(sentence(outcome))
-    check_limit(outcome, max_error)
+    check_limit(outcome, to.max_error)
 
 
 def _config(path: Path) -> AnyConfig:

@@ -24,6 +24,7 @@ from graphopt.cli import mixed_precision
 from graphopt.cli.artifacts import Limit, backend_of, check_limit, plain, sentence
 from graphopt.cli.common import ERR, OUT, Json, Model, print_json
 from graphopt.cli.compress import compress, lower_program
+from graphopt.cli.options import shell_command
 from graphopt.cli.rdo import rdo
 from graphopt.cli.reports import compare, report
 from graphopt.inspection import inspect_program, save_graph
@@ -50,8 +51,8 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 )
 
 
-app.command()(compress)
-app.command("lower")(lower_program)
+app.command()(shell_command(compress))
+app.command("lower")(shell_command(lower_program))
 
 
 @app.command()
@@ -96,10 +97,10 @@ def verify(
     check_limit(outcome, max_error)
 
 
-app.command()(mixed_precision.analyze)
-app.command()(mixed_precision.recipe)
-app.command()(mixed_precision.sweep)
-app.command()(rdo)
+app.command()(shell_command(mixed_precision.analyze))
+app.command()(shell_command(mixed_precision.recipe))
+app.command()(shell_command(mixed_precision.sweep))
+app.command()(shell_command(rdo))
 app.command("diff")(compare)
 app.command()(report)
 

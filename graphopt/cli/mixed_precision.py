@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import numpy as np
 import torch
@@ -12,16 +13,23 @@ import typer
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from graphopt.backends.registry import ExportBackend
 from graphopt.cli.common import OUT, Json, Model, print_json
+from graphopt.cli.options import Fields, Given
 from graphopt.config.base import read_yaml
-from graphopt.errors import ArtifactExistsError, ConfigError, InputError
+from graphopt.errors import ArtifactExistsError, InputError
 from graphopt.run.layerwise import as_batch
 from graphopt.search.mixed_precision import SensitivityTable
 from graphopt.search.mixed_precision import analyze as run_analysis
 from graphopt.search.mixed_precision.candidates import as_candidates, read_candidates
 from graphopt.search.mixed_precision.metrics import METRICS, measure
+from graphopt.search.mixed_precision.options import (
+    AnalysisOptions,
+    RecipeOptions,
+    RefinementOptions,
+    SweepOptions,
+)
 from graphopt.search.mixed_precision.plots import save_plot
+from graphopt.specs.options import Options
 
 __all__ = ["analyze", "is_recipe", "read_data", "recipe", "sweep"]
 
@@ -39,174 +47,217 @@ BatchSize = Annotated[
 TableFile = Annotated[
     Path, typer.Argument(help="What `graphopt analyze` has written.", exists=True, dir_okay=False)
 ]
-Pins = Annotated[
-    list[str] | None,
-    typer.Option("--pin", help="'pattern=candidate' that layers must have; may be repeated."),
-]
-Solver = Annotated[
-    Literal["milp", "lagrangian", "greedy"], typer.Option(help="How recipes are found.")
-]
 Plot = Annotated[Path | None, typer.Option(help="Draw it to this image.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(Options):
+    """Data of a command.
+
+    Attributes:
+        data: See `Data`.
+        batch_size: See `BatchSize`.
+    """
+
+    data: Data
+    batch_size: BatchSize = 32
+
+    def read(self) -> list[Any]:
+        """Inputs of one call each."""
+        return read_data(self.data, self.batch_size)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AnalysisFiles(Options):
+    """What an analysis writes.
+
+    Attributes:
+        output: Table to write, .jsonl.
+        plot: See `Plot`.
+        csv: Export the rows.
+        as_json: See `Json`.
+    """
+
+    output: Annotated[Path, typer.Option("--output", "-o")]
+    plot: Plot = None
+    csv: Path | None = None
+    as_json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecipeFile(Options):
+    """Where a recipe goes.
+
+    Attributes:
+        output: Recipe to write, .yaml.
+        overwrite: Replace the output.
+        as_json: See `Json`.
+    """
+
+    output: Annotated[Path, typer.Option("--output", "-o")]
+    overwrite: Annotated[bool, typer.Option("--overwrite")] = False
+    as_json: Json = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RefinementFiles(Options):
+    """What a recipe is refined on.
+
+    Attributes:
+        refine: Refine on this model, a .pt2 file; needs --data.
+        data: Inputs, as for analyze.
+        batch_size: See `BatchSize`.
+    """
+
+    refine: Path | None = None
+    data: Annotated[Path | None, typer.Option(exists=True, dir_okay=False)] = None
+    batch_size: BatchSize = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepTargets(Options):
+    """What a sweep goes through.
+
+    Attributes:
+        first: Smallest target.
+        last: Largest target.
+        points: Number of targets.
+        metric: Distance to the uncompressed outputs: psnr, mse, kl, cosine, top1.
+        refine: Refine each recipe first.
+    """
+
+    first: Annotated[float, typer.Option("--from")] = 2.0
+    last: Annotated[float, typer.Option("--to")] = 6.0
+    points: Annotated[int, typer.Option(min=1)] = 9
+    metric: str = "psnr"
+    refine: Annotated[bool, typer.Option("--refine")] = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepFiles(Options):
+    """What a sweep writes.
+
+    Attributes:
+        output: Scores to write, .jsonl.
+        resume: Go on with the output, or begin anew.
+        plot: See `Plot`.
+        as_json: See `Json`.
+    """
+
+    output: Annotated[Path, typer.Option("--output", "-o")]
+    resume: Annotated[bool, typer.Option("--resume/--restart")] = True
+    plot: Plot = None
+    as_json: Json = False
 
 
 def analyze(
     model: Model,
-    data: Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Table to write, .jsonl.")],
+    inputs: Inputs,
+    to: AnalysisFiles,
+    how: Annotated[
+        Given, Fields(AnalysisOptions, "mode", "backend", "correction", "resume", "seed")
+    ],
     candidates: Annotated[
         str, typer.Option(help="Such as '2,4,6,int8', or a YAML file with 'candidates'.")
     ] = "2,4,6",
     metric: Annotated[
         list[str] | None, typer.Option(help="psnr, mse, kl, cosine, top1; the first decides.")
     ] = None,
-    mode: Annotated[
-        Literal["exact", "fast", "hybrid"], typer.Option(help="Measured, predicted, or both.")
-    ] = "exact",
-    backend: Annotated[
-        ExportBackend | None,
-        typer.Option(help="Target whose sizes and limits count."),
-    ] = None,
-    correction: Annotated[
-        Literal["statistics", "batch_norm", "bias"] | None,
-        typer.Option(help="Measure under this correction."),
-    ] = None,
-    batch_size: BatchSize = 32,
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with the output, or begin anew.")
-    ] = True,
-    seed: Annotated[int, typer.Option(help="Seed of vector tables and directions.")] = 0,
-    plot: Plot = None,
-    csv: Annotated[Path | None, typer.Option(help="Export the rows.")] = None,
-    as_json: Json = False,
 ) -> None:
     """Measure what each candidate of each layer costs at the outputs."""
     special: Mapping[str, Any] = {}
     if Path(candidates).suffix in (".yaml", ".yml"):
         chosen, special = read_candidates(Path(candidates))
     else:
-        chosen = as_candidates([each.strip() for each in candidates.split(",")])
+        chosen = as_candidates([text.strip() for text in candidates.split(",")])
     table = run_analysis(
         model,
         None,
         chosen,
-        read_data(data, batch_size),
+        inputs.read(),
         metric or ["psnr"],
-        mode=mode,
-        backend=backend,
         layer_candidates=special,
-        correction=correction,
-        path=output,
-        resume=resume,
-        seed=seed,
-        progress=False if as_json else None,
+        path=to.output,
+        progress=False if to.as_json else None,
+        **how,
     )
-    if csv is not None:
-        table.to_csv(csv)
-    if plot is not None:
-        save_plot(table.plot(), plot)
-    if as_json:
-        print_json({"output": str(output), "rows": table.to_rows()})
+    if to.csv is not None:
+        table.to_csv(to.csv)
+    if to.plot is not None:
+        save_plot(table.plot(), to.plot)
+    if to.as_json:
+        print_json({"output": str(to.output), "rows": table.to_rows()})
     else:
         OUT.print(table)
 
 
 def recipe(
     table: TableFile,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Recipe to write, .yaml.")],
-    bpw: Annotated[float | None, typer.Option(help="Largest bits per weight.")] = None,
-    size: Annotated[float | None, typer.Option("--bytes", help="Largest size.")] = None,
-    max_loss: Annotated[float | None, typer.Option(help="Largest predicted loss.")] = None,
-    solver: Solver = "milp",
-    pin: Pins = None,
-    refine: Annotated[
-        Path | None, typer.Option(help="Refine on this model, a .pt2 file; needs --data.")
-    ] = None,
-    data: Annotated[
-        Path | None, typer.Option(help="Inputs, as for analyze.", exists=True, dir_okay=False)
-    ] = None,
-    evaluations: Annotated[int, typer.Option(help="Models that --refine may measure.")] = 16,
-    batch_size: BatchSize = 32,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
-    as_json: Json = False,
+    to: RecipeFile,
+    asked: Annotated[
+        Given,
+        Fields(RecipeOptions, "target_bpw", "target_bytes", "max_loss", "solver", "pin"),
+    ],
+    on: RefinementFiles,
+    how: Annotated[Given, Fields(RefinementOptions, "evaluations")],
 ) -> None:
     """Choose a candidate for every layer."""
-    if output.exists() and not overwrite:
-        raise ArtifactExistsError(f"{output} exists; pass --overwrite to replace it")
-    if (refine is None) != (data is None):
+    if to.output.exists() and not to.overwrite:
+        raise ArtifactExistsError(f"{to.output} exists; pass --overwrite to replace it")
+    if (on.refine is None) != (on.data is None):
         raise InputError("--refine and --data belong together")
-    known = SensitivityTable.load(table, refine)
-    found = known.recipe(
-        target_bpw=bpw, target_bytes=size, max_loss=max_loss, solver=solver, pin=_pins(pin)
-    )
-    if data is not None:
-        found = known.refine(
-            found,
-            read_data(data, batch_size),
-            evaluations=evaluations,
-            pin=_pins(pin),
-            progress=False if as_json else None,
-        )
-    found.save(output, overwrite=overwrite)
-    if as_json:
-        print_json({"output": str(output), **found.to_dict()})
+    known = SensitivityTable.load(table, on.refine)
+    chosen = known.recipe(**asked)
+    if on.data is not None:
+        data, progress = read_data(on.data, on.batch_size), False if to.as_json else None
+        chosen = known.refine(chosen, data, pin=asked["pin"], progress=progress, **how)
+    chosen.save(to.output, overwrite=to.overwrite)
+    if to.as_json:
+        print_json({"output": str(to.output), **chosen.to_dict()})
     else:
-        OUT.print(found)
+        OUT.print(chosen)
 
 
 def sweep(
     table: TableFile,
     model: Model,
-    data: Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Scores to write, .jsonl.")],
-    first: Annotated[float, typer.Option("--from", help="Smallest target.")] = 2.0,
-    last: Annotated[float, typer.Option("--to", help="Largest target.")] = 6.0,
-    points: Annotated[int, typer.Option(help="Number of targets.", min=1)] = 9,
-    metric: Annotated[
-        str, typer.Option(help="Distance to the uncompressed outputs: psnr, mse, kl, cosine, top1.")
-    ] = "psnr",
-    solver: Solver = "milp",
-    pin: Pins = None,
-    refine: Annotated[bool, typer.Option("--refine", help="Refine each recipe first.")] = False,
-    batch_size: BatchSize = 32,
-    resume: Annotated[
-        bool, typer.Option("--resume/--restart", help="Go on with the output, or begin anew.")
-    ] = True,
-    plot: Plot = None,
-    as_json: Json = False,
+    inputs: Inputs,
+    to: SweepFiles,
+    targets: SweepTargets,
+    how: Annotated[Given, Fields(SweepOptions, "solver", "pin")],
 ) -> None:
     """Compress and evaluate over targets: the curve of accuracy over bits per weight."""
-    if metric not in METRICS:
-        raise InputError(f"no metric {metric!r}; use one of {sorted(METRICS)}")
-    calls = read_data(data, batch_size)
+    if targets.metric not in METRICS:
+        raise InputError(f"no metric {targets.metric!r}; use one of {sorted(METRICS)}")
+    calls = inputs.read()
     known = SensitivityTable.load(table, model)
-    chosen = METRICS[metric]
+    metric = METRICS[targets.metric]
     exact = known.program.module()
     with torch.no_grad():
         wanted = [_called(exact, call) for call in calls]
 
     def score(module: torch.nn.Module) -> float:
         with torch.no_grad():
-            found = [_called(module, call) for call in calls]
-        values = [measure(chosen, *pair) for pair in zip(found, wanted, strict=True)]
+            outputs = [_called(module, call) for call in calls]
+        values = [measure(metric, *pair) for pair in zip(outputs, wanted, strict=True)]
         mean = sum(values) / len(values)
-        return mean if chosen.larger_is_better else -mean
+        return mean if metric.larger_is_better else -mean
 
-    if not resume:
-        output.unlink(missing_ok=True)
+    if not to.resume:
+        to.output.unlink(missing_ok=True)
     curve = known.sweep(
-        np.linspace(first, last, points),
+        np.linspace(targets.first, targets.last, targets.points),
         score,
-        solver=solver,
-        pin=_pins(pin),
-        refine_with=calls if refine else None,
-        path=output,
-        score=metric if chosen.larger_is_better else f"-{metric}",
-        progress=False if as_json else None,
+        refine_with=calls if targets.refine else None,
+        path=to.output,
+        score=targets.metric if metric.larger_is_better else f"-{targets.metric}",
+        progress=False if to.as_json else None,
+        **how,
     )
-    if plot is not None:
-        save_plot(curve.plot(), plot)
-    if as_json:
-        print_json({"output": str(output), "points": curve.to_rows(), "failed": curve.failed})
+    if to.plot is not None:
+        save_plot(curve.plot(), to.plot)
+    if to.as_json:
+        print_json({"output": str(to.output), "points": curve.to_rows(), "failed": curve.failed})
     else:
         OUT.print(curve)
 
@@ -253,13 +304,3 @@ def _called(module: torch.nn.Module, call: Any) -> list[Tensor]:
     args, kwargs = as_batch(call)
     leaves = pytree.tree_leaves(module(*args, **kwargs))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor)]
-
-
-def _pins(given: list[str] | None) -> dict[str, str]:
-    found = {}
-    for text in given or []:
-        pattern, sign, candidate = text.rpartition("=")
-        if not sign:
-            raise ConfigError(f"--pin {text!r}: write pattern=candidate")
-        found[pattern] = candidate
-    return found

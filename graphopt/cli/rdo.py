@@ -2,84 +2,72 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
-from graphopt.backends.registry import ExportBackend
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.cli.mixed_precision import BatchSize, Data, read_data
+from graphopt.cli.options import Fields, Given
 from graphopt.config.base import read_yaml
 from graphopt.errors import ConfigError
 from graphopt.search.rdo import RDOConfig, optimize
+from graphopt.search.rdo.options import RunOptions
+from graphopt.specs.options import Options
 
 __all__ = ["rdo"]
 
 
+@dataclass(frozen=True, kw_only=True)
+class RDOFiles(Options):
+    """What a run reads besides the model.
+
+    Attributes:
+        data: See `Data`.
+        batch_size: See `BatchSize`.
+        evaluation: Inputs, as for --data, on which outputs are compared.
+    """
+
+    data: Data
+    batch_size: BatchSize = 32
+    evaluation: Annotated[Path | None, typer.Option(exists=True, dir_okay=False)] = None
+
+
 def rdo(
     model: Model,
-    data: Data,
-    output: Annotated[Path, typer.Option("--output", "-o", help="Folder to write.")],
+    files: RDOFiles,
+    settings: Annotated[
+        Given, Fields(RDOConfig, "target_bits", "candidates", "family", "backend", "seed")
+    ],
+    run: Annotated[Given, Fields(RunOptions, "out", "overwrite", "resume")],
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", help="RDOConfig as YAML.", exists=True, dir_okay=False),
     ] = None,
-    target_bits: Annotated[
-        float | None, typer.Option(help="Largest mean of bits per weight, scales included.")
-    ] = None,
-    candidates: Annotated[
-        str | None, typer.Option(help="Such as '4,6,8' or 'int4 b32,int8'.")
-    ] = None,
-    family: Annotated[
-        Literal["integer", "palette"] | None, typer.Option(help="What a plain number of bits is.")
-    ] = None,
-    backend: Annotated[
-        ExportBackend | None,
-        typer.Option(help="Target whose sizes and limits count."),
-    ] = None,
-    evaluation: Annotated[
-        Path | None,
-        typer.Option(
-            help="Inputs, as for --data, on which outputs are compared.",
-            exists=True,
-            dir_okay=False,
-        ),
-    ] = None,
-    batch_size: BatchSize = 32,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
-    resume: Annotated[
-        bool,
-        typer.Option("--resume/--restart", help="Go on with an unfinished run, or begin anew."),
-    ] = True,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything that is drawn.")] = None,
     as_json: Json = False,
 ) -> None:
     """Quantize to a mean number of bits, block by block; writes a folder with program and report."""
-    settings: dict[str, Any] = {} if config is None else _mapping(config)
-    if target_bits is not None:
-        settings["target_bits"] = target_bits
-        settings.pop("rate_weight", None)
-    if candidates is not None:
-        settings["candidates"] = [_number(each.strip()) for each in candidates.split(",")]
-    given = {"family": family, "backend": backend, "seed": seed}
-    settings |= {key: value for key, value in given.items() if value is not None}
-    if settings.get("target_bits") is None and settings.get("rate_weight") is None:
+    whole: dict[str, Any] = {} if config is None else _mapping(config)
+    if "target_bits" in settings:
+        whole.pop("rate_weight", None)
+    whole |= settings
+    if whole.get("target_bits") is None and whole.get("rate_weight") is None:
         raise ConfigError("give --target-bits, or target_bits or rate_weight in --config")
-    checked = None if evaluation is None else read_data(evaluation, batch_size)
     done = optimize(
         model,
         None,
-        read_data(data, batch_size),
-        RDOConfig.from_dict(settings),
-        out=output,
-        overwrite=overwrite,
-        resume=resume,
-        evaluation_data=checked,
+        read_data(files.data, files.batch_size),
+        RDOConfig.from_dict(whole),
+        evaluation_data=(
+            None if files.evaluation is None else read_data(files.evaluation, files.batch_size)
+        ),
         progress=False if as_json else None,
+        **run,
     )
     if as_json:
-        print_json({"output": str(output), **done.report.to_dict()})
+        print_json({"output": str(run["out"]), **done.report.to_dict()})
     else:
         OUT.print(done.report)
 
@@ -89,7 +77,3 @@ def _mapping(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise ConfigError(f"{path.name}: expected a mapping, got {type(found).__name__}")
     return found
-
-
-def _number(text: str) -> int | str:
-    return int(text) if text.isdigit() else text

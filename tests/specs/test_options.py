@@ -13,6 +13,7 @@ from graphopt.specs.options import Options, field_help
 MODULES = [
     "graphopt.compressors.options",
     "graphopt.search.mixed_precision.options",
+    "graphopt.search.rdo.options",
 ]
 
 

@@ -95,9 +95,9 @@ class RDOConfig(SpecModel):
         candidates: What every layer can become, as `graphopt.mixed_precision.as_candidates` reads
             it; a plain number of bits is an integer with a scale per output channel, or with
             `family="palette"` a palette.
-        family: See above.
+        family: What a plain number of bits is.
         layer_candidates: Regular expression over names of tensors or modules, or types → candidates.
-        target_bits: Largest mean of bits per weight, scales and tables included.
+        target_bits: Largest mean of bits per weight, scales included. Tables are counted, too.
         rate_weight: λ itself, loss per bit, instead of a target.
         rate: What a weight costs: "fixed" is what its stored form takes, "entropy" what an ideal coder
             makes of its elements (scales and tables are counted as they are stored).
@@ -112,7 +112,7 @@ class RDOConfig(SpecModel):
         feedback: Hessian-guided calibration.
         rounding: Adaptive rounding.
         held_out: Share of the calibration batches that decides whether a step has helped.
-        backend: Target whose sizes and limits count; None stores every width as it is.
+        backend: Target whose sizes and limits count. None stores every width as it is.
         seed: Seed of everything that is drawn.
     """
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
+from typing_extensions import Unpack
 
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.errors import ArtifactExistsError, InfeasibleError
@@ -27,6 +28,7 @@ from graphopt.run.layerwise import Batch, as_batch
 from graphopt.search.rdo.allocation import Allocation, Rates, allocate
 from graphopt.search.rdo.comparison import Evaluate, compare
 from graphopt.search.rdo.config import RDOConfig
+from graphopt.search.rdo.options import RunKeywords, RunOptions
 from graphopt.search.rdo.picture import require_matplotlib, save_comparison
 from graphopt.search.rdo.report import BlockReport, Comparison, LayerReport, RDOReport
 from graphopt.search.rdo.session import BlockFit, Costs, Session, fits_of
@@ -58,12 +60,9 @@ def optimize(
     config: RDOConfig | Mapping[str, Any] | str | Path | None = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
-    out: str | Path | None = None,
-    overwrite: bool = False,
-    resume: bool = True,
     evaluate: Evaluate | None = None,
     evaluation_data: Iterable[Any] | None = None,
-    progress: bool | None = None,
+    **options: Unpack[RunKeywords],
 ) -> Optimized:
     """Quantize or palettize a model to a mean number of bits per weight, without labels.
 
@@ -85,15 +84,12 @@ def optimize(
         config: An `RDOConfig`, a mapping of its fields, or a YAML file; 4-, 6- and 8-bit integers at
             4.19 bits per weight when None.
         example_kwargs: Keyword inputs of the example call.
-        out: Folder for report.json, config.yaml, bits.json, comparison.png and quantized.pt2. It
-            appears whole at the end; until then finished stages and blocks are kept beside it in
-            `.<name>.partial`, from which an interrupted run goes on.
-        overwrite: Replace `out`.
-        resume: Go on with an unfinished run; False begins anew.
         evaluate: Score of a module, larger is better: one number, or one per sample, from which the
             standard error of the drop is computed. It may use labels: it decides nothing.
         evaluation_data: Inputs on which outputs are compared; the calibration data when None.
-        progress: Show bars; None shows them on a terminal.
+        options: The fields of `RunOptions`: `out` (folder for report.json, config.yaml, bits.json,
+            comparison.png and quantized.pt2), `overwrite` (replace it), `resume` (go on with an
+            unfinished run; True) and `progress` (show bars; None shows them on a terminal).
 
     Returns:
         The program and the report.
@@ -109,11 +105,12 @@ def optimize(
         ArtifactExistsError: `out` exists and `overwrite` is False.
         MissingDependencyError: `out` is given and matplotlib is not installed.
     """
-    options = _config(config)
-    target = None if out is None else Path(out)
+    run = RunOptions.of("optimize", options)
+    progress = run.progress
+    target = None if run.out is None else Path(run.out)
     if target is not None:
         require_matplotlib()
-        if target.exists() and not overwrite:
+        if target.exists() and not run.overwrite:
             raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
     watch = _Watch()
     with watch("capture and gradients"):
@@ -121,14 +118,14 @@ def optimize(
             model,
             example_inputs,
             calibration_data,
-            options,
+            _config(config),
             example_kwargs=example_kwargs,
             progress=progress,
         )
     partial = None if target is None else target.with_name(f".{target.name}.partial")
-    state = RunState(partial, key_of(session) if partial is not None else "", resume=resume)
+    state = RunState(partial, key_of(session) if partial is not None else "", resume=run.resume)
     with watch("sensitivities"):
-        first, losses = _first_allocation(session, state, resume, progress)
+        first, losses = _first_allocation(session, state, run.resume, progress)
     with watch("block-wise search"):
         costs = _costs(session, state, first, losses, progress)
     final = _final_allocation(session, first, costs)

@@ -1,0 +1,39 @@
+"""RunOptions: where a run of `graphopt.rdo.optimize` writes, and how it goes on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypedDict
+
+from graphopt.specs.options import Options
+
+__all__ = ["RunKeywords", "RunOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(Options):
+    """Where a run writes, and how it goes on.
+
+    Attributes:
+        out: Folder to write. It gets report.json, config.yaml, bits.json, comparison.png and
+            quantized.pt2 and appears whole at the end; until then finished stages and blocks are
+            kept beside it in `.<name>.partial`, from which an interrupted run goes on.
+        overwrite: Replace the folder.
+        resume: Go on with an unfinished run, or begin anew.
+        progress: Show bars; None shows them on a terminal.
+    """
+
+    out: str | Path | None = None
+    overwrite: bool = False
+    resume: bool = True
+    progress: bool | None = None
+
+
+class RunKeywords(TypedDict, total=False):
+    """The options of `RunOptions` as keywords of a call."""
+
+    out: str | Path | None
+    overwrite: bool
+    resume: bool
+    progress: bool | None
