@@ -131,6 +131,9 @@ MOVED_NAMES: dict[str, str] = {
     "quantized.QuantizedTensor": "analysis.stored_values",
     "quantized.find_quantized_weights": "analysis.stored_values",
     "rdo.rate.entropy": "schemes.sizes",
+    "annotations.Findings": "prepared.findings",
+    "annotations.findings_of": "prepared.findings",
+    "annotations.keep_findings": "prepared.findings",
     "program.CompressedProgram": "compressors.compressed_program",
     "table.CompressionTable": "report.table",
 }

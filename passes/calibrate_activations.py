@@ -11,7 +11,6 @@ import torch
 from typing_extensions import override
 
 from graphopt.errors import InputError
-from graphopt.ir.annotations import findings_of, keep_findings
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import share_graph
@@ -19,6 +18,7 @@ from graphopt.passes import AnnotateQuantization, InsertFakeQuantize
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 from graphopt.prepared.conversion import activation_records, scales_of
+from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.prepared.state import parts_of
 from graphopt.progress import track
 from graphopt.run.layerwise import as_batch

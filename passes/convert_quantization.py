@@ -13,12 +13,7 @@ from typing_extensions import override
 from graphopt.analysis.activation_places import places_of
 from graphopt.analysis.quantized import quantized_ops
 from graphopt.analysis.weights import WeightTensor, find_weights
-from graphopt.ir.annotations import (
-    WeightAnnotation,
-    findings_of,
-    keep_findings,
-    quantization_annotation,
-)
+from graphopt.ir.annotations import WeightAnnotation, quantization_annotation
 from graphopt.ir.captured_module import holder_of, set_tensor
 from graphopt.ir.editor import Editor
 from graphopt.numerics.affine import grid_of, has_whole_offsets
@@ -30,6 +25,7 @@ from graphopt.passes.insert_fake_quantize import (
 )
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
+from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.prepared.state import parts_of
 from graphopt.schemes.base import Statistics
 from graphopt.schemes.quantize import Quantization, QuantizedWeight

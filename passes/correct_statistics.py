@@ -9,12 +9,14 @@ from typing import Any, ClassVar
 from torch import fx
 from typing_extensions import override
 
-from graphopt.ir.annotations import findings_of, keep_findings
+from graphopt.errors import InputError
+from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import share_graph
 from graphopt.passes.correct_bias import CorrectBias
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.reestimate_batchnorm import ReestimateBatchNorm
+from graphopt.prepared.findings import findings_of, keep_findings
 
 __all__ = ["CorrectStatistics", "ForgetReference", "KeepReference", "reference_of"]
 
@@ -46,9 +48,16 @@ class ForgetReference(Pass):
         keep_findings(edit.gm, reference=None)
 
 
-def reference_of(gm: fx.GraphModule) -> Any:
-    """The graph that `KeepReference` kept."""
-    return findings_of(gm).reference
+def reference_of(gm: fx.GraphModule) -> CapturedModule:
+    """The graph that `KeepReference` kept.
+
+    Raises:
+        InputError: It kept none, or one that cannot be run batch by batch.
+    """
+    reference = findings_of(gm).reference
+    if not isinstance(reference, CapturedModule):
+        raise InputError("statistics are corrected in graphs that graphopt.capture made")
+    return reference
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,12 @@ from typing_extensions import override
 
 from graphopt.analysis.weights import find_weights
 from graphopt.errors import CompressionError
-from graphopt.ir.annotations import WeightAnnotation, findings_of, keep_findings, palette_annotation
+from graphopt.ir.annotations import WeightAnnotation, palette_annotation
 from graphopt.ir.editor import Editor
 from graphopt.numerics.parallel import map_tasks
 from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.pass_base import Pass
+from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.progress import track
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 from graphopt.schemes.rewrite import replace_weight

@@ -11,10 +11,11 @@ from typing_extensions import override
 
 from graphopt.analysis.weights import find_weights
 from graphopt.errors import CompressionError
-from graphopt.ir.annotations import findings_of, keep_findings, pruning_annotation
+from graphopt.ir.annotations import pruning_annotation
 from graphopt.ir.editor import Editor
 from graphopt.passes.annotate_pruning import AnnotatePruning
 from graphopt.passes.pass_base import Pass
+from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.schemes.prune import mask_of, prune
 from graphopt.schemes.rewrite import replace_weight
 

@@ -17,12 +17,12 @@ from graphopt.compressors.calibration import (
 )
 from graphopt.errors import CalibrationError, InputError
 from graphopt.fitting.sensitivity import LossFn, load_sensitivities
-from graphopt.ir.annotations import keep_findings
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes import AnnotatePalettization, cluster_annotated
 from graphopt.passes.pass_base import Pass
+from graphopt.prepared.findings import keep_findings
 from graphopt.progress import track
 from graphopt.run.layerwise import as_batch
 

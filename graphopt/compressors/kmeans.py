@@ -29,12 +29,13 @@ from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.errors import StateError
 from graphopt.fitting.sensitivity import LossFn, save_sensitivities
-from graphopt.ir.annotations import findings_of, keep_findings, record, record_of
+from graphopt.ir.annotations import record, record_of
 from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionRecord
 from graphopt.passes import FakePalettize
 from graphopt.passes.pass_manager import run_passes
+from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.progress import track
 from graphopt.run.layerwise import as_batch
 from graphopt.schemes.palettize import PalettizedWeight

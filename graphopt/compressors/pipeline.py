@@ -13,7 +13,6 @@ from torch.export import ExportedProgram
 from graphopt.backends.lowering import as_program
 from graphopt.compressors.compressed_program import CompressedProgram, compressed
 from graphopt.errors import InputError
-from graphopt.ir.annotations import keep_findings
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import PassResult
 from graphopt.passes.pass_manager import (
@@ -23,6 +22,7 @@ from graphopt.passes.pass_manager import (
     check_order,
     name_of,
 )
+from graphopt.prepared.findings import keep_findings
 
 __all__ = ["PausedRun", "Pipeline"]
 
@@ -206,7 +206,7 @@ class PausedRun:
             program: What to go on with, rewritten in place: a copy of `program` with tensors that a
                 training has moved; None is a copy as it is.
             passes: Each takes the place of the waiting one of its name.
-            results: Fields of `graphopt.ir.annotations.Findings`.
+            results: Fields of `graphopt.prepared.findings.Findings`.
 
         Raises:
             InputError: No pass of that name waits.

@@ -6,9 +6,9 @@ never by node, so that copies of a graph keep them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Generic, TypeVar, cast
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar, cast
 
 from torch import fx
 
@@ -19,7 +19,6 @@ from graphopt.specs.model import SpecModel
 
 __all__ = [
     "ActivationPoint",
-    "Findings",
     "WeightAnnotation",
     "annotate_dropout",
     "annotate_input",
@@ -31,11 +30,11 @@ __all__ = [
     "clear_notes",
     "describe_annotations",
     "dropout_rate",
-    "findings_of",
     "forget_record",
+    "hand_on",
+    "handed_on",
     "input_points",
     "is_fused_norm",
-    "keep_findings",
     "keep_neutral_graph",
     "move_output",
     "neutral_graph_of",
@@ -209,39 +208,14 @@ def describe_annotations(node: fx.Node) -> str:
     return "; ".join(parts)
 
 
-@dataclass(frozen=True)
-class Findings:
-    """What passes with data found out for those that rewrite.
-
-    Attributes:
-        palettes: Name of a weight → its `PalettizedWeight`.
-        sensitivities: Name of a weight → weight of each element's squared error.
-        masks: Name of a weight → where its elements stay.
-        prepared: The graph with quantizers that have observed its activations.
-        scales: Sharing group of activations → scale and offset.
-        quantizers: Name of a weight → the `WeightQuantizer` that was trained for it.
-        reference: The graph before compression.
-        fitted_to_outputs: Whether every palette was fitted to the outputs of its layer.
-    """
-
-    palettes: Mapping[str, Any] = field(default_factory=dict)
-    sensitivities: Mapping[str, Any] = field(default_factory=dict)
-    masks: Mapping[str, Any] = field(default_factory=dict)
-    prepared: Any = None
-    scales: Mapping[str, Any] = field(default_factory=dict)
-    quantizers: Mapping[str, Any] = field(default_factory=dict)
-    reference: Any = None
-    fitted_to_outputs: bool = False
+def hand_on(gm: fx.GraphModule, value: object) -> None:
+    """Leave what was found out for later passes (`graphopt.prepared.findings`); it is not saved."""
+    gm.meta[_FINDINGS] = value
 
 
-def findings_of(gm: fx.GraphModule) -> Findings:
-    """What earlier passes left for later ones."""
-    return cast("Findings", gm.meta.get(_FINDINGS, Findings()))
-
-
-def keep_findings(gm: fx.GraphModule, **findings: Any) -> None:
-    """Leave something for later passes."""
-    gm.meta[_FINDINGS] = replace(findings_of(gm), **findings)
+def handed_on(gm: fx.GraphModule) -> object | None:
+    """What earlier passes left, if any did."""
+    return cast("object | None", gm.meta.get(_FINDINGS))
 
 
 def record_of(gm: fx.GraphModule) -> CompressionRecord:

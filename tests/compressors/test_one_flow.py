@@ -16,7 +16,6 @@ from graphopt import pipelines
 from graphopt.compressors.base import Compressor
 from graphopt.compressors.options import CompressKeywords, CompressOptions
 from graphopt.errors import CalibrationError, InputError, StateError
-from graphopt.ir.annotations import findings_of
 from graphopt.palettization import (
     DKMPalettizer,
     KMeansPalettizer,
@@ -25,6 +24,7 @@ from graphopt.palettization import (
     PalettizationSpec,
 )
 from graphopt.passes import FoldBatchNorm, PalettizeWeights
+from graphopt.prepared.findings import findings_of
 from graphopt.pruning import MagnitudePruner
 from graphopt.quantization import (
     ModuleQuantizerConfig,

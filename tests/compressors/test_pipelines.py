@@ -13,13 +13,14 @@ from torch.fx.passes.infra import pass_manager as fx_passes
 import graphopt
 from graphopt import pipelines
 from graphopt.errors import InputError, PassError
-from graphopt.ir.annotations import findings_of, passes_run
+from graphopt.ir.annotations import passes_run
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.palettization import KMeansPalettizerConfig
 from graphopt.passes import PalettizeWeights
 from graphopt.passes.pass_base import Pass, PassResult
 from graphopt.pipelines import PassManager, Pipeline
+from graphopt.prepared.findings import findings_of
 
 
 class Net(nn.Module):

@@ -15,10 +15,8 @@ from graphopt.ir.annotations import (
     annotate_norm,
     clear_notes,
     dropout_rate,
-    findings_of,
     forget_record,
     is_fused_norm,
-    keep_findings,
     note_pass,
     notes_of,
     passes_provided,
@@ -29,6 +27,7 @@ from graphopt.ir.annotations import (
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.records import ActivationRecord, CompressionRecord, TensorRecord
+from graphopt.prepared.findings import findings_of, keep_findings
 
 
 @pytest.fixture
