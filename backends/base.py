@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.analysis.stored_values import find_quantized_weights, stored_values
 from graphopt.backends.delegate import Delegate
+from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.registry import Target, target_of_class
 from graphopt.errors import ArtifactExistsError, InputError, LoweringError, StateError
 from graphopt.files import replaced
@@ -28,7 +29,6 @@ __all__ = [
     "Backend",
     "Capabilities",
     "Verification",
-    "check_precision",
     "compare_outputs",
     "expected_outputs",
     "match_inputs",
@@ -184,10 +184,14 @@ class Backend(ABC):
     Attributes:
         name: Its name in messages.
         capabilities: What it can hold.
+        options: What `lower` takes as keywords.
+        delegate_type: The target as a delegate inside ExecuTorch programs, where it is one.
     """
 
     name: ClassVar[str]
     capabilities: ClassVar[Capabilities]
+    options: ClassVar[type[TargetOptions]] = TargetOptions
+    delegate_type: ClassVar[type[Delegate] | None] = None
 
     @property
     def target(self) -> Target:
@@ -214,8 +218,13 @@ class Backend(ABC):
     def lower(self, program: Program, **options: Any) -> Artifact:
         """Translate a program in our vocabulary.
 
+        Args:
+            program: It is not changed.
+            options: Fields of the target's `options`.
+
         Raises:
-            LoweringError: The target cannot hold it; raised before any file is written.
+            LoweringError: There is no such option, or the target cannot hold the program; raised
+                before any file is written.
         """
 
     @abstractmethod
@@ -237,7 +246,14 @@ class Backend(ABC):
         Raises:
             LoweringError: It is none.
         """
-        raise LoweringError(f"{self.name} is no delegate of ExecuTorch programs")
+        if self.delegate_type is None:
+            raise LoweringError(f"{self.name} is no delegate of ExecuTorch programs")
+        return self.delegate_type(read_options(self.options, self.name, options))
+
+    def options_among(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Those of the given options that `lower` takes together."""
+        known = [field.name for field in fields(self.options)]
+        return {name: value for name, value in given.items() if name in known}
 
     def refuse_unsupported(self, program: Program, **options: Any) -> None:
         """Raise once with everything that the target cannot hold.
@@ -319,16 +335,6 @@ def compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tupl
         worst = float(gap.max()) if gap.numel() else 0.0
         errors.append(worst / scale if scale > 0 else worst)
     return tuple(errors)
-
-
-def check_precision(precision: str) -> None:
-    """Refuse what is no type to compute in.
-
-    Raises:
-        LoweringError: It is neither "float32" nor "float16".
-    """
-    if precision not in ("float32", "float16"):
-        raise LoweringError(f"precision must be 'float32' or 'float16', got {precision!r}")
 
 
 def named_inputs(

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 from torch.export import ExportedProgram
 
+from graphopt.backends.options import TargetOptions
 from graphopt.ir.program import Program
 
 __all__ = ["Delegate", "Payload"]
@@ -29,14 +30,17 @@ class Payload:
     named: Mapping[str, bytes] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
 class Delegate(ABC):
     """A target's part in lowering to ExecuTorch, and in evaluating what was written.
 
     Attributes:
         id: The delegate's name in a .pte.
+        options: Those of the target.
     """
 
     id: ClassVar[str]
+    options: TargetOptions
 
     @abstractmethod
     def export(self, program: Program) -> ExportedProgram:

@@ -4,35 +4,34 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.export import ExportedProgram
 from typing_extensions import override
 
-from graphopt.backends.coreai.backend import CoreAIBackend, run_asset
+from graphopt.backends.coreai.check import run_asset
+from graphopt.backends.coreai.lower import legal_export
+from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.delegate import Delegate, Payload
 from graphopt.extras import require
+from graphopt.ir.program import Program
 
 __all__ = ["CoreAIDelegate"]
 
 
 @dataclass(frozen=True)
 class CoreAIDelegate(Delegate):
-    """Lower to ExecuTorch's Core AI delegate; its payload is an .aimodel.
-
-    Attributes:
-        precision: "float16" casts floats, inputs and outputs too, to 16 bits.
-    """
+    """Lower to ExecuTorch's Core AI delegate; its payload is an .aimodel."""
 
     id: ClassVar[str] = "CoreAIBackend"
-    precision: Literal["float32", "float16"] = "float32"
+    options: CoreAIOptions = field(default_factory=CoreAIOptions)
 
     @override
-    def export(self, program: Any) -> ExportedProgram:
-        return CoreAIBackend().legal_export(program, self.precision)
+    def export(self, program: Program) -> ExportedProgram:
+        return legal_export(program, self.options.precision)
 
     @override
     def partitioner(self) -> Any:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from typing_extensions import override
 
-from graphopt.backends.base import check_precision
-from graphopt.backends.coreml.backend import CoreMLBackend, Target
 from graphopt.backends.coreml.evaluate import evaluate, load_program
+from graphopt.backends.coreml.lower import legal_export
+from graphopt.backends.coreml.options import CoreMLOptions
 from graphopt.backends.delegate import Delegate, Payload
 from graphopt.backends.quiet import quiet
 from graphopt.errors import VerificationError
 from graphopt.extras import require
 from graphopt.ir.editor import Editor
+from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
 
 __all__ = ["CoreMLDelegate", "OneLookupPerReader"]
@@ -61,23 +62,14 @@ class OneLookupPerReader(Pass):
 
 @dataclass(frozen=True)
 class CoreMLDelegate(Delegate):
-    """Lower to ExecuTorch's Core ML delegate; its payload is an .mlpackage.
-
-    Attributes:
-        minimum_deployment_target: As for the Core ML backend.
-        precision: Type in which Core ML computes.
-    """
+    """Lower to ExecuTorch's Core ML delegate; its payload is an .mlpackage."""
 
     id: ClassVar[str] = "CoreMLBackend"
-    minimum_deployment_target: Target = "iOS18"
-    precision: Literal["float16", "float32"] = "float16"
+    options: CoreMLOptions = field(default_factory=CoreMLOptions)
 
     @override
-    def export(self, program: Any) -> ExportedProgram:
-        check_precision(self.precision)
-        return CoreMLBackend().legal_export(
-            program, self.minimum_deployment_target, OneLookupPerReader()
-        )
+    def export(self, program: Program) -> ExportedProgram:
+        return legal_export(program, self.options.minimum_deployment_target, OneLookupPerReader())
 
     @override
     def partitioner(self) -> Any:
@@ -90,8 +82,8 @@ class CoreMLDelegate(Delegate):
         # the pass that is left out reorders quantized tables into forms that later ones cannot shape
         left_out = "common::canonicalize_quantized_lut_pattern"
         specs = Compiler.generate_compile_specs(
-            minimum_deployment_target=getattr(ct.target, self.minimum_deployment_target),
-            compute_precision=getattr(ct.precision, self.precision.upper()),
+            minimum_deployment_target=getattr(ct.target, self.options.minimum_deployment_target),
+            compute_precision=getattr(ct.precision, self.options.precision.upper()),
             pass_names=[name for name in ct.PassPipeline.DEFAULT.passes if name != left_out],
         )
         return CoreMLPartitioner(compile_specs=specs, lower_full_graph=True)

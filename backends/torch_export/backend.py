@@ -20,7 +20,9 @@ from graphopt.backends.base import (
     expected_outputs,
     stored_weights,
 )
-from graphopt.errors import LoweringError, VerificationError
+from graphopt.backends.options import TargetOptions, read_options
+from graphopt.backends.torch_export.options import TorchOptions
+from graphopt.errors import VerificationError
 from graphopt.ir.ops import STORAGE_BITS
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import RemoveUnused
@@ -66,6 +68,8 @@ class TorchBackend(Backend):
         activation_types=tuple(STORAGE_BITS),
     )
 
+    options: ClassVar[type[TargetOptions]] = TorchOptions
+
     @override
     def unsupported(self, program: Program) -> list[str]:
         return []
@@ -75,23 +79,24 @@ class TorchBackend(Backend):
         return ()
 
     @override
-    def lower(self, program: Program, *, dynamic: bool = True, **options: Any) -> TorchArtifact:
+    def lower(self, program: Program, **options: Any) -> TorchArtifact:
         """Export a program.
 
         Args:
             program: In our vocabulary.
-            dynamic: Leave the dimensions open that the graph leaves open.
-            options: None are known.
+            options: Fields of `TorchOptions`.
 
         Raises:
             LoweringError: An option is unknown.
         """
-        if options:
-            raise LoweringError(f"Torch has no option {sorted(options)}; there is 'dynamic'")
+        chosen = read_options(TorchOptions, self.name, options)
         neutral = program.copy()
         run_passes(neutral.graph_module, [RemoveUnused()])
         exported = export_graph(
-            neutral.graph_module, program.example_args, program.example_kwargs, dynamic=dynamic
+            neutral.graph_module,
+            program.example_args,
+            program.example_kwargs,
+            dynamic=chosen.dynamic,
         )
         return TorchArtifact(self, program, exported)
 

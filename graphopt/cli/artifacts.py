@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import typer
 
@@ -14,14 +14,10 @@ from graphopt.backends.registry import NEUTRAL, Target, target_of_suffix, target
 from graphopt.cli.common import is_stream, scratch_folder, to_stdout
 
 __all__ = [
-    "Delegate",
     "Limit",
-    "Precision",
-    "Tables",
     "backend_of",
     "check_limit",
     "check_output",
-    "options_of",
     "plain",
     "sentence",
     "write",
@@ -30,18 +26,6 @@ __all__ = [
 Limit = Annotated[
     float | None,
     typer.Option(help="Fail (exit code 8) above this max|a−b|/max|b| of the outputs."),
-]
-Precision = Annotated[
-    Literal["float32", "float16"] | None,
-    typer.Option(help="Float type of the artifact; the target's own default when omitted."),
-]
-Delegate = Annotated[
-    Literal["xnnpack", "portable", "coreml", "coreai"] | None,
-    typer.Option(help="For .pte: what computes; xnnpack when omitted."),
-]
-Tables = Annotated[
-    Literal["auto", "dense", "int8", "compressed"] | None,
-    typer.Option(help="For .pte with xnnpack or portable: what becomes of lookup tables."),
 ]
 
 
@@ -90,20 +74,6 @@ def check_report(path: Path, suffixes: Sequence[str], *, overwrite: bool) -> Non
         raise errors.ConfigError(f"{path.name} must end in {' or '.join(suffixes)}")
     if path.exists() and not overwrite:
         raise errors.ArtifactExistsError(f"{path} exists; pass --overwrite to replace it")
-
-
-def options_of(
-    target: str, precision: str | None, delegate: str | None, tables: str | None
-) -> dict[str, Any]:
-    """Options of `graphopt.lower` that were given and that the target has."""
-    given: dict[str, Any] = {}
-    if target == "executorch":
-        given = {"delegate": delegate, "tables": tables}
-        if delegate in ("coreml", "coreai"):
-            given["precision"] = precision
-    elif target != "torch":
-        given = {"precision": precision}
-    return {key: value for key, value in given.items() if value is not None}
 
 
 def write(artifact: Artifact, output: Path, *, overwrite: bool) -> None:

@@ -11,18 +11,15 @@ from typing import Annotated, Any
 import typer
 
 from graphopt import pipelines
+from graphopt.backends import load_backend
 from graphopt.backends.base import Artifact
 from graphopt.backends.lowering import as_program, lower
 from graphopt.backends.registry import ExportBackend, Target
 from graphopt.cli.artifacts import (
-    Delegate,
     Limit,
-    Precision,
-    Tables,
     check_limit,
     check_output,
     check_report,
-    options_of,
     plain,
     sentence,
     write,
@@ -30,6 +27,7 @@ from graphopt.cli.artifacts import (
 from graphopt.cli.common import ERR, OUT, Json, Model, is_stream, print_json
 from graphopt.cli.mixed_precision import BatchSize, is_recipe, read_data
 from graphopt.cli.options import Fields, Given
+from graphopt.cli.target_options import TargetFields
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.joint import AnyConfig
 from graphopt.compressors.options import CompressOptions
@@ -52,9 +50,6 @@ class OutputOptions(Options):
     Attributes:
         output: Where to write; - is a .pt2 on standard output.
         backend: Target; the output's suffix decides when omitted.
-        precision: See `Precision`.
-        delegate: See `Delegate`.
-        tables: See `Tables`.
         verify: Evaluate what was saved and compare.
         overwrite: Replace the output.
         max_error: See `Limit`.
@@ -63,18 +58,10 @@ class OutputOptions(Options):
 
     output: Annotated[Path, typer.Option("--output", "-o")]
     backend: ExportBackend | None = None
-    precision: Precision = None
-    delegate: Delegate = None
-    tables: Tables = None
     verify: bool = True
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False
     max_error: Limit = None
     as_json: Json = False
-
-    def lower(self, program: Program, target: Target) -> Artifact:
-        """The program in the form of its target."""
-        given = options_of(target, self.precision, self.delegate, self.tables)
-        return lower(program, target, **given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,6 +104,7 @@ def compress(
         ),
     ],
     to: OutputOptions,
+    form: Annotated[Given, TargetFields()],
     calibration: CalibrationFiles,
     how: Annotated[Given, Fields(CompressOptions, "on_unmatched", "seed")],
     watch: WatchOptions,
@@ -138,7 +126,7 @@ def compress(
     pipeline = pipelines.joint(wanted, batches, backend=target, progress=progress, **how)
     program = pipeline.run(original, dump_dir=watch.dump_passes, verify=watch.verify_passes)
     table = as_stored(program, target)
-    artifact = to.lower(program, target)
+    artifact = _lowered(program, target, form)
     write(artifact, to.output, overwrite=to.overwrite)
     outcome = artifact.verify() if to.verify else None
     seconds = time.perf_counter() - started
@@ -171,10 +159,10 @@ def compress(
     check_limit(outcome, to.max_error)
 
 
-def lower_program(model: Model, to: OutputOptions) -> None:
+def lower_program(model: Model, to: OutputOptions, form: Annotated[Given, TargetFields()]) -> None:
     """Write a program, compressed or not, for a target."""
     target = check_output(to.output, to.backend, overwrite=to.overwrite)
-    artifact = to.lower(as_program(model), target)
+    artifact = _lowered(as_program(model), target, form)
     write(artifact, to.output, overwrite=to.overwrite)
     outcome = artifact.verify() if to.verify else None
     stream = is_stream(to.output)
@@ -188,6 +176,11 @@ def lower_program(model: Model, to: OutputOptions) -> None:
         if outcome is not None:
             console.print(sentence(outcome))
     check_limit(outcome, to.max_error)
+
+
+def _lowered(program: Program, target: Target, form: Given) -> Artifact:
+    """The program in the form of its target, which takes its own of the options."""
+    return lower(program, target, **load_backend(target).options_among(form))
 
 
 def _config(path: Path) -> AnyConfig:

@@ -13,6 +13,7 @@ import typer
 from typer.models import OptionInfo, ParameterInfo
 
 from graphopt.backends.registry import ExportBackend
+from graphopt.cli.target_options import TargetFields
 from graphopt.errors import ConfigError
 from graphopt.specs.model import SpecModel
 from graphopt.specs.options import Options, field_help
@@ -151,7 +152,7 @@ def shell_command(function: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(function, include_extras=True)
     parameters: list[inspect.Parameter] = []
-    groups: dict[str, Fields | _Group] = {}
+    groups: dict[str, Fields | TargetFields | _Group] = {}
     for parameter in inspect.signature(function).parameters.values():
         group = _group_of(hints[parameter.name])
         if group is None:
@@ -170,10 +171,12 @@ def shell_command(function: Callable[..., None]) -> Callable[..., None]:
     return command
 
 
-def _group_of(hint: Any) -> Fields | _Group | None:
+def _group_of(hint: Any) -> Fields | TargetFields | _Group | None:
     if isinstance(hint, type) and issubclass(hint, Options):
         return _Group(hint)
-    return next((each for each in get_args(hint)[1:] if isinstance(each, Fields)), None)
+    return next(
+        (each for each in get_args(hint)[1:] if isinstance(each, Fields | TargetFields)), None
+    )
 
 
 def _info(hint: Any, text: str) -> Any:

@@ -1,0 +1,33 @@
+"""Options of lowering to Core AI."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from graphopt.backends.options import TargetOptions, check_precision, in_shell
+
+__all__ = ["CoreAIOptions"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreAIOptions(TargetOptions):
+    """What Core AI's `lower` takes.
+
+    Attributes:
+        precision: "float16" casts floats, inputs and outputs too, to 16 bits (`graphopt.casting`).
+
+    Raises:
+        LoweringError: There is no such precision.
+    """
+
+    precision: Literal["float32", "float16"] = field(
+        default="float32",
+        metadata=in_shell(
+            ("float32", "float16"),
+            "Float type of the artifact; the target's own default when omitted.",
+        ),
+    )
+
+    def __post_init__(self) -> None:
+        check_precision(self.precision)

@@ -1,0 +1,76 @@
+"""Turn programs into what coremltools converts."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+from torch.export import ExportedProgram
+
+from graphopt.analysis.quantized import quantized_ops
+from graphopt.backends.coreml.decompose import decompose_for_coreml
+from graphopt.backends.coreml.lowerings import register_lowerings
+from graphopt.backends.coreml.refusals import PACKED, refusals
+from graphopt.backends.quiet import quiet
+from graphopt.errors import LoweringError
+from graphopt.ir.program import Program, export_graph
+from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnused
+from graphopt.passes.pass_base import Pass
+from graphopt.passes.pass_manager import run_passes
+
+__all__ = ["TABLE_TYPES", "legal_export", "legal_passes", "small_constants_once"]
+
+TABLE_TYPES = ("int2", "uint2", "int3", "uint3", "int6", "uint6")
+
+
+def legal_passes() -> tuple[Pass, ...]:
+    """What turns our vocabulary into what coremltools is taught to translate."""
+    with quiet("coremltools"):
+        register_lowerings()
+    tables = frozenset(TABLE_TYPES)
+    return (DequantizeToShiftScale(), IntegersToTables(tables))
+
+
+def legal_export(program: Program, target: str, *last: Pass) -> ExportedProgram:
+    """The program in ops that coremltools translates.
+
+    Args:
+        program: In our vocabulary.
+        target: Deployment target.
+        last: Passes to run last.
+
+    Raises:
+        LoweringError: The deployment target cannot hold the program.
+    """
+    if target in ("iOS16", "iOS17"):
+        reasons = refusals(program, PACKED, target)
+        if reasons:
+            raise LoweringError("Core ML cannot hold this program:\n" + "\n".join(reasons))
+    quantized_ops()
+    register_lowerings()
+    legal = program.copy()
+    run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused(), *last])
+    with torch.no_grad():
+        return decompose_for_coreml(
+            export_graph(legal.graph_module, program.example_args, program.example_kwargs)
+        )
+
+
+@contextlib.contextmanager
+def small_constants_once() -> Iterator[None]:
+    """Let coremltools keep one copy of equal strides, paddings and the like.
+
+    They are a third of a program's text. Its pass has the threshold as a class attribute, which is
+    put back.
+    """
+    from coremltools.converters.mil.mil.passes.defs.cleanup.const_deduplication import (
+        const_deduplication,
+    )
+
+    before = const_deduplication._const_threshold
+    const_deduplication._const_threshold = 1
+    try:
+        yield
+    finally:
+        const_deduplication._const_threshold = before
