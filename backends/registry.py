@@ -1,4 +1,8 @@
-"""The registry of targets: one row each, read by everything that names or offers them."""
+"""The registry of targets: one row each, read by everything that names or offers them.
+
+A target is a folder beside this file with a `Backend` in it, a row of `ExportBackend`, an extra in
+pyproject.toml (and the folder's name in the two lists of packages there), and a folder of tests.
+"""
 
 from __future__ import annotations
 
