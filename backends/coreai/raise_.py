@@ -67,6 +67,32 @@ class RaiseFromCoreAI(Pass):
                 raise_activation(edit, node)
 
 
+@dataclass(frozen=True)
+class _Lookup:
+    """A lookup in our form, without its table.
+
+    Attributes:
+        base: Name of the weight.
+        packed: Its codes.
+        lut: The table as Core AI holds it, without padding.
+        n_bits: Width of a code.
+        shape: Of the dense weight.
+        vector_axis: The axis along which entries lie, () for entries of one element.
+    """
+
+    base: str
+    packed: fx.Node
+    lut: Tensor
+    n_bits: int
+    shape: list[int]
+    vector_axis: tuple[int, ...]
+
+    def dense(self, edit: Editor, table: fx.Node, like: fx.Node) -> fx.Node:
+        """The dense weight that the codes pick from `table`, in the place of `like`."""
+        described = (self.n_bits, self.shape, *self.vector_axis)
+        return edit.call(_ops.lut_to_dense.default, self.packed, table, *described, like=like)
+
+
 def _raise_lookup(edit: Editor, node: fx.Node) -> None:
     indices_node, lut_node, axis = node.args
     assert isinstance(indices_node, fx.Node)
@@ -78,119 +104,91 @@ def _raise_lookup(edit: Editor, node: fx.Node) -> None:
     shape = [size * length if i == axis else size for i, size in enumerate(codes.shape)]
     base = str(indices_node.target).removesuffix("_indices")
     packed = edit.constant(f"{base}_indices", pack(codes, n_bits), like=node)
-    extra = (axis,) if length > 1 else ()
+    lookup = _Lookup(base, packed, lut, n_bits, shape, (axis,) if length > 1 else ())
     scaling = _dequantize_behind(node) if lut.dtype in _STORAGE else None
     if scaling is None:
         table = edit.constant(f"{base}_lut", lut, like=node)
-        dense = edit.call(
-            _ops.lut_to_dense.default, packed, table, n_bits, shape, *extra, like=node
-        )
-        edit.replace(node, dense)
+        edit.replace(node, lookup.dense(edit, table, node))
     else:
-        dense = _raise_quantized(edit, scaling, base, packed, lut, n_bits, shape, extra)
+        dense = _raise_quantized(edit, scaling, lookup)
         edit.replace(scaling, dense)
         edit.erase(node)
     for old in (indices_node, lut_node):
         edit.drop(old)
 
 
-def _raise_quantized(
-    edit: Editor,
-    scaling: fx.Node,
-    base: str,
-    packed: fx.Node,
-    lut: Tensor,
-    n_bits: int,
-    shape: list[int],
-    extra: tuple[int, ...],
-) -> fx.Node:
+def _raise_quantized(edit: Editor, scaling: fx.Node, lookup: _Lookup) -> fx.Node:
     scale_node, zero_node = scaling.args[1], scaling.args[2] if len(scaling.args) > 2 else None
     assert isinstance(scale_node, fx.Node)
     scale = edit.value(scale_node)
     zero = edit.value(zero_node) if isinstance(zero_node, fx.Node) else None
-    tables = list(lut.shape[:-2])
+    tables = list(lookup.lut.shape[:-2])
     on_table = list(scale.shape) == tables
     table_shape = [*tables, 1, 1]
     if zero is not None and not on_table and not bool((zero == zero.flatten()[0]).all()):
         # integers of a width without a type of its own: the scales stay behind the lookup
-        return _raise_integers(edit, scaling, base, packed, lut, n_bits, shape, extra)
+        return _raise_integers(edit, scaling, lookup)
     if on_table:
         table_scale = scale.reshape(table_shape)
         offset = None if zero is None else zero.reshape(table_shape)
     else:
         table_scale = torch.ones(table_shape, dtype=scale.dtype)
         offset = None if zero is None else zero.flatten()[0].expand(table_shape).contiguous()
-    if offset is not None and not offset.any():
-        offset = None
-    data = edit.constant(
-        f"{base}_lut", lut.contiguous().reshape(-1).view(torch.uint8), like=scaling
-    )
-    factors = edit.constant(f"{base}_lut_scale", table_scale.contiguous(), like=scaling)
-    zeros = None
-    if offset is not None:
-        zeros = edit.constant(f"{base}_lut_offset", offset.contiguous(), like=scaling)
-    table = edit.call(
-        _ops.shift_scale.default,
-        data,
-        factors,
-        zeros,
-        _STORAGE[lut.dtype],
-        list(lut.shape),
-        scale.dtype,
-        like=scaling,
-    )
-    dense = edit.call(_ops.lut_to_dense.default, packed, table, n_bits, shape, *extra, like=scaling)
+    dense = lookup.dense(edit, _scaled_table(edit, scaling, lookup, table_scale, offset), scaling)
     if not on_table:
-        channel = edit.constant(f"{base}_channel_scale", scale.detach().clone(), like=scaling)
-        dense = edit.call(
-            _ops.shift_scale.default,
-            dense,
-            channel,
-            None,
-            "float",
-            shape,
-            scale.dtype,
-            like=scaling,
-        )
-    for old in (scale_node, zero_node):
-        if isinstance(old, fx.Node) and set(old.users) == {scaling}:
-            scaling.replace_input_with(old, dense)
-            edit.drop(old)
+        name = f"{lookup.base}_channel_scale"
+        channel = edit.constant(name, scale.detach().clone(), like=scaling)
+        dense = _scaled(edit, scaling, (dense, channel, None), scale.dtype)
+    _drop_operands(edit, scaling, dense)
     return dense
 
 
-def _raise_integers(
-    edit: Editor,
-    scaling: fx.Node,
-    base: str,
-    packed: fx.Node,
-    lut: Tensor,
-    n_bits: int,
-    shape: list[int],
-    extra: tuple[int, ...],
+def _scaled_table(
+    edit: Editor, scaling: fx.Node, lookup: _Lookup, scale: Tensor, offset: Tensor | None
 ) -> fx.Node:
+    """The narrow table with its scales in front of the lookup."""
+    lut, base = lookup.lut, lookup.base
+    narrow = lut.contiguous().reshape(-1).view(torch.uint8)
+    data = edit.constant(f"{base}_lut", narrow, like=scaling)
+    factors = edit.constant(f"{base}_lut_scale", scale.contiguous(), like=scaling)
+    zeros = None
+    if offset is not None and offset.any():
+        zeros = edit.constant(f"{base}_lut_offset", offset.contiguous(), like=scaling)
+    described = (_STORAGE[lut.dtype], list(lut.shape), scale.dtype)
+    return edit.call(_ops.shift_scale.default, data, factors, zeros, *described, like=scaling)
+
+
+def _raise_integers(edit: Editor, scaling: fx.Node, lookup: _Lookup) -> fx.Node:
     scale_node, zero_node = scaling.args[1], scaling.args[2]
     assert isinstance(scale_node, fx.Node)
     assert isinstance(zero_node, fx.Node)
-    table = edit.constant(f"{base}_lut", lut.contiguous(), like=scaling)
-    whole = edit.call(_ops.lut_to_dense.default, packed, table, n_bits, shape, *extra, like=scaling)
+    base = lookup.base
+    table = edit.constant(f"{base}_lut", lookup.lut.contiguous(), like=scaling)
+    whole = lookup.dense(edit, table, scaling)
     scale = edit.constant(f"{base}_factor", edit.value(scale_node).clone(), like=scaling)
     zero = edit.constant(f"{base}_zeros", edit.value(zero_node).clone(), like=scaling)
-    dense = edit.call(
-        _ops.shift_scale.default,
-        whole,
-        scale,
-        zero,
-        "float",
-        shape,
-        scaling.meta["val"].dtype,
-        like=scaling,
-    )
-    for old in (scale_node, zero_node):
-        if set(old.users) == {scaling}:
+    dense = _scaled(edit, scaling, (whole, scale, zero), scaling.meta["val"].dtype)
+    _drop_operands(edit, scaling, dense)
+    return dense
+
+
+def _scaled(
+    edit: Editor,
+    node: fx.Node,
+    operands: tuple[fx.Node, fx.Node, fx.Node | None],
+    dtype: torch.dtype,
+) -> fx.Node:
+    """A dense weight times its scales, in the place of `node`; operands are weight, scale, offset."""
+    shape = list(operands[0].meta["val"].shape)
+    return edit.call(_ops.shift_scale.default, *operands, "float", shape, dtype, like=node)
+
+
+def _drop_operands(edit: Editor, scaling: fx.Node, dense: fx.Node) -> None:
+    """Drop scales and zero points that nothing else reads."""
+    for old in scaling.args[1:3]:
+        if isinstance(old, fx.Node) and set(old.users) == {scaling}:
             scaling.replace_input_with(old, dense)
             edit.drop(old)
-    return dense
 
 
 def _raise_sparse(edit: Editor, node: fx.Node) -> None:
@@ -207,18 +205,8 @@ def _raise_sparse(edit: Editor, node: fx.Node) -> None:
 def _raise_channel_scale(edit: Editor, node: fx.Node) -> None:
     dense, scale = node.args[0], node.args[1]
     assert isinstance(dense, fx.Node)
-    value = node.meta["val"]
-    scaled = edit.call(
-        _ops.shift_scale.default,
-        dense,
-        scale,
-        None,
-        "float",
-        list(dense.meta["val"].shape),
-        value.dtype,
-        like=node,
-    )
-    edit.replace(node, scaled)
+    assert isinstance(scale, fx.Node)
+    edit.replace(node, _scaled(edit, node, (dense, scale, None), node.meta["val"].dtype))
 
 
 def _dequantize_behind(node: fx.Node) -> fx.Node | None:

@@ -47,7 +47,7 @@ def raise_weight(edit: Editor, node: fx.Node) -> None:
         lowest = 0 if storage.startswith("u") else -(2 ** (bits - 1))
         wide = edit.value(low_node).to(torch.float32) / scale.to(torch.float32)
         offset = lowest - wide
-    dense = _plain(edit, node, name, stored, scale, zero, storage, out)
+    dense = _plain(edit, node, name, stored, scale, zero, storage)
     if dense is None or low_node is not None:
         packed = edit.constant(f"{name}_quantized", _packed(stored, storage), like=node)
         factors = edit.constant(f"{name}_scale", scale.detach().clone(), like=node)
@@ -79,12 +79,11 @@ def _plain(
     scale: Tensor,
     zero: Tensor | None,
     storage: str,
-    out: torch.dtype,
 ) -> fx.Node | None:
     """The form of the ecosystem's own ops, for 8-bit integers with scales along one axis."""
     axes = [axis for axis, count in enumerate(scale.shape) if count > 1]
     fits = not axes or (len(axes) == 1 and scale.shape[axes[0]] == stored.shape[axes[0]])
-    if storage not in ("int8", "uint8") or out != torch.float32 or not fits:
+    if storage not in ("int8", "uint8") or node.meta["val"].dtype != torch.float32 or not fits:
         return None
     if scale.dtype != torch.float32 or _argument(node, 3) is not None:
         return None
