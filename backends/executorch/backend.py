@@ -150,7 +150,10 @@ class ExecuTorchBackend(Backend):
         if chosen.delegate in delegates_of_targets():
             backend = load_backend(chosen.delegate)
             backend.refuse_unsupported(program)
-            target = backend.delegate(**options)
+            try:
+                target = backend.delegate(**options)
+            except LoweringError as error:
+                raise LoweringError(f"delegate {chosen.delegate!r}: {error}") from None
             return self._emit(
                 program, chosen.delegate, _Form(target.export(program), target=target)
             )
