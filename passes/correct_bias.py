@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from graphopt.errors import CalibrationError
 from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor, operands
 from graphopt.passes.pass_base import Pass
 from graphopt.run.layerwise import LayerwiseRun, as_batch
@@ -52,11 +53,11 @@ class CorrectBias(Pass):
     def run(self, edit: Editor) -> None:
         gm = edit.gm
         assert isinstance(gm, CapturedModule)
-        exact_nodes = {node.name: node for node in self.reference.graph.nodes}
+        partners = Correspondence.by_name(gm, self.reference)
         layers = [
             node
             for node in edit.calls(*_CHANNELS_LAST, *_CHANNELS_SECOND)
-            if _is_correctable(edit, node, self.dense) and node.name in exact_nodes
+            if _is_correctable(edit, node, self.dense) and node in partners
         ]
         if not layers:
             return
@@ -64,16 +65,16 @@ class CorrectBias(Pass):
             raise CalibrationError("no data: biases cannot be corrected")
         batches = [as_batch(each) for each in self.data]
         exact = LayerwiseRun(self.reference, batches)
-        wanted: dict[str, Tensor] = {}
-        names = {node.name for node in layers}
+        wanted: dict[fx.Node, Tensor] = {}
+        measured = {partners[node] for node in layers}
         for node in self.reference.graph.nodes:
             if node.op != "output":
                 exact.step(node)
-            if node.name in names:
-                wanted[node.name] = _means(exact.values(node), node)
+            if node in measured:
+                wanted[node] = _means(exact.values(node), node)
         for node in layers:
             if len(node.args) < 3 or node.args[2] is None:
-                _add_bias(edit, node, len(wanted[node.name]))
+                _add_bias(edit, node, len(wanted[partners[node]]))
         run = LayerwiseRun(gm, batches)
         for node in list(gm.graph.nodes):
             if node.op == "output":
@@ -82,7 +83,7 @@ class CorrectBias(Pass):
                 run.step(node)
                 continue
             run.step(node, keep_inputs=True)
-            change = wanted[node.name] - _means(run.values(node), node)
+            change = wanted[partners[node]] - _means(run.values(node), node)
             bias = node.args[2]
             assert isinstance(bias, fx.Node)
             old = edit.value(bias).detach()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from graphopt.errors import CalibrationError
 from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
 from graphopt.passes.pass_base import Pass
 from graphopt.run.layerwise import LayerwiseRun, as_batch
@@ -54,17 +55,19 @@ class ReestimateBatchNorm(Pass):
         assert isinstance(gm, CapturedModule)
         run = LayerwiseRun(gm, batches)
         exact = None if self.reference is None else LayerwiseRun(self.reference, batches)
-        twins = {} if self.reference is None else _by_name(self.reference)
+        partners: Mapping[fx.Node, fx.Node] = (
+            {} if self.reference is None else Correspondence.by_name(gm, self.reference)
+        )
         upcoming = iter([] if self.reference is None else list(self.reference.graph.nodes))
         for node in list(gm.graph.nodes):
             if node.op == "output" or node.prev is norms[-1]:
                 break
-            twin = twins.get(node.name)
+            partner = partners.get(node)
             if node.target is _NORM:
-                self._renew(edit, node, run, exact, twin)
+                self._renew(edit, node, run, exact, partner)
             run.step(node)
             if exact is not None:
-                _catch_up(exact, upcoming, twin)
+                _catch_up(exact, upcoming, partner)
 
     def _renew(
         self,
@@ -72,28 +75,24 @@ class ReestimateBatchNorm(Pass):
         node: fx.Node,
         run: LayerwiseRun,
         exact: LayerwiseRun | None,
-        twin: fx.Node | None,
+        partner: fx.Node | None,
     ) -> None:
         x, mean_node, variance_node = node.args[0], node.args[3], node.args[4]
         assert isinstance(x, fx.Node)
         assert isinstance(mean_node, fx.Node)
         assert isinstance(variance_node, fx.Node)
         mean, variance = _moments(run.values(x))
-        if exact is not None and twin is not None and isinstance(twin.args[0], fx.Node):
+        if exact is not None and partner is not None and isinstance(partner.args[0], fx.Node):
             old_mean, old_variance = (
                 edit.value(each).double() for each in (mean_node, variance_node)
             )
-            before, spread = _moments(exact.values(twin.args[0]))
+            before, spread = _moments(exact.values(partner.args[0]))
             ratio = torch.where(spread > 0, variance / spread.clamp_min(1e-300), 1.0)
             mean = mean - (before - old_mean) * ratio.sqrt()
             variance = old_variance * ratio
         for constant, value in ((mean_node, mean), (variance_node, variance)):
             old = edit.value(constant)
             edit.set_value(constant, value.to(old.dtype))
-
-
-def _by_name(gm: CapturedModule) -> dict[str, fx.Node]:
-    return {node.name: node for node in gm.graph.nodes}
 
 
 def _catch_up(run: LayerwiseRun, upcoming: Iterator[fx.Node], node: fx.Node | None) -> None:

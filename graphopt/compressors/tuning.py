@@ -22,6 +22,7 @@ from typing_extensions import override
 from graphopt.analysis.partition import Block, find_blocks
 from graphopt.errors import CalibrationError
 from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
+from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor, operands
 from graphopt.ir.program import Program
 from graphopt.numerics.packing import unpack
@@ -118,13 +119,13 @@ def tune(
     targets = _compressed_ops(gm)
     if not targets:
         return tuned
-    twins = {node.name: node for node in exact.graph.nodes}
+    partners = Correspondence.by_name(gm, exact)
     runs = (LayerwiseRun(gm, batches), LayerwiseRun(exact, batches))
-    found = _merged(runs[0], _blocks(gm, targets, blocks, width), twins)
+    found = _merged(runs[0], _blocks(gm, targets, blocks, width), partners)
     generator = torch.Generator().manual_seed(seed)
     order = iter(exact.graph.nodes)
     total = steps * len(found)
-    work = _all_blocks(found, runs, twins, order, steps, learning_rate, generator)
+    work = _all_blocks(found, runs, partners, order, steps, learning_rate, generator)
     for _ in track(work, "tuning blocks", total, enabled=progress):
         pass
     return tuned
@@ -133,7 +134,7 @@ def tune(
 def _all_blocks(
     found: list[Block],
     runs: tuple[LayerwiseRun, LayerwiseRun],
-    twins: dict[str, fx.Node],
+    partners: Correspondence,
     order: Iterator[fx.Node],
     steps: int,
     learning_rate: float,
@@ -141,7 +142,7 @@ def _all_blocks(
 ) -> Iterator[None]:
     run, exact = runs
     for block in found:
-        wanted = [twins[node.name] for node in block.outputs]
+        wanted = [partners[node] for node in block.outputs]
         for node in order:
             if node.op != "output":
                 exact.step(node)
@@ -170,7 +171,7 @@ def _compressed_ops(gm: CapturedModule) -> set[fx.Node]:
     return found
 
 
-def _merged(run: LayerwiseRun, blocks: list[Block], twins: dict[str, fx.Node]) -> list[Block]:
+def _merged(run: LayerwiseRun, blocks: list[Block], partners: Correspondence) -> list[Block]:
     """Blocks whose ends exist in the reference, and which share no constant with another one."""
     readers: dict[str, list[int]] = {}
     for number, block in enumerate(blocks):
@@ -187,7 +188,7 @@ def _merged(run: LayerwiseRun, blocks: list[Block], twins: dict[str, fx.Node]) -
         pending.append(block)
         reach = max(reach, open_until[number])
         last = number + 1 == len(blocks)
-        known = all(node.name in twins for node in block.outputs)
+        known = all(node in partners for node in block.outputs)
         if (number < reach or not known) and not last:
             continue
         nodes = tuple(node for each in pending for node in each.nodes)

@@ -59,7 +59,7 @@ class LayerMoments:
 
 
 def missing_beside(
-    use: WeightUse, run: LayerwiseRun, reference: LayerwiseRun, twins: Mapping[fx.Node, fx.Node]
+    use: WeightUse, run: LayerwiseRun, reference: LayerwiseRun, partners: Mapping[fx.Node, fx.Node]
 ) -> list[tuple[Tensor, Tensor]] | None:
     """The other operand of the sum behind the op, as it should be and as it is, where known already.
 
@@ -67,7 +67,7 @@ def missing_beside(
         use: The op.
         run: The program that is being compressed.
         reference: The exact one.
-        twins: Nodes of the first → nodes of the second.
+        partners: Nodes of the first → nodes of the second.
     """
     node, shape = use.node, _shape(use.node)
     if use.form.kind == "transposed":
@@ -77,11 +77,11 @@ def missing_beside(
         if reader.target in _SUMS:
             left, right = reader.args[:2]
             other = right if left is node else left
-            if not isinstance(other, fx.Node) or reader.kwargs or other not in twins:
+            if not isinstance(other, fx.Node) or reader.kwargs or other not in partners:
                 return None
             if not run.has_run(other) or node is other or not _fits(_shape(other), shape, use):
                 return None
-            return list(zip(reference.values(twins[other]), run.values(other), strict=True))
+            return list(zip(reference.values(partners[other]), run.values(other), strict=True))
         if reader.target not in _COPIES:
             return None
         node = reader

@@ -23,6 +23,7 @@ from graphopt.fitting.layer_fit import (
 )
 from graphopt.fitting.palettize_outputs import palettize_to_outputs
 from graphopt.ir.annotations import palette_annotation
+from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.progress import track
@@ -85,16 +86,14 @@ def fit_to_outputs(
     ops = {found[0].node: name for name, found in uses.items() if len(found) == 1}
     run = LayerwiseRun(work.graph_module, batches)
     reference = LayerwiseRun(annotated.graph_module, batches)
-    twins = dict(
-        zip(work.graph_module.graph.nodes, annotated.graph_module.graph.nodes, strict=True)
-    )
+    partners = Correspondence.by_name(work.graph_module, annotated.graph_module)
     result = OutputFit({}, {}, {})
     for weight in chosen:
         if weight.name not in ops.values():
             reason = "several ops read it" if weight.name in uses else "its op has no matrix form"
             result.fallbacks[weight.name] = reason
             _keep(edit, weight, _plain(weight, None, seed), result)
-    steps = [node for node in twins if node.op != "output"]
+    steps = [node for node in partners if node.op != "output"]
     for node in track(steps, "fitting layers", len(steps), enabled=progress):
         if node in ops:
             weight, use = weights[ops[node]], uses[ops[node]][0]
@@ -104,7 +103,7 @@ def fit_to_outputs(
                 use,
                 run,
                 reference,
-                twins,
+                partners,
                 saliency,
                 spread,
                 result,
@@ -112,7 +111,7 @@ def fit_to_outputs(
                 seed,
             )
         run.step(node)
-        reference.step(twins[node])
+        reference.step(partners[node])
     return result
 
 
@@ -122,7 +121,7 @@ def _fit(
     use: WeightUse,
     run: LayerwiseRun,
     reference: LayerwiseRun,
-    twins: dict[fx.Node, fx.Node],
+    partners: Correspondence,
     saliency: Mapping[str, Sequence[Tensor]],
     spread: Mapping[str, Tensor],
     result: OutputFit,
@@ -133,8 +132,8 @@ def _fit(
     assert annotation is not None
     inputs = use.node.args[use.form.data]
     assert isinstance(inputs, fx.Node)
-    wanted = twins[inputs]
-    missing = missing_beside(use, run, reference, twins)
+    wanted = partners[inputs]
+    missing = missing_beside(use, run, reference, partners)
     if use.form.kind == "lookup":
         table, reason = _fit_lookup(
             weight,

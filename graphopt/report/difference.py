@@ -20,6 +20,7 @@ from graphopt.analysis.weights import op_names, source_of, state_operands
 from graphopt.backends.lowering import as_program
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor, operands
 from graphopt.ir.module_frames import module_frames
 from graphopt.ir.program import Program
@@ -187,7 +188,7 @@ def diff(
     if _norms(found) < _norms(exact):
         exact = first.copy().graph_module
         run_passes(exact, [FoldBatchNorm(), RemoveUnused()])
-    pairs = _pairs(exact, found)
+    pairs = list(Correspondence.by_place(exact, found, _place).items())
     if not pairs:
         raise InputError("the two programs have no op with a weight in common")
     for one, other in pairs:
@@ -223,23 +224,12 @@ def _norms(gm: fx.GraphModule) -> int:
     return len(list(Editor(gm).calls(_NORM)))
 
 
-def _pairs(first: fx.GraphModule, second: fx.GraphModule) -> list[tuple[fx.Node, fx.Node]]:
-    """Ops with weights that stand at the same place of both graphs: by module, type and order."""
-
-    def keyed(gm: fx.GraphModule) -> dict[tuple[str, str, int], fx.Node]:
-        seen: dict[tuple[str, str], int] = {}
-        found = {}
-        for node in gm.graph.nodes:
-            if not _weight_operands(node):
-                continue
-            frames = module_frames(node)
-            place = (frames[-1].name if frames else "", op_names(node)[0])
-            seen[place] = seen.get(place, -1) + 1
-            found[(*place, seen[place])] = node
-        return found
-
-    others = keyed(second)
-    return [(node, others[key]) for key, node in keyed(first).items() if key in others]
+def _place(node: fx.Node) -> tuple[str, str] | None:
+    """Module and type of an op with a weight, None for other nodes."""
+    if not _weight_operands(node):
+        return None
+    frames = module_frames(node)
+    return frames[-1].name if frames else "", op_names(node)[0]
 
 
 def _weight_operands(node: fx.Node) -> list[fx.Node]:

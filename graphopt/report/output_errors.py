@@ -53,7 +53,6 @@ class OutputErrors:
 
     def add(self, batch: Batch) -> None:
         """Run one call through both graphs."""
-        twins = dict(self.pairs)
         first = _Recorder(self.exact, {one for one, _ in self.pairs}).run_on(batch)
         second = _Recorder(self.found, {other for _, other in self.pairs}).run_on(batch)
         for one, other in self.pairs:
@@ -62,7 +61,7 @@ class OutputErrors:
             sums = self.sums[one]
             sums[0] += energy
             sums[1] += noise
-            sums[2] += errors_of(want, _alone(one, twins[one], first, second))[1]
+            sums[2] += errors_of(want, _alone(one, other, first, second))[1]
         if len(first.outputs) != len(second.outputs):
             raise InputError(
                 f"{len(first.outputs)} outputs before and {len(second.outputs)} after: the second"

@@ -43,7 +43,7 @@ def layers_by_node(
 def find_layer_blocks(
     gm: CapturedModule,
     sites: Mapping[fx.Node, LayerSite],
-    twins: Mapping[fx.Node, fx.Node],
+    partners: Mapping[fx.Node, fx.Node],
     config: RDOConfig,
 ) -> list[Block]:
     """Blocks whose outputs are known in the exact program."""
@@ -55,7 +55,7 @@ def find_layer_blocks(
     pending: list[Block] = []
     for block in found:
         pending.append(block)
-        if block is found[-1] or all(node in twins for node in block.outputs):
+        if block is found[-1] or all(node in partners for node in block.outputs):
             nodes = tuple(node for each in pending for node in each.nodes)
             targets = tuple(node for each in pending for node in each.targets)
             result.append(Block(nodes, pending[0].inputs, block.outputs, targets))

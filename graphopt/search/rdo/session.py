@@ -45,7 +45,7 @@ from graphopt.search.rdo.fits import Fitted, LayerSite, fit_layer
 from graphopt.search.rdo.graph_layers import find_layer_blocks, layers_by_node
 from graphopt.search.rdo.rounding import Rounded, round_block
 from graphopt.search.rdo.search import Costs, search_block
-from graphopt.search.rdo.walk import BlockSite, Walk, twins_of
+from graphopt.search.rdo.walk import BlockSite, Walk, partners_of
 
 __all__ = ["BlockFit", "Costs", "Session", "fits_of"]
 
@@ -152,10 +152,10 @@ class Session:
         work = exact.copy()
         if config.activations is not None:
             work = with_rounded_activations(exact, batches, config.activations, config.backend)
-        twins = twins_of(work.graph_module, exact.graph_module)
+        partners = partners_of(work.graph_module, exact.graph_module)
         sites = layers_by_node(work.graph_module, layers, config)
-        blocks = find_layer_blocks(work.graph_module, sites, twins, config)
-        ends = [[twins[node] for node in block.outputs if is_float(node)] for block in blocks]
+        blocks = find_layer_blocks(work.graph_module, sites, partners, config)
+        ends = [[partners[node] for node in block.outputs if is_float(node)] for block in blocks]
         uses = uses_of(exact.graph_module, [layer.name for layer in layers])
         curvature = Curvature(
             exact.graph_module,
@@ -373,8 +373,8 @@ class Session:
         """A pass over the blocks that begins with exact weights."""
         gm = self.work.copy().graph_module
         sites = layers_by_node(gm, self.layers, self.config)
-        twins = twins_of(gm, self.exact.graph_module)
-        blocks = find_layer_blocks(gm, sites, twins, self.config)
+        partners = partners_of(gm, self.exact.graph_module)
+        blocks = find_layer_blocks(gm, sites, partners, self.config)
         exact = self.exact.graph_module
         return Walk(exact, gm, blocks, sites, self.batches, self.curvature, self.config)
 

@@ -12,6 +12,7 @@ from graphopt.analysis.partition import Block
 from graphopt.analysis.value_facts import is_float
 from graphopt.fitting.layer_fit import missing_beside
 from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
 from graphopt.prepared import ActivationQuantizer
 from graphopt.run.block_forward import BlockForward
@@ -20,23 +21,18 @@ from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.curvature import Curvature
 from graphopt.search.rdo.fits import Fitted, LayerInputs, LayerSite, take_inputs
 
-__all__ = ["BlockSite", "Walk", "twins_of"]
+__all__ = ["BlockSite", "Walk", "partners_of"]
 
 
-def twins_of(work: CapturedModule, exact: CapturedModule) -> dict[fx.Node, fx.Node]:
+def partners_of(work: CapturedModule, exact: CapturedModule) -> Correspondence:
     """Nodes of a graph → nodes of the exact one; a rounding stands for what it rounds."""
-    named = {node.name: node for node in exact.graph.nodes}
-    found: dict[fx.Node, fx.Node] = {}
-    for node in work.graph.nodes:
-        if node.op != "call_module":
-            if node.name in named:
-                found[node] = named[node.name]
-            continue
+
+    def rounded(node: fx.Node) -> fx.Node | None:
         source = node.args[0]
         rounds = isinstance(work.get_submodule(str(node.target)), ActivationQuantizer)
-        if rounds and source in found:
-            found[node] = found[source]
-    return found
+        return source if rounds and isinstance(source, fx.Node) else None
+
+    return Correspondence.by_name(work, exact, stands_for=rounded)
 
 
 @dataclass
@@ -48,7 +44,7 @@ class BlockSite:
         block: Its nodes in the graph that is being compressed.
         forward: Runs it with the inputs that the compressed blocks before give.
         layers: Its layers in the order of the graph.
-        names: For each output, the name of its twin in the exact program; "" where it is no float.
+        names: For each output, the name of its partner in the exact program; "" where it is no float.
         changed: Whether a weight has changed behind which the block had run already.
     """
 
@@ -86,7 +82,7 @@ class Walk:
         self.edit = Editor(work)
         self.run = LayerwiseRun(work, batches)
         self.reference = LayerwiseRun(exact, batches)
-        self.twins = twins_of(work, exact)
+        self.partners = partners_of(work, exact)
         self.blocks_found, self.sites = blocks, sites
         self.curvature, self.config = curvature, config
         self.count = len(batches)
@@ -100,7 +96,7 @@ class Walk:
     def blocks(self) -> Iterator[BlockSite]:
         """Every block in order; a block is run when the next one is asked for."""
         for number, block in enumerate(self.blocks_found):
-            names = [self.twins[node].name if is_float(node) else "" for node in block.outputs]
+            names = [self.partners[node].name if is_float(node) else "" for node in block.outputs]
             layers = [self.sites[node] for node in block.nodes if node in self.sites]
             unique = {site.layer.name: site for site in reversed(layers)}
             fresh = [
@@ -129,15 +125,15 @@ class Walk:
         source = node.args[use.form.data]
         assert isinstance(source, fx.Node)
         exact = self.reference.values(self._come_to(source))
-        missing = missing_beside(use, self.run, self.reference, self.twins)
-        saliency = self.curvature.saliency.get(self.twins[node].name)
+        missing = missing_beside(use, self.run, self.reference, self.partners)
+        saliency = self.curvature.saliency.get(self.partners[node].name)
         return take_inputs(site, self.run.values(source), exact, saliency, missing, self.config)
 
     def importance(self, site: LayerSite) -> Tensor | None:
         """What a squared error of each output row of a layer costs, where known."""
         if site.use is None:
             return None
-        total = self.curvature.rows.get(self.twins[site.use.node].name)
+        total = self.curvature.rows.get(self.partners[site.use.node].name)
         return None if total is None else total / self.count
 
     def _first(self, site: LayerSite, block: Block) -> fx.Node:
@@ -146,18 +142,18 @@ class Walk:
     def _step(self, node: fx.Node) -> None:
         if node not in self._done:
             self._done.add(node)
-            if node in self.twins:
+            if node in self.partners:
                 self._come_to(node)
             self.run.step(node)
 
     def _come_to(self, node: fx.Node) -> fx.Node:
-        """Run the exact program up to the twin of a node."""
-        twin = self.twins[node]
-        while not self.reference.has_run(twin):
+        """Run the exact program up to the partner of a node."""
+        partner = self.partners[node]
+        while not self.reference.has_run(partner):
             following = next(self._order)
             if following.op != "output":
                 self.reference.step(following)
-        return twin
+        return partner
 
     def apply(self, site: LayerSite, fitted: Fitted) -> None:
         """Let the graph compute with a layer's compressed form."""
@@ -179,8 +175,8 @@ class Walk:
 
     def goals(self, site: BlockSite) -> list[list[Tensor]]:
         """Outputs that the block should have, one list per batch; runs the exact program there."""
-        twins = [self._come_to(node) for node in site.block.outputs]
-        found = [self.reference.values(twin) for twin in twins]
+        partners = [self._come_to(node) for node in site.block.outputs]
+        found = [self.reference.values(partner) for partner in partners]
         return [list(each) for each in zip(*found, strict=True)]
 
     def loss(
