@@ -21,7 +21,7 @@ from graphopt.prepared.conversion import activation_records, scales_of
 from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.prepared.state import parts_of
 from graphopt.progress import track
-from graphopt.run.layerwise import as_batch
+from graphopt.run.batches import as_batch
 
 __all__ = ["CalibrateActivations", "calibrate", "observing", "with_quantizers"]
 

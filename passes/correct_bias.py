@@ -15,7 +15,8 @@ from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor, operands
 from graphopt.passes.pass_base import Pass
-from graphopt.run.layerwise import LayerwiseRun, as_batch
+from graphopt.run.batches import as_batch
+from graphopt.run.layerwise import LayerwiseRun
 
 __all__ = ["CorrectBias", "channel_axis"]
 

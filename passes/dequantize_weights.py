@@ -10,8 +10,9 @@ from typing_extensions import override
 
 from graphopt.analysis.stored_values import find_quantized_weights
 from graphopt.ir.editor import Editor, operands
-from graphopt.passes.expand_tables import constant_value, drop_unread
+from graphopt.passes.expand_tables import drop_unread
 from graphopt.passes.pass_base import Pass
+from graphopt.run.interpreter import constant_value
 
 __all__ = ["DequantizeWeights"]
 
@@ -59,7 +60,7 @@ def _rounded_constant(node: fx.Node) -> fx.Node | None:
 
 
 def _replace(edit: Editor, node: fx.Node, name: str) -> None:
-    made = edit.constant(name, constant_value(edit, node), like=node)
+    made = edit.constant(name, constant_value(edit.gm, node), like=node)
     read = operands(node)
     edit.replace(node, made)
     drop_unread(edit, read)

@@ -11,8 +11,9 @@ from typing_extensions import override
 
 from graphopt.analysis.stored_values import find_sparse
 from graphopt.ir.editor import Editor, operands
-from graphopt.passes.expand_tables import constant_value, drop_unread
+from graphopt.passes.expand_tables import drop_unread
 from graphopt.passes.pass_base import Pass
+from graphopt.run.interpreter import constant_value
 
 __all__ = ["ExpandSparse"]
 
@@ -45,7 +46,7 @@ class ExpandSparse(Pass):
             assert isinstance(values, fx.Node)
             integers = _integers(edit, values)
             if integers is None:
-                made = edit.constant(f"{name}_dense", constant_value(edit, node), like=node)
+                made = edit.constant(f"{name}_dense", constant_value(edit.gm, node), like=node)
             else:
                 where = edit.value(mask)  # type: ignore[arg-type]
                 stored = _ops.sparse_to_dense.default(integers, where, shape)

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import Tensor, fx
+from torch import fx
 from typing_extensions import override
 
 from graphopt.analysis.stored_values import find_lookups
 from graphopt.ir.editor import Editor, operands
 from graphopt.passes.pass_base import Pass
+from graphopt.run.interpreter import constant_value
 
-__all__ = ["ExpandTables", "constant_value", "drop_unread"]
+__all__ = ["ExpandTables", "drop_unread"]
 
 
 @dataclass(frozen=True)
@@ -35,21 +36,12 @@ class ExpandTables(Pass):
     def run(self, edit: Editor) -> None:
         for lookup in find_lookups(edit.gm):
             node = lookup.dense
-            made = edit.constant(lookup.name, constant_value(edit, node), like=node)
+            made = edit.constant(lookup.name, constant_value(edit.gm, node), like=node)
             read = operands(node)
             edit.replace(node, made)
             drop_unread(edit, read)
             note = f"{lookup.name}: {lookup.n_bits}-bit table stored as a dense weight"
             edit.note(note)
-
-
-def constant_value(edit: Editor, node: fx.Node) -> Tensor:
-    """What a node computes from constants alone."""
-    if node.op == "get_attr":
-        return edit.value(node).detach()
-    args = fx.map_arg(node.args, lambda used: constant_value(edit, used))
-    found: Tensor = node.target(*args, **node.kwargs)  # type: ignore[operator]
-    return found
 
 
 def drop_unread(edit: Editor, nodes: list[fx.Node]) -> None:

@@ -14,8 +14,9 @@ from graphopt.analysis.stored_values import Lookup, find_lookups
 from graphopt.backends.executorch.weight_forms import bias_apart
 from graphopt.ir.editor import Editor, operands
 from graphopt.numerics.packing import pack, unpack
-from graphopt.passes.expand_tables import constant_value, drop_unread
+from graphopt.passes.expand_tables import drop_unread
 from graphopt.passes.pass_base import Pass
+from graphopt.run.interpreter import constant_value
 
 __all__ = ["CompressTables"]
 
@@ -63,7 +64,7 @@ class CompressTables(Pass):
             if self.rows_only and (reason or not _Decoder(edit, lookup, shared).reads_rows()):
                 continue
             if reason:
-                dense = constant_value(edit, node)
+                dense = constant_value(edit.gm, node)
                 made = edit.constant(f"{lookup.name}_dense", dense, like=node)
                 note = (
                     f"{lookup.name}: {lookup.n_bits}-bit table stored as a dense weight ({reason})"
@@ -123,7 +124,7 @@ class _Decoder:
         count = math.prod(self.sizes)
         codes = unpack(edit.value(node.args[0]), self.bits, count)  # type: ignore[arg-type]
         self.codes = self._by_group(codes.reshape(self.sizes)).reshape(self.groups, -1)
-        table = constant_value(edit, node.args[1])  # type: ignore[arg-type]
+        table = constant_value(edit.gm, node.args[1])  # type: ignore[arg-type]
         self.table = table.reshape(self.groups, 2**self.bits, self.entries).to(
             lookup.dense.meta["val"].dtype
         )

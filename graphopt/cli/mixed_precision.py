@@ -17,7 +17,7 @@ from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.cli.options import Fields, Given
 from graphopt.config.base import read_yaml
 from graphopt.errors import ArtifactExistsError, InputError
-from graphopt.run.layerwise import as_batch
+from graphopt.run.batches import as_batch
 from graphopt.search.mixed_precision import SensitivityTable
 from graphopt.search.mixed_precision import analyze as run_analysis
 from graphopt.search.mixed_precision.candidates import as_candidates, read_candidates

@@ -22,7 +22,7 @@ from graphopt.ir.program import Program, share_graph
 from graphopt.passes import InsertTaps, cluster_annotated
 from graphopt.passes.pass_manager import run_passes
 from graphopt.progress import track
-from graphopt.run.layerwise import Batch
+from graphopt.run.batches import Batch
 from graphopt.schemes.palettize import PalettizedWeight
 
 __all__ = ["Calibrator", "algorithms_of", "set_biases", "shapes_to_weigh", "without_data"]

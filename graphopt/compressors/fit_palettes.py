@@ -24,7 +24,7 @@ from graphopt.passes import AnnotatePalettization, cluster_annotated
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared.findings import keep_findings
 from graphopt.progress import track
-from graphopt.run.layerwise import as_batch
+from graphopt.run.batches import as_batch
 
 __all__ = ["FitPalettes"]
 

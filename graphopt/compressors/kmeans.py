@@ -37,7 +37,7 @@ from graphopt.passes import FakePalettize
 from graphopt.passes.pass_manager import run_passes
 from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.progress import track
-from graphopt.run.layerwise import as_batch
+from graphopt.run.batches import as_batch
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.specs import DKMTrainingSpec
 

@@ -30,8 +30,9 @@ from graphopt.passes import FoldBatchNorm, KeepReference, reference_of
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 from graphopt.progress import track
+from graphopt.run.batches import as_batch
 from graphopt.run.block_forward import BlockForward
-from graphopt.run.layerwise import LayerwiseRun, as_batch
+from graphopt.run.layerwise import LayerwiseRun
 
 __all__ = ["Tune", "tune"]
 

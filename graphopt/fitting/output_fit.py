@@ -27,7 +27,8 @@ from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.progress import track
-from graphopt.run.layerwise import Batch, LayerwiseRun
+from graphopt.run.batches import Batch
+from graphopt.run.layerwise import LayerwiseRun
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 
 __all__ = ["OutputFit", "fit_to_outputs"]

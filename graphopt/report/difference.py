@@ -26,11 +26,11 @@ from graphopt.ir.module_frames import module_frames
 from graphopt.ir.program import Program
 from graphopt.ir.records import finite_values
 from graphopt.passes import FoldBatchNorm, RemoveUnused
-from graphopt.passes.expand_tables import constant_value
 from graphopt.passes.pass_manager import run_passes
 from graphopt.report.bits import StoredTensor, stored_tensors
 from graphopt.report.output_errors import OutputErrors, error_of, sqnr
-from graphopt.run.layerwise import Batch, as_batch
+from graphopt.run.batches import Batch, as_batch
+from graphopt.run.interpreter import constant_value
 
 __all__ = ["Difference", "LayerDifference", "decibels", "diff"]
 
@@ -270,9 +270,7 @@ def _layer(
     measured: OutputErrors | None,
 ) -> LayerDifference:
     with torch.no_grad():
-        values = [
-            constant_value(Editor(gm), node) for gm, node in zip(graphs, weights, strict=True)
-        ]
+        values = [constant_value(gm, node) for gm, node in zip(graphs, weights, strict=True)]
     kinds, tables = [], 0
     sizes = [_bytes(held, node) for held, node in zip(tensors, weights, strict=True)]
     for node in _chain(weights[1]):

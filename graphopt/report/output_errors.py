@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import operands
-from graphopt.run.layerwise import Batch, explained, flat_inputs
+from graphopt.run.batches import Batch
+from graphopt.run.interpreter import Interpreter
 
 __all__ = ["OutputErrors", "error_of", "sqnr"]
 
@@ -88,42 +90,28 @@ def _alone(one: fx.Node, other: fx.Node, exact: _Recorder, found: _Recorder) -> 
     """The compressed op on the exact inputs: constants of the one, data of the other."""
     given: dict[fx.Node, Any] = {}
     for mine, theirs in zip(operands(other), operands(one), strict=False):
-        held = mine in found.constant or theirs in exact.constant
-        given[mine] = found.inputs[mine] if held else exact.inputs[theirs]
-    args = fx.map_arg(other.args, given.__getitem__)
-    kwargs = fx.map_arg(other.kwargs, given.__getitem__)
-    return other.target(*args, **kwargs)  # type: ignore[operator]
+        held = mine in found.interpreter.constant or theirs in exact.interpreter.constant
+        given[mine] = found.values[mine] if held else exact.values[theirs]
+    return found.interpreter.call(other, given.__getitem__)
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph and keeps the outputs of some ops and what they read, decoded weights included."""
+class _Recorder:
+    """Keeps the outputs of some ops of a run and what they read, decoded weights included."""
 
     def __init__(self, gm: CapturedModule, kept: set[fx.Node]) -> None:
-        super().__init__(gm)
-        self.gm, self.kept = gm, kept
-        self.constant: set[fx.Node] = set()
-        for node in gm.graph.nodes:
-            if node.op == "get_attr" or (
-                node.op == "call_function"
-                and node.all_input_nodes
-                and all(each in self.constant for each in node.all_input_nodes)
-            ):
-                self.constant.add(node)
+        self.interpreter = Interpreter(gm)
+        self.kept = kept
         self.read = {operand for node in kept for operand in operands(node)}
         self.values: dict[fx.Node, Any] = {}
-        self.inputs: dict[fx.Node, Any] = {}
         self.outputs: list[Tensor] = []
 
+    @torch.no_grad()
     def run_on(self, batch: Batch) -> _Recorder:
-        with torch.no_grad(), explained(self.gm, batch):
-            result = self.run(*flat_inputs(self.gm, batch), enable_io_processing=False)
-        self.outputs = [each for each in pytree.tree_leaves(result) if isinstance(each, Tensor)]
+        hooks = {node: partial(self._keep, node) for node in self.kept | self.read}
+        outputs = self.interpreter.run(batch, hooks)
+        self.outputs = [each for each in outputs if isinstance(each, Tensor)]
         return self
 
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n in self.kept:
-            self.values[n] = value
-        if n in self.read:
-            self.inputs[n] = value
+    def _keep(self, node: fx.Node, value: Any) -> Any:
+        self.values[node] = value
         return value

@@ -21,9 +21,9 @@ from graphopt.extras import require
 from graphopt.files import replaced
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
-from graphopt.passes.expand_tables import constant_value
 from graphopt.report.bits import bits_per_weight
 from graphopt.report.difference import Difference, decibels, diff
+from graphopt.run.interpreter import constant_value
 
 __all__ = ["write_page"]
 
@@ -263,8 +263,8 @@ def _histograms(program: Program, before: Any) -> str:
     drawn = []
     for lookup in lookups[:_MOST_HISTOGRAMS]:
         with torch.no_grad():
-            dense = constant_value(edit, lookup.dense).detach().float()
-            tables = constant_value(edit, lookup.node.args[1]).detach().float()  # type: ignore[arg-type]
+            dense = constant_value(edit.gm, lookup.dense).detach().float()
+            tables = constant_value(edit.gm, lookup.node.args[1]).detach().float()  # type: ignore[arg-type]
         figure, ax = _new(3.0, 2.1)
         exact = originals.get(lookup.name.removesuffix("_values"))
         values = dense if exact is None else exact.float()

@@ -9,6 +9,7 @@ from torch import Tensor, fx
 
 from graphopt.analysis.partition import Block
 from graphopt.ir.editor import operands
+from graphopt.run.interpreter import Call
 from graphopt.run.layerwise import LayerwiseRun
 
 __all__ = ["BlockForward"]
@@ -66,14 +67,14 @@ class BlockForward:
                 stored, other = self.run.constant(node), given.get(str(node.target))
                 values[node] = stored if other is None else other.to(stored.dtype)
             else:
-                values[node] = self.run.call(node, {each: values[each] for each in operands(node)})
+                values[node] = self.run.interpreter.call(node, values.__getitem__)
         return values
 
     def __call__(
         self,
         constants: Mapping[fx.Node, Any],
         number: int,
-        call: Callable[[fx.Node, Mapping[fx.Node, Any]], Any] | None = None,
+        call: Call | None = None,
     ) -> list[Tensor]:
         """Outputs of the block for one batch.
 
@@ -82,11 +83,13 @@ class BlockForward:
             number: Number of the batch.
             call: What computes one node from the values before it; None runs it.
         """
-        call = self.run.call if call is None else call
         values = dict(constants)
         for node, known in self._known.items():
             values[node] = known[number]
-        for node in self.block.nodes:
-            if node not in values and not self.run.is_constant(node):
-                values[node] = call(node, values)
+        nodes = [
+            node
+            for node in self.block.nodes
+            if node not in values and not self.run.is_constant(node)
+        ]
+        self.run.interpreter.walk(nodes, values, call=call)
         return [values[node] for node in self.block.outputs]

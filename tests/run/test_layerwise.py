@@ -13,7 +13,8 @@ import graphopt
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
-from graphopt.run.layerwise import Batch, LayerwiseRun, as_batch, flat_inputs
+from graphopt.run.batches import Batch, as_batch, flat_inputs
+from graphopt.run.layerwise import LayerwiseRun
 
 
 class Residual(nn.Module):

@@ -23,7 +23,7 @@ from graphopt.backends.lowering import as_program
 from graphopt.errors import InputError
 from graphopt.ir.program import Program
 from graphopt.progress import track
-from graphopt.run.layerwise import Batch, as_batch
+from graphopt.run.batches import Batch, as_batch
 from graphopt.search.mixed_precision.candidates import as_candidates
 from graphopt.search.mixed_precision.exact import Bench, Values, make_bench, measure_batch
 from graphopt.search.mixed_precision.fast import FAST_METRICS, draw_vectors

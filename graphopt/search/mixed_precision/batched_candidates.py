@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphopt.run.suffix import Downstream, GraphPlan, SuffixRun, call_node
+from graphopt.run.partial_rerun import Downstream, PartialRerun, RerunPlan
 
 __all__ = ["CandidateBatcher"]
 
@@ -30,13 +30,13 @@ class CandidateBatcher:
         plan: The graph.
     """
 
-    def __init__(self, plan: GraphPlan) -> None:
+    def __init__(self, plan: RerunPlan) -> None:
         self.plan = plan
         self.batch = _batch_symbol(plan)
         self._refused: set[fx.Node] = set()
         self._checked: set[fx.Node] = set()
 
-    def width(self, run: SuffixRun, below: Downstream, op: fx.Node, count: int) -> int:
+    def width(self, run: PartialRerun, below: Downstream, op: fx.Node, count: int) -> int:
         """How many candidates of a layer may run at a time.
 
         Args:
@@ -57,7 +57,7 @@ class CandidateBatcher:
 
     def outputs(
         self,
-        run: SuffixRun,
+        run: PartialRerun,
         below: Downstream,
         op: fx.Node,
         weights: Sequence[Mapping[fx.Node, Tensor]],
@@ -70,7 +70,7 @@ class CandidateBatcher:
             below: What depends on the layer.
             op: The only op that reads it.
             weights: For each candidate, `get_attr` node → value.
-            hooks: For each candidate, hooks of `SuffixRun.values`.
+            hooks: For each candidate, hooks of `PartialRerun.values`.
         """
         if op in self._refused:
             return None
@@ -93,7 +93,7 @@ class CandidateBatcher:
 
     def _tail(
         self,
-        run: SuffixRun,
+        run: PartialRerun,
         op: fx.Node,
         rest: Sequence[fx.Node],
         head: Tensor,
@@ -102,25 +102,20 @@ class CandidateBatcher:
     ) -> list[list[Tensor]] | None:
         values: dict[fx.Node, Any] = {op: head}
         wider = {**bindings, self.batch: bindings[self.batch] * count}
-        dirty = {op, *rest}
+        inside = {op, *rest}
         last = {node: reader for reader in rest for node in reader.all_input_nodes}
-        kept = set(self.plan.results())
+        wanted = self.plan.results()
+        repeated: dict[fx.Node, Any] = {}
 
-        def value(node: fx.Node) -> Any:
-            if node in dirty:
-                return values[node]
-            if node not in values:
-                values[node] = self._repeated(node, run.exact(node), count, wider)
-            return values[node]
+        def outside(node: fx.Node) -> Any:
+            if node not in repeated:
+                repeated[node] = self._repeated(node, run.exact(node), count, wider)
+            return repeated[node]
 
         with torch.no_grad():
             try:
-                for node in rest:
-                    values[node] = call_node(self.plan.gm, node, value)
-                    for each in node.all_input_nodes:
-                        if last.get(each) is node and each not in kept:
-                            values.pop(each, None)
-                outputs = [value(node) for node in self.plan.results()]
+                self.plan.walk(rest, values, outside=outside, last=last, kept=set(wanted))
+                outputs = [values[node] if node in inside else outside(node) for node in wanted]
             except RuntimeError:  # a view with a fixed batch, and the like
                 return None
         leaves = [leaf for leaf in pytree.tree_leaves(outputs) if isinstance(leaf, Tensor)]
@@ -152,7 +147,7 @@ class CandidateBatcher:
 
     def _holds(
         self,
-        run: SuffixRun,
+        run: PartialRerun,
         op: fx.Node,
         below: Downstream,
         weights: Mapping[fx.Node, Tensor],
@@ -181,7 +176,7 @@ def _symbols(size: Any) -> Any:
     return getattr(getattr(size, "node", None), "expr", None)
 
 
-def _batch_symbol(plan: GraphPlan) -> Any:
+def _batch_symbol(plan: RerunPlan) -> Any:
     """The symbol of the first dimension that all inputs share, None where there is none."""
     found = set()
     for node in plan.gm.graph.find_nodes(op="placeholder"):
@@ -204,7 +199,7 @@ def _leads(value: Tensor, symbol: Any) -> bool:
     return bool(ratio.is_Integer and ratio > 0)
 
 
-def _bindings(plan: GraphPlan, run: SuffixRun) -> dict[Any, int]:
+def _bindings(plan: RerunPlan, run: PartialRerun) -> dict[Any, int]:
     """Symbol → size in this batch."""
     found = {}
     for node in plan.gm.graph.find_nodes(op="placeholder"):

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from graphopt.ir.program import Program
-from graphopt.run.layerwise import Batch
-from graphopt.run.suffix import GraphPlan, SuffixRun
+from graphopt.run.batches import Batch
+from graphopt.run.partial_rerun import PartialRerun, RerunPlan
 from graphopt.search.mixed_precision.batched_candidates import CandidateBatcher
 from graphopt.search.mixed_precision.layer_statistics import (
     CandidateGraph,
@@ -66,7 +66,7 @@ def make_bench(
         progress: Show bars; None shows them on a terminal.
     """
     gm = program.graph_module
-    plan = GraphPlan(gm)
+    plan = RerunPlan(gm)
     forms = stored_forms(gm, header.layers, header.candidates, seed=header.seed, progress=progress)
     found = {weight.name: weight for weight in weights_of(gm)}
     belows = {layer.name: plan.downstream(found[layer.name].nodes) for layer in header.layers}
@@ -105,7 +105,7 @@ def measure_batch(
     layers: Sequence[Layer] = [layer for layer in bench.layers if layer.name not in skip]
     if not layers:
         return
-    run = SuffixRun(bench.plan, batch)
+    run = PartialRerun(bench.plan, batch)
     reference = run.reference()
     for layer in layers:
         below = bench.belows[layer.name]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from graphopt.errors import InputError
-from graphopt.run.suffix import GraphPlan, SuffixRun
+from graphopt.run.partial_rerun import PartialRerun, RerunPlan
 from graphopt.search.mixed_precision.candidates import KEEP
 from graphopt.search.mixed_precision.fast import FAST_METRICS
 from graphopt.search.mixed_precision.layers import weights_of
@@ -244,7 +244,7 @@ def _local(
 def _slopes(evaluator: RecipeEvaluator, names: Sequence[str]) -> list[dict[str, float]]:
     """⟨gradient of the loss, Ŵ_c − Ŵ⟩ for every candidate c of every layer."""
     gm = evaluator.compressed(names)
-    plan = GraphPlan(gm)
+    plan = RerunPlan(gm)
     found = {weight.name: weight for weight in weights_of(gm)}
     layers = evaluator.bench.layers
     leaves: dict[str, Tensor] = {
@@ -257,7 +257,7 @@ def _slopes(evaluator: RecipeEvaluator, names: Sequence[str]) -> list[dict[str, 
     metric = evaluator.bench.metrics[0].name
     for batch, reference in zip(evaluator.batches, evaluator.reference, strict=True):
         with torch.enable_grad():
-            run = SuffixRun(plan, batch)
+            run = PartialRerun(plan, batch)
             outputs = run.traced_outputs(below, sources, before=before)
             loss = _differentiable(metric, outputs, reference) / len(evaluator.batches)
             grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)

@@ -21,8 +21,8 @@ from torch import Tensor, fx
 
 from graphopt.analysis.matrix_form import WeightUse
 from graphopt.errors import InputError
-from graphopt.run.layerwise import Batch, explained, flat_inputs
-from graphopt.run.suffix import GraphPlan, call_node
+from graphopt.run.batches import Batch, flat_inputs
+from graphopt.run.partial_rerun import RerunPlan
 from graphopt.search.mixed_precision.exact import Bench
 from graphopt.search.mixed_precision.layer_statistics import CorrectionPoint, correction_point
 from graphopt.search.mixed_precision.layers import Layer, uses_of
@@ -97,40 +97,33 @@ class _Values:
         return [op] if op in self.at else [user for user in op.users if user in self.at]
 
 
-def _forward(plan: GraphPlan, batch: Batch, wanted: set[str]) -> tuple[_Values, list[Tensor]]:
+def _forward(plan: RerunPlan, batch: Batch, wanted: set[str]) -> tuple[_Values, list[Tensor]]:
     """Run the graph with an autograd graph that begins at the first layer."""
-    placeholders = plan.gm.graph.find_nodes(op="placeholder")
     inputs = flat_inputs(plan.gm, batch)
-    env: dict[fx.Node, object] = dict(zip(placeholders, inputs, strict=True))
     tensors = [each for each in inputs if isinstance(each, Tensor) and each.ndim]
     values = _Values(int(tensors[0].shape[0]) if tensors else 1)
-    for node in plan.nodes:
-        if node.op in ("placeholder", "output"):
-            continue
-        with explained(plan.gm, batch):
-            result = call_node(plan.gm, node, env.__getitem__)
-        if node.op == "get_attr" and isinstance(result, Tensor):
-            result = result.detach()
-        if node.name in wanted:
-            values.data[node] = [
-                (each, value.detach() if isinstance(value, Tensor) else value)
-                for each in node.all_input_nodes
-                for value in [env[each]]
-            ]
+    read = {node: node.all_input_nodes for node in plan.nodes if node.name in wanted}
+    seen: dict[fx.Node, object] = {}
+    watched = {used for nodes in read.values() for used in nodes}
+
+    def watch(node: fx.Node, value: object) -> object:
+        if node.op == "get_attr" and isinstance(value, Tensor):
+            value = value.detach()
         item = node.target is operator.getitem and node.all_input_nodes[0].name in wanted
         is_point = node.name in wanted or item
-        if is_point and isinstance(result, Tensor) and result.is_floating_point():
-            if not result.requires_grad:
-                result = result.detach().requires_grad_()
-            values.at[node] = result
-        env[node] = result
-        for each in (*node.all_input_nodes, node):
-            if plan.last_reader[each] <= plan.place[node] and each in env:
-                del env[each]
-    found = [env[node] for node in plan.results()]
+        if is_point and isinstance(value, Tensor) and value.is_floating_point():
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()
+            values.at[node] = value
+        if node in watched:
+            seen[node] = value.detach() if isinstance(value, Tensor) else value
+        return value
+
+    results = plan.run(batch, {node: partial(watch, node) for node in plan.nodes})
+    values.data = {node: [(used, seen[used]) for used in nodes] for node, nodes in read.items()}
     outputs = [
         each
-        for each in found
+        for each in results
         if isinstance(each, Tensor) and each.is_floating_point() and each.requires_grad
     ]
     if not outputs:
@@ -240,7 +233,7 @@ class _Changes:
         return vectors
 
     def _weight(self) -> Tensor:
-        found = call_node(self.plan.gm, self.below.sources[0], lambda each: each)
+        found = self.plan.call(self.below.sources[0], lambda each: each)
         assert isinstance(found, Tensor)
         return found.detach()
 
@@ -280,19 +273,18 @@ class _Changes:
         self, node: fx.Node, values: dict[fx.Node, object], before: Mapping[fx.Node, object]
     ) -> object:
         if node not in before:
-            return call_node(self.plan.gm, node, lambda each: self._value(each, values))
+            return self.plan.call(node, lambda each: self._value(each, values))
         hook = before[node]
         moving = next(each for each in node.all_input_nodes if each not in self.plan.constant)
         changed = hook(self._value(moving, values))  # type: ignore[operator]
-        return call_node(
-            self.plan.gm,
+        return self.plan.call(
             node,
             lambda each: changed if each is moving else self._value(each, values),
         )
 
     def _value(self, node: fx.Node, values: dict[fx.Node, object]) -> object:
         if node not in values:
-            values[node] = call_node(self.plan.gm, node, lambda each: self._value(each, values))
+            values[node] = self.plan.call(node, lambda each: self._value(each, values))
         return values[node]
 
 

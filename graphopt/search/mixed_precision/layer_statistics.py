@@ -14,8 +14,9 @@ from graphopt.ir.editor import operands
 from graphopt.passes.correct_bias import channel_axis
 from graphopt.prepared import ActivationQuantizer
 from graphopt.progress import track
-from graphopt.run.layerwise import Batch
-from graphopt.run.suffix import Downstream, GraphPlan, Hook, SuffixRun
+from graphopt.run.batches import Batch
+from graphopt.run.interpreter import Hook
+from graphopt.run.partial_rerun import Downstream, PartialRerun, RerunPlan
 from graphopt.schemes.base import StoredWeight
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.layers import Layer
@@ -47,7 +48,7 @@ class CandidateGraph:
         belows: Layer → what depends on it.
     """
 
-    plan: GraphPlan
+    plan: RerunPlan
     layers: tuple[Layer, ...]
     candidates: Mapping[str, Candidate]
     forms: Mapping[str, Mapping[str, StoredWeight | None]]
@@ -98,9 +99,9 @@ class LayerStatistics:
     corrections: dict[tuple[str, str], Affine]
 
     def hooks(
-        self, layer: Layer, candidate: Candidate, point: CorrectionPoint | None, plan: GraphPlan
+        self, layer: Layer, candidate: Candidate, point: CorrectionPoint | None, plan: RerunPlan
     ) -> dict[str, dict[fx.Node, Hook]]:
-        """Hooks of `SuffixRun.values` for a candidate."""
+        """Hooks of `PartialRerun.values` for a candidate."""
         found: dict[str, dict[fx.Node, Hook]] = {}
         rounding = self.roundings.get((layer.name, candidate.name))
         if rounding is not None:
@@ -112,7 +113,7 @@ class LayerStatistics:
 
 
 def correction_point(
-    plan: GraphPlan, layer: Layer, correction: Correction | None
+    plan: RerunPlan, layer: Layer, correction: Correction | None
 ) -> CorrectionPoint | None:
     """Where the correction acts on a layer; None where it does not."""
     if correction is None or len(layer.nodes) != 1:
@@ -185,7 +186,7 @@ def collect_statistics(
     }
     moments: dict[tuple[str, str], _Moments] = {}
     for batch in track(batches, "surveying", len(batches), enabled=progress):
-        run = SuffixRun(plan, batch)
+        run = PartialRerun(plan, batch)
         for layer in layers:
             if layer not in ranged and layer not in corrected:
                 continue
@@ -205,7 +206,7 @@ def collect_statistics(
     return LayerStatistics(roundings, _affines(corrected, points, moments))
 
 
-def _data_inputs(plan: GraphPlan, layer: Layer) -> list[fx.Node]:
+def _data_inputs(plan: RerunPlan, layer: Layer) -> list[fx.Node]:
     """What the layer's ops read besides constants."""
     return [
         next(each for each in operands(plan.by_name[name]) if each not in plan.constant)
@@ -213,14 +214,14 @@ def _data_inputs(plan: GraphPlan, layer: Layer) -> list[fx.Node]:
     ]
 
 
-def _rounding(plan: GraphPlan, layer: Layer, spec: QuantizationSpec | None) -> ActivationQuantizer:
+def _rounding(plan: RerunPlan, layer: Layer, spec: QuantizationSpec | None) -> ActivationQuantizer:
     assert spec is not None
     return ActivationQuantizer(with_known_range(spec, _data_inputs(plan, layer))).eval()
 
 
 def _add_moments(
-    plan: GraphPlan,
-    run: SuffixRun,
+    plan: RerunPlan,
+    run: PartialRerun,
     layer: Layer,
     forms: Mapping[str, StoredWeight | None],
     below: Downstream,

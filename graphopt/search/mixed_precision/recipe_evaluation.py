@@ -14,8 +14,9 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes import CorrectBias, ReestimateBatchNorm
 from graphopt.passes.pass_manager import run_passes
-from graphopt.run.layerwise import Batch
-from graphopt.run.suffix import Downstream, GraphPlan, Hook, SuffixRun
+from graphopt.run.batches import Batch
+from graphopt.run.interpreter import Hook
+from graphopt.run.partial_rerun import Downstream, PartialRerun, RerunPlan
 from graphopt.search.mixed_precision.exact import Bench
 from graphopt.search.mixed_precision.layers import Layer, weights_of
 from graphopt.search.mixed_precision.metrics import measure
@@ -37,7 +38,7 @@ class RecipeEvaluator:
         self.bench = bench
         self.batches = list(batches)
         self.count = 0
-        self.reference = [SuffixRun(bench.plan, batch).reference() for batch in self.batches]
+        self.reference = [PartialRerun(bench.plan, batch).reference() for batch in self.batches]
         self._known: dict[tuple[str, ...], list[float]] = {}
 
     def measure(self, names: Sequence[str]) -> float:
@@ -100,7 +101,7 @@ class RecipeEvaluator:
             run_passes(gm, [CorrectBias(data, exact, frozenset(changed))])
         return gm
 
-    def hooks(self, plan: GraphPlan, names: Sequence[str]) -> Mapping[torch.fx.Node, Hook]:
+    def hooks(self, plan: RerunPlan, names: Sequence[str]) -> Mapping[torch.fx.Node, Hook]:
         """Roundings of activations that the chosen candidates ask for."""
         found: dict[torch.fx.Node, Hook] = {}
         for layer, name in zip(self.bench.layers, names, strict=True):
@@ -112,14 +113,14 @@ class RecipeEvaluator:
 
     def _measured(self, names: Sequence[str]) -> list[float]:
         gm = self.compressed(names)
-        plan = GraphPlan(gm)
+        plan = RerunPlan(gm)
         weights = [weight for weight in weights_of(gm) if weight.name in self._layers]
         below: Downstream = plan.downstream([node for weight in weights for node in weight.nodes])
         values = {node: weight.tensor for weight in weights for node in weight.nodes}
         before = self.hooks(plan, names)
         found = []
         for batch, reference in zip(self.batches, self.reference, strict=True):
-            outputs = SuffixRun(plan, batch).outputs(below, values, before=before)
+            outputs = PartialRerun(plan, batch).outputs(below, values, before=before)
             found.append(measure(self.bench.metrics[0], outputs, reference))
         return found
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import InputError
-from graphopt.run.layerwise import Batch
+from graphopt.run.batches import Batch
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.layers import Layer
 

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import InfeasibleError, InputError
-from graphopt.run.layerwise import as_batch
+from graphopt.run.batches import as_batch
 from graphopt.search.mixed_precision.choose import choices_of, choose, make_recipe
 from graphopt.search.mixed_precision.exact import make_bench
 from graphopt.search.mixed_precision.exchange_search import search_exchanges

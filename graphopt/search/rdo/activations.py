@@ -11,7 +11,7 @@ from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.quantizer import Quantizer
 from graphopt.config.quantization import ModuleQuantizerConfig, QuantizerConfig
 from graphopt.ir.program import Program
-from graphopt.run.layerwise import Batch
+from graphopt.run.batches import Batch
 from graphopt.specs import QuantizationSpec
 
 __all__ = ["quantize_activations", "with_rounded_activations"]

@@ -15,7 +15,7 @@ from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
-from graphopt.run.layerwise import as_batch
+from graphopt.run.batches import as_batch
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.pipeline import optimize
 

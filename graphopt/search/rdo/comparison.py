@@ -13,7 +13,7 @@ from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.quantizer import Quantizer
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
-from graphopt.run.layerwise import Batch
+from graphopt.run.batches import Batch
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.configs import config_for
 from graphopt.search.mixed_precision.metrics import METRICS, measure

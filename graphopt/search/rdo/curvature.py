@@ -9,18 +9,19 @@ al., BRECQ, arXiv 2102.05426, equation 10, there with the squares apart).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.utils import _pytree as pytree
 
 from graphopt.analysis.matrix_form import WeightUse
 from graphopt.errors import InputError
 from graphopt.fitting.sensitivity import GradientCollector
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.progress import track
-from graphopt.run.layerwise import Batch, explained, flat_inputs
+from graphopt.run.batches import Batch
+from graphopt.run.interpreter import Interpreter
 from graphopt.search.mixed_precision.fast import project
 
 __all__ = ["Curvature", "Gradients"]
@@ -121,7 +122,7 @@ class Curvature:
             return []
         runner = _Watched(self._gm, set(every), set())
         with torch.no_grad():
-            _leaves(runner, self._gm, self._batches[0])
+            runner.run(self._batches[0])
         factor = 2 * self._draws * len(self._batches)  # bfloat16
         groups: list[list[fx.Node]] = []
         left = 0
@@ -154,7 +155,7 @@ class Curvature:
         for batch in track(self._batches, "gradients", count, enabled=self._progress):
             runner = _Watched(self._gm, points, set(data.values()))
             with torch.enable_grad():
-                values = _leaves(runner, self._gm, batch)
+                values = runner.run(batch)
                 results = [v for v in values if v.is_floating_point() and v.requires_grad]
                 if not results:
                     raise InputError("no floating-point output depends on a layer")
@@ -189,28 +190,26 @@ class Curvature:
         self.rows[name] = self.rows.get(name, 0) + squares.mean(0).sum(1).reshape(-1)
 
 
-class _Watched(fx.Interpreter):
-    """Runs a graph and keeps some values as points where gradients arrive."""
+class _Watched:
+    """Keeps some values of a run as points where gradients arrive."""
 
-    def __init__(self, gm: fx.GraphModule, points: set[fx.Node], inputs: set[fx.Node]) -> None:
-        super().__init__(gm)
+    def __init__(self, gm: CapturedModule, points: set[fx.Node], inputs: set[fx.Node]) -> None:
+        self.interpreter = Interpreter(gm)
         self.points, self.inputs = points, inputs
         self.kept: dict[str, Tensor] = {}
         self.seen: dict[str, Tensor] = {}
 
-    def run_node(self, n: fx.Node) -> Any:
-        """Compute a node."""
-        result = super().run_node(n)
-        if n in self.inputs and isinstance(result, Tensor):
-            self.seen[n.name] = result.detach()
-        if n in self.points and isinstance(result, Tensor) and result.is_floating_point():
-            if not result.requires_grad:
-                result = result.detach().requires_grad_()
-            self.kept[n.name] = result
-        return result
+    def run(self, batch: Batch) -> list[Tensor]:
+        """Tensors that the graph gives for one call."""
+        hooks = {node: partial(self._watch, node) for node in (*self.points, *self.inputs)}
+        outputs = self.interpreter.run(batch, hooks)
+        return [each for each in outputs if isinstance(each, Tensor)]
 
-
-def _leaves(runner: _Watched, gm: CapturedModule, batch: Batch) -> list[Tensor]:
-    with explained(gm, batch):
-        done = runner.run(*flat_inputs(gm, batch), enable_io_processing=False)
-    return [each for each in pytree.tree_leaves(done) if isinstance(each, Tensor)]
+    def _watch(self, node: fx.Node, value: Any) -> Any:
+        if node in self.inputs and isinstance(value, Tensor):
+            self.seen[node.name] = value.detach()
+        if node in self.points and isinstance(value, Tensor) and value.is_floating_point():
+            if not value.requires_grad:
+                value = value.detach().requires_grad_()
+            self.kept[node.name] = value
+        return value

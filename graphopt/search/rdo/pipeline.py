@@ -24,7 +24,7 @@ from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.errors import ArtifactExistsError, InfeasibleError
 from graphopt.files import replaced
 from graphopt.ir.program import Program
-from graphopt.run.layerwise import Batch, as_batch
+from graphopt.run.batches import Batch, as_batch
 from graphopt.search.rdo.allocation import Allocation, Rates, allocate
 from graphopt.search.rdo.comparison import Evaluate, compare
 from graphopt.search.rdo.config import RDOConfig

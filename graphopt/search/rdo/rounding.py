@@ -20,6 +20,7 @@ from torch import Tensor, fx, nn
 
 from graphopt.prepared import ActivationQuantizer
 from graphopt.run.block_forward import BlockForward
+from graphopt.run.interpreter import Value
 from graphopt.schemes.registry import scheme_of
 from graphopt.schemes.relaxed import RelaxedWeight
 from graphopt.search.mixed_precision.candidates import Candidate
@@ -210,12 +211,13 @@ class _Dropping:
     def __call__(self, constants: Mapping[fx.Node, Any], number: int) -> list[Tensor]:
         return self.inner(constants, number, self.call)
 
-    def call(self, node: fx.Node, values: Mapping[fx.Node, Any]) -> Any:
-        found = self.inner.run.call(node, values)
-        if node not in self.rounding or self.drop == 0:
-            return found
-        kept = torch.rand(found.shape, generator=self.generator) < self.drop
-        return torch.where(kept, values[node.args[0]], found)  # type: ignore[index]
+    def call(self, node: fx.Node, value: Value) -> Any:
+        rounded = self.inner.run.interpreter.call(node, value)
+        source = node.args[0] if node.args else None
+        if node not in self.rounding or self.drop == 0 or not isinstance(source, fx.Node):
+            return rounded
+        kept = torch.rand(rounded.shape, generator=self.generator) < self.drop
+        return torch.where(kept, value(source), rounded)
 
 
 def _train(

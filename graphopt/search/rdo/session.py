@@ -25,7 +25,7 @@ from graphopt.passes import (
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 from graphopt.progress import track
-from graphopt.run.layerwise import Batch, as_batch
+from graphopt.run.batches import Batch, as_batch
 from graphopt.search.mixed_precision import SensitivityTable, analyze
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.layers import (

@@ -15,8 +15,9 @@ from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
 from graphopt.prepared import ActivationQuantizer
+from graphopt.run.batches import Batch
 from graphopt.run.block_forward import BlockForward
-from graphopt.run.layerwise import Batch, LayerwiseRun
+from graphopt.run.layerwise import LayerwiseRun
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.curvature import Curvature
 from graphopt.search.rdo.fits import Fitted, LayerInputs, LayerSite, take_inputs

@@ -10,7 +10,7 @@ from search.mixed_precision.nets import encoder, pictures, residual, sentences
 from torch import nn
 
 from graphopt.mixed_precision import analyze, fast
-from graphopt.run.layerwise import as_batch
+from graphopt.run.batches import as_batch
 from graphopt.search.mixed_precision.exact import Bench
 from graphopt.search.mixed_precision.fast import draw_vectors
 from graphopt.search.mixed_precision.measurements import cross_terms

@@ -10,7 +10,7 @@ from torch import Tensor
 import graphopt
 from graphopt.errors import InputError
 from graphopt.ir.program import Program
-from graphopt.run.layerwise import as_batch
+from graphopt.run.batches import as_batch
 from graphopt.search.mixed_precision.layers import uses_of
 from graphopt.search.rdo.curvature import Curvature
 

@@ -7,7 +7,7 @@ once, when first needed, and dropped when no later weight can need them.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +15,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphopt.ir.captured_module import CapturedModule, holder_of
+from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import operands
-from graphopt.run.layerwise import Batch, explained, flat_inputs
+from graphopt.run.batches import Batch, explained
+from graphopt.run.interpreter import Hook, Interpreter, Value
 
-__all__ = ["Downstream", "GraphPlan", "SuffixRun", "call_node"]
-
-Hook = Callable[[Any], Any]
+__all__ = ["Downstream", "PartialRerun", "RerunPlan"]
 
 
 @dataclass(frozen=True)
@@ -43,28 +42,15 @@ class Downstream:
     members: frozenset[fx.Node]
 
 
-class GraphPlan:
-    """The order of a graph, who reads what last, and which values are the same for all inputs.
+class RerunPlan(Interpreter):
+    """A graph whose nodes run again with other weights.
 
     Args:
         gm: The graph; it must not change.
     """
 
     def __init__(self, gm: CapturedModule) -> None:
-        self.gm = gm
-        self.nodes = list(gm.graph.nodes)
-        self.place = {node: number for number, node in enumerate(self.nodes)}
-        self.by_name = {node.name: node for node in self.nodes}
-        self.last_reader = {
-            node: max((self.place[user] for user in node.users), default=-1) for node in self.nodes
-        }
-        (self.output,) = gm.graph.find_nodes(op="output")
-        self.constant: set[fx.Node] = set()
-        for node in self.nodes:
-            used = operands(node)
-            fixed = bool(used) and all(each in self.constant for each in used)
-            if node.op == "get_attr" or (fixed and node.op != "output"):
-                self.constant.add(node)
+        super().__init__(gm, copies=True)
 
     def downstream(self, sources: Sequence[fx.Node], until: fx.Node | None = None) -> Downstream:
         """Everything that depends on `sources`.
@@ -91,29 +77,8 @@ class GraphPlan:
             tuple(sources), tuple(nodes), last, min(moving, default=0), frozenset(nodes)
         )
 
-    def results(self) -> list[fx.Node]:
-        """Nodes that the output reads."""
-        return operands(self.output)
 
-
-def call_node(gm: CapturedModule, node: fx.Node, given: Callable[[fx.Node], Any]) -> Any:
-    """Compute one node from the values of what it reads."""
-    args, kwargs = fx.map_arg(node.args, given), fx.map_arg(node.kwargs, given)
-    if node.op == "get_attr":
-        holder, name = holder_of(gm, str(node.target))
-        return getattr(holder, name)
-    target: Any = node.target
-    if node.op == "call_module":
-        target = gm.get_submodule(str(target))
-    elif node.op == "call_method":
-        return getattr(args[0], str(target))(*args[1:], **kwargs)
-    schema = getattr(target, "_schema", None)
-    if schema is not None and schema.is_mutable:
-        args = pytree.tree_map_only(Tensor, Tensor.clone, args)
-    return target(*args, **kwargs)
-
-
-class SuffixRun:
+class PartialRerun:
     """One batch through a graph, with re-runs from single weights on.
 
     Args:
@@ -121,28 +86,16 @@ class SuffixRun:
         batch: Inputs of one call.
     """
 
-    def __init__(self, plan: GraphPlan, batch: Batch) -> None:
+    def __init__(self, plan: RerunPlan, batch: Batch) -> None:
         self.plan = plan
         self._batch = batch
-        placeholders = plan.gm.graph.find_nodes(op="placeholder")
-        self._inputs = dict(zip(placeholders, flat_inputs(plan.gm, batch), strict=True))
-        self._exact: dict[fx.Node, Any] = dict(self._inputs)
+        self._exact: dict[fx.Node, Any] = plan.inputs(batch)
         self._passed = 0
 
     @torch.no_grad()
     def reference(self) -> list[Tensor]:
         """Outputs of the uncompressed graph; no values are kept."""
-        values: dict[fx.Node, Any] = dict(self._inputs)
-        place, last = self.plan.place, self.plan.last_reader
-        for node in self.plan.nodes:
-            if node.op in ("placeholder", "output"):
-                continue
-            with explained(self.plan.gm, self._batch):
-                values[node] = call_node(self.plan.gm, node, values.__getitem__)
-            for each in (*operands(node), node):
-                if last[each] <= place[node] and each in values:
-                    del values[each]
-        return _tensors(values[node] for node in self.plan.results())
+        return _tensors(self.plan.run(self._batch))
 
     @torch.no_grad()
     def exact(self, node: fx.Node) -> Any:
@@ -154,9 +107,8 @@ class SuffixRun:
                 if each not in self._exact and each not in missing:
                     missing.add(each)
                     stack += operands(each)
-            for each in sorted(missing, key=self.plan.place.__getitem__):
-                with explained(self.plan.gm, self._batch):
-                    self._exact[each] = call_node(self.plan.gm, each, self._exact.__getitem__)
+            with explained(self.plan.gm, self._batch):
+                self.plan.walk(sorted(missing, key=self.plan.place.__getitem__), self._exact)
         return self._exact[node]
 
     def advance(self, place: int) -> None:
@@ -169,7 +121,8 @@ class SuffixRun:
             if node.op not in ("placeholder", "output") and node not in self.plan.constant:
                 self.exact(node)
             for each in (*node.all_input_nodes, node):
-                if self.plan.last_reader[each] <= number and each.op != "placeholder":
+                read_until = self.plan.last.get(each, each)
+                if self.plan.place[read_until] <= number and each.op != "placeholder":
                     self._exact.pop(each, None)
         self._passed = max(self._passed, place)
 
@@ -213,29 +166,25 @@ class SuffixRun:
         behind: Mapping[fx.Node, Hook] | None,
     ) -> list[Any]:
         values: dict[fx.Node, Any] = dict(weights)
-        dirty = {*below.sources, *below.nodes}
-        kept = {*wanted}
-        reuse = not torch.is_grad_enabled()
+        inside, kept = {*below.sources, *below.nodes}, {*wanted}
 
-        def value(node: fx.Node) -> Any:
-            return values[node] if node in dirty else self.exact(node)
+        def overwriting(node: fx.Node, value: Value) -> Any:
+            hooked = before is not None and node in before
+            if not hooked and _may_overwrite(node, below, kept):
+                return _overwriting(node, value)
+            return self.plan.call(node, value)
 
-        for node in below.nodes:
-            if before and node in before:
-                moving = next(each for each in operands(node) if each not in self.plan.constant)
-                changed = before[node](value(moving))
-                found = call_node(self.plan.gm, node, _with(value, moving, changed))
-            elif reuse and _may_overwrite(node, below, kept):
-                found = _overwriting(node, value)
-            else:
-                found = call_node(self.plan.gm, node, value)
-            values[node] = behind[node](found) if behind and node in behind else found
-            for each in operands(node):
-                if below.last.get(each) is node and each in values and each not in kept:
-                    del values[each]
-            if node not in below.last and node not in kept:
-                del values[node]
-        return [value(node) for node in wanted]
+        self.plan.walk(
+            below.nodes,
+            values,
+            outside=self.exact,
+            last=below.last,
+            kept=kept,
+            before=before,
+            behind=behind,
+            call=None if torch.is_grad_enabled() else overwriting,
+        )
+        return [values[node] if node in inside else self.exact(node) for node in wanted]
 
     def outputs(
         self, below: Downstream, weights: Mapping[fx.Node, Tensor], **hooks: Any
@@ -277,7 +226,7 @@ def _may_overwrite(node: fx.Node, below: Downstream, kept: set[fx.Node]) -> bool
     return same and alone and ends_here
 
 
-def _overwriting(node: fx.Node, given: Callable[[fx.Node], Any]) -> Any:
+def _overwriting(node: fx.Node, given: Value) -> Any:
     values: Any = fx.map_arg(node.args, given)
     first, *others = values
     if node.target is _aten.relu.default:
@@ -285,12 +234,6 @@ def _overwriting(node: fx.Node, given: Callable[[fx.Node], Any]) -> Any:
     if isinstance(others[0], Tensor) and others[0].dtype != first.dtype:
         return first + others[0]
     return first.add_(others[0])
-
-
-def _with(
-    value: Callable[[fx.Node], Any], changed: fx.Node, result: Any
-) -> Callable[[fx.Node], Any]:
-    return lambda node: result if node is changed else value(node)
 
 
 def _tensors(values: Any) -> list[Tensor]:

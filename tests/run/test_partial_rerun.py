@@ -11,8 +11,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 import graphopt
-from graphopt.mixed_precision import suffix
-from graphopt.run.suffix import GraphPlan, SuffixRun
+from graphopt.run.interpreter import Interpreter
+from graphopt.run.partial_rerun import PartialRerun, RerunPlan
 from graphopt.search.mixed_precision.layers import weights_of
 
 NETS: dict[str, tuple[nn.Module, torch.Tensor]] = {
@@ -28,8 +28,8 @@ def flat(outputs: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("name", NETS)
 def test_a_rerun_from_a_weight_is_the_whole_model_with_that_weight(name: str) -> None:
     model, x = NETS[name]
-    plan = GraphPlan(graphopt.capture(model, (x,)).graph_module)
-    run = SuffixRun(plan, ((x,), {}))
+    plan = RerunPlan(graphopt.capture(model, (x,)).graph_module)
+    run = PartialRerun(plan, ((x,), {}))
     for got, want in zip(run.reference(), flat(model(x)), strict=True):
         torch.testing.assert_close(got, want)
     for weight in weights_of(plan.gm):
@@ -43,23 +43,23 @@ def test_a_rerun_from_a_weight_is_the_whole_model_with_that_weight(name: str) ->
             torch.testing.assert_close(got, want)
 
 
-def _value(plan: GraphPlan, node: Any) -> torch.Tensor:
-    return suffix.call_node(plan.gm, node, lambda each: each).detach()
+def _value(plan: RerunPlan, node: Any) -> torch.Tensor:
+    return plan.call(node, lambda each: each).detach()
 
 
 def test_only_what_depends_on_a_weight_runs_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model, x = NETS["residual"]
-    plan = GraphPlan(graphopt.capture(model, (x,)).graph_module)
+    plan = RerunPlan(graphopt.capture(model, (x,)).graph_module)
     calls: Counter[str] = Counter()
-    original = suffix.call_node
+    original = Interpreter.call
     sources = [weight.nodes for weight in weights_of(plan.gm) if "head" not in weight.name]
 
-    def counted(gm: Any, node: Any, given: Any) -> Any:
+    def counted(self: Interpreter, node: Any, value: Any) -> Any:
         calls[node.name] += node.op == "call_function"
-        return original(gm, node, given)
+        return original(self, node, value)
 
-    monkeypatch.setattr(suffix, "call_node", counted)
-    run = SuffixRun(plan, ((x,), {}))
+    monkeypatch.setattr(Interpreter, "call", counted)
+    run = PartialRerun(plan, ((x,), {}))
     for nodes in sources:
         below = plan.downstream(nodes)
         run.advance(below.first)
@@ -72,8 +72,8 @@ def test_only_what_depends_on_a_weight_runs_again(monkeypatch: pytest.MonkeyPatc
 
 def test_values_that_no_later_weight_needs_are_dropped() -> None:
     model, x = NETS["residual"]
-    plan = GraphPlan(graphopt.capture(model, (x,)).graph_module)
-    run = SuffixRun(plan, ((x,), {}))
+    plan = RerunPlan(graphopt.capture(model, (x,)).graph_module)
+    run = PartialRerun(plan, ((x,), {}))
     *_, head = weights_of(plan.gm)
     run.outputs(plan.downstream(head.nodes), dict.fromkeys(head.nodes, head.tensor.detach()))
     run.advance(plan.downstream(head.nodes).first)
@@ -84,12 +84,12 @@ def test_values_that_no_later_weight_needs_are_dropped() -> None:
 
 def test_gradients_reach_the_weights_of_a_traced_run() -> None:
     model, x = NETS["encoder"]
-    plan = GraphPlan(graphopt.capture(model, (x,)).graph_module)
+    plan = RerunPlan(graphopt.capture(model, (x,)).graph_module)
     weight = weights_of(plan.gm)[0]
     leaf = weight.tensor.detach().clone().requires_grad_()
     below = plan.downstream(weight.nodes)
     with torch.enable_grad():
-        outputs = SuffixRun(plan, ((x,), {})).traced_outputs(
+        outputs = PartialRerun(plan, ((x,), {})).traced_outputs(
             below, dict.fromkeys(below.sources, leaf)
         )
         (found,) = torch.autograd.grad(sum(each.square().sum() for each in outputs), leaf)

@@ -1,0 +1,183 @@
+"""What computes the nodes of a graph: one at a time, a part of it, or all, with hooks in between.
+
+Every run of a graph node by node is a use of it: all batches side by side (`run.layerwise`), a block
+again and again (`run.block_forward`), what depends on a few weights (`run.partial_rerun`), gradients
+and errors of single values (the hooks of `Interpreter.run`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from graphopt.ir.captured_module import CapturedModule, holder_of
+from graphopt.ir.editor import operands
+from graphopt.run.batches import Batch, explained, flat_inputs
+
+__all__ = ["Call", "Hook", "Interpreter", "Value", "constant_value", "evaluate"]
+
+Hook = Callable[[Any], Any]
+Value = Callable[[fx.Node], Any]  # the value of a node
+Call = Callable[[fx.Node, Value], Any]  # computes a node from the values of what it reads
+
+
+def evaluate(gm: fx.GraphModule, node: fx.Node, value: Value, *, copies: bool = False) -> Any:
+    """Compute one node of any kind but a placeholder.
+
+    Args:
+        gm: Holds tensors and submodules.
+        node: The node.
+        value: Values of what it reads.
+        copies: An op that writes into what it reads gets copies, so that it may run again.
+    """
+    if node.op == "get_attr":
+        holder, name = holder_of(gm, str(node.target))
+        return getattr(holder, name)
+    args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
+    if node.op == "output":
+        return args[0]
+    target: Any = node.target
+    if node.op == "call_module":
+        target = gm.get_submodule(str(target))
+    elif node.op == "call_method":
+        return getattr(args[0], str(target))(*args[1:], **kwargs)
+    if copies and _writes(node):
+        args = pytree.tree_map_only(Tensor, Tensor.clone, args)
+    return target(*args, **kwargs)
+
+
+def constant_value(gm: fx.GraphModule, node: fx.Node) -> Any:
+    """What a node computes from constants alone, from the tensors as they are now."""
+    found = evaluate(gm, node, lambda used: constant_value(gm, used))
+    return found.detach() if isinstance(found, Tensor) else found
+
+
+def _writes(node: fx.Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and bool(schema.is_mutable)
+
+
+class Interpreter:
+    """Computes the nodes of one graph.
+
+    Args:
+        gm: The graph; its tensors may change, its nodes must not.
+        copies: Ops that write get copies: for graphs whose nodes run more than once.
+
+    Attributes:
+        nodes: All nodes in order.
+        place: Node → its number.
+        by_name: Name → node.
+        constant: Nodes whose value is the same for all inputs.
+        last: Node → the last node that reads it, the output node included.
+        output: The output node.
+    """
+
+    def __init__(self, gm: CapturedModule, *, copies: bool = False) -> None:
+        self.gm, self.copies = gm, copies
+        self.nodes: list[fx.Node] = list(gm.graph.nodes)
+        self.place = {node: number for number, node in enumerate(self.nodes)}
+        self.by_name = {node.name: node for node in self.nodes}
+        (self.output,) = gm.graph.find_nodes(op="output")
+        self.constant: set[fx.Node] = set()
+        self.last: dict[fx.Node, fx.Node] = {}
+        for node in self.nodes:
+            used = operands(node)
+            self.last.update(dict.fromkeys(used, node))
+            fixed = bool(used) and all(each in self.constant for each in used)
+            if node.op == "get_attr" or (fixed and node.op != "output"):
+                self.constant.add(node)
+
+    def results(self) -> list[fx.Node]:
+        """Nodes that the output reads."""
+        return operands(self.output)
+
+    def inputs(self, batch: Batch) -> dict[fx.Node, Any]:
+        """The placeholders' values for one call; writing into them does no harm to the batch.
+
+        Raises:
+            InputError: The batch does not fit the captured call.
+        """
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        given = dict(zip(placeholders, flat_inputs(self.gm, batch), strict=True))
+        for node in placeholders:
+            if not self.copies and any(_writes(user) for user in node.users):
+                given[node] = given[node].clone()
+        return given
+
+    def call(self, node: fx.Node, value: Value) -> Any:
+        """Compute one node from the values of what it reads."""
+        return evaluate(self.gm, node, value, copies=self.copies)
+
+    def walk(
+        self,
+        nodes: Sequence[fx.Node],
+        values: dict[fx.Node, Any],
+        *,
+        outside: Value | None = None,
+        last: Mapping[fx.Node, fx.Node] | None = None,
+        kept: Collection[fx.Node] = (),
+        before: Mapping[fx.Node, Hook] | None = None,
+        behind: Mapping[fx.Node, Hook] | None = None,
+        call: Call | None = None,
+    ) -> None:
+        """Compute nodes in order.
+
+        Args:
+            nodes: What to compute.
+            values: What is known; values of `nodes` are added.
+            outside: Values of what is neither known nor computed here.
+            last: Node → its last reader among `nodes`, behind which its value is dropped, as are
+                values that have no reader; None drops nothing.
+            kept: What is not dropped.
+            before: Op → what becomes of its data input, its first argument that moves.
+            behind: Node → what becomes of its value.
+            call: What computes one node, `Interpreter.call` by default.
+        """
+        compute = self.call if call is None else call
+        value = values.__getitem__ if outside is None else _known_or(values, outside)
+        for node in nodes:
+            if before and node in before:
+                moving = next(each for each in operands(node) if each not in self.constant)
+                result = compute(node, _with(value, moving, before[node](value(moving))))
+            else:
+                result = compute(node, value)
+            values[node] = behind[node](result) if behind and node in behind else result
+            if last is None:
+                continue
+            for each in operands(node):
+                if last.get(each) is node and each not in kept:
+                    values.pop(each, None)
+            if node not in last and node not in kept:
+                del values[node]
+
+    def run(self, batch: Batch, behind: Mapping[fx.Node, Hook] | None = None) -> list[Any]:
+        """Run all of the graph on one call.
+
+        Args:
+            batch: Inputs.
+            behind: Node, placeholders included → what becomes of its value.
+
+        Returns:
+            What the output reads, in order.
+        """
+        values = self.inputs(batch)
+        for node in values:
+            if behind and node in behind:
+                values[node] = behind[node](values[node])
+        wanted = self.results()
+        nodes = [node for node in self.nodes if node.op not in ("placeholder", "output")]
+        with explained(self.gm, batch):
+            self.walk(nodes, values, last=self.last, kept=set(wanted), behind=behind)
+        return [values[node] for node in wanted]
+
+
+def _known_or(values: Mapping[fx.Node, Any], outside: Value) -> Value:
+    return lambda node: values[node] if node in values else outside(node)
+
+
+def _with(value: Value, changed: fx.Node, result: Any) -> Value:
+    return lambda node: result if node is changed else value(node)
