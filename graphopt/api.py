@@ -3,6 +3,6 @@
 from graphopt.backends.lowering import lower
 from graphopt.capture import capture
 from graphopt.compressors.joint import compress
-from graphopt.compressors.tuning import tune
+from graphopt.passes.tune import tune
 
 __all__ = ["capture", "compress", "lower", "tune"]

@@ -43,7 +43,7 @@ MOVED: dict[str, str] = {
     "inspection.summary": "report.summary",
     "inspection.text": "report.text",
     "joint": "compressors.joint",
-    "layer_fit": "fitting.layer_fit",
+    "layer_fit": "fitting.moments",
     "layerwise": "run.layerwise",
     "lookups": "analysis.stored_values",
     "matrix_form": "analysis.matrix_form",
@@ -70,9 +70,9 @@ MOVED: dict[str, str] = {
     "mixed_precision.suffix": "run.partial_rerun",
     "mixed_precision.survey": "search.mixed_precision.layer_statistics",
     "mixed_precision.sweep": "search.mixed_precision.sweep",
-    "palettization.calibration": "compressors.calibration",
+    "palettization.calibration": "fitting.calibration",
     "palettization.dkm": "compressors.dkm",
-    "palettization.fit_palettes": "compressors.fit_palettes",
+    "palettization.fit_palettes": "passes.fit_palettes",
     "palettization.kmeans": "compressors.kmeans",
     "palettization.output_fit": "fitting.output_fit",
     "palettization.training": "compressors.training",
@@ -123,7 +123,7 @@ MOVED: dict[str, str] = {
     "torchao.quantizer": "interop.torchao.quantizer",
     "torchao.specs": "interop.torchao.specs",
     "specs.targets": "backends.registry",
-    "tuning": "compressors.tuning",
+    "tuning": "passes.tune",
     "weights": "analysis.weights",
 }
 
@@ -135,12 +135,16 @@ MOVED_NAMES: dict[str, str] = {
     "annotations.Findings": "prepared.findings",
     "annotations.findings_of": "prepared.findings",
     "annotations.keep_findings": "prepared.findings",
+    "layerwise.Batch": "run.batches",
+    "layerwise.as_batch": "run.batches",
+    "layerwise.flat_inputs": "run.batches",
     "program.CompressedProgram": "compressors.compressed_program",
     "table.CompressionTable": "report.table",
 }
 
 # in a new module: old name → what it is called now
 RENAMED: dict[str, dict[str, str]] = {
+    "run.partial_rerun": {"GraphPlan": "RerunPlan", "SuffixRun": "PartialRerun"},
     "search.mixed_precision.batched_candidates": {"Stacker": "CandidateBatcher"},
     "search.mixed_precision.choose": {"Options": "LayerChoices", "options_of": "choices_of"},
     "search.mixed_precision.exchange_search": {

@@ -6,6 +6,7 @@ if __name__ != "graphopt.passes":
 import importlib
 from typing import Any
 
+from graphopt.fitting.clustering import cluster_annotated
 from graphopt.passes.absorb_channel_scale import AbsorbChannelScale
 from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.annotate_pruning import AnnotatePruning
@@ -23,18 +24,20 @@ from graphopt.passes.dequantize_weights import DequantizeWeights
 from graphopt.passes.expand_sparse import ExpandSparse
 from graphopt.passes.expand_tables import ExpandTables
 from graphopt.passes.fake_palettize import FakePalettize
+from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
 from graphopt.passes.insert_fake_quantize import InsertFakeQuantize
 from graphopt.passes.insert_palettizers import InsertPalettizers
 from graphopt.passes.insert_pruners import InsertPruners
 from graphopt.passes.insert_taps import InsertTaps
 from graphopt.passes.integers_to_tables import IntegersToTables
-from graphopt.passes.palettize_weights import PalettizeWeights, cluster_annotated
+from graphopt.passes.palettize_weights import PalettizeWeights
 from graphopt.passes.prune_weights import PruneWeights
 from graphopt.passes.reestimate_batchnorm import ReestimateBatchNorm
 from graphopt.passes.remove_unused import RemoveUnused
 from graphopt.passes.restore_training import RestoreTraining
 from graphopt.passes.tables_to_integers import TablesToIntegers
+from graphopt.passes.tune import Tune
 
 __all__ = [
     "AbsorbChannelScale",
@@ -49,6 +52,7 @@ __all__ = [
     "ExpandSparse",
     "ExpandTables",
     "FakePalettize",
+    "FitPalettes",
     "FoldBatchNorm",
     "ForgetReference",
     "InsertFakeQuantize",
@@ -64,6 +68,7 @@ __all__ = [
     "RemoveUnused",
     "RestoreTraining",
     "TablesToIntegers",
+    "Tune",
     "cluster_annotated",
     "reference_of",
 ]

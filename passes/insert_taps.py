@@ -6,18 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx
 from typing_extensions import override
 
-from graphopt.analysis.matrix_form import weight_uses
-from graphopt.analysis.weights import find_weights
-from graphopt.fitting.sensitivity import GradientCollector, GradientTap, WeightTap
+from graphopt.fitting.sensitivity import GradientCollector
+from graphopt.fitting.sensitivity.taps import insert_taps
 from graphopt.ir.editor import Editor
 from graphopt.passes.pass_base import Pass
 
 __all__ = ["InsertTaps"]
-
-_TAPS = "_taps"
 
 
 @dataclass(frozen=True)
@@ -47,21 +43,4 @@ class InsertTaps(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        chosen = [weight for weight in find_weights(edit.gm) if weight.name in set(self.names)]
-        uses = weight_uses(edit.gm, chosen)
-        for weight in chosen:
-            if weight.name not in uses:
-                tap = WeightTap(self.collector, weight.name)
-                path = edit.module(f"{_TAPS}.of_{weight.name.replace('.', '_')}", tap)
-                for node in weight.nodes:
-                    made = edit.run_module(path, node, place=node.next, like=node)
-                    edit.redirect(node, made, lambda _: False)
-                continue
-            for number, use in enumerate(uses[weight.name]):
-                x = use.node.args[use.form.data]
-                assert isinstance(x, fx.Node)
-                shape = weight.tensor.shape
-                inner = GradientTap(self.collector, weight.name, use, shape)
-                path = edit.module(f"{_TAPS}.at_{use.node.name}_{number}", inner)
-                made = edit.run_module(path, x, use.node, place=use.node.next, like=use.node)
-                edit.redirect(use.node, made, lambda _: False)
+        insert_taps(edit, self.collector, self.names)

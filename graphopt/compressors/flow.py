@@ -7,10 +7,8 @@ from typing import Any
 
 from graphopt.backends import load_backend
 from graphopt.backends.raising import RaiseToVocabulary
-from graphopt.compressors.fit_palettes import FitPalettes
 from graphopt.compressors.options import CompressOptions
 from graphopt.compressors.pipeline import Pipeline
-from graphopt.compressors.tuning import Tune
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.pruning import MagnitudePrunerConfig
@@ -30,7 +28,9 @@ from graphopt.passes import (
     RemoveUnused,
 )
 from graphopt.passes.calibrate_activations import CalibrateActivations
+from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.passes.pass_base import Pass
+from graphopt.passes.tune import Tune
 
 __all__ = ["joint_pipeline"]
 

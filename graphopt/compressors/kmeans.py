@@ -14,26 +14,26 @@ from torch.export import ExportedProgram
 from typing_extensions import override
 
 from graphopt.compressors.base import Compressor
-from graphopt.compressors.calibration import (
-    Calibrator,
-    algorithms_of,
-    set_biases,
-    without_data,
-)
 from graphopt.compressors.compressed_program import CompressedProgram
-from graphopt.compressors.fit_palettes import FitPalettes
 from graphopt.compressors.flow import joint_pipeline
 from graphopt.compressors.options import CompressOptions
 from graphopt.compressors.training import PaletteTraining
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.errors import StateError
+from graphopt.fitting.calibration import (
+    Calibrator,
+    algorithms_of,
+    set_biases,
+    without_data,
+)
 from graphopt.fitting.sensitivity import LossFn, save_sensitivities
 from graphopt.ir.annotations import record, record_of
 from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionRecord
 from graphopt.passes import FakePalettize
+from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.passes.pass_manager import run_passes
 from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.progress import track
@@ -206,11 +206,9 @@ class KMeansPalettizer(Compressor):
         with calibrator.watching(prepared):
             yield calibrator
         calibrator.collect(prepared, progress)
-        found, biases, remarks = calibrator.palettes(
-            self._seed, progress, correct_bias=correct_bias
-        )
+        found = calibrator.palettes(self._seed, progress, correct_bias=correct_bias)
         self._sensitivities = calibrator.collector.sums
-        self._take(found, biases, remarks)
+        self._take(found.weights, found.biases, found.remarks)
         if sensitivity_path is not None:
             self.save_sensitivities(sensitivity_path)
 

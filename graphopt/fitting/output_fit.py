@@ -1,7 +1,7 @@
 """Fit palettes layer by layer to the outputs of the uncompressed program.
 
 Every layer is fitted with the inputs that it will get, those of the already compressed layers
-before it, to what `graphopt.layer_fit` says it should put out.
+before it, to what `graphopt.fitting.moments` says it should put out.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor, fx
 
 from graphopt.analysis.matrix_form import MatrixForm, WeightUse, weight_uses
 from graphopt.analysis.weights import WeightTensor, find_weights
-from graphopt.fitting.layer_fit import (
-    bias_change,
-    bias_of,
-    collect_moments,
-    compensated_weight,
-    missing_beside,
+from graphopt.fitting.importance import element_importance
+from graphopt.fitting.layer_target import LayerTarget
+from graphopt.fitting.moments import bias_of, collect_moments, missing_beside
+from graphopt.fitting.palettize_outputs import (
+    NO_ORDER,
+    palettize_by_columns,
+    palettize_to_outputs,
 )
-from graphopt.fitting.palettize_outputs import palettize_to_outputs
 from graphopt.ir.annotations import palette_annotation
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
@@ -34,7 +34,6 @@ from graphopt.schemes.palettize import PalettizedWeight, palettize
 __all__ = ["OutputFit", "fit_to_outputs"]
 
 _LOOKUP_DAMPING = 0.3
-_NO_ORDER = "its tables do not follow the rows and columns of its matrix"
 
 
 @dataclass(frozen=True)
@@ -160,25 +159,19 @@ def _fit(
         centred=bias is not None,
         seed=seed,
     )
-    target = compensated_weight(use, original, moments)
+    target = LayerTarget.of(use, original, moments)
+    axis, spec = annotation.output_axis, annotation.spec
     found = palettize_to_outputs(
-        target,
-        annotation.spec,
-        use,
-        moments.hessian,
-        output_axis=annotation.output_axis,
-        seed=seed,
+        target.weight, spec, use, target.hessian, output_axis=axis, seed=seed
     )
     if found is None:
-        result.fallbacks[weight.name] = _NO_ORDER
-        level = moments.hessian.diagonal(dim1=1, dim2=2)[:, None, :].expand_as(use.matrix(original))
-        importance = use.pull_back(level.contiguous(), original.shape).contiguous()
-        found = _plain(weight, importance, seed)
+        result.fallbacks[weight.name] = NO_ORDER
+        found = palettize_by_columns(
+            original, spec, use, target.hessian, output_axis=axis, seed=seed
+        )
     _keep(edit, weight, found, result)
     if bias is not None:
-        change = bias_change(use, original, found.dense(), moments)
-        old = edit.value(bias).detach()
-        corrected = (old.double() + change).to(old.dtype)
+        corrected = target.bias(edit.value(bias).detach(), found.dense())
         edit.set_value(bias, corrected)
         result.biases[str(bias.target)] = corrected
 
@@ -237,11 +230,10 @@ def _fit_lookup(
         )
         if fitted is not None:
             return fitted, ""
-        reason = _NO_ORDER
+        reason = NO_ORDER
     else:
         reason = "no gradient reached it"
-    by_row = importance[None, :, None].expand_as(along.matrix(original, casts=False))
-    weighed = along.pull_back(by_row.contiguous(), original.shape).contiguous()
+    weighed = element_importance(along, original, rows=importance[None])
     return _plain(replace(weight, tensor=target), weighed, seed), reason
 
 

@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from graphopt.analysis.matrix_form import WeightUse
+from graphopt.fitting.importance import element_importance
 from graphopt.numerics.feedback import OrderedHessian, TableMap, feedback_grouped, fit_tables
 from graphopt.schemes.palettize import PalettizedWeight, arrange, assemble, palettize
 from graphopt.schemes.tables import StoredTables, round_tables
 from graphopt.specs import PalettizationSpec
 
-__all__ = ["palettize_to_outputs"]
+__all__ = ["NO_ORDER", "palettize_by_columns", "palettize_to_outputs"]
+
+NO_ORDER = "its tables do not follow the rows and columns of its matrix"
 
 
 def palettize_to_outputs(
@@ -56,15 +59,12 @@ def palettize_to_outputs(
         return None
     rows = torch.ones(shape[:2]) if row_importance is None else row_importance.float()
     rows = rows / rows.mean().clamp_min(1e-30)
-    diagonal = hessian.diagonal(dim1=1, dim2=2).float()
     start = palettize(
         weight,
         spec,
         output_axis=output_axis,
         seed=seed,
-        importance=use.pull_back(
-            rows[:, :, None] * diagonal[:, None, :], weight.shape
-        ).contiguous(),
+        importance=element_importance(use, weight, hessian, rows),
     )
     parts = arrange(weight, spec, output_axis, None)
     matrix = use.matrix(parts.scaled, casts=False).float()
@@ -105,6 +105,29 @@ def palettize_to_outputs(
     return found if loss(found) <= loss(start) else start
 
 
+def palettize_by_columns(
+    weight: Tensor,
+    spec: PalettizationSpec,
+    use: WeightUse,
+    hessian: Tensor,
+    *,
+    output_axis: int = 0,
+    seed: int = 0,
+) -> PalettizedWeight:
+    """Palettize one weight by the diagonal of the Hessian alone, where errors cannot be fed back.
+
+    Args:
+        weight: The stored tensor.
+        spec: What it becomes.
+        use: The op that reads it.
+        hessian: Second moment of the op's columns, [groups, columns, columns].
+        output_axis: Output-channel axis of the stored tensor.
+        seed: Seed of vector tables.
+    """
+    importance = element_importance(use, weight, hessian)
+    return palettize(weight, spec, output_axis=output_axis, seed=seed, importance=importance)
+
+
 def _start_tables(start: PalettizedWeight, spec: PalettizationSpec) -> Tensor:
     """Table values, [groups, k, cluster_dim]."""
     shape = (start.layout.n_groups, spec.n_entries, spec.cluster_dim)
@@ -128,8 +151,5 @@ def _places(
     if bool((units != units[:, :1]).any()):
         return None  # entries do not lie along consecutive rows
     units = units[:, 0]
-    table = units // per_group
-    rows, columns = table[:, 0], table[0] - table[0, 0]
-    if bool((table != rows[:, None] + columns[None]).any()):
-        return None
-    return TableMap(rows.numpy(), columns.numpy(), layout.cluster_dim), units.numpy()
+    where = TableMap.of(units // per_group, layout.cluster_dim)
+    return None if where is None else (where, units.numpy())

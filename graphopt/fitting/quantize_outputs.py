@@ -17,6 +17,7 @@ from torch import Tensor
 
 from graphopt.analysis.matrix_form import WeightUse
 from graphopt.errors import CompressionError
+from graphopt.fitting.importance import element_importance
 from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
 from graphopt.numerics.blocks import Blocks
 from graphopt.numerics.feedback import OrderedHessian, TableMap, feedback_grouped, fit_tables
@@ -31,6 +32,7 @@ from graphopt.specs import QuantizationSpec
 __all__ = ["best_scale", "grid_values", "quantize_to_outputs", "search_scales", "table_map"]
 
 Scales = tuple[Tensor, Tensor | None]
+_FLOOR = 1e-3  # of the mean importance
 
 
 def grid_values(spec: QuantizationSpec) -> Tensor:
@@ -52,11 +54,7 @@ def table_map(use: WeightUse, blocks: Blocks) -> TableMap | None:
     whole = numbers.expand(blocks.shape).contiguous()
     if use.matrix(whole, casts=False).numel() != whole.numel():
         return None
-    matrix = use.matrix(whole, casts=False).flatten(0, 1)
-    rows, columns = matrix[:, 0], matrix[0] - matrix[0, 0]
-    if bool((matrix != rows[:, None] + columns[None]).any()):
-        return None
-    return TableMap(rows.numpy(), columns.numpy(), 1)
+    return TableMap.of(use.matrix(whole, casts=False).flatten(0, 1))
 
 
 def search_scales(
@@ -74,11 +72,7 @@ def search_scales(
         use: The op that reads it.
         hessian: Second moment of the op's columns, [groups, columns, columns].
     """
-    matrix = use.matrix(weight, casts=False)
-    diagonal = hessian.diagonal(dim1=1, dim2=2)[:, None, :].expand_as(matrix).float()
-    # inputs that calibration never saw still count a little
-    floor = 1e-3 * float(diagonal.mean())
-    importance = use.pull_back(diagonal.clamp_min(floor).contiguous(), weight.shape)
+    importance = element_importance(use, weight, hessian, floor=_FLOOR)
     low, high = weight_range(weight, spec, blocks, importance)
     return qparams(low, high, spec, scale_precision(weight, spec))
 

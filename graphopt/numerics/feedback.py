@@ -54,6 +54,19 @@ class TableMap:
     columns: _Indices
     size: int
 
+    @classmethod
+    def of(cls, tables: Tensor, size: int = 1) -> TableMap | None:
+        """The map of a matrix of table numbers; None where they are no sum of row and column.
+
+        Args:
+            tables: Table of each unit of rows and of each column, [units, columns] int64.
+            size: Rows per unit.
+        """
+        rows, columns = tables[:, 0], tables[0] - tables[0, 0]
+        if bool((tables != rows[:, None] + columns[None]).any()):
+            return None
+        return cls(rows.numpy(), columns.numpy(), size)
+
     @property
     def by_rows(self) -> bool:
         """Whether every row has one table."""

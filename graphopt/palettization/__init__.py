@@ -1,7 +1,6 @@
 """Palettization of weights: table lookups instead of floats."""
 
 from graphopt.compressors.dkm import DKMPalettizer
-from graphopt.compressors.fit_palettes import FitPalettes
 from graphopt.compressors.kmeans import KMeansPalettizer
 from graphopt.config.palettization import (
     DKMPalettizerConfig,
@@ -11,6 +10,7 @@ from graphopt.config.palettization import (
     OpDKMPalettizerConfig,
     OpKMeansPalettizerConfig,
 )
+from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.specs import PalettizationSpec
 
 __all__ = [

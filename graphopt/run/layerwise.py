@@ -16,10 +16,10 @@ from torch import fx
 
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import operands
-from graphopt.run.batches import Batch, as_batch, explained, flat_inputs
+from graphopt.run.batches import Batch, explained
 from graphopt.run.interpreter import Interpreter, constant_value
 
-__all__ = ["Batch", "LayerwiseRun", "as_batch", "flat_inputs"]
+__all__ = ["LayerwiseRun"]
 
 
 class LayerwiseRun:

@@ -10,8 +10,8 @@ import torch
 from helpers.tuned_nets import BLOCKS, changed, compressed, example, output_error, outputs
 
 import graphopt
-from graphopt.compressors.tuning import tune
 from graphopt.errors import CalibrationError
+from graphopt.passes.tune import tune
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -12,7 +12,6 @@ from helpers.tuned_nets import BLOCKS, changed, compressed, example, output_erro
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.compressors.tuning import tune
 from graphopt.palettization import (
     KMeansPalettizer,
     KMeansPalettizerConfig,
@@ -20,6 +19,7 @@ from graphopt.palettization import (
     PalettizationSpec,
 )
 from graphopt.palettization.spec import PerGroupedChannelGranularity
+from graphopt.passes.tune import tune
 from graphopt.specs import QuantizationSpec
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,9 +64,9 @@ def test_tuning_computes_with_the_weights_that_the_program_has(
     model, data = Layered().eval(), [torch.randint(0, 20, (6, 5)) for _ in range(2)]
     program, reference = compressed(model, data[0], LAYOUTS[name])
     assert len(program.report().palettized) == 5
-    with caplog.at_level(logging.INFO, logger="graphopt.compressors.tuning"):
+    with caplog.at_level(logging.INFO, logger="graphopt.fitting.tuning"):
         tuned = tune(program, reference, data, steps=12, blocks="whole", progress=False)
-    (record,) = [each for each in caplog.records if each.name == "graphopt.compressors.tuning"]
+    (record,) = [each for each in caplog.records if each.name == "graphopt.fitting.tuning"]
     assert isinstance(record.args, tuple)
     _, before, after = record.args
     # what the tuning saw is what the programs compute on their own

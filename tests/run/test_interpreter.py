@@ -149,13 +149,22 @@ def test_a_graph_that_writes_into_its_input_leaves_the_batch_as_it_is(copies: bo
 
 
 @torch.no_grad()
-def test_with_copies_a_node_that_writes_may_run_twice() -> None:
-    gm = captured(Counting())
-    interpreter = Interpreter(gm, copies=True)
-    (adds,) = (node for node in gm.graph.nodes if "add_" in str(node.target))
-    values = interpreter.inputs(((X.clone(),), {}))
+def test_with_copies_a_node_that_writes_may_run_twice(net: Net) -> None:
+    gm = captured(net)
+    (relu,) = calls(gm, _aten.relu.default)
+    with gm.graph.inserting_after(relu):
+        adds = gm.graph.call_function(_aten.add_.Tensor, (relu, 1))
+    hidden = torch.rand(3, 6)
+    once = Interpreter(gm)
+    again = Interpreter(gm, copies=True)
     for _ in range(2):
-        torch.testing.assert_close(interpreter.call(adds, values.__getitem__), X + 1)
+        got = again.call(adds, {relu: hidden.clone()}.__getitem__)
+        torch.testing.assert_close(got, hidden + 1)
+    values = {relu: hidden.clone()}
+    again.walk([adds], values)
+    torch.testing.assert_close(values[relu], hidden)
+    once.walk([adds], values)
+    torch.testing.assert_close(values[relu], hidden + 1)
 
 
 def test_gradients_arrive_at_a_value_that_a_hook_made_a_leaf(net: Net) -> None:

@@ -18,12 +18,12 @@ from torchao.quantization.pt2e.quantizer import QuantizationSpec as TorchaoSpec
 from typing_extensions import override
 
 from graphopt.analysis.weights import find_weights
-from graphopt.compressors.calibration import without_data
 from graphopt.compressors.joint import joint_config
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import CalibrationError, StateError
+from graphopt.fitting.calibration import without_data
 from graphopt.ir.annotations import (
     ActivationPoint,
     clear_annotations,

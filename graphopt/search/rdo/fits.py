@@ -9,18 +9,16 @@ from torch import Tensor, fx
 
 from graphopt.analysis.matrix_form import WeightUse
 from graphopt.analysis.weights import WeightTensor
-from graphopt.fitting.layer_fit import (
-    LayerMoments,
-    bias_change,
-    bias_of,
-    collect_moments,
-    compensated_weight,
+from graphopt.fitting.layer_target import LayerTarget
+from graphopt.fitting.moments import bias_of, collect_moments
+from graphopt.fitting.palettize_outputs import (
+    NO_ORDER,
+    palettize_by_columns,
+    palettize_to_outputs,
 )
-from graphopt.fitting.palettize_outputs import palettize_to_outputs
 from graphopt.fitting.quantize_outputs import quantize_to_outputs, search_scales
 from graphopt.ir.editor import Editor
 from graphopt.numerics.affine import grid_of
-from graphopt.numerics.feedback import OrderedHessian
 from graphopt.schemes.base import Statistics, StoredWeight
 from graphopt.schemes.palettize import palettize
 from graphopt.schemes.quantize import plan_blocks, quantize_weight
@@ -31,7 +29,7 @@ from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.rate import scales_by_rate
 from graphopt.specs import PalettizationSpec, QuantizationSpec
 
-__all__ = ["Fitted", "LayerInputs", "LayerSite", "fit_layer", "take_inputs"]
+__all__ = ["Fitted", "LayerSite", "fit_layer", "take_target"]
 
 _Fit = tuple[StoredWeight, str, str]  # form, how it was found, why something was not done
 _NO_FEEDBACK = "no error feedback for lookups, tied weights and ops of other forms"
@@ -71,23 +69,6 @@ class LayerSite:
 
 
 @dataclass(frozen=True)
-class LayerInputs:
-    """What a layer's candidates are fitted to, under the compressed layers before it.
-
-    Attributes:
-        target: The weight to aim at, of the stored tensor's shape.
-        hessian: Second moment of the op's columns, [groups, columns, columns].
-        ordered: What feedback makes of it once for all candidates; None for several groups.
-        moments: What these come from.
-    """
-
-    target: Tensor
-    hessian: Tensor
-    ordered: OrderedHessian | None
-    moments: LayerMoments
-
-
-@dataclass(frozen=True)
 class Fitted:
     """A layer in its compressed form.
 
@@ -108,14 +89,14 @@ class Fitted:
     note: str = ""
 
 
-def take_inputs(
+def take_target(
     site: LayerSite,
     inputs: Sequence[Tensor],
     exact: Sequence[Tensor],
     saliency: Sequence[Tensor] | None,
     missing: Sequence[tuple[Tensor, Tensor]] | None,
     config: RDOConfig,
-) -> LayerInputs:
+) -> LayerTarget:
     """Reduce a layer's inputs to what its fits need.
 
     Args:
@@ -136,19 +117,20 @@ def take_inputs(
         centred=site.bias is not None,
         seed=config.seed,
     )
-    target = site.weight.tensor.detach()
-    if config.feedback.compensate:
-        target = compensated_weight(site.use, target, moments)
-    ordered = None
-    if config.feedback.enabled and moments.hessian.shape[0] == 1:
-        ordered = OrderedHessian.of(moments.hessian[0], config.feedback.damping)
-    return LayerInputs(target, moments.hessian, ordered, moments)
+    feedback = config.feedback
+    return LayerTarget.of(
+        site.use,
+        site.weight.tensor.detach(),
+        moments,
+        compensate=feedback.compensate,
+        damping=feedback.damping if feedback.enabled else None,
+    )
 
 
 def fit_layer(
     site: LayerSite,
     candidate: Candidate,
-    given: LayerInputs | None,
+    given: LayerTarget | None,
     config: RDOConfig,
     rate_weight: float,
     importance: Tensor | None,
@@ -158,7 +140,7 @@ def fit_layer(
     Args:
         site: The layer.
         candidate: What it becomes.
-        given: From `take_inputs`; None fits the weight alone.
+        given: From `take_target`; None fits the weight alone.
         config: Options.
         rate_weight: λ, for rate "entropy".
         importance: What a squared error of each output row costs, [rows], for rate "entropy".
@@ -181,8 +163,7 @@ def fit_layer(
         stored, how, note = fit(site, site.use, spec, given, config, rate_weight, importance)
     bias = None
     if site.bias_value is not None and site.use is not None and given is not None:
-        change = bias_change(site.use, weight, stored.dense(), given.moments)
-        bias = (site.bias_value.double() + change).to(site.bias_value.dtype)
+        bias = given.bias(site.bias_value, stored.dense())
     coded = stored.coded_bits()
     return Fitted(candidate.name, stored.measured(weight), bias, how, coded, note)
 
@@ -191,12 +172,12 @@ def _quantized(
     site: LayerSite,
     use: WeightUse,
     spec: QuantizationSpec,
-    given: LayerInputs,
+    given: LayerTarget,
     config: RDOConfig,
     rate_weight: float,
     importance: Tensor | None,
 ) -> _Fit:
-    weight = given.target
+    weight = given.weight
     blocks, _ = plan_blocks(weight.shape, site.layer.output_axis, spec.granularity)
     scales = None
     if config.blocks.scales and config.rate == "entropy" and not grid_of(spec).is_float:
@@ -231,7 +212,7 @@ def _palettized(
     site: LayerSite,
     use: WeightUse,
     spec: PalettizationSpec,
-    given: LayerInputs,
+    given: LayerTarget,
     config: RDOConfig,
     rate_weight: float,
     importance: Tensor | None,
@@ -241,7 +222,7 @@ def _palettized(
     fed = None
     if config.feedback.enabled:
         fed = palettize_to_outputs(
-            given.target,
+            given.weight,
             spec,
             use,
             given.hessian,
@@ -252,14 +233,14 @@ def _palettized(
         )
     if fed is not None:
         return fed, "error feedback", ""
-    costs = None
+    note = NO_ORDER if config.feedback.enabled else ""
     if config.blocks.scales:
-        matrix = use.matrix(given.target, casts=False)
-        level = given.hessian.diagonal(dim1=1, dim2=2)[:, None, :].expand_as(matrix)
-        costs = use.pull_back(level.contiguous(), given.target.shape).contiguous()
-    found = palettize(given.target, spec, output_axis=axis, seed=seed, importance=costs)
-    note = "its tables do not follow the rows and columns of its matrix"
-    return found, "searched", note if config.feedback.enabled else ""
+        plain = palettize_by_columns(
+            given.weight, spec, use, given.hessian, output_axis=axis, seed=seed
+        )
+    else:
+        plain = palettize(given.weight, spec, output_axis=axis, seed=seed)
+    return plain, "searched", note
 
 
 # kind of scheme → how its weights are fitted to outputs; others are rounded

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
-from graphopt.fitting.layer_fit import bias_change
+from graphopt.fitting.layer_target import LayerTarget
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.rdo.config import RDOConfig
-from graphopt.search.rdo.fits import Fitted, LayerInputs, LayerSite, fit_layer
+from graphopt.search.rdo.fits import Fitted, LayerSite, fit_layer
 from graphopt.search.rdo.walk import BlockSite, Walk
 
 __all__ = ["Costs", "cost_of", "search_block"]
@@ -92,7 +92,7 @@ def search_block(
 def _forms(
     walk: Walk,
     layer: LayerSite,
-    inputs: LayerInputs | None,
+    inputs: LayerTarget | None,
     candidates: Mapping[str, Candidate],
     config: RDOConfig,
     rate_weight: float,
@@ -104,15 +104,14 @@ def _forms(
     }
 
 
-def _aim(layer: LayerSite, inputs: LayerInputs | None) -> tuple[Tensor, Tensor | None]:
+def _aim(layer: LayerSite, inputs: LayerTarget | None) -> tuple[Tensor, Tensor | None]:
     """The weight and bias that all candidates of a layer come close to."""
     exact = layer.weight.tensor.detach()
     if inputs is None or layer.use is None:
         return exact, None
     if layer.bias_value is None:
-        return inputs.target, None
-    change = bias_change(layer.use, exact, inputs.target, inputs.moments)
-    return inputs.target, (layer.bias_value.double() + change).to(layer.bias_value.dtype)
+        return inputs.weight, None
+    return inputs.weight, inputs.bias(layer.bias_value, inputs.weight)
 
 
 def _least(found: Costs, name: str, rate_weight: float) -> str:

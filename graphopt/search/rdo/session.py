@@ -319,7 +319,7 @@ class Session:
             except CompressionError as error:
                 raise CompressionError(f"{layer.layer.name}: {error}") from None
             walk.apply(layer, fitted)
-            aim = layer.weight.tensor.detach() if inputs is None else inputs.target
+            aim = layer.weight.tensor.detach() if inputs is None else inputs.weight
             made.append((layer, fitted, aim))
             yield None
         forms = {layer.layer.name: fitted for layer, fitted, _ in made}

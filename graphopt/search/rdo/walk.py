@@ -10,7 +10,8 @@ from torch import Tensor, fx
 
 from graphopt.analysis.partition import Block
 from graphopt.analysis.value_facts import is_float
-from graphopt.fitting.layer_fit import missing_beside
+from graphopt.fitting.layer_target import LayerTarget
+from graphopt.fitting.moments import missing_beside
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
@@ -20,7 +21,7 @@ from graphopt.run.block_forward import BlockForward
 from graphopt.run.layerwise import LayerwiseRun
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.curvature import Curvature
-from graphopt.search.rdo.fits import Fitted, LayerInputs, LayerSite, take_inputs
+from graphopt.search.rdo.fits import Fitted, LayerSite, take_target
 
 __all__ = ["BlockSite", "Walk", "partners_of"]
 
@@ -113,7 +114,7 @@ class Walk:
                 for place, node in enumerate(block.outputs):
                     self.run.set_values(node, [each[place] for each in made])
 
-    def inputs_of(self, site: LayerSite, block: Block) -> LayerInputs | None:
+    def inputs_of(self, site: LayerSite, block: Block) -> LayerTarget | None:
         """Run up to a layer and take what its fits need; None for a lookup, or an unknown op."""
         use = site.use
         node = self._first(site, block) if use is None else use.node
@@ -128,7 +129,7 @@ class Walk:
         exact = self.reference.values(self._come_to(source))
         missing = missing_beside(use, self.run, self.reference, self.partners)
         saliency = self.curvature.saliency.get(self.partners[node].name)
-        return take_inputs(site, self.run.values(source), exact, saliency, missing, self.config)
+        return take_target(site, self.run.values(source), exact, saliency, missing, self.config)
 
     def importance(self, site: LayerSite) -> Tensor | None:
         """What a squared error of each output row of a layer costs, where known."""

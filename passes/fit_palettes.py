@@ -9,18 +9,21 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from graphopt.compressors.calibration import (
+from graphopt.errors import CalibrationError, InputError
+from graphopt.fitting.algorithms import ALGORITHMS
+from graphopt.fitting.calibration import (
     Calibrator,
+    needs_gradients,
     set_biases,
     shapes_to_weigh,
     without_data,
 )
-from graphopt.errors import CalibrationError, InputError
+from graphopt.fitting.clustering import cluster_annotated
 from graphopt.fitting.sensitivity import LossFn, load_sensitivities
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
-from graphopt.passes import AnnotatePalettization, cluster_annotated
+from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared.findings import keep_findings
 from graphopt.progress import track
@@ -67,7 +70,7 @@ class FitPalettes(Pass):
             raise InputError("palettes are fitted in graphs that graphopt.capture made")
         annotated = Program(gm, ())
         calibrator = Calibrator(annotated, loss_fn=self.loss_fn, seed=self.seed)
-        if not self.data or not set(calibrator.algorithms.values()) - {"kmeans"}:
+        if not self.data or not any(map(needs_gradients, calibrator.algorithms.values())):
             self._cluster(annotated)
             return
         module = calibrator.annotated.copy().graph_module
@@ -76,12 +79,12 @@ class FitPalettes(Pass):
                 inputs, target = each if self.loss_fn is not None else (each, None)
                 args, kwargs = as_batch(inputs)
                 calibrator.step(module(*args, **kwargs), target)
-        found, biases, remarks = calibrator.palettes(self.seed, self.progress, correct_bias=True)
-        set_biases(gm, biases)
-        edit.changed |= bool(biases)
-        fitted = set(calibrator.algorithms.values()) == {"gptq"}
-        keep_findings(gm, palettes=found, fitted_to_outputs=fitted)
-        edit.record(remarks=remarks)
+        found = calibrator.palettes(self.seed, self.progress, correct_bias=True)
+        set_biases(gm, found.biases)
+        edit.changed |= bool(found.biases)
+        fitted = all(ALGORITHMS[name].needs_inputs for name in calibrator.algorithms.values())
+        keep_findings(gm, palettes=found.weights, fitted_to_outputs=fitted)
+        edit.record(remarks=found.remarks)
 
     def _cluster(self, annotated: Program) -> None:
         """Without data; weighed by saved sensitivities where there are any."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,21 +13,24 @@ from torch.utils import _pytree as pytree
 
 from graphopt.analysis.weights import find_weights
 from graphopt.errors import CalibrationError, InputError
-from graphopt.fitting.output_fit import fit_to_outputs
+from graphopt.fitting.algorithms import ALGORITHMS, CALIBRATED, Evidence, Palettes
 from graphopt.fitting.sensitivity import GradientCollector, LossFn, label_free_loss
+from graphopt.fitting.sensitivity.taps import TAPS, insert_taps
 from graphopt.ir.annotations import palette_annotation
 from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
+from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program, share_graph
-from graphopt.passes import InsertTaps, cluster_annotated
-from graphopt.passes.pass_manager import run_passes
 from graphopt.progress import track
 from graphopt.run.batches import Batch
-from graphopt.schemes.palettize import PalettizedWeight
 
-__all__ = ["Calibrator", "algorithms_of", "set_biases", "shapes_to_weigh", "without_data"]
-
-_log = logging.getLogger(__name__)
-_TAPS = "_taps"
+__all__ = [
+    "Calibrator",
+    "algorithms_of",
+    "needs_gradients",
+    "set_biases",
+    "shapes_to_weigh",
+    "without_data",
+]
 
 
 def algorithms_of(annotated: Program) -> dict[str, str]:
@@ -38,8 +40,14 @@ def algorithms_of(annotated: Program) -> dict[str, str]:
         annotation = palette_annotation(weight.nodes[0])
         if annotation is not None:
             algorithm = annotation.spec.algorithm
-            found[weight.name] = "skm" if algorithm == "auto" else algorithm
+            found[weight.name] = CALIBRATED if algorithm == "auto" else algorithm
     return found
+
+
+def needs_gradients(algorithm: str) -> bool:
+    """Whether an algorithm needs a backward pass over data."""
+    chosen = ALGORITHMS[algorithm]
+    return chosen.needs_sensitivities or chosen.needs_inputs
 
 
 def without_data(gm: fx.GraphModule, weighed: Collection[str] = ()) -> list[str]:
@@ -47,16 +55,19 @@ def without_data(gm: fx.GraphModule, weighed: Collection[str] = ()) -> list[str]
 
     Args:
         gm: A graph that `AnnotatePalettization` has seen.
-        weighed: Weights with known sensitivities, which are all that "skm" needs.
+        weighed: Weights with known sensitivities, which are all that some algorithms need.
     """
     waiting = []
     for weight in find_weights(gm):
         annotation = palette_annotation(weight.nodes[0])
         if annotation is None:
             continue
-        algorithm = annotation.spec.algorithm
-        if algorithm == "gptq" or (algorithm == "skm" and weight.name not in weighed):
-            waiting.append(f"{weight.name}: {algorithm!r} ({annotation.path})")
+        algorithm = ALGORITHMS.get(annotation.spec.algorithm)  # None for "auto"
+        if algorithm is None:
+            continue
+        unweighed = algorithm.needs_sensitivities and weight.name not in weighed
+        if algorithm.needs_inputs or unweighed:
+            waiting.append(f"{weight.name}: {algorithm.name!r} ({annotation.path})")
     return waiting
 
 
@@ -73,7 +84,7 @@ def shapes_to_weigh(annotated: Program) -> dict[str, torch.Size]:
     return {
         weight.name: weight.tensor.shape
         for weight in find_weights(annotated.graph_module)
-        if algorithms.get(weight.name, "kmeans") != "kmeans"
+        if weight.name in algorithms and needs_gradients(algorithms[weight.name])
     }
 
 
@@ -109,11 +120,12 @@ class Calibrator:
         self._loss_fn = loss_fn
         self._label_free = label_free
         self._generator = torch.Generator().manual_seed(seed)
-        self._layerwise = "gptq" in self.algorithms.values()
-        self._watched = [name for name, each in self.algorithms.items() if each != "kmeans"]
+        chosen = [ALGORITHMS[name] for name in self.algorithms.values()]
+        self._layerwise = any(each.needs_inputs for each in chosen)
+        self._watched = [name for name, each in self.algorithms.items() if needs_gradients(each)]
         self.collector = GradientCollector(
             per_sample=per_sample,
-            squares=squares or "skm" in self.algorithms.values(),
+            squares=squares or any(each.needs_sensitivities for each in chosen),
             positions=self._layerwise,
             folder=folder,
         )
@@ -155,7 +167,7 @@ class Calibrator:
     def watching(self, prepared: CapturedModule) -> Iterator[None]:
         """Let a prepared module run with its original weights, watched."""
         tapped = share_graph(self.annotated.graph_module)
-        run_passes(tapped, [InsertTaps(self.collector, tuple(self._watched))])
+        insert_taps(Editor(tapped), self.collector, self._watched)
         before, graph = _state(prepared), prepared.graph
         hook = prepared.register_forward_pre_hook(self._remember, with_kwargs=True)
         try:
@@ -164,14 +176,14 @@ class Calibrator:
                 _tensor(prepared, path).data = getattr(holder, name).detach()
             for parameter in prepared.parameters():
                 parameter.requires_grad_(False)
-            if hasattr(tapped, _TAPS):
-                prepared.add_module(_TAPS, getattr(tapped, _TAPS))
+            if hasattr(tapped, TAPS):
+                prepared.add_module(TAPS, getattr(tapped, TAPS))
             prepared.graph = tapped.graph
             yield
         finally:
             hook.remove()
-            if hasattr(prepared, _TAPS):
-                delattr(prepared, _TAPS)
+            if hasattr(prepared, TAPS):
+                delattr(prepared, TAPS)
             prepared.graph = graph
             for path, (value, trained) in before.items():
                 restored = _tensor(prepared, path)
@@ -203,50 +215,23 @@ class Calibrator:
                 self.step(prepared(*args, **kwargs))
         self.batches = batches if kept else []
 
-    def palettes(
-        self, seed: int, progress: bool | None, *, correct_bias: bool
-    ) -> tuple[dict[str, PalettizedWeight], dict[str, Tensor], list[str]]:
-        """Tables and codes after the data: palettes, corrected biases, remarks."""
-        names = {each: [n for n, a in self.algorithms.items() if a == each] for each in _ALL}
-        sums = self.collector.finish()
-        remarks = [
-            f"{name}: no gradient reached it; clustered without weights"
-            for name in names["skm"]
-            if name not in sums or not bool(sums[name].any())
-        ]
-        for remark in remarks:
-            _log.warning("%s", remark)
-        found = cluster_annotated(
-            self.annotated.graph_module,
-            progress=progress,
-            seed=seed,
-            importance=sums,
-            names=[*names["kmeans"], *names["skm"]],
+    def palettes(self, seed: int, progress: bool | None, *, correct_bias: bool) -> Palettes:
+        """Tables and codes after the data."""
+        evidence = Evidence(
+            self.batches,
+            self.collector.finish(),
+            self.collector.saliency,
+            self.collector.spread,
+            correct_bias,
+            seed,
+            progress,
         )
-        biases: dict[str, Tensor] = {}
-        if names["gptq"]:
-            count = len(self.batches)
-            saliency = {k: v for k, v in self.collector.saliency.items() if len(v) == count}
-            fit = fit_to_outputs(
-                self.annotated,
-                self.batches,
-                found,
-                saliency,
-                self.collector.spread,
-                names=names["gptq"],
-                correct_bias=correct_bias,
-                seed=seed,
-                progress=progress,
-            )
-            found |= fit.palettes
-            biases = fit.biases
-            remarks += [
-                f"{name}: {why}; fitted without feedback" for name, why in fit.fallbacks.items()
-            ]
-        return found, biases, remarks
-
-
-_ALL = ("kmeans", "skm", "gptq")
+        result = Palettes()
+        for name, algorithm in ALGORITHMS.items():
+            weights = [weight for weight, own in self.algorithms.items() if own == name]
+            if weights:
+                algorithm.fit(self.annotated, weights, evidence, result)
+        return result
 
 
 def _state(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:

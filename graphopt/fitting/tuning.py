@@ -7,141 +7,88 @@ in the order of the graph, with the inputs that the tuned blocks before give (Li
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx, nn
-from typing_extensions import override
 
 from graphopt.analysis.partition import Block, find_blocks
-from graphopt.errors import CalibrationError
 from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.ir.correspondence import Correspondence
-from graphopt.ir.editor import Editor, operands
-from graphopt.ir.program import Program
+from graphopt.ir.editor import operands
 from graphopt.numerics.packing import unpack
-from graphopt.passes import FoldBatchNorm, KeepReference, reference_of
-from graphopt.passes.pass_base import Pass
-from graphopt.passes.pass_manager import run_passes
 from graphopt.progress import track
-from graphopt.run.batches import as_batch
+from graphopt.run.batches import Batch
 from graphopt.run.block_forward import BlockForward
 from graphopt.run.layerwise import LayerwiseRun
 
-__all__ = ["Tune", "tune"]
+__all__ = ["TuningOptions", "tune_graph"]
 
 _log = logging.getLogger(__name__)
 _LOOKUP = torch.ops.graphopt.lut_to_dense.default
 _COMPRESSED = (_LOOKUP, torch.ops.graphopt.shift_scale.default)
-_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 _NORMS = ("layer_norm", "batch_norm", "group_norm", "rms_norm")
-ProgramT = TypeVar("ProgramT", bound=Program)
 
 
 @dataclass(frozen=True)
-class Tune(Pass):
-    """`tune` as a pass: table entries, biases and norms move, codes stay.
+class TuningOptions:
+    """How blocks are tuned.
 
     Attributes:
-        data: Inputs of one call each, as for `as_batch`.
         steps: Steps per block.
+        blocks: "whole" or "auto", see `graphopt.tuning.tune`.
+        width: See `graphopt.partition.find_blocks`.
+        learning_rate: Step of a table's entries relative to their median distance.
         seed: Seed of the order of the data.
         progress: Show a bar; None shows it on a terminal.
     """
 
-    name: ClassVar[str] = "tune"
-    after: ClassVar[tuple[type[Pass], ...]] = (KeepReference,)
-    tolerance: ClassVar[float | None] = None
-    data: Sequence[Any]
     steps: int = 200
+    blocks: Literal["auto", "whole"] = "whole"
+    width: int = 1
+    learning_rate: float = 0.02
     seed: int = 0
     progress: bool | None = None
 
-    @override
-    def run(self, edit: Editor) -> None:
-        assert isinstance(edit.gm, CapturedModule)
-        programs = (Program(edit.gm, ()), Program(reference_of(edit.gm), ()))
-        tuned = tune(*programs, self.data, steps=self.steps, seed=self.seed, progress=self.progress)
-        edit.adopt(tuned.graph_module)
 
-
-def tune(
-    program: ProgramT,
-    reference: Program,
-    data: Sequence[Any],
-    *,
-    steps: int = 200,
-    blocks: Literal["auto", "whole"] = "whole",
-    width: int = 1,
-    learning_rate: float = 0.02,
-    seed: int = 0,
-    progress: bool | None = None,
-) -> ProgramT:
-    """Tune a compressed program on unlabelled data.
+def tune_graph(
+    gm: CapturedModule, exact: CapturedModule, batches: Sequence[Batch], options: TuningOptions
+) -> None:
+    """Tune a compressed graph in place; a block whose error did not fall keeps its values.
 
     Args:
-        program: What a compressor made of `reference`; it is not changed.
-        reference: The uncompressed program.
-        data: Inputs of one call each, as for `as_batch`: one step of Adam takes one of them.
-        steps: Steps per block.
-        blocks: "whole" tunes everything against the outputs of the network, which gave the better
-            outputs wherever both were tried; "auto" cuts the graph where at most `width` compressed
-            values are alive and needs the memory of one block.
-        width: See `graphopt.partition.find_blocks`.
-        learning_rate: Step of a table's entries relative to their median distance; biases and
-            norms move a fifth as far, relative to their spread.
-        seed: Seed of the order of the data.
-        progress: Show a bar; None shows it on a terminal.
-
-    Returns:
-        A program with the same codes. A block whose error did not fall keeps its values.
-
-    Raises:
-        CalibrationError: There is no data.
-        InputError: Data do not fit the program.
+        gm: The compressed graph.
+        exact: The exact one, with the norms folded that `gm` has folded.
+        batches: Inputs of one call each.
+        options: How.
     """
-    if steps < 1:
-        return replace(program, graph_module=copy.deepcopy(program.graph_module))
-    if not data:
-        raise CalibrationError("no data: there is nothing to tune on")
-    tuned = replace(program, graph_module=copy.deepcopy(program.graph_module))
-    gm, exact = tuned.graph_module, reference.graph_module
-    batches = [as_batch(each) for each in data]
-    if len(list(Editor(gm).calls(_NORM))) < len(list(Editor(exact).calls(_NORM))):
-        # the program's convolutions stand for the norms behind them, too
-        exact = reference.copy().graph_module
-        run_passes(exact, [FoldBatchNorm()])
     targets = _compressed_ops(gm)
     if not targets:
-        return tuned
+        return
     partners = Correspondence.by_name(gm, exact)
     runs = (LayerwiseRun(gm, batches), LayerwiseRun(exact, batches))
-    found = _merged(runs[0], _blocks(gm, targets, blocks, width), partners)
-    generator = torch.Generator().manual_seed(seed)
-    order = iter(exact.graph.nodes)
-    total = steps * len(found)
-    work = _all_blocks(found, runs, partners, order, steps, learning_rate, generator)
-    for _ in track(work, "tuning blocks", total, enabled=progress):
+    blocks = _blocks(gm, targets, options.blocks, options.width)
+    merged = _merged(runs[0], blocks, partners)
+    total = options.steps * len(merged)
+    work = _all_blocks(merged, runs, partners, options)
+    for _ in track(work, "tuning blocks", total, enabled=options.progress):
         pass
-    return tuned
 
 
 def _all_blocks(
     found: list[Block],
     runs: tuple[LayerwiseRun, LayerwiseRun],
     partners: Correspondence,
-    order: Iterator[fx.Node],
-    steps: int,
-    learning_rate: float,
-    generator: torch.Generator,
+    options: TuningOptions,
 ) -> Iterator[None]:
     run, exact = runs
+    order = iter(exact.gm.graph.nodes)
+    generator = torch.Generator().manual_seed(options.seed)
     for block in found:
         wanted = [partners[node] for node in block.outputs]
         for node in order:
@@ -150,7 +97,7 @@ def _all_blocks(
             if all(exact.has_run(each) for each in wanted):
                 break
         goals = [list(map(torch.Tensor.detach, exact.values(each))) for each in wanted]
-        yield from _tune_block(run, block, goals, steps, learning_rate, generator)
+        yield from _tune_block(run, block, goals, options, generator)
         for node in block.nodes:
             run.step(node)
 
@@ -279,10 +226,10 @@ def _tune_block(
     run: LayerwiseRun,
     block: Block,
     goals: list[list[Tensor]],
-    steps: int,
-    learning_rate: float,
+    options: TuningOptions,
     generator: torch.Generator,
 ) -> Iterator[None]:
+    steps, learning_rate = options.steps, options.learning_rate
     tuned = _TunedBlock(run, block)
     if not tuned.trained:
         yield from (None for _ in range(steps))

@@ -1,0 +1,34 @@
+"""k-means on the weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import ClassVar
+
+from typing_extensions import override
+
+from graphopt.fitting.algorithms.base import Evidence, FittingAlgorithm, Palettes
+from graphopt.fitting.clustering import cluster_annotated
+from graphopt.ir.program import Program
+
+__all__ = ["KMeans"]
+
+
+class KMeans(FittingAlgorithm):
+    """Least squared error of the weights."""
+
+    name: ClassVar[str] = "kmeans"
+
+    @override
+    def fit(
+        self, annotated: Program, names: Sequence[str], evidence: Evidence, result: Palettes
+    ) -> None:
+        result.weights.update(
+            cluster_annotated(
+                annotated.graph_module,
+                progress=evidence.progress,
+                seed=evidence.seed,
+                importance=evidence.sensitivities if self.needs_sensitivities else None,
+                names=names,
+            )
+        )

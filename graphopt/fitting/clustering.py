@@ -1,0 +1,91 @@
+"""Palettes from weights alone, or from weights and the importance of their elements."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+
+from torch import Tensor, fx
+
+from graphopt.errors import CompressionError
+from graphopt.ir.annotations import WeightAnnotation, palette_annotation
+from graphopt.ir.editor import Editor
+from graphopt.numerics.parallel import map_tasks
+from graphopt.progress import track
+from graphopt.schemes.palettize import PalettizedWeight, palettize
+from graphopt.specs import PalettizationSpec
+
+__all__ = ["cluster_annotated"]
+
+_FLOOR = 1e-3  # of the mean importance
+
+
+def cluster_annotated(
+    gm: fx.GraphModule,
+    *,
+    progress: bool | None = None,
+    seed: int = 0,
+    importance: Mapping[str, Tensor] | None = None,
+    names: Collection[str] | None = None,
+) -> dict[str, PalettizedWeight]:
+    """Cluster every annotated weight of a graph, layers side by side.
+
+    Args:
+        gm: A graph that `AnnotatePalettization` has seen.
+        progress: Show a bar; None shows it on a terminal.
+        seed: Seed of vector tables.
+        importance: Name → weight of each element's squared error; others weigh all alike, and so
+            do elements without any beside a thousandth of the mean.
+        names: Weights to cluster; None is all.
+
+    Returns:
+        Name of the tensor → its palettized form, in the order of the graph.
+
+    Raises:
+        CompressionError: A weight contains NaN or Inf; the message names it.
+    """
+    found = _annotated(gm)
+    if names is not None:
+        found = {name: found[name] for name in found if name in set(names)}
+    order = sorted(found, key=lambda name: -found[name][0].numel())
+
+    def cluster(name: str) -> tuple[str, PalettizedWeight]:
+        tensor, annotation = found[name]
+        try:
+            return name, palettize(
+                tensor,
+                annotation.spec,
+                output_axis=annotation.output_axis,
+                seed=seed,
+                importance=_smoothed((importance or {}).get(name)),
+            )
+        except CompressionError as error:
+            raise CompressionError(
+                f"{name}: {error}; exclude it in the config or repair the model"
+            ) from None
+
+    done = dict(track(map_tasks(cluster, order), "palettizing", len(order), enabled=progress))
+    return {name: done[name] for name in found}
+
+
+def _smoothed(importance: Tensor | None) -> Tensor | None:
+    """Importance with a floor, so that what the data did not reach keeps its place."""
+    if importance is None or not bool(importance.any()):
+        return None
+    return importance + _FLOOR * importance.mean()
+
+
+def _annotated(
+    gm: fx.GraphModule,
+) -> dict[str, tuple[Tensor, WeightAnnotation[PalettizationSpec]]]:
+    edit = Editor(gm)
+    found: dict[str, tuple[Tensor, WeightAnnotation[PalettizationSpec]]] = {}
+    seen: set[int] = set()
+    for node in edit.constants():
+        annotation = palette_annotation(node)
+        if annotation is None:
+            continue
+        tensor = edit.value(node)
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            found[str(node.target)] = (tensor, annotation)
+    return found

@@ -1,0 +1,105 @@
+"""Tune tables, biases and norms of a compressed program to reproduce the uncompressed one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar, Literal, TypeVar
+
+import torch
+from typing_extensions import override
+
+from graphopt.errors import CalibrationError
+from graphopt.fitting.tuning import TuningOptions, tune_graph
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.editor import Editor
+from graphopt.ir.program import Program
+from graphopt.passes.correct_statistics import KeepReference, reference_of
+from graphopt.passes.fold_batchnorm import FoldBatchNorm
+from graphopt.passes.pass_base import Pass
+from graphopt.passes.pass_manager import run_passes
+from graphopt.run.batches import as_batch
+
+__all__ = ["Tune", "tune"]
+
+_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
+ProgramT = TypeVar("ProgramT", bound=Program)
+
+
+@dataclass(frozen=True)
+class Tune(Pass):
+    """`tune` as a pass: table entries, biases and norms move, codes stay.
+
+    Attributes:
+        data: Inputs of one call each, as for `as_batch`.
+        steps: Steps per block.
+        seed: Seed of the order of the data.
+        progress: Show a bar; None shows it on a terminal.
+    """
+
+    name: ClassVar[str] = "tune"
+    after: ClassVar[tuple[type[Pass], ...]] = (KeepReference,)
+    tolerance: ClassVar[float | None] = None
+    data: Sequence[Any]
+    steps: int = 200
+    seed: int = 0
+    progress: bool | None = None
+
+    @override
+    def run(self, edit: Editor) -> None:
+        assert isinstance(edit.gm, CapturedModule)
+        programs = (Program(edit.gm, ()), Program(reference_of(edit.gm), ()))
+        tuned = tune(*programs, self.data, steps=self.steps, seed=self.seed, progress=self.progress)
+        edit.adopt(tuned.graph_module)
+
+
+def tune(
+    program: ProgramT,
+    reference: Program,
+    data: Sequence[Any],
+    *,
+    steps: int = 200,
+    blocks: Literal["auto", "whole"] = "whole",
+    width: int = 1,
+    learning_rate: float = 0.02,
+    seed: int = 0,
+    progress: bool | None = None,
+) -> ProgramT:
+    """Tune a compressed program on unlabelled data.
+
+    Args:
+        program: What a compressor made of `reference`; it is not changed.
+        reference: The uncompressed program.
+        data: Inputs of one call each, as for `as_batch`: one step of Adam takes one of them.
+        steps: Steps per block.
+        blocks: "whole" tunes everything against the outputs of the network, which gave the better
+            outputs wherever both were tried; "auto" cuts the graph where at most `width` compressed
+            values are alive and needs the memory of one block.
+        width: See `graphopt.partition.find_blocks`.
+        learning_rate: Step of a table's entries relative to their median distance; biases and
+            norms move a fifth as far, relative to their spread.
+        seed: Seed of the order of the data.
+        progress: Show a bar; None shows it on a terminal.
+
+    Returns:
+        A program with the same codes. A block whose error did not fall keeps its values.
+
+    Raises:
+        CalibrationError: There is no data.
+        InputError: Data do not fit the program.
+    """
+    tuned = replace(program, graph_module=copy.deepcopy(program.graph_module))
+    if steps < 1:
+        return tuned
+    if not data:
+        raise CalibrationError("no data: there is nothing to tune on")
+    gm, exact = tuned.graph_module, reference.graph_module
+    batches = [as_batch(each) for each in data]
+    if len(list(Editor(gm).calls(_NORM))) < len(list(Editor(exact).calls(_NORM))):
+        # the program's convolutions stand for the norms behind them, too
+        exact = reference.copy().graph_module
+        run_passes(exact, [FoldBatchNorm()])
+    options = TuningOptions(steps, blocks, width, learning_rate, seed, progress)
+    tune_graph(gm, exact, batches, options)
+    return tuned
