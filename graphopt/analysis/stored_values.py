@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, fx
@@ -30,6 +31,7 @@ __all__ = [
     "stored_values",
 ]
 
+ValueT = TypeVar("ValueT", bound="StoredValue")
 _ours = torch.ops.graphopt
 _DEQUANTIZE = "quantized_decomposed.dequantize_per_"
 
@@ -189,17 +191,21 @@ def stored_values(gm: fx.GraphModule) -> list[StoredValue]:
 
 def find_lookups(gm: fx.GraphModule) -> list[Lookup]:
     """Those of `stored_values` that are lookups."""
-    return [value for value in _walk(gm) if isinstance(value, Lookup)]
+    return _of_kind(gm, Lookup)
 
 
 def find_quantized_weights(gm: fx.GraphModule) -> list[QuantizedTensor]:
     """Those of `stored_values` that are dequantized constants."""
-    return [value for value in _walk(gm) if isinstance(value, QuantizedTensor)]
+    return _of_kind(gm, QuantizedTensor)
 
 
 def find_sparse(gm: fx.GraphModule) -> list[SparseTensor]:
     """Those of `stored_values` that have a mask."""
-    return [value for value in _walk(gm) if isinstance(value, SparseTensor)]
+    return _of_kind(gm, SparseTensor)
+
+
+def _of_kind(gm: fx.GraphModule, kind: type[ValueT]) -> list[ValueT]:
+    return [value for value in _walk(gm) if isinstance(value, kind)]
 
 
 def _walk(gm: fx.GraphModule) -> Iterator[StoredValue]:

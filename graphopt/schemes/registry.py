@@ -11,7 +11,7 @@ from graphopt.schemes.prune import Pruning
 from graphopt.schemes.quantize import Quantization
 from graphopt.specs.model import SpecModel
 
-__all__ = ["SCHEMES", "scheme_of", "stored_from", "weight_kind"]
+__all__ = ["SCHEMES", "scheme_of", "stored_from"]
 
 SCHEMES: tuple[Scheme[Any, Any], ...] = (Palettization(), Quantization(), Pruning())
 
@@ -27,13 +27,6 @@ def scheme_of(spec: SpecModel) -> Scheme[Any, Any]:
             return scheme
     known = [scheme.spec_type.__name__ for scheme in SCHEMES]
     raise ConfigError(f"{type(spec).__name__} is no spec of a weight; there are {known}")
-
-
-def weight_kind(value: object) -> str:
-    """Kind of the scheme of a spec that searches may choose; "" of anything else."""
-    return next(
-        (each.kind for each in SCHEMES if each.searched and isinstance(value, each.spec_type)), ""
-    )
 
 
 def stored_from(state: dict[str, Any]) -> StoredWeight:

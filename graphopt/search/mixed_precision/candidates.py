@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from graphopt.config.base import read_yaml
 from graphopt.errors import ConfigError
-from graphopt.schemes.registry import SCHEMES, scheme_of
+from graphopt.schemes import registry
+from graphopt.schemes.registry import scheme_of
 from graphopt.specs import PerTensorGranularity, QuantizationSpec
 from graphopt.specs.model import SpecModel
 
@@ -60,7 +61,7 @@ class Candidate:
         Raises:
             ConfigError: A key is unknown, a value is wrong, or both kinds are given.
         """
-        schemes = {scheme.kind: scheme for scheme in SCHEMES if scheme.searched}
+        schemes = {scheme.kind: scheme for scheme in registry.SCHEMES if scheme.searched}
         unknown = set(data) - {*schemes, "activation"}
         kinds = [kind for kind in schemes if kind in data]
         if unknown or len(kinds) > 1:
@@ -162,7 +163,7 @@ def _joined(weight: WeightSpec, activation: QuantizationSpec | None) -> str:
 
 def _parsed(text: str) -> tuple[WeightSpec, QuantizationSpec | None]:
     try:
-        for scheme in SCHEMES:
+        for scheme in registry.SCHEMES:
             parsed = scheme.parse(text)
             if parsed is not None:
                 return parsed

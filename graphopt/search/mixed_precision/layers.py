@@ -21,8 +21,8 @@ from graphopt.config.selection import closest
 from graphopt.errors import CompressionError, ConfigError, InputError, LoweringError
 from graphopt.numerics.parallel import map_tasks
 from graphopt.progress import track
+from graphopt.schemes import registry
 from graphopt.schemes.base import Statistics, StoredWeight
-from graphopt.schemes.registry import SCHEMES
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.configs import config_for
 from graphopt.search.mixed_precision.sizes import SizeModel
@@ -229,7 +229,7 @@ def _forms(
     found: dict[str, StoredWeight | None] = dict.fromkeys(specs)
     known = Statistics(layer.output_axis, seed=seed)
     try:
-        for scheme in SCHEMES:
+        for scheme in registry.SCHEMES:
             own = {name: spec for name, spec in specs.items() if isinstance(spec, scheme.spec_type)}
             found |= scheme.make_all(weight, own, known)
     except CompressionError as error:
