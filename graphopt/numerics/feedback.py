@@ -9,17 +9,19 @@ codes the best entries solve one linear system per table, and coordinate descent
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, TypedDict
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from graphopt.errors import CalibrationError
 from graphopt.extras import deferred
 from graphopt.numerics.parallel import map_tasks
+from graphopt.specs.options import Options
 
 if TYPE_CHECKING:
     from graphopt.numerics import kernels_feedback as kernels
@@ -29,6 +31,8 @@ else:
 __all__ = [
     "Feedback",
     "OrderedHessian",
+    "TableFitKeywords",
+    "TableFitOptions",
     "TableMap",
     "feedback_grouped",
     "fit_tables",
@@ -71,6 +75,32 @@ class TableMap:
     def by_rows(self) -> bool:
         """Whether every row has one table."""
         return not self.columns.any()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableFitOptions(Options):
+    """How codes and tables are fitted.
+
+    Attributes:
+        damping: See `inverse_factor`; of no effect for an `OrderedHessian`.
+        rounds: Alternations of tables and codes; the best one is kept.
+        cycles: Cycles of coordinate descent after each feedback pass.
+        move_tables: False keeps the tables (for quantized ones).
+    """
+
+    damping: float = 0.01
+    rounds: int = 3
+    cycles: int = 1
+    move_tables: bool = True
+
+
+class TableFitKeywords(TypedDict, total=False):
+    """The options of `TableFitOptions` as keywords of a call."""
+
+    damping: float
+    rounds: int
+    cycles: int
+    move_tables: bool
 
 
 @dataclass(frozen=True)
@@ -147,10 +177,7 @@ def fit_tables(
     where: TableMap,
     *,
     importance: Tensor | None = None,
-    damping: float = 0.01,
-    rounds: int = 3,
-    cycles: int = 1,
-    move_tables: bool = True,
+    **options: Unpack[TableFitKeywords],
 ) -> Feedback:
     """Choose codes, and tables if wanted, for one matrix.
 
@@ -160,19 +187,18 @@ def fit_tables(
         tables: Tables to start from, [tables, k, size]; scalar ones increasing.
         where: Which table serves which weight.
         importance: Weight of each row's error when tables are fitted, [rows]; None is 1.
-        damping: See `inverse_factor`; of no effect for an `OrderedHessian`.
-        rounds: Alternations of tables and codes; the best one is kept.
-        cycles: Cycles of coordinate descent after each feedback pass.
-        move_tables: False keeps the tables (for quantized ones).
+        options: The fields of `TableFitOptions`: `damping` (0.01), `rounds` (3), `cycles` (1) and
+            `move_tables` (True).
 
     Returns:
         Codes, tables and the relative error reached.
     """
+    how = TableFitOptions.of("fit_tables", options)
     if not isinstance(hessian, OrderedHessian):
-        hessian = OrderedHessian.of(hessian, damping)
+        hessian = OrderedHessian.of(hessian, how.damping)
     order, h_used, factor = hessian.order, hessian.damped, hessian.factor
     w = weight.float()[:, order].T.contiguous()  # columns × rows
-    columns = where.columns[order.numpy()]
+    ordered = replace(where, columns=where.columns[order.numpy()])
     rows_weight = torch.ones(w.shape[1]) if importance is None else importance.float()
     unit_weight = rows_weight.reshape(-1, where.size).mean(1).double()
     target = h_used @ w
@@ -184,17 +210,17 @@ def fit_tables(
 
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
     current = tables.float().contiguous()
-    for number in range(max(rounds, 1)):
-        q, codes = _pass(w, factor, current, where.rows, columns, where.size)
-        for _ in range(cycles):
-            if not _descend(q, codes, w, h_used, current, where.rows, columns, where.size):
+    for number in range(max(how.rounds, 1)):
+        q, codes = _pass(w, factor, current, ordered)
+        for _ in range(how.cycles):
+            if not _descend(q, codes, w, h_used, current, ordered):
                 break
         reached = loss(q)
         if best is None or reached < best[0]:
             best = (reached, current, q, codes)
         elif number:
             break
-        if not move_tables or not where.by_rows or number + 1 == rounds:
+        if not how.move_tables or not where.by_rows or number + 1 == how.rounds:
             break
         current = _solve(codes, target, h_used, unit_weight, where.rows, current)
     assert best is not None
@@ -250,22 +276,22 @@ def _pass(
     w: Tensor,
     factor: Tensor,
     tables: Tensor,
-    row_table: _Indices,
-    col_table: _Indices,
-    size: int,
+    where: TableMap,
 ) -> tuple[Tensor, Tensor]:
     q = torch.empty_like(w)
-    codes = torch.empty((w.shape[0], w.shape[1] // size), dtype=torch.uint8)
+    codes = torch.empty((w.shape[0], w.shape[1] // where.size), dtype=torch.uint8)
 
     def run(task: tuple[slice, slice]) -> None:
         rows, units = task
         part = np.array(w[:, rows].numpy(), order="C")  # the kernel works in place
-        chosen = np.empty((part.shape[0], part.shape[1] // size), dtype=np.uint8)
-        kernels.feedback(part, factor.numpy(), tables.numpy(), row_table[units], col_table, chosen)
+        chosen = np.empty((part.shape[0], part.shape[1] // where.size), dtype=np.uint8)
+        kernels.feedback(
+            part, factor.numpy(), tables.numpy(), where.rows[units], where.columns, chosen
+        )
         q[:, rows] = torch.from_numpy(part)
         codes[:, units] = torch.from_numpy(chosen)
 
-    for _ in map_tasks(run, _tasks(w.shape[1], size)):
+    for _ in map_tasks(run, _tasks(w.shape[1], where.size)):
         pass
     return q, codes
 
@@ -276,9 +302,7 @@ def _descend(
     w: Tensor,
     hessian: Tensor,
     tables: Tensor,
-    row_table: _Indices,
-    col_table: _Indices,
-    size: int,
+    where: TableMap,
 ) -> int:
     slope = hessian @ (w - q)
 
@@ -288,13 +312,19 @@ def _descend(
         gradient = np.ascontiguousarray(slope[:, rows].numpy())
         chosen = np.ascontiguousarray(codes[:, units].numpy())
         changes = kernels.descend(
-            part, gradient, hessian.numpy(), tables.numpy(), row_table[units], col_table, chosen
+            part,
+            gradient,
+            hessian.numpy(),
+            tables.numpy(),
+            where.rows[units],
+            where.columns,
+            chosen,
         )
         q[:, rows] = torch.from_numpy(part)
         codes[:, units] = torch.from_numpy(chosen)
         return int(changes)
 
-    return sum(map_tasks(run, _tasks(w.shape[1], size)))
+    return sum(map_tasks(run, _tasks(w.shape[1], where.size)))
 
 
 def _solve(

@@ -126,11 +126,12 @@ def cluster_1d(
     n_groups = x.shape[0]
     steps = np.zeros(n_groups) if grid is None else grid.step.double().cpu().numpy()
     levels = (0.0, 0.0) if grid is None else (float(grid.low), float(grid.high))
+    confined = _Levels(steps, *levels)
     tables = np.empty((n_groups, sum(sizes)))
 
     def fit(part: slice) -> None:
         part_weights = w if w.size == 0 else w[part]
-        _fit_rows(x[part], part_weights, sizes, steps[part], levels, method, n_groups, tables[part])
+        _fit_rows(x[part], part_weights, sizes, confined.of(part), method, n_groups, tables[part])
 
     for _ in map_tasks(fit, _row_tasks(n_groups)):
         pass
@@ -222,12 +223,30 @@ def _normalised(weights: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
     return scaled.astype(np.float32)
 
 
+@dataclass(frozen=True)
+class _Levels:
+    """Integer levels that centroids are confined to: `step · i`, low ≤ i ≤ high; step 0 is free.
+
+    Attributes:
+        steps: Of each group.
+        low: Least level.
+        high: Largest level.
+    """
+
+    steps: npt.NDArray[np.float64]
+    low: float
+    high: float
+
+    def of(self, groups: slice | npt.NDArray[np.int64]) -> _Levels:
+        """Those of some groups."""
+        return _Levels(self.steps[groups], self.low, self.high)
+
+
 def _fit_rows(
     x: npt.NDArray[np.float32],
     w: npt.NDArray[np.float32],
     sizes: list[int],
-    steps: npt.NDArray[np.float64],
-    levels: tuple[float, float],
+    grid: _Levels,
     method: str,
     n_groups: int,
     tables: npt.NDArray[np.float64],
@@ -240,19 +259,17 @@ def _fit_rows(
         cells = max(cells, min(64 * sizes[-1], 4096))
     if x.shape[1] >= _LONG_GROUP and method == "fast":
         rows = range(x.shape[0])
-        sorted_rows = [
-            row for row in rows if not _fit_long(row, x, w, ks, cells, steps, levels, tables)
-        ]
+        sorted_rows = [row for row in rows if not _fit_long(row, x, w, ks, cells, grid, tables)]
         if not sorted_rows:
             return
         rest = np.array(sorted_rows)
         part = np.empty((rest.size, tables.shape[1]))
-        _fit_sorted(x[rest], w if w.size == 0 else w[rest], ks, cells, steps[rest], levels, part)
+        _fit_sorted(x[rest], w if w.size == 0 else w[rest], ks, cells, grid.of(rest), part)
         tables[rest] = part
         return
     if method == "exact":
         cells = x.shape[1]
-    _fit_sorted(x, w, ks, cells, steps, levels, tables)
+    _fit_sorted(x, w, ks, cells, grid, tables)
 
 
 def _fit_sorted(
@@ -260,8 +277,7 @@ def _fit_sorted(
     w: npt.NDArray[np.float32],
     ks: npt.NDArray[np.int64],
     cells: int,
-    steps: npt.NDArray[np.float64],
-    levels: tuple[float, float],
+    grid: _Levels,
     tables: npt.NDArray[np.float64],
 ) -> None:
     if w.size:
@@ -271,7 +287,7 @@ def _fit_sorted(
     else:
         points, mass = np.sort(x, axis=1), np.empty((0, 0))
     kernels.fit_groups(
-        points.astype(np.float64), mass, ks, cells, steps, levels[0], levels[1], tables
+        points.astype(np.float64), mass, ks, cells, grid.steps, grid.low, grid.high, tables
     )
 
 
@@ -281,8 +297,7 @@ def _fit_long(
     w: npt.NDArray[np.float32],
     ks: npt.NDArray[np.int64],
     cells: int,
-    steps: npt.NDArray[np.float64],
-    levels: tuple[float, float],
+    grid: _Levels,
     tables: npt.NDArray[np.float64],
 ) -> bool:
     """Fit one long row from a histogram; False when its bins are too coarse for the parts found."""
@@ -304,9 +319,9 @@ def _fit_long(
         count[used][None],
         ks,
         cells,
-        steps[row : row + 1],
-        levels[0],
-        levels[1],
+        grid.steps[row : row + 1],
+        grid.low,
+        grid.high,
         tables[row : row + 1],
     )
     largest = np.sort(tables[row, -int(ks[-1]) :])

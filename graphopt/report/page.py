@@ -8,12 +8,14 @@ import io
 import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from typing_extensions import Unpack
 
 from graphopt.analysis.stored_values import find_lookups
 from graphopt.errors import ArtifactExistsError
@@ -24,8 +26,9 @@ from graphopt.ir.program import Program
 from graphopt.report.bits import bits_per_weight
 from graphopt.report.difference import Difference, decibels, diff
 from graphopt.run.interpreter import constant_value
+from graphopt.specs.options import Options
 
-__all__ = ["write_page"]
+__all__ = ["PageKeywords", "PageOptions", "write_page"]
 
 _MOST_HISTOGRAMS = 24
 _STYLE = """
@@ -44,16 +47,40 @@ svg { max-width: 100%; height: auto; }
 """
 
 
+@dataclass(frozen=True, kw_only=True)
+class PageOptions(Options):
+    """What a page shows besides the program.
+
+    Attributes:
+        sensitivities: A table of `graphopt.mixed_precision.analyze`, or anything whose `plot()`
+            returns matplotlib axes.
+        curve: A sweep of `graphopt.mixed_precision`, likewise.
+        title: Heading; the model's name by default.
+        overwrite: Replace a file.
+    """
+
+    sensitivities: Any = None
+    curve: Any = None
+    title: str | None = None
+    overwrite: bool = False
+
+
+class PageKeywords(TypedDict, total=False):
+    """The options of `PageOptions` as keywords of a call."""
+
+    sensitivities: Any
+    curve: Any
+    title: str | None
+    overwrite: bool
+
+
 def write_page(
     program: Program,
     path: str | Path,
     *,
     before: nn.Module | ExportedProgram | Program | None = None,
     data: Iterable[Any] | None = None,
-    sensitivities: Any = None,
-    curve: Any = None,
-    title: str | None = None,
-    overwrite: bool = False,
+    **options: Unpack[PageKeywords],
 ) -> Path:
     """Write sizes, errors per layer, histograms of weights with their palettes, and curves.
 
@@ -62,22 +89,21 @@ def write_page(
         path: An .html file.
         before: The model, for sizes and errors of each layer.
         data: Inputs of one call each, for errors of outputs; needs `before`.
-        sensitivities: A table of `graphopt.mixed_precision.analyze`, or anything whose `plot()`
-            returns matplotlib axes.
-        curve: A sweep of `graphopt.mixed_precision`, likewise.
-        title: Heading; the model's name by default.
-        overwrite: Replace a file.
+        options: The fields of `PageOptions`: `sensitivities` (a table of
+            `graphopt.mixed_precision.analyze`), `curve` (a sweep), `title` (heading; the model's
+            name by default) and `overwrite` (replace a file).
 
     Raises:
         ArtifactExistsError: The file exists and `overwrite` is False.
         InputError: `before` is another model, or data do not fit.
         MissingDependencyError: matplotlib is not installed.
     """
+    shown = PageOptions.of("write_page", options)
     target = Path(path)
-    if target.exists() and not overwrite:
+    if target.exists() and not shown.overwrite:
         raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
     difference = None if before is None else diff(before, program, data)
-    heading = title or f"{program.provenance.source}, compressed"
+    heading = shown.title or f"{program.provenance.source}, compressed"
     parts = [f"<h1>{html.escape(heading)}</h1>", _facts(program, difference)]
     if difference is not None:
         parts += [_section("Sizes", _sizes(difference)), _section("Errors", _errors(difference))]
@@ -86,7 +112,7 @@ def write_page(
     palettes = _histograms(program, before)
     if palettes:
         parts.append(_section("Weights and their palettes", palettes))
-    for name, source in (("Sensitivities", sensitivities), ("Accuracy over bits", curve)):
+    for name, source in _curves(shown):
         if source is not None:
             parts.append(_section(name, _figure(source.plot().get_figure(root=True))))
     page = (
@@ -96,6 +122,10 @@ def write_page(
     with replaced(target) as temporary:
         temporary.write_text(page, encoding="utf-8")
     return target
+
+
+def _curves(shown: PageOptions) -> tuple[tuple[str, Any], ...]:
+    return ("Sensitivities", shown.sensitivities), ("Accuracy over bits", shown.curve)
 
 
 def _section(title: str, body: str) -> str:

@@ -12,6 +12,8 @@ from graphopt.specs.options import Options, field_help
 # modules that declare options, each with a TypedDict of the same fields beside it
 MODULES = [
     "graphopt.compressors.options",
+    "graphopt.numerics.feedback",
+    "graphopt.report.page",
     "graphopt.search.mixed_precision.options",
     "graphopt.search.rdo.options",
 ]

@@ -9,6 +9,7 @@ al., BRECQ, arXiv 2102.05426, equation 10, there with the squares apart).
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -24,9 +25,28 @@ from graphopt.run.batches import Batch
 from graphopt.run.interpreter import Interpreter
 from graphopt.search.mixed_precision.fast import project
 
-__all__ = ["Curvature", "Gradients"]
+__all__ = ["Curvature", "GradientOptions", "Gradients"]
 
 Gradients = list[list[Tensor]]  # draws × batches, bfloat16
+
+
+@dataclass(frozen=True, kw_only=True)
+class GradientOptions:
+    """How gradients are drawn.
+
+    Attributes:
+        metric: "kl", "mse", "psnr" or "cosine".
+        draws: Number of u per sample.
+        seed: Seed of u.
+        memory: Bytes that gradients may take; one block's are held in any case.
+        progress: Show a bar; None shows it on a terminal.
+    """
+
+    metric: str
+    draws: int = 1
+    seed: int = 0
+    memory: int = 1 << 30
+    progress: bool | None = None
 
 
 class Curvature:
@@ -38,13 +58,9 @@ class Curvature:
     Args:
         gm: The exact graph.
         batches: Inputs of one call each.
-        metric: "kl", "mse", "psnr" or "cosine".
         ends: Output nodes of each block, in order.
         uses: Ops whose positions and rows are weighed.
-        draws: Number of u per sample.
-        seed: Seed of u.
-        memory: Bytes that gradients may take; one block's are held in any case.
-        progress: Show a bar; None shows it on a terminal.
+        options: How gradients are drawn.
 
     Attributes:
         saliency: Name of an op's node → per batch [batch, positions] the mean squared gradient of its
@@ -60,21 +76,16 @@ class Curvature:
         self,
         gm: CapturedModule,
         batches: Sequence[Batch],
-        metric: str,
         ends: Sequence[Sequence[fx.Node]],
         uses: Sequence[WeightUse],
-        *,
-        draws: int = 1,
-        seed: int = 0,
-        memory: int = 1 << 30,
-        progress: bool | None = None,
+        options: GradientOptions,
     ) -> None:
-        self._gm, self._batches, self._metric = gm, batches, metric
-        self._draws, self._seed, self._progress = draws, seed, progress
+        self._gm, self._batches, self._metric = gm, batches, options.metric
+        self._draws, self._seed, self._progress = options.draws, options.seed, options.progress
         self.saliency: dict[str, list[Tensor]] = {}
         self.rows: dict[str, Tensor] = {}
         self._held: dict[str, Gradients] = {}
-        self._groups = self._grouped(ends, memory)
+        self._groups = self._grouped(ends, options.memory)
         self._measure(self._groups[0] if self._groups else [], uses)
 
     def gradients(self, name: str) -> Gradients:

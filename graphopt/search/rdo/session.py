@@ -40,7 +40,7 @@ from graphopt.search.rdo.activations import with_rounded_activations
 from graphopt.search.rdo.allocation import Rates
 from graphopt.search.rdo.assembly import assemble
 from graphopt.search.rdo.config import RDOConfig
-from graphopt.search.rdo.curvature import Curvature
+from graphopt.search.rdo.curvature import Curvature, GradientOptions
 from graphopt.search.rdo.fits import Fitted, LayerSite, fit_layer
 from graphopt.search.rdo.graph_layers import find_layer_blocks, layers_by_node
 from graphopt.search.rdo.rounding import Rounded, round_block
@@ -160,13 +160,15 @@ class Session:
         curvature = Curvature(
             exact.graph_module,
             batches,
-            config.metric,
             ends,
             list(uses.values()),
-            draws=config.draws,
-            seed=config.seed,
-            memory=config.gradient_memory,
-            progress=progress,
+            GradientOptions(
+                metric=config.metric,
+                draws=config.draws,
+                seed=config.seed,
+                memory=config.gradient_memory,
+                progress=progress,
+            ),
         )
         named = tuple(
             tuple(dict.fromkeys(sites[node].layer.name for node in block.targets))

@@ -12,7 +12,7 @@ from graphopt.errors import InputError
 from graphopt.ir.program import Program
 from graphopt.run.batches import as_batch
 from graphopt.search.mixed_precision.layers import uses_of
-from graphopt.search.rdo.curvature import Curvature
+from graphopt.search.rdo.curvature import Curvature, GradientOptions
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -26,7 +26,9 @@ def measured(found: Program, names: list[str], metric: str, draws: int = 8) -> C
     nodes = [node for node in gm.graph.nodes if node.name in names]
     uses = list(uses_of(gm, ["conv1.weight"]).values())
     batches = [as_batch(x) for x in calibration()]
-    return Curvature(gm, batches, metric, [nodes], uses, draws=draws, progress=False)
+    return Curvature(
+        gm, batches, [nodes], uses, GradientOptions(metric=metric, draws=draws, progress=False)
+    )
 
 
 def with_change(found: Program, name: str, changes: list[Tensor]) -> list[Tensor]:
@@ -113,7 +115,7 @@ def test_several_outputs_and_integers_among_the_inputs() -> None:
     gm = found.graph_module
     node = next(n for n in gm.graph.nodes if "layer_norm" in n.name)
     batches = [as_batch(x) for x in sentences()]
-    curvature = Curvature(gm, batches, "mse", [[node]], [], progress=False)
+    curvature = Curvature(gm, batches, [[node]], [], GradientOptions(metric="mse", progress=False))
     assert curvature.gradients(node.name)[0][0].shape == (6, 7, 16)
     assert bool(curvature.gradients(node.name)[0][0].any())
 
@@ -125,7 +127,9 @@ def test_a_model_whose_outputs_do_not_depend_on_the_nodes_is_refused() -> None:
 
     gm = graphopt.capture(Constant(), (torch.randn(2, 3),)).graph_module
     with pytest.raises(InputError, match="no floating-point output"):
-        Curvature(gm, [as_batch(torch.randn(2, 3))], "mse", [], [], progress=False)
+        Curvature(
+            gm, [as_batch(torch.randn(2, 3))], [], [], GradientOptions(metric="mse", progress=False)
+        )
 
 
 def test_gradients_that_do_not_fit_are_computed_for_some_blocks_at_a_time() -> None:
@@ -134,7 +138,11 @@ def test_gradients_that_do_not_fit_are_computed_for_some_blocks_at_a_time() -> N
     batches = [as_batch(x) for x in calibration()]
     whole, parts = (
         Curvature(
-            found.graph_module, batches, "kl", nodes, [], draws=2, memory=memory, progress=False
+            found.graph_module,
+            batches,
+            nodes,
+            [],
+            GradientOptions(metric="kl", draws=2, memory=memory, progress=False),
         )
         for memory in (1 << 30, 0)
     )
