@@ -118,11 +118,17 @@ class Quantizer(Compressor):
             CaptureError: The model cannot be exported.
             ConfigError: A config key matches nothing, or asks for what activations cannot have.
             CompressionError: A weight contains NaN or Inf.
+            InputError: There are calibration data and no `palettization`.
             CalibrationError: An algorithm of `palettization` needs data and there are none.
             StateError: `prepare` was called before.
         """
         del export_with_no_grad
         self._refuse_second_prepare()
+        if calibration_data is not None and self._palettization is None:
+            raise InputError(
+                "calibration_data fits the tables of `palettization`, and there is none; activations"
+                " are calibrated by calibrate() or calibration_mode()"
+            )
         joint = JointConfig(palettization=self._palettization, quantization=self._config)
         how = CompressOptions(
             backend=backend,

@@ -141,6 +141,11 @@ def test_tables_beside_quantized_activations_are_fitted_to_the_data(
     assert not torch.equal(fitted["conv.weight_lut"], clustered["conv.weight_lut"])
 
 
+def test_data_for_tables_that_nobody_asked_for_are_refused(net: graphopt.Program) -> None:
+    with pytest.raises(InputError, match="there is none; activations are calibrated by calibrate"):
+        Quantizer(net).prepare(calibration_data=DATA)
+
+
 def test_palettizer_says_what_it_clustered_without_the_data_of_its_algorithm(
     net: graphopt.Program,
 ) -> None:
