@@ -25,9 +25,10 @@ from graphopt.passes.pass_base import Pass
 from graphopt.pipelines import Pipeline
 from graphopt.schemes import registry
 from graphopt.schemes.base import Scheme, Statistics, StoredWeight
-from graphopt.schemes.registry import scheme_of
+from graphopt.schemes.registry import scheme_of, stored_from
 from graphopt.schemes.rewrite import replace_weight
 from graphopt.schemes.sizes import Parts, tensor_bits
+from graphopt.search.mixed_precision.candidates import as_candidates
 from graphopt.specs.dtypes import bits_of
 from graphopt.specs.model import SpecModel
 from graphopt.specs.storage import Codes, StorageRules
@@ -136,6 +137,19 @@ def _model() -> nn.Module:
 def test_a_scheme_that_is_not_listed_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="SignSpec is no spec of a weight"):
         scheme_of(SignSpec())
+
+
+@pytest.mark.usefixtures("_signs")
+def test_a_listed_scheme_is_priced_named_and_written_down() -> None:
+    spec, weight = SignSpec(gain=0.5), torch.randn(12, 20)
+    stored = scheme_of(spec).make(weight, spec, Statistics())
+    priced = SizeModel(float_dtype=torch.float32).weight_bits(spec, weight.shape, 0)
+    assert priced == stored.stored_bits() == 12 * 20 + 2 * 32
+    (candidate,) = as_candidates([spec])
+    assert candidate.name == "signs 0.5"
+    assert type(candidate).from_dict("again", candidate.to_dict()).weight == spec
+    again = stored_from(stored.to_state())
+    torch.testing.assert_close(again.dense(), weight.sign() * 0.5 * weight.abs().mean())
 
 
 @pytest.mark.usefixtures("_signs")
