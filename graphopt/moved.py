@@ -79,7 +79,7 @@ MOVED: dict[str, str] = {
     "partition": "analysis.partition",
     "pass_base": "passes.pass_base",
     "pass_manager": "passes.pass_manager",
-    "passes.op_patterns": "analysis.op_patterns",
+    "passes.op_patterns": "ir.op_info",
     "passes.quantization_plan": "analysis.quantization_plan",
     "passes.raise_quantization": "backends.coreai.raise_quantization",
     "passes.raise_to_vocabulary": "backends.raising",

@@ -9,14 +9,13 @@ import torch
 from torch import fx
 from typing_extensions import override
 
+from graphopt.ir import op_info
 from graphopt.ir.editor import Editor
 from graphopt.numerics.batchnorm import scale_outputs
 from graphopt.passes.fold_batchnorm import conv_state, is_foldable
 from graphopt.passes.pass_base import Pass
 
 __all__ = ["AbsorbChannelScale"]
-
-_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ class AbsorbChannelScale(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        for norm in edit.calls(_NORM):
+        for norm in edit.calls(op_info.BATCH_NORM):
             conv = norm.args[0]
             if isinstance(conv, fx.Node) and is_foldable(edit, norm, conv) and _is_own(edit, norm):
                 _absorb(edit, norm, conv)

@@ -10,24 +10,18 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.analysis.weights import source_of
 from graphopt.errors import CalibrationError
+from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor, operands
+from graphopt.ir.op_info import OpInfo, WeightSlot
 from graphopt.passes.pass_base import Pass
 from graphopt.run.batches import as_batch
 from graphopt.run.layerwise import LayerwiseRun
 
 __all__ = ["CorrectBias", "channel_axis"]
-
-_aten = torch.ops.aten
-_CHANNELS_LAST = (_aten.linear.default,)
-_CHANNELS_SECOND = (
-    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
-    *(_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),
-    *(_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.conv_transpose3d.input),
-)
-_NORM = _aten._native_batch_norm_legit_no_training.default
 
 
 @dataclass(frozen=True)
@@ -57,7 +51,7 @@ class CorrectBias(Pass):
         partners = Correspondence.by_name(gm, self.reference)
         layers = [
             node
-            for node in edit.calls(*_CHANNELS_LAST, *_CHANNELS_SECOND)
+            for node in edit.calls(*op_info.targets(lambda info: _slot_with_bias(info) is not None))
             if _is_correctable(edit, node, self.dense) and node in partners
         ]
         if not layers:
@@ -74,7 +68,7 @@ class CorrectBias(Pass):
             if node in measured:
                 wanted[node] = _means(exact.values(node), node)
         for node in layers:
-            if len(node.args) < 3 or node.args[2] is None:
+            if _bias_of(node) is None:
                 _add_bias(edit, node, len(wanted[partners[node]]))
         run = LayerwiseRun(gm, batches)
         for node in list(gm.graph.nodes):
@@ -85,7 +79,7 @@ class CorrectBias(Pass):
                 continue
             run.step(node, keep_inputs=True)
             change = wanted[partners[node]] - _means(run.values(node), node)
-            bias = node.args[2]
+            bias = _bias_of(node)
             assert isinstance(bias, fx.Node)
             old = edit.value(bias).detach()
             edit.set_value(bias, (old.double() + change).to(old.dtype))
@@ -94,37 +88,63 @@ class CorrectBias(Pass):
 
 def channel_axis(node: fx.Node) -> int | None:
     """Channel axis of the output of an op whose bias can be corrected, None for others."""
-    if node.target in _CHANNELS_LAST:
-        return -1
-    return 1 if node.target in _CHANNELS_SECOND else None
+    info = op_info.info_of(node)
+    slot = None if info is None else _slot_with_bias(info)
+    return None if slot is None else slot.result_axis
+
+
+def _slot_with_bias(info: OpInfo) -> WeightSlot | None:
+    """The weight whose output channels a bias of the op counts."""
+    return next((slot for slot in info.weights if slot.bias is not None), None)
+
+
+def _slot_of(node: fx.Node) -> WeightSlot:
+    info = op_info.info_of(node)
+    slot = None if info is None else _slot_with_bias(info)
+    assert slot is not None
+    return slot
+
+
+def _bias_of(node: fx.Node) -> object:
+    return op_info.argument(node, _slot_of(node).bias)
 
 
 def _is_correctable(edit: Editor, node: fx.Node, dense: frozenset[str]) -> bool:
-    if any(user.target is _NORM for user in node.users):
+    if any(op_info.is_batch_norm(user) for user in node.users):
         return False
-    weight = node.args[1]
-    bias = node.args[2] if len(node.args) > 2 else None
-    if not isinstance(weight, fx.Node):
+    slot = _slot_of(node)
+    weight, bias = node.args[slot.position], _bias_of(node)
+    if not isinstance(weight, fx.Node) or not _is_compressed(weight, slot, dense):
         return False
-    if weight.op == "get_attr" and str(weight.target) not in dense:
-        return False  # not compressed
     if bias is None:
         return True
     if not isinstance(bias, fx.Node) or bias.op != "get_attr" or set(bias.users) != {node}:
         return False
+    if edit.value(bias).ndim != 1:
+        return False  # it is added per position, too
     path = str(bias.target)
     return all(str(other.target) != path or other is bias for other in edit.constants())
 
 
+def _is_compressed(weight: fx.Node, slot: WeightSlot, dense: frozenset[str]) -> bool:
+    source = source_of(weight, slot.channel_axis)
+    if source is None:
+        return weight.op != "get_attr"
+    known = source.compressed or source.sparse is not None
+    return known or str(source.node.target) in dense
+
+
 def _add_bias(edit: Editor, node: fx.Node, channels: int) -> None:
-    weight = node.args[1]
+    slot = _slot_of(node)
+    weight = node.args[slot.position]
     assert isinstance(weight, fx.Node)
+    assert slot.bias is not None
     stored = next((each for each in _sources(weight) if each.op == "get_attr"), weight)
     owner = str(stored.target).rpartition(".")[0]
     value = node.meta["val"]
     zeros = torch.zeros(channels, dtype=value.dtype)
     made = edit.constant(f"{owner}.bias" if owner else "bias", zeros, like=node)
-    edit.set_args(node, (*node.args[:2], made, *node.args[3:]))
+    edit.set_args(node, (*node.args[: slot.bias], made, *node.args[slot.bias + 1 :]))
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:

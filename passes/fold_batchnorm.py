@@ -3,31 +3,19 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.ir import op_info
 from graphopt.ir.annotations import input_points, move_output, output_point
 from graphopt.ir.editor import Editor
+from graphopt.ir.op_info import WeightSlot
 from graphopt.numerics.batchnorm import NormState, fold_norm
 from graphopt.passes.pass_base import Pass
 
 __all__ = ["FoldBatchNorm", "conv_state", "is_foldable"]
-
-_aten = torch.ops.aten
-_NORMS = (_aten._native_batch_norm_legit_no_training.default, _aten.batch_norm.default)
-_PLAIN = {
-    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default),
-    *(_aten.conv1d.padding, _aten.conv2d.padding, _aten.conv3d.padding),
-}
-# op → position of its `groups`
-_TRANSPOSED: dict[Any, int] = {
-    _aten.conv_transpose1d.default: 6,
-    _aten.conv_transpose2d.input: 6,
-    _aten.conv_transpose3d.input: 6,
-}
 
 
 @dataclass(frozen=True)
@@ -51,7 +39,7 @@ class FoldBatchNorm(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        for norm in edit.calls(*_NORMS):
+        for norm in edit.calls(*op_info.targets(lambda info: info.batch_norm)):
             conv = norm.args[0]
             if isinstance(conv, fx.Node) and is_foldable(edit, norm, conv):
                 _fold(edit, norm, conv)
@@ -59,14 +47,15 @@ class FoldBatchNorm(Pass):
 
 def is_foldable(edit: Editor, norm: fx.Node, conv: fx.Node) -> bool:
     """Whether a norm can be folded into the convolution before it."""
-    if norm.target is _aten.batch_norm.default and norm.args[5]:
+    if op_info.is_training(norm):
         return False
     if output_point(conv) is not None or input_points(norm):
         return False  # a rounding stands between them
-    if conv.target not in _PLAIN and conv.target not in _TRANSPOSED:
+    info = op_info.info_of(conv)
+    if info is None or not info.folds_norm:
         return False
-    weight = conv.args[1]
-    bias = conv.args[2] if len(conv.args) > 2 else None
+    slot = _slot_of(conv)
+    weight, bias = conv.args[slot.position], op_info.argument(conv, slot.bias)
     stored = [weight, *([bias] if bias is not None else [])]
     if any(not isinstance(each, fx.Node) or each.op != "get_attr" for each in stored):
         return False
@@ -81,21 +70,27 @@ def is_foldable(edit: Editor, norm: fx.Node, conv: fx.Node) -> bool:
 def conv_state(edit: Editor, norm: fx.Node, conv: fx.Node) -> tuple[NormState, int | None]:
     """The state of a norm, and the groups of a transposed convolution (None for a plain one)."""
     gamma, beta, mean, variance = (_constant(edit, each) for each in norm.args[1:5])
-    eps = norm.args[6] if norm.target is not _aten.batch_norm.default else norm.args[7]
     assert mean is not None
     assert variance is not None
+    info = op_info.info_of(conv)
+    places = None if info is None else info.convolution
     groups = None
-    if conv.target in _TRANSPOSED:
-        position = _TRANSPOSED[conv.target]
-        found = conv.args[position] if len(conv.args) > position else 1
-        assert isinstance(found, int)
-        groups = found
-    return (gamma, beta, mean, variance, float(str(eps))), groups
+    if places is not None and places.transposed:
+        groups = int(op_info.argument(conv, places.groups, 1))
+    return (gamma, beta, mean, variance, op_info.eps_of(norm)), groups
+
+
+def _slot_of(conv: fx.Node) -> WeightSlot:
+    info = op_info.info_of(conv)
+    assert info is not None
+    return info.weights[0]
 
 
 def _fold(edit: Editor, norm: fx.Node, conv: fx.Node) -> None:
-    weight, bias = conv.args[1], conv.args[2] if len(conv.args) > 2 else None
+    slot = _slot_of(conv)
+    weight, bias = conv.args[slot.position], op_info.argument(conv, slot.bias)
     assert isinstance(weight, fx.Node)
+    assert slot.bias is not None
     state, groups = conv_state(edit, norm, conv)
     folded, shift = fold_norm(edit.value(weight).detach(), _constant(edit, bias), state, groups)
     edit.set_value(weight, folded)
@@ -105,19 +100,21 @@ def _fold(edit: Editor, norm: fx.Node, conv: fx.Node) -> None:
         owner = str(weight.target).rpartition(".")[0]
         name = f"{owner}.bias" if owner else "bias"
         made = edit.constant(name, shift, like=weight)
-        edit.set_args(conv, (*conv.args[:2], made, *conv.args[3:]))
+        edit.set_args(conv, (*conv.args[: slot.bias], made, *conv.args[slot.bias + 1 :]))
+    info = op_info.info_of(norm)
+    assert info is not None
+    assert info.batch_norm is not None
+    if not info.batch_norm.gives_tuple:
+        move_output(norm, conv)
+        edit.replace(norm, conv)
+        return
     for user in list(norm.users):
-        if norm.target is _aten.batch_norm.default:
-            continue
         if user.args[1] == 0:
             move_output(user, conv)
             edit.replace(user, conv)
         elif not user.users:
             edit.erase(user)
-    if norm.target is _aten.batch_norm.default:
-        move_output(norm, conv)
-        edit.replace(norm, conv)
-    elif not norm.users:
+    if not norm.users:
         edit.erase(norm)
 
 

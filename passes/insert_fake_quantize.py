@@ -14,6 +14,7 @@ from graphopt.analysis.activation_places import places_of
 from graphopt.analysis.weights import find_weights
 from graphopt.config.selection import ModuleFrame
 from graphopt.errors import CompressionError
+from graphopt.ir import op_info
 from graphopt.ir.annotations import (
     ActivationPoint,
     is_fused_norm,
@@ -36,9 +37,6 @@ from graphopt.schemes.quantize import plan_blocks
 from graphopt.specs import PerChannelGranularity
 
 __all__ = ["InsertFakeQuantize", "place_behind", "redirect"]
-
-_aten = torch.ops.aten
-_NORM = _aten._native_batch_norm_legit_no_training.default
 
 
 @dataclass(frozen=True)
@@ -75,7 +73,7 @@ class InsertFakeQuantize(Pass):
             readers = set(operand.users)
             rounded = edit.run_module(path, operand, place=place_behind(operand), like=operand)
             redirect(edit, operand, rounded, readers, users)
-        for norm in edit.calls(_NORM):
+        for norm in edit.calls(op_info.BATCH_NORM):
             _insert_norm(edit, norm, weights)
         for node, quantizer in weights.items():
             _insert_weight(edit, node, quantizer)
@@ -106,7 +104,8 @@ def redirect(
 
 
 def _is_shape_query(node: fx.Node) -> bool:
-    return str(node.target).startswith("aten.sym_")
+    info = op_info.info_of(node)
+    return info is not None and info.shape_query
 
 
 def place_behind(node: fx.Node) -> fx.Node:
@@ -173,7 +172,7 @@ def _insert_norm(
     norm: fx.Node,
     weights: dict[fx.Node, tuple[WeightQuantizer, str]],
 ) -> None:
-    momentum, eps = float(str(norm.args[5])), float(str(norm.args[6]))
+    momentum, eps = op_info.momentum_of(norm), op_info.eps_of(norm)
     conv = norm.args[0]
     item = next((u for u in norm.users if u.target is operator.getitem and u.args[1] == 0), None)
     if item is None:

@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from typing_extensions import override
 
 from graphopt.errors import CalibrationError
+from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
@@ -19,8 +20,6 @@ from graphopt.run.batches import as_batch
 from graphopt.run.layerwise import LayerwiseRun
 
 __all__ = ["ReestimateBatchNorm"]
-
-_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class ReestimateBatchNorm(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        norms = list(edit.calls(_NORM))
+        norms = list(edit.calls(op_info.BATCH_NORM))
         if not norms:
             return
         if not self.data:
@@ -64,7 +63,7 @@ class ReestimateBatchNorm(Pass):
             if node.op == "output" or node.prev is norms[-1]:
                 break
             partner = partners.get(node)
-            if node.target is _NORM:
+            if op_info.is_batch_norm(node):
                 self._renew(edit, node, run, exact, partner)
             run.step(node)
             if exact is not None:

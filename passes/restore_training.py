@@ -6,18 +6,16 @@ import operator
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import nn
 from typing_extensions import override
 
+from graphopt.ir import op_info
 from graphopt.ir.annotations import dropout_rate
 from graphopt.ir.editor import Editor
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared import QUANTIZERS, TrainableNorm
 
 __all__ = ["RestoreTraining"]
-
-_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 @dataclass(frozen=True)
@@ -38,8 +36,8 @@ class RestoreTraining(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        for norm in edit.calls(_NORM):
-            momentum, eps = float(str(norm.args[5])), float(str(norm.args[6]))
+        for norm in edit.calls(op_info.BATCH_NORM):
+            momentum, eps = op_info.momentum_of(norm), op_info.eps_of(norm)
             item = next(
                 (u for u in norm.users if u.target is operator.getitem and u.args[1] == 0), None
             )

@@ -18,22 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from graphopt.analysis.weights import WeightTensor, source_of, state_operands
+from graphopt.ir import op_info
 from graphopt.ir.editor import operands
+from graphopt.ir.op_info import ConvolutionArguments, WeightSlot
 
 __all__ = ["MatrixForm", "WeightUse", "matrix_form", "weight_uses"]
-
-_aten = torch.ops.aten
-_CONV = {
-    getattr(getattr(_aten, f"conv{ndim}d"), kind): ndim
-    for ndim in (1, 2, 3)
-    for kind in ("default", "padding")
-}
-_TRANSPOSED = {
-    _aten.conv_transpose1d.default: 1,
-    _aten.conv_transpose2d.input: 2,
-    _aten.conv_transpose3d.input: 3,
-}
-_MATMUL = (_aten.matmul.default, _aten.mm.default)
 
 
 @dataclass(frozen=True)
@@ -192,43 +181,30 @@ def _positions(x: Tensor) -> Tensor:
 
 def matrix_form(node: fx.Node, position: int) -> MatrixForm | None:
     """The form of an op whose weight is argument `position`; None where it has none."""
-    target, args = node.target, node.args
-    rank = _rank(args[position]) if 0 <= position < len(args) else 0
-    if target is _aten.linear.default and position == 1 and rank == 2:
-        return MatrixForm("linear")
-    if target is _aten.embedding.default and position == 0:
-        return MatrixForm("lookup", data=1)
-    if target in _MATMUL and rank == 2:
-        if position == 1:
-            return MatrixForm("right")
-        return MatrixForm("left", data=1) if _rank(args[1]) >= 2 else None
-    if target is _aten.addmm.default and position in (1, 2):
-        return MatrixForm("right", data=1) if position == 2 else MatrixForm("left", data=2)
-    if position != 1:
+    info = op_info.info_of(node)
+    slot = None if info is None else info.slot(position)
+    if info is None or slot is None or slot.matrix is None or position >= len(node.args):
         return None
-    if target in _CONV:
-        return _conv_form(node, _CONV[target], (3, 4, 5, 6))
-    if target in _TRANSPOSED:
-        return _conv_form(node, _TRANSPOSED[target], (3, 4, 7, 6), transposed=True)
-    if target is _aten.convolution.default:
-        return _conv_form(node, rank - 2, (3, 4, 5, 8), transposed=bool(args[6]))
-    return None
+    if info.convolution is not None:
+        return _conv_form(node, slot, info.convolution)
+    if _rank(node.args[position]) != 2:
+        return None
+    if slot.matrix == "left" and _rank(node.args[slot.data]) < 2:
+        return None
+    return MatrixForm(slot.matrix, data=slot.data)
 
 
-def _conv_form(
-    node: fx.Node, rank: int, places: tuple[int, int, int, int], *, transposed: bool = False
-) -> MatrixForm:
-    def argument(place: int, default: Any) -> Any:
-        return node.args[place] if place < len(node.args) else default
+def _conv_form(node: fx.Node, slot: WeightSlot, places: ConvolutionArguments) -> MatrixForm:
+    rank = places.ndim
 
     def each(value: Any) -> tuple[int, ...]:
         found = tuple(value) if isinstance(value, list | tuple) else (value,)
         return found * rank if len(found) == 1 else found
 
-    shape = _shape(node.args[1])
+    shape = _shape(node.args[slot.position])
     kernel = shape[2:]
-    dilation = each(argument(places[2], 1))
-    padding: Any = argument(places[1], 0)
+    dilation = each(op_info.argument(node, places.dilation, 1))
+    padding: Any = op_info.argument(node, places.padding, 0)
     if isinstance(padding, str):
         total = [
             (gap * (size - 1)) * (padding == "same")
@@ -238,11 +214,11 @@ def _conv_form(
     else:
         pairs = tuple((extent, extent) for extent in each(padding))
     return MatrixForm(
-        "transposed" if transposed else "conv",
-        0,
-        int(argument(places[3], 1)),
+        "transposed" if places.transposed else "conv",
+        slot.data,
+        int(op_info.argument(node, places.groups, 1)),
         kernel,
-        each(argument(places[0], 1)),
+        each(op_info.argument(node, places.stride, 1)),
         pairs,
         dilation,
     )
@@ -283,7 +259,7 @@ class WeightUse:
         """
         value: Any = stored
         for node in self.chain:
-            if not casts and node.target in _CASTS:
+            if not casts and op_info.is_cast(node):
                 continue
             rest = [each for each in node.args[1:] if not isinstance(each, fx.Node)]
             value = node.target(value, *rest, **node.kwargs)  # type: ignore[operator]
@@ -308,9 +284,6 @@ class WeightUse:
             made = self.form.operand(matrix, operand.shape)
             (found,) = torch.autograd.grad(operand, leaf, made)
         return found
-
-
-_CASTS = (_aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device)
 
 
 def weight_uses(gm: fx.GraphModule, weights: Sequence[WeightTensor]) -> dict[str, list[WeightUse]]:

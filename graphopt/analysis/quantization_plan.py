@@ -14,10 +14,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import networkx as nx
-import torch
 from torch import Tensor, fx
 
-from graphopt.analysis.op_patterns import ACTIVATIONS, PATTERNS, Kind, OpPattern
 from graphopt.analysis.value_facts import (
     attention_scores,
     data_values,
@@ -32,9 +30,11 @@ from graphopt.analysis.value_facts import (
 )
 from graphopt.config.selection import ModuleFrame, OpUse, Selection, Selector
 from graphopt.errors import ConfigError
+from graphopt.ir import op_info
 from graphopt.ir.annotations import ActivationPoint
 from graphopt.ir.editor import nodes_in, operands
 from graphopt.ir.module_frames import module_frames
+from graphopt.ir.op_info import OpInfo, Scales
 from graphopt.numerics.affine import grid_of
 from graphopt.specs import (
     PerChannelGranularity,
@@ -44,10 +44,6 @@ from graphopt.specs import (
 
 __all__ = ["ActivationPlan", "Match", "plan_activations"]
 
-_aten = torch.ops.aten
-_PRODUCTS = {_aten.matmul.default, _aten.bmm.default, _aten.mm.default, _aten.baddbmm.default}
-_ARITHMETIC = {"add", "sub", "mul", "mean", "div", "pow"}
-
 
 @dataclass(frozen=True)
 class Match:
@@ -55,14 +51,14 @@ class Match:
 
     Attributes:
         node: The op.
-        pattern: Its family.
+        info: What it is.
         output: The node that gives the result: the op, its batch norm's item, or its activation.
         norm: The batch norm behind it, if any.
         use: How configs see it.
     """
 
     node: fx.Node
-    pattern: OpPattern
+    info: OpInfo
     output: fx.Node
     norm: fx.Node | None
     use: OpUse
@@ -143,23 +139,19 @@ class _Planner:
                 continue
             if node.target is operator.getitem:
                 self._pass_on(node, ("getitem",))
-            elif node.target in ACTIVATIONS and ACTIVATIONS[node.target].keeps_grid:
-                self._pass_on(node, ACTIVATIONS[node.target].names)
             else:
-                pattern = PATTERNS.get(node.target)
-                if pattern is None and node.target in ACTIVATIONS:
-                    pattern = OpPattern(ACTIVATIONS[node.target].names, Kind.FLOAT)
-                if pattern is not None:
-                    self._place(node, pattern)
+                info = op_info.info_of(node)
+                if info is not None and info.scales is not None:
+                    self._place(node, info)
         self._module_slots()
         return self._resolve()
 
     # --- requests -------------------------------------------------------------------------------
-    def _place(self, node: fx.Node, pattern: OpPattern) -> None:
-        if pattern.kind is Kind.PASS:
-            self._pass_on(node, pattern.names)
+    def _place(self, node: fx.Node, info: OpInfo) -> None:
+        if info.scales is Scales.PASS:
+            self._pass_on(node, op_info.op_names(node))
             return
-        match = self._match(node, pattern)
+        match = self._match(node, info)
         places = self._operand_places(match)
         reason = self._why_float(match, places)
         selections = [
@@ -178,34 +170,33 @@ class _Planner:
                 shared.append(operand)
             else:
                 self._note_float(match, f"operand {operand.name}: {found.path}")
-        wanted = out.spec if pattern.output or out.named_op else None
+        wanted = out.spec if info.quantizes_output or out.named_op else None
         if node in self.scores and not named:
             self._note_float(match, "attention scores, which a softmax reads")
         elif wanted is not None and is_float(match.output):
             self._request_output(match.output, out)
             shared.append(match.output)
-        elif pattern.output:
+        elif info.quantizes_output:
             self._note_float(match, f"output: {out.path}")
-        if pattern.kind is Kind.SHARE:
+        if info.scales is Scales.SHARE:
             nx.add_path(self.sharing, shared)
 
-    def _match(self, node: fx.Node, pattern: OpPattern) -> Match:
+    def _match(self, node: fx.Node, info: OpInfo) -> Match:
         output, norm = node, None
-        if pattern.fuses_norm and (item := norm_behind(node)) is not None:
+        if info.folds_norm and (item := norm_behind(node)) is not None:
             output, norm = item, item.args[0]
         user = only_user(output)
-        if (
-            pattern.kind is Kind.COMPUTE
-            and user is not None
-            and user.target in ACTIVATIONS
-            and (self.fused is None or ACTIVATIONS[user.target].names[0] in self.fused)
-        ):
+        if info.scales is Scales.COMPUTE and user is not None and self._is_fused(user):
             output = user
-        names = pattern.names
-        if node.target in (_aten.mm.default, _aten.addmm.default):
-            names = ("linear", *names)
-        use = OpUse(node.name, names, module_frames(node))
-        return Match(node, pattern, output, norm if isinstance(norm, fx.Node) else None, use)
+        use = OpUse(node.name, op_info.op_names(node), module_frames(node))
+        return Match(node, info, output, norm if isinstance(norm, fx.Node) else None, use)
+
+    def _is_fused(self, node: fx.Node) -> bool:
+        """Whether the target computes an activation function with the op before."""
+        info = op_info.info_of(node)
+        if info is None or info.activation is None:
+            return False
+        return self.fused is None or info.names[0] in self.fused
 
     def _operand_places(
         self, match: Match
@@ -215,7 +206,7 @@ class _Planner:
         found: list[tuple[tuple[fx.Node, int], tuple[str | int, ...]]] = []
         schema = getattr(node.target, "_schema", None)
         flat = operands(node)
-        for slot in match.pattern.operands:
+        for slot in match.info.data:
             if slot >= len(node.args):
                 continue
             argument = node.args[slot]
@@ -230,23 +221,23 @@ class _Planner:
                 offset += 1
                 assert flat[position] is item
                 if item in self.data and is_float(item):
-                    place = index if len(items) > 1 else match.pattern.operands.index(slot)
+                    place = index if len(items) > 1 else match.info.data.index(slot)
                     found.append(((item, position), (place, str(place), name)))
         return found
 
     def _why_float(self, match: Match, places: list[Any]) -> str:
-        name, node = match.pattern.names[0], match.node
-        if match.pattern.kind is Kind.FLOAT:
+        name, node = match.info.names[0], match.node
+        if match.info.scales is Scales.FLOAT:
             return f"{name} is left in float unless a config names it"
         if node not in self.data:
             return "depends on no float input and no parameter"
-        if match.pattern.both_data and len(places) < 2:
+        if match.info.both_data and len(places) < 2:
             return "one operand is a constant, a scalar or a mask"
-        if name == "mean" and not is_pooling(node):
+        if match.info.pools_over is not None and not is_pooling(node):
             return "an average over the last axis"
-        if name in _ARITHMETIC and inside_norm(match.use.frames):
+        if match.info.arithmetic and inside_norm(match.use.frames):
             return f"part of {match.use.frames[-1].type.rpartition('.')[2]}"
-        if node in self.scores and node.target not in _PRODUCTS:
+        if node in self.scores and match.info.attention != "product":
             return "attention scores, which a softmax reads"
         return ""
 
@@ -257,8 +248,9 @@ class _Planner:
         known = self.values.get(source)
         if known is None or known.output is None or node in self.values:
             return
-        if node.target is _aten.constant_pad_nd.default and len(node.args) > 2 and node.args[2]:
-            return
+        info = op_info.info_of(node)
+        if info is not None and op_info.argument(node, info.fill):
+            return  # what it fills with may lie between the steps of the scale
         value = node.meta.get("val")
         use = OpUse(node.name, names, module_frames(node))
         found = self.selector.select_slot(use, "output", (0, "output"))
@@ -295,7 +287,7 @@ class _Planner:
         return _Request(spec, found.rank, found.path, order)
 
     def _note_float(self, match: Match, reason: str) -> None:
-        if match.pattern.kind is Kind.COMPUTE or match.pattern.kind is Kind.SHARE:
+        if match.info.scales is Scales.COMPUTE or match.info.scales is Scales.SHARE:
             self.floats.append((match.node.name, match.use.op_types[0], reason))
 
     # --- module boundaries ----------------------------------------------------------------------

@@ -7,10 +7,11 @@ import operator
 import torch
 from torch import Tensor, fx, nn
 
-from graphopt.analysis.op_patterns import ACTIVATIONS, NON_NEGATIVE, PATTERNS, Kind
 from graphopt.config.selection import ModuleFrame
+from graphopt.ir import op_info
 from graphopt.ir.captured_module import holder_of
 from graphopt.ir.editor import operands
+from graphopt.ir.op_info import Scales
 from graphopt.numerics.affine import grid_of
 from graphopt.specs import QuantizationScheme, QuantizationSpec
 
@@ -28,16 +29,6 @@ __all__ = [
     "with_known_range",
 ]
 
-_aten = torch.ops.aten
-_NORM = _aten._native_batch_norm_legit_no_training.default
-_SOFTMAX = {_aten.softmax.int, _aten._softmax.default}
-_SCORES = {
-    *(_aten.add.Tensor, _aten.mul.Tensor, _aten.div.Tensor, _aten.sub.Tensor, _aten.add.Scalar),
-    *(_aten.mul.Scalar, _aten.div.Scalar, _aten.masked_fill.Scalar, _aten.where.self),
-    *(_aten.clone.default, _aten.view.default, _aten.expand.default, _aten.slice.Tensor),
-    *(_aten.maximum.default, _aten.unsqueeze.default, _aten._to_copy.default),
-}
-_PRODUCTS = {_aten.matmul.default, _aten.bmm.default, _aten.mm.default, _aten.baddbmm.default}
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -55,7 +46,7 @@ def only_user(node: fx.Node) -> fx.Node | None:
 def norm_behind(node: fx.Node) -> fx.Node | None:
     """The item of a batch norm that alone reads a node."""
     norm = only_user(node)
-    if norm is None or norm.target is not _NORM or norm.args[0] is not node:
+    if norm is None or not op_info.is_batch_norm(norm) or norm.args[0] is not node:
         return None
     item = only_user(norm)
     if item is None or item.target is not operator.getitem or item.args[1] != 0:
@@ -93,7 +84,7 @@ def attention_scores(gm: fx.GraphModule) -> set[fx.Node]:
     """Nodes from a matmul to the softmax that reads its result."""
     found: set[fx.Node] = set()
     for softmax in gm.graph.nodes:
-        if softmax.target not in _SOFTMAX:
+        if _part(softmax) != "softmax":
             continue
         chain: set[fx.Node] = set()
         front = [softmax.args[0]]
@@ -102,10 +93,10 @@ def attention_scores(gm: fx.GraphModule) -> set[fx.Node]:
             node = front.pop()
             if not isinstance(node, fx.Node) or node in chain:
                 continue
-            if node.target in _PRODUCTS:
+            if _part(node) == "product":
                 chain.add(node)
                 reached = True
-            elif node.target in _SCORES:
+            elif _part(node) == "between":
                 chain.add(node)
                 front += node.all_input_nodes
         if reached:
@@ -113,10 +104,16 @@ def attention_scores(gm: fx.GraphModule) -> set[fx.Node]:
     return found
 
 
+def _part(node: fx.Node) -> str | None:
+    info = op_info.info_of(node)
+    return None if info is None else info.attention
+
+
 def is_pooling(mean: fx.Node) -> bool:
     """Whether a mean runs over more than, or other than, the last axis."""
     value = mean.args[0].meta.get("val") if isinstance(mean.args[0], fx.Node) else None
-    dims = mean.args[1] if len(mean.args) > 1 else None
+    info = op_info.info_of(mean)
+    dims = None if info is None else op_info.argument(mean, info.pools_over)
     if not isinstance(value, Tensor) or not isinstance(dims, list | tuple):
         return False
     return {int(dim) % value.ndim for dim in dims if isinstance(dim, int)} != {value.ndim - 1}
@@ -129,25 +126,21 @@ def inside_norm(frames: tuple[ModuleFrame, ...]) -> bool:
 
 def bounded_below(node: fx.Node) -> bool:
     """Whether an op's values cannot go far below zero."""
-    if node.target in NON_NEGATIVE:
-        return True
-    known = ACTIVATIONS.get(node.target)
-    if known is not None:
-        if known.low is not None:
-            return True
-        place = known.bounds_from
-        if place is not None and len(node.args) > place:
-            bound = node.args[place]
-            return isinstance(bound, int | float) and bound >= 0
+    info = op_info.info_of(node)
+    if info is None:
         return False
-    pattern = PATTERNS.get(node.target)
+    if info.non_negative:
+        return True
+    if info.activation is not None:
+        if info.activation.low is not None:
+            return True
+        bound = op_info.argument(node, info.activation.bounds_from)
+        return isinstance(bound, int | float) and bound >= 0
     source = node.args[0] if node.args else None
-    if pattern is not None and pattern.kind is Kind.PASS and isinstance(source, fx.Node):
-        return bounded_below(source)
-    if pattern is not None and pattern.names[0] in ("avg_pool", "adaptive_avg_pool", "mean"):
+    if info.scales is Scales.PASS or info.averages:
         return isinstance(source, fx.Node) and bounded_below(source)
-    if pattern is not None and pattern.kind is Kind.SHARE:
-        return all(bounded_below(each) for each in node.all_input_nodes)
+    if info.scales is Scales.SHARE:
+        return all(bounded_below(operand) for operand in node.all_input_nodes)
     return False
 
 

@@ -7,81 +7,22 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, fx
 
 from graphopt.config.selection import ModuleFrame, StateUse
+from graphopt.ir import op_info
 from graphopt.ir.module_frames import module_frames
+from graphopt.ir.op_info import BiasSlot, View, WeightSlot
 
 __all__ = [
     "Source",
     "WeightTensor",
     "find_weights",
     "identity_of",
-    "op_names",
     "source_of",
     "state_operands",
 ]
 
-_aten = torch.ops.aten
-_Slot = tuple[int, str, int]  # (argument, role, output-channel axis of the operand)
-
-# op → (names in configs, slots); an axis of -1 is the operand's last
-_OPS: dict[object, tuple[tuple[str, ...], tuple[_Slot, ...]]] = {}
-
-
-def _register(names: tuple[str, ...], overloads: list[str], slots: tuple[_Slot, ...]) -> None:
-    for overload in overloads:
-        packet, _, kind = overload.partition(".")
-        found = getattr(getattr(_aten, packet, None), kind or "default", None)
-        if found is not None:
-            _OPS[found] = ((*names, packet), slots)
-
-
-_WEIGHT_BIAS: tuple[_Slot, ...] = ((1, "weight", 0), (2, "bias", 0))
-for _ndim in (1, 2, 3):
-    _conv, _transposed = f"conv{_ndim}d", f"conv_transpose{_ndim}d"
-    _register((_conv,), [f"{_conv}.default", f"{_conv}.padding"], _WEIGHT_BIAS)
-    _overload = "default" if _ndim == 1 else "input"
-    _register((_transposed,), [f"{_transposed}.{_overload}"], ((1, "weight", 1), (2, "bias", 0)))
-_register(("conv_transpose1d",), ["conv_transpose1d.default"], ((1, "weight", 1), (2, "bias", 0)))
-_register(("linear",), ["linear.default"], _WEIGHT_BIAS)
-_register(("embedding",), ["embedding.default"], ((0, "weight", 0),))
-_register(
-    ("matmul",),
-    ["matmul.default", "mm.default", "bmm.default"],
-    ((0, "weight", -2), (1, "weight", -1)),
-)
-_register(("addmm",), ["addmm.default"], ((1, "weight", -2), (2, "weight", -1), (0, "bias", -1)))
-_register(("baddbmm",), ["baddbmm.default"], ((1, "weight", -2), (2, "weight", -1)))
-
-_RECURRENT = {getattr(_aten, name).input: name for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")}
-_CONVOLUTION = _aten.convolution.default
-
-_PERMUTING = {_aten.t.default, _aten.transpose.int, _aten.permute.default, _aten.numpy_T.default}
-_PRESERVING = {
-    *(
-        _aten.view.default,
-        _aten.reshape.default,
-        _aten._unsafe_view.default,
-        _aten.unsqueeze.default,
-    ),
-    *(_aten.squeeze.default, _aten.squeeze.dim, _aten.squeeze.dims, _aten.expand.default),
-    *(_aten.contiguous.default, _aten.clone.default, _aten.alias.default, _aten.detach.default),
-    *(_aten._to_copy.default, _aten.to.dtype, _aten.to.dtype_layout, _aten.to.device),
-    *(_aten.slice.Tensor, _aten.select.int, _aten.split.Tensor, _aten.split_with_sizes.default),
-    *(
-        _aten.chunk.default,
-        _aten.flatten.using_ints,
-        _aten.unflatten.int,
-        _aten.lift_fresh_copy.default,
-    ),
-}
-_RESHAPING = {
-    *(_aten.view.default, _aten.reshape.default, _aten._unsafe_view.default),
-    *(_aten.flatten.using_ints, _aten.unflatten.int, _aten.squeeze.default),
-    *(_aten.squeeze.dim, _aten.squeeze.dims),
-}
 _SPARSE = ("graphopt.sparse_to_dense",)
 _LOOKUPS = (
     "graphopt.lut_to_dense",
@@ -192,11 +133,11 @@ def find_weights(gm: fx.GraphModule) -> list[WeightTensor]:
                 sparse[key] = source.sparse
             if source.compressed:
                 compressed.add(key)
-            elif key not in parameters and _is_matmul(node):
+            elif key not in parameters and _is_product(node):
                 data_like.add(key)
             aliases = [str(constant.target) for constant in constants[key]]
             tensor, frames = _placed(module_frames(node), aliases)
-            use = StateUse(tensor, node.name, op_names(node), role, frames)
+            use = StateUse(tensor, node.name, op_info.op_names(node), role, frames)
             uses.setdefault(key, []).append(use)
             axes.setdefault(key, source.axis)
     found = []
@@ -238,50 +179,28 @@ def state_operands(node: fx.Node) -> Iterator[tuple[fx.Node, int, str, int]]:
     """
     if node.op != "call_function":
         return
-    if node.target in _RECURRENT:
-        for operand in node.args[2] if isinstance(node.args[2], list | tuple) else ():
+    info = op_info.info_of(node)
+    if info is None:
+        return
+    if info.weight_list is not None:
+        listed = node.args[info.weight_list]
+        for operand in listed if isinstance(listed, list | tuple) else ():
             if isinstance(operand, fx.Node):
                 value = operand.meta.get("val")
                 role = "weight" if isinstance(value, Tensor) and value.ndim == 2 else "bias"
                 yield operand, -1, role, 0
         return
-    slots: tuple[_Slot, ...] = ()
-    if node.target is _CONVOLUTION:
-        slots = ((1, "weight", 1 if node.args[6] else 0), (2, "bias", 0))
-    elif node.target in _OPS:
-        slots = _OPS[node.target][1]
-    for position, role, axis in slots:
-        if position < len(node.args) and isinstance(operand := node.args[position], fx.Node):
-            yield operand, position, role, axis
+    slots: list[tuple[str, WeightSlot | BiasSlot]] = [("weight", each) for each in info.weights]
+    slots += [("bias", bias) for bias in info.biases]
+    for role, slot in slots:
+        operand = op_info.argument(node, slot.position)
+        if isinstance(operand, fx.Node):
+            yield operand, slot.position, role, slot.channel_axis
 
 
-def _is_matmul(node: fx.Node) -> bool:
-    return node.target in _OPS and _OPS[node.target][1][0][2] == -2
-
-
-def op_names(node: fx.Node) -> tuple[str, ...]:
-    """What configs call an op: its family, the op itself, and its overload."""
-    full = str(node.target)
-    if node.target in _RECURRENT:
-        return (_RECURRENT[node.target], full)
-    if node.target is _CONVOLUTION:
-        value = node.args[1].meta.get("val") if isinstance(node.args[1], fx.Node) else None
-        rank = value.ndim - 2 if isinstance(value, Tensor) else 2
-        kind = "conv_transpose" if node.args[6] else "conv"
-        return (f"{kind}{rank}d", "convolution", full)
-    if node.target not in _OPS:
-        return (_short(node), full)
-    names = _OPS[node.target][0]
-    if node.target in (_aten.mm.default, _aten.addmm.default) and _turned(node.args[-1]):
-        # what decompositions make of a linear layer
-        names = ("linear", *names)
-    return tuple(dict.fromkeys((*names, full)))
-
-
-def _turned(operand: object) -> bool:
-    return isinstance(operand, fx.Node) and operand.target in (
-        *(_aten.t.default, _aten.transpose.int, _aten.permute.default),
-    )
+def _is_product(node: fx.Node) -> bool:
+    info = op_info.info_of(node)
+    return info is not None and info.is_product
 
 
 def _short(node: fx.Node) -> str:
@@ -318,7 +237,7 @@ def source_of(node: fx.Node, axis: int) -> Source | None:
             sparse = node
         elif name in _LOOKUPS or is_with_outliers(node):
             compressed = True
-        elif node.target in _PRESERVING or node.target in _PERMUTING:
+        elif op_info.view_of(node) is not None:
             place = None if place is None else _axis_before(node, place)
         elif str(node.target) != "<built-in function getitem>":
             return None
@@ -333,7 +252,8 @@ def source_of(node: fx.Node, axis: int) -> Source | None:
 
 def is_with_outliers(node: fx.Node) -> bool:
     """Whether a node adds sparse outliers to a weight from tables."""
-    if node.target is not _aten.add.Tensor or len(node.args) < 2:
+    info = op_info.info_of(node)
+    if info is None or not info.sums or len(node.args) < 2:
         return False
     return str(getattr(node.args[1], "target", "")).rpartition(".")[0] in _SPARSE
 
@@ -354,7 +274,7 @@ def _rank(node: object) -> int:
 def _axis_before(node: fx.Node, axis: int) -> int | None:
     """The axis of a view's input that becomes `axis` of its output, None where none does."""
     source, result = _shape(node.args[0]), _shape(node)
-    rank, target = len(source), node.target
+    rank, view = len(source), op_info.view_of(node)
 
     def argument(position: int) -> int:
         value = node.args[position]
@@ -362,24 +282,24 @@ def _axis_before(node: fx.Node, axis: int) -> int | None:
 
     if not source or axis >= len(result):
         return None
-    if target is _aten.permute.default:
+    if view is View.PERMUTE:
         order = node.args[1]
         return int(order[axis]) % rank  # type: ignore[index,arg-type]
-    if target is _aten.transpose.int:
+    if view is View.TRANSPOSE:
         first, second = argument(1) % rank, argument(2) % rank
         return {first: second, second: first}.get(axis, axis)
-    if target in (_aten.t.default, _aten.numpy_T.default):
+    if view is View.REVERSE:
         return rank - 1 - axis
-    if target is _aten.unsqueeze.default:
+    if view is View.UNSQUEEZE:
         new = argument(1) % (rank + 1)
         return None if axis == new else axis - (axis > new)
-    if target is _aten.select.int:
+    if view is View.SELECT:
         gone = argument(1) % rank
         return axis + (axis >= gone)
-    if target is _aten.expand.default:
+    if view is View.EXPAND:
         shifted = axis - (len(result) - rank)
         return shifted if shifted >= 0 else None
-    if source == result or (rank == len(result) and target not in _RESHAPING):
+    if source == result or (rank == len(result) and view is not View.RESHAPE):
         return axis
     return _same_extent(source, result, axis)
 

@@ -11,42 +11,34 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
-import graphopt.ir.ops  # noqa: F401 - registers the stand-in of dropouts
+from graphopt.ir import op_info
 from graphopt.ir.annotations import annotate_dropout
 
 __all__ = ["dropout_kept", "is_plain", "to_inference_form"]
 
-_aten = torch.ops.aten
-_ours = torch.ops.graphopt
-_NATIVE_NORM = _aten._native_batch_norm_legit_no_training.default
-# ops that decomposition keeps as they are, or that have a form here
-_PLAIN = {
-    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.conv2d.padding),
-    *(_aten.conv_transpose1d.default, _aten.conv_transpose2d.input, _aten.linear.default),
-    *(_aten.relu.default, _aten.relu6.default, _aten.hardtanh.default, _aten.sigmoid.default),
-    *(_aten.silu.default, _aten.gelu.default, _aten.tanh.default, _aten.hardswish.default),
-    *(_aten.hardsigmoid.default, _aten.leaky_relu.default, _aten.softmax.int),
-    *(_aten.max_pool2d.default, _aten.avg_pool2d.default, _aten.adaptive_avg_pool2d.default),
-    *(_aten.mean.dim, _aten.add.Tensor, _aten.sub.Tensor, _aten.mul.Tensor, _aten.cat.default),
-    *(_aten.pixel_shuffle.default, _aten.layer_norm.default, _aten.embedding.default),
-    *(_aten.flatten.using_ints, _aten.batch_norm.default, _aten.dropout.default),
-    *(_aten.sym_size.int, operator.getitem, operator.add, operator.mul, operator.floordiv),
-}
+_dropout = torch.ops.graphopt.dropout.default
+_clone = torch.ops.aten.clone.default
+# arithmetic on extents, which decomposition keeps as it is
+_PYTHON = (operator.getitem, operator.add, operator.mul, operator.floordiv)
 
 
 def is_plain(graph: fx.Graph) -> bool:
     """Whether a graph has its form already, so that tracing it again would change nothing."""
     return all(
-        node.target in _PLAIN and not _trains(node)
+        _is_kept_whole(node) and not op_info.is_training(node)
         for node in graph.nodes
         if node.op not in ("placeholder", "output")
     )
 
 
-def _trains(node: fx.Node) -> bool:
-    if node.target is _aten.dropout.default:
-        return bool(node.args[2])
-    return node.target is _aten.batch_norm.default and bool(node.args[5])
+def _is_kept_whole(node: fx.Node) -> bool:
+    info = op_info.info_of(node)
+    return node.target in _PYTHON or (info is not None and info.kept_whole)
+
+
+def _is_dropout(node: fx.Node) -> bool:
+    info = op_info.info_of(node)
+    return info is not None and info.dropout and not op_info.is_training(node)
 
 
 @contextmanager
@@ -54,9 +46,9 @@ def dropout_kept(exported: ExportedProgram) -> Iterator[None]:
     """Let dropouts pass decomposition, which would turn them into copies without a rate."""
     kept: list[tuple[fx.Node, Any, Any]] = []
     for node in exported.graph.nodes:
-        if node.target is _aten.dropout.default and not _trains(node):
+        if _is_dropout(node):
             kept.append((node, node.target, node.args))
-            node.target, node.args = _ours.dropout.default, node.args[:2]
+            node.target, node.args = _dropout, node.args[:2]
     try:
         yield
     finally:
@@ -67,20 +59,24 @@ def dropout_kept(exported: ExportedProgram) -> Iterator[None]:
 def to_inference_form(graph: fx.Graph) -> None:
     """Dropouts as copies whose metadata keeps the rate, and batch norms in their inference op."""
     for node in list(graph.nodes):
-        if node.target in (_ours.dropout.default, _aten.dropout.default) and not (
-            node.target is _aten.dropout.default and _trains(node)
-        ):
+        info = op_info.info_of(node)
+        if _is_dropout(node):
             rate = float(node.args[1])
-            node.target, node.args = _aten.clone.default, node.args[:1]
+            node.target, node.args = _clone, node.args[:1]
             annotate_dropout(node, rate)
-        elif node.target is _aten.batch_norm.default and not _trains(node):
+        elif (
+            info is not None
+            and info.batch_norm is not None
+            and info.batch_norm.training is not None
+            and not op_info.is_training(node)
+        ):
             _native_norm(graph, node)
 
 
 def _native_norm(graph: fx.Graph, node: fx.Node) -> None:
-    x, gamma, beta, mean, variance, _, momentum, eps = node.args[:8]
+    settings = (op_info.momentum_of(node), op_info.eps_of(node))
     with graph.inserting_before(node):
-        norm = graph.call_function(_NATIVE_NORM, (x, gamma, beta, mean, variance, momentum, eps))
+        norm = graph.call_function(op_info.BATCH_NORM, (*node.args[:5], *settings))
         item = graph.call_function(operator.getitem, (norm, 0))
     value = node.meta.get("val")
     norm.meta.update(node.meta)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.analysis.matrix_form import WeightUse
+from graphopt.ir import op_info
 from graphopt.run.layerwise import LayerwiseRun
 
 __all__ = [
@@ -32,9 +33,6 @@ __all__ = [
 _RIDGE = 0.3  # λ relative to the mean diagonal
 _POSITIONS = 16_384  # sampled for a layer's moments, or more for long columns
 _POSITIONS_PER_COLUMN = 8
-_aten = torch.ops.aten
-_SUMS = (_aten.add.Tensor, _aten.add_.Tensor)
-_COPIES = (_aten.clone.default, _aten.alias.default, torch.ops.graphopt.dropout.default)
 
 
 @dataclass(frozen=True)
@@ -74,7 +72,8 @@ def missing_beside(
         return None
     while len(node.users) == 1:
         reader = next(iter(node.users))
-        if reader.target in _SUMS:
+        info = op_info.info_of(reader)
+        if info is not None and info.sums:
             left, right = reader.args[:2]
             other = right if left is node else left
             if not isinstance(other, fx.Node) or reader.kwargs or other not in partners:
@@ -82,7 +81,7 @@ def missing_beside(
             if not run.has_run(other) or node is other or not _fits(_shape(other), shape, use):
                 return None
             return list(zip(reference.values(partners[other]), run.values(other), strict=True))
-        if reader.target not in _COPIES:
+        if info is None or not info.copies:
             return None
         node = reader
     return None
@@ -100,16 +99,14 @@ def _shape(node: fx.Node) -> tuple[object, ...] | None:
     return tuple(value.shape) if isinstance(value, Tensor) else None
 
 
-def bias_of(node: fx.Node) -> fx.Node | None:
-    """The constant that an op alone adds to its output."""
-    place = 0 if node.target is _aten.addmm.default else 2
-    forms = ("linear", "conv", "addmm")
-    if not any(name in str(node.target) for name in forms) or "transpose" in str(node.target):
-        return None
-    if node.target is _aten.convolution.default and node.args[6]:
-        return None
-    bias = node.args[place] if len(node.args) > place else None
-    alone = isinstance(bias, fx.Node) and bias.op == "get_attr" and set(bias.users) == {node}
+def bias_of(use: WeightUse) -> fx.Node | None:
+    """The constant that an op alone adds to each row of its weight's matrix."""
+    info = op_info.info_of(use.node)
+    slot = None if info is None else info.slot(use.position)
+    if slot is None or use.form.kind == "transposed":
+        return None  # a row of a transposed convolution's matrix is no output channel
+    bias = op_info.argument(use.node, slot.bias)
+    alone = isinstance(bias, fx.Node) and bias.op == "get_attr" and set(bias.users) == {use.node}
     return bias if alone and isinstance(bias, fx.Node) else None
 
 

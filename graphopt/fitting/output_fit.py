@@ -149,7 +149,7 @@ def _fit(
         _keep(edit, weight, table, result)
         return
     original = weight.tensor.detach()
-    bias = bias_of(use.node) if correct_bias else None
+    bias = bias_of(use) if correct_bias else None
     moments = collect_moments(
         use,
         run.values(inputs),

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphopt.analysis.partition import Block, find_blocks
+from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import operands
@@ -32,7 +33,6 @@ __all__ = ["TuningOptions", "tune_graph"]
 _log = logging.getLogger(__name__)
 _LOOKUP = torch.ops.graphopt.lut_to_dense.default
 _COMPRESSED = (_LOOKUP, torch.ops.graphopt.shift_scale.default)
-_NORMS = ("layer_norm", "batch_norm", "group_norm", "rms_norm")
 
 
 @dataclass(frozen=True)
@@ -292,15 +292,20 @@ def _step_of(node: fx.Node, run: LayerwiseRun) -> float:
         if user.target is _LOOKUP and place == 1:
             gaps = value.float().sort(dim=-2).values.diff(dim=-2)
             return float(gaps[gaps > 0].median()) if bool((gaps > 0).any()) else 0.0
-        name = str(user.target)
-        is_norm = any(each in name for each in _NORMS) and place in (1, 2, 3)
-        statistics = "batch_norm" in name and place == 3
-        is_bias = place == 2 and any(each in name for each in ("conv", "linear"))
-        is_bias |= place == 0 and "addmm" in name
-        if (is_norm and not statistics) or is_bias:
+        if place in _tuned_places(user):
             return 0.2 * max(float(value.float().std()) if value.numel() > 1 else 0.0, 1e-2)
         return 0.0
     return 0.0
+
+
+def _tuned_places(node: fx.Node) -> tuple[int, ...]:
+    """Places of an op's bias, or of a norm's gain and shift."""
+    info = op_info.info_of(node)
+    if info is None:
+        return ()
+    norm = () if info.norm is None else (info.norm.gain, info.norm.shift)
+    places = (*norm, *(bias.position for bias in info.biases))
+    return tuple(place for place in places if place is not None)
 
 
 def _element_numbers(run: LayerwiseRun, node: fx.Node) -> Tensor:

@@ -16,13 +16,14 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphopt.analysis.stored_values import stored_values
-from graphopt.analysis.weights import op_names, source_of, state_operands
+from graphopt.analysis.weights import source_of, state_operands
 from graphopt.backends.lowering import as_program
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor, operands
 from graphopt.ir.module_frames import module_frames
+from graphopt.ir.op_info import BATCH_NORM, op_names
 from graphopt.ir.program import Program
 from graphopt.ir.records import finite_values
 from graphopt.passes import FoldBatchNorm, RemoveUnused
@@ -34,7 +35,6 @@ from graphopt.run.interpreter import constant_value
 
 __all__ = ["Difference", "LayerDifference", "decibels", "diff"]
 
-_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 _SUFFIXES = ("_indices", "_lut", "_quantized", "_values", "_data")
 
 
@@ -221,7 +221,7 @@ def _captured(model: Any, example: Batch | None) -> Program:
 
 
 def _norms(gm: fx.GraphModule) -> int:
-    return len(list(Editor(gm).calls(_NORM)))
+    return len(list(Editor(gm).calls(BATCH_NORM)))
 
 
 def _place(node: fx.Node) -> tuple[str, str] | None:

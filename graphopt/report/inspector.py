@@ -10,14 +10,13 @@ from typing import Any
 from torch import fx, nn
 from torch.export import ExportedProgram
 
-from graphopt.analysis.op_patterns import ACTIVATIONS, PATTERNS
 from graphopt.analysis.value_facts import data_values, entering_values, leaving_values
-from graphopt.analysis.weights import op_names as state_op_names
 from graphopt.analysis.weights import state_operands
 from graphopt.backends.lowering import as_program
 from graphopt.errors import InputError
 from graphopt.ir.editor import operands
 from graphopt.ir.module_frames import module_frames
+from graphopt.ir.op_info import info_of, op_names
 from graphopt.ir.program import Program
 from graphopt.report.model import (
     BoundaryEdge,
@@ -144,9 +143,7 @@ def _filter_of(compressor: type | None) -> Callable[[fx.Node], bool]:
         return lambda node: True
     compresses = getattr(compressor, "compresses", None) if isinstance(compressor, type) else None
     if compresses == "weights and activations":
-        return lambda node: (
-            node.target in PATTERNS or node.target in ACTIVATIONS or _has_state(node)
-        )
+        return lambda node: _has_scales(node) or _has_state(node)
     if compresses == "weights":
         return _has_state
     raise InputError(
@@ -155,12 +152,9 @@ def _filter_of(compressor: type | None) -> Callable[[fx.Node], bool]:
     )
 
 
-def op_names(node: fx.Node) -> tuple[str, ...]:
-    """What configs call an op, whether it has state or not."""
-    for table in (PATTERNS, ACTIVATIONS):
-        if node.target in table:
-            return tuple(dict.fromkeys((*table[node.target].names, *state_op_names(node))))
-    return state_op_names(node)
+def _has_scales(node: fx.Node) -> bool:
+    info = info_of(node)
+    return info is not None and info.scales is not None
 
 
 def _has_state(node: fx.Node) -> bool:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import operands
 from graphopt.run.batches import Batch, explained
@@ -193,20 +194,13 @@ class PartialRerun:
         return _tensors(self.values(below, weights, self.plan.results(), **hooks))
 
 
-_aten = torch.ops.aten
-_NORM = _aten._native_batch_norm_legit_no_training.default
-_FRESH = {
-    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv3d.default, _aten.linear.default),
-    *(_aten.add.Tensor, _aten.mul.Tensor, _aten.relu.default, _aten.convolution.default),
-}
-
-
 def _is_fresh(node: fx.Node) -> bool:
     """Whether a node's tensor shares its memory with no other value."""
     if node.target is operator.getitem:
         first = node.args[1] == 0
-        return bool(first) and getattr(node.args[0], "target", None) is _NORM
-    return node.target in _FRESH
+        return bool(first) and op_info.is_batch_norm(node.args[0])
+    info = op_info.info_of(node)
+    return info is not None and info.fresh
 
 
 def _may_overwrite(node: fx.Node, below: Downstream, kept: set[fx.Node]) -> bool:
@@ -214,7 +208,8 @@ def _may_overwrite(node: fx.Node, below: Downstream, kept: set[fx.Node]) -> bool
 
     Fresh memory costs as much as the arithmetic there.
     """
-    if node.target not in (_aten.relu.default, _aten.add.Tensor) or node.kwargs:
+    info = op_info.info_of(node)
+    if info is None or info.in_place is None or node.kwargs:
         return False
     first = node.args[0]
     if not isinstance(first, fx.Node) or first in kept or not _is_fresh(first):
@@ -228,12 +223,12 @@ def _may_overwrite(node: fx.Node, below: Downstream, kept: set[fx.Node]) -> bool
 
 def _overwriting(node: fx.Node, given: Value) -> Any:
     values: Any = fx.map_arg(node.args, given)
+    info = op_info.info_of(node)
+    assert info is not None
     first, *others = values
-    if node.target is _aten.relu.default:
-        return first.relu_()
-    if isinstance(others[0], Tensor) and others[0].dtype != first.dtype:
-        return first + others[0]
-    return first.add_(others[0])
+    if any(isinstance(other, Tensor) and other.dtype != first.dtype for other in others):
+        return node.target(*values)  # type: ignore[operator]
+    return info.in_place(*values)
 
 
 def _tensors(values: Any) -> list[Tensor]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.analysis.value_facts import with_known_range
+from graphopt.ir import op_info
 from graphopt.ir.editor import operands
 from graphopt.passes.correct_bias import channel_axis
 from graphopt.prepared import ActivationQuantizer
@@ -32,8 +33,6 @@ __all__ = [
     "collect_statistics",
     "correction_point",
 ]
-
-_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 
 
 @dataclass(frozen=True)
@@ -122,7 +121,7 @@ def correction_point(
     axis = channel_axis(node)
     if axis is None:
         return None
-    normed = len(node.users) == 1 and next(iter(node.users)).target is _NORM
+    normed = len(node.users) == 1 and op_info.is_batch_norm(next(iter(node.users)))
     if normed:
         return CorrectionPoint(node.name, axis, True) if correction != "bias" else None
     return CorrectionPoint(node.name, axis, False) if correction != "batch_norm" else None

@@ -63,7 +63,7 @@ class LayerSite:
         config: RDOConfig,
     ) -> LayerSite:
         """A layer under the options of a config."""
-        bias = bias_of(use.node) if use is not None and config.feedback.compensate else None
+        bias = bias_of(use) if use is not None and config.feedback.compensate else None
         value = None if bias is None else edit.value(bias).detach()
         return cls(layer, weight, use, bias, value)
 

@@ -1,0 +1,79 @@
+"""Questions about a node that the table of ops answers."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from graphopt.ir.op_info.model import View
+from graphopt.ir.op_info.norms_table import BATCH_NORM
+from graphopt.ir.op_info.registry import argument, info_of
+
+__all__ = [
+    "eps_of",
+    "is_batch_norm",
+    "is_cast",
+    "is_training",
+    "momentum_of",
+    "op_names",
+    "view_of",
+]
+
+_TURNING = (View.REVERSE, View.TRANSPOSE, View.PERMUTE)
+
+
+def view_of(node: object) -> View | None:
+    """What a node does with axes, where it only rearranges its operand."""
+    info = info_of(node) if isinstance(node, fx.Node) else None
+    return None if info is None else info.view
+
+
+def is_batch_norm(node: object) -> bool:
+    """Whether a node is a batch norm that uses its stored statistics, as captures hold them."""
+    return isinstance(node, fx.Node) and node.target is BATCH_NORM
+
+
+def is_cast(node: fx.Node) -> bool:
+    """Whether a node only changes the type of its operand."""
+    info = info_of(node)
+    return info is not None and info.cast
+
+
+def is_training(node: fx.Node) -> bool:
+    """Whether a norm or a dropout is switched to training."""
+    info = info_of(node)
+    return info is not None and bool(argument(node, info.training))
+
+
+def eps_of(norm: fx.Node) -> float:
+    """A batch norm's ε."""
+    info = info_of(norm)
+    assert info is not None
+    assert info.batch_norm is not None
+    return float(str(norm.args[info.batch_norm.eps]))
+
+
+def momentum_of(norm: fx.Node) -> float:
+    """A batch norm's momentum."""
+    info = info_of(norm)
+    assert info is not None
+    assert info.batch_norm is not None
+    return float(str(norm.args[info.batch_norm.momentum]))
+
+
+def op_names(node: fx.Node) -> tuple[str, ...]:
+    """What configs call an op: its family, the op itself, and its overload."""
+    info = info_of(node)
+    full = str(node.target)
+    packet = full.split(".")[1] if "." in full else full
+    names: tuple[Any, ...] = () if info is None else info.names
+    if _is_linear(node):
+        # what decompositions make of a linear layer
+        names = ("linear", *names)
+    return tuple(dict.fromkeys((*names, packet, full)))
+
+
+def _is_linear(node: fx.Node) -> bool:
+    info = info_of(node)
+    return info is not None and info.linear_if_turned and view_of(node.args[-1]) in _TURNING

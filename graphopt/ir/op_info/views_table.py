@@ -1,0 +1,78 @@
+"""Ops that rearrange, copy, cast, pad or pick values without computing new ones."""
+
+from __future__ import annotations
+
+from graphopt.ir.op_info.model import OpInfo, Scales, View
+from graphopt.ir.op_info.overloads import aten
+
+__all__ = ["VIEW_OPS"]
+
+_PASS = Scales.PASS
+
+VIEW_OPS: tuple[OpInfo, ...] = (
+    OpInfo(("reshape",), aten("view"), scales=_PASS, view=View.RESHAPE, attention="between"),
+    OpInfo(
+        ("reshape",),
+        aten("reshape _unsafe_view unflatten.int"),
+        scales=_PASS,
+        view=View.RESHAPE,
+    ),
+    OpInfo(
+        ("flatten",),
+        aten("flatten.using_ints"),
+        scales=_PASS,
+        view=View.RESHAPE,
+        kept_whole=True,
+    ),
+    OpInfo(("transpose",), aten("transpose.int"), scales=_PASS, view=View.TRANSPOSE),
+    OpInfo(("transpose",), aten("t numpy_T"), scales=_PASS, view=View.REVERSE),
+    OpInfo(("transpose",), aten("permute"), scales=_PASS, view=View.PERMUTE),
+    OpInfo(("transpose",), aten("movedim.int"), scales=_PASS),
+    OpInfo(("squeeze",), aten("squeeze squeeze.dim squeeze.dims"), scales=_PASS, view=View.RESHAPE),
+    OpInfo(("squeeze",), aten("unsqueeze"), scales=_PASS, view=View.UNSQUEEZE, attention="between"),
+    OpInfo(("squeeze",), aten("expand"), scales=_PASS, view=View.EXPAND, attention="between"),
+    OpInfo(("slice",), aten("slice.Tensor"), scales=_PASS, view=View.KEEP, attention="between"),
+    OpInfo(("slice",), aten("select.int"), scales=_PASS, view=View.SELECT),
+    OpInfo(("slice",), aten("narrow index_select"), scales=_PASS),
+    OpInfo(
+        ("split",),
+        aten("split.Tensor split_with_sizes chunk"),
+        scales=_PASS,
+        view=View.KEEP,
+    ),
+    OpInfo(("split",), aten("unbind.int"), scales=_PASS),
+    OpInfo(
+        ("clone",),
+        aten("clone"),
+        scales=_PASS,
+        view=View.KEEP,
+        copies=True,
+        attention="between",
+    ),
+    OpInfo(("clone",), aten("alias"), scales=_PASS, view=View.KEEP, copies=True),
+    OpInfo(("clone",), aten("contiguous detach"), scales=_PASS, view=View.KEEP),
+    OpInfo(("lift_fresh_copy",), aten("lift_fresh_copy"), view=View.KEEP),
+    OpInfo(("_to_copy",), aten("_to_copy"), view=View.KEEP, cast=True, attention="between"),
+    OpInfo(("to",), aten("to.dtype to.dtype_layout to.device"), view=View.KEEP, cast=True),
+    OpInfo(("pad",), aten("constant_pad_nd"), scales=_PASS, fill=2),
+    OpInfo(("pad",), aten("reflection_pad2d replication_pad2d"), scales=_PASS),
+    OpInfo(("max_pool",), aten("max_pool2d"), scales=_PASS, kept_whole=True),
+    OpInfo(("max_pool",), aten("max_pool1d max_pool3d adaptive_max_pool2d"), scales=_PASS),
+    OpInfo(("pixel_shuffle",), aten("pixel_shuffle"), scales=_PASS, kept_whole=True),
+    OpInfo(("pixel_shuffle",), aten("pixel_unshuffle channel_shuffle"), scales=_PASS),
+    OpInfo(
+        ("upsample_nearest",),
+        aten(
+            "upsample_nearest1d.vec upsample_nearest2d.vec"
+            " upsample_nearest2d upsample_nearest3d.vec"
+        ),
+        scales=_PASS,
+    ),
+    OpInfo(("flip",), aten("flip roll repeat"), scales=_PASS),
+    OpInfo(("sym_size",), aten("sym_size.int"), shape_query=True, kept_whole=True),
+    OpInfo(
+        ("sym_numel",),
+        aten("sym_numel sym_stride.int sym_storage_offset"),
+        shape_query=True,
+    ),
+)
