@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, TypeVar
 
-import torch
 from typing_extensions import override
 
 from graphopt.errors import CalibrationError
 from graphopt.fitting.tuning import TuningOptions, tune_graph
+from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
@@ -23,7 +23,6 @@ from graphopt.run.batches import as_batch
 
 __all__ = ["Tune", "tune"]
 
-_NORM = torch.ops.aten._native_batch_norm_legit_no_training.default
 ProgramT = TypeVar("ProgramT", bound=Program)
 
 
@@ -96,7 +95,9 @@ def tune(
         raise CalibrationError("no data: there is nothing to tune on")
     gm, exact = tuned.graph_module, reference.graph_module
     batches = [as_batch(each) for each in data]
-    if len(list(Editor(gm).calls(_NORM))) < len(list(Editor(exact).calls(_NORM))):
+    if len(list(Editor(gm).calls(op_info.BATCH_NORM))) < len(
+        list(Editor(exact).calls(op_info.BATCH_NORM))
+    ):
         # the program's convolutions stand for the norms behind them, too
         exact = reference.copy().graph_module
         run_passes(exact, [FoldBatchNorm()])
