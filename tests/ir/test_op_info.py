@@ -249,7 +249,7 @@ def test_own_op_is_compressed_and_stored_after_one_registration(
         assert sorted(roles(net, x)) == ["bias", "weight"]
         palettizer = KMeansPalettizer(net)
         palettizer.prepare((x,))
-        palettized = palettizer.finalize()
+        palettized = palettizer.finalize(backend="torch")
         assert [row.name for row in palettizer.summary().palettized] == ["w"]
         path = graphopt.lower(palettized, "torch", x).save(tmp_path / "toy.pt2")
         loaded = torch.export.load(path).module()
@@ -258,7 +258,7 @@ def test_own_op_is_compressed_and_stored_after_one_registration(
         prepared = quantizer.prepare((x,))
         with quantizer.calibration_mode():
             prepared(x)
-        quantized = quantizer.finalize()
+        quantized = quantizer.finalize(backend="torch")
         called = [str(node.target) for node in quantized.graph.nodes]
         assert called.count("quantized_decomposed.quantize_per_tensor.default") == 2
         exact = net(x)
