@@ -73,7 +73,7 @@ def analyze(
         data: Inputs of one call each, unlabelled: a tensor, a tuple or list of positional ones, or
             a dict of keyword ones. Batches are the unit of averaging and of distribution.
         metric: "psnr" (dB, on the outputs), "mse", "kl" (nats; logits), "cosine", "top1"
-            (agreement), a callable `(found, reference) → float`, or several, of which the first
+            (agreement), a callable `(output, reference) → float`, or several, of which the first
             decides. The mean over outputs and batches counts.
         example_kwargs: Keyword inputs of the example call.
         options: How it is measured, the fields of `AnalysisOptions`: `mode` ("exact", "fast" or
@@ -94,14 +94,16 @@ def analyze(
     how = AnalysisOptions.of("analyze", options)
     several = isinstance(metric, Sequence) and not isinstance(metric, str)
     wanted: Sequence[Any] = metric if several else [metric]  # type: ignore[assignment]
-    metrics = tuple(as_metric(each) for each in wanted)
+    metrics = tuple(as_metric(given) for given in wanted)
     if how.mode != "exact" and metrics[0].name not in FAST_METRICS:
         raise InputError(f"the fast mode predicts {list(FAST_METRICS)}, not {metrics[0].name!r}")
-    batches = [as_batch(each) for each in data]
+    batches = [as_batch(inputs) for inputs in data]
     if not batches:
         raise InputError("there are no data to measure on; give `data`, inputs of one call each")
     general = as_candidates(candidates)
-    special = {key: as_candidates(each) for key, each in (how.layer_candidates or {}).items()}
+    special = {
+        pattern: as_candidates(group) for pattern, group in (how.layer_candidates or {}).items()
+    }
     sizes = SizeModel.of(how.backend, how.float_dtype, how.lut_dtype)
     program = as_program(model, example_inputs, example_kwargs)
     gm = program.graph_module
@@ -113,7 +115,7 @@ def analyze(
     header = Header(
         program.fingerprint(),
         weights_hash([weight.tensor for weight in own]),
-        tuple(each.name for each in metrics),
+        tuple(metric.name for metric in metrics),
         how.mode,
         how.correction,
         how.draws,
@@ -165,13 +167,13 @@ def _drop_beyond(records: Records, count: int) -> None:
 def _missing(records: Records, count: int) -> list[int]:
     """Batches of which something is not measured yet."""
     mode, layers = records.header.mode, records.header.layers
-    found = []
+    missing = []
     for number in range(count):
         exact = mode == "fast" or all((number, layer.name) in records.values for layer in layers)
         drawn = mode == "exact" or number in records.vectors
         if not (exact and drawn):
-            found.append(number)
-    return found
+            missing.append(number)
+    return missing
 
 
 # --- running, here or elsewhere -------------------------------------------------------------------
@@ -248,7 +250,7 @@ def _payload(program: Program, header: Header, bench: Bench) -> bytes:
     """What a worker needs, whatever the batch."""
     buffer = io.BytesIO()
     torch.export.save(program.export(dynamic=True), buffer)
-    metrics = [each.name if each == _named(each.name) else each for each in bench.metrics]
+    metrics = [metric.name if metric == _named(metric.name) else metric for metric in bench.metrics]
     try:
         return pickle.dumps((buffer.getvalue(), header, metrics, bench.statistics))
     except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -282,7 +284,7 @@ def _received(payload: bytes) -> tuple[Bench, Header]:
 
 @functools.lru_cache(maxsize=1)
 def _built(payload: bytes) -> tuple[Bench, Header]:
-    content, header, metrics, statistics = pickle.loads(payload)
+    content, header, given, statistics = pickle.loads(payload)
     program = as_program(torch.export.load(io.BytesIO(content)))
-    found = tuple(as_metric(each) for each in metrics)
-    return make_bench(program, header, found, (), statistics=statistics, progress=False), header
+    metrics = tuple(as_metric(metric) for metric in given)
+    return make_bench(program, header, metrics, (), statistics=statistics, progress=False), header

@@ -76,8 +76,8 @@ class CandidateBatcher:
             return None
         local = self.plan.downstream(below.sources, op)
         heads = [
-            run.values(local, each, [op], **own)[0]
-            for each, own in zip(weights, hooks, strict=True)
+            run.values(local, weight, [op], **own)[0]
+            for weight, own in zip(weights, hooks, strict=True)
         ]
         bindings = _bindings(self.plan, run)
         rest = self._rest(below, op)
@@ -178,13 +178,13 @@ def _symbols(size: Any) -> Any:
 
 def _batch_symbol(plan: RerunPlan) -> Any:
     """The symbol of the first dimension that all inputs share, None where there is none."""
-    found = set()
+    symbols = set()
     for node in plan.gm.graph.find_nodes(op="placeholder"):
         value = node.meta.get("val")
         if not isinstance(value, Tensor) or value.ndim == 0:
             return None
-        found.add(_symbols(value.shape[0]))
-    (symbol,) = found if len(found) == 1 else (None,)
+        symbols.add(_symbols(value.shape[0]))
+    (symbol,) = symbols if len(symbols) == 1 else (None,)
     return symbol if symbol is not None and symbol.is_Symbol else None
 
 
@@ -192,7 +192,7 @@ def _leads(value: Tensor, symbol: Any) -> bool:
     first, *others = value.shape
     expression = _symbols(first)
     if expression is None or any(
-        symbol in each.free_symbols for each in map(_symbols, others) if each is not None
+        symbol in size.free_symbols for size in map(_symbols, others) if size is not None
     ):
         return False
     ratio = expression / symbol
@@ -201,15 +201,15 @@ def _leads(value: Tensor, symbol: Any) -> bool:
 
 def _bindings(plan: RerunPlan, run: PartialRerun) -> dict[Any, int]:
     """Symbol → size in this batch."""
-    found = {}
+    bindings = {}
     for node in plan.gm.graph.find_nodes(op="placeholder"):
         value, given = node.meta.get("val"), run.exact(node)
         if isinstance(value, Tensor) and isinstance(given, Tensor):
             for size, actual in zip(value.shape, given.shape, strict=True):
                 expression = _symbols(size)
                 if expression is not None and expression.is_Symbol:
-                    found[expression] = int(actual)
-    return found
+                    bindings[expression] = int(actual)
+    return bindings
 
 
 def _size(node: fx.Node, bindings: Mapping[Any, int]) -> int:

@@ -47,12 +47,12 @@ class Candidate:
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as `from_dict` reads them."""
-        found: dict[str, Any] = {}
+        plain: dict[str, Any] = {}
         if self.weight is not None:
-            found[scheme_of(self.weight).kind] = _dumped(self.weight)
+            plain[scheme_of(self.weight).kind] = _dumped(self.weight)
         if self.activation is not None:
-            found["activation"] = _dumped(self.activation)
-        return found
+            plain["activation"] = _dumped(self.activation)
+        return plain
 
     @classmethod
     def from_dict(cls, name: str, data: Mapping[str, Any]) -> Candidate:
@@ -112,15 +112,15 @@ def as_candidates(
     elif isinstance(given, str) or not isinstance(given, Sequence):
         raise ConfigError(f"candidates must be a sequence or a mapping, got {given!r}")
     else:
-        named = ((None, each) for each in given)
-    found = [_candidate(name, each) for name, each in named]
-    if not found:
+        named = ((None, spec) for spec in given)
+    candidates = [_candidate(name, spec) for name, spec in named]
+    if not candidates:
         raise ConfigError("there are no candidates")
-    names = [candidate.name for candidate in found]
+    names = [candidate.name for candidate in candidates]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"several candidates are called {twice}; name them by a mapping")
-    return tuple(found)
+    return tuple(candidates)
 
 
 def read_candidates(path: Path) -> tuple[tuple[Candidate, ...], dict[str, tuple[Candidate, ...]]]:
@@ -137,7 +137,7 @@ def read_candidates(path: Path) -> tuple[tuple[Candidate, ...], dict[str, tuple[
         )
     layers = data.get("layers") or {}
     return as_candidates(data["candidates"]), {
-        pattern: as_candidates(each) for pattern, each in layers.items()
+        pattern: as_candidates(group) for pattern, group in layers.items()
     }
 
 

@@ -136,24 +136,24 @@ def _greedy(table: Measurements, choices: LayerChoices, budget: float) -> Recipe
     losses, sizes = choices.problem.losses, choices.problem.sizes
     # pinned layers take no part in the walk
     scores = [
-        [] if fixed else [-float(each) for each in own]
+        [] if fixed else [-float(loss) for loss in own]
         for own, fixed in zip(losses, choices.pinned, strict=True)
     ]
     kept = [
         float(own[0]) if fixed else float(layer.kept_bits)
         for layer, own, fixed in zip(table.layers, sizes, choices.pinned, strict=True)
     ]
-    found = solve_greedily(scores, [list(map(float, own)) for own in sizes], kept, budget)
+    choice = solve_greedily(scores, [list(map(float, own)) for own in sizes], kept, budget)
     names = [
         choices.names[layer][place or 0]
         if place is not None or choices.pinned[layer]
         else KEEP.name
-        for layer, place in enumerate(found)
+        for layer, place in enumerate(choice)
     ]
     free = [0.0 if not fixed else np.inf for fixed in choices.pinned]
     whole = Problem(
-        tuple(np.append(own, each) for own, each in zip(losses, free, strict=True)),
-        tuple(np.append(own, each) for own, each in zip(sizes, kept, strict=True)),
+        tuple(np.append(own, loss) for own, loss in zip(losses, free, strict=True)),
+        tuple(np.append(own, size) for own, size in zip(sizes, kept, strict=True)),
     )
     bound = solve_on_hull(whole, budget).bound
     return make_recipe(table, names, "greedy", bound=bound, budget=budget)
@@ -178,8 +178,10 @@ def _smallest(
         tuple(np.where(ok, own, 0.0) for own, ok in zip(problem.losses, usable, strict=True)),
     )
     exact = solver == "milp"
-    found = solve_exactly(turned, most, seconds=seconds) if exact else solve_on_hull(turned, most)
-    return make_recipe(table, choices.named(found.choice), solver)
+    solution = (
+        solve_exactly(turned, most, seconds=seconds) if exact else solve_on_hull(turned, most)
+    )
+    return make_recipe(table, choices.named(solution.choice), solver)
 
 
 def _require_attainable(
@@ -255,6 +257,8 @@ def every_recipe(
     """Recipes that are each optimal for their own size, from the smallest to the largest."""
     choices, losses = choices_of(table, pin, keep=keep), table.losses()
     return [
-        make_recipe(table, choices.named(each.choice), "lagrangian", bound=each.loss, losses=losses)
-        for each in front(choices.problem)
+        make_recipe(
+            table, choices.named(solution.choice), "lagrangian", bound=solution.loss, losses=losses
+        )
+        for solution in front(choices.problem)
     ]

@@ -32,17 +32,17 @@ def config_for(choice: Mapping[str, Candidate], nodes: Mapping[str, Sequence[str
         ConfigError: A candidate is of a scheme that no config asks for.
     """
     kinds: dict[str, dict[str, Any]] = {"palettize": {}, "quantize": {}}
-    for name, each in choice.items():
-        if each.weight is not None:
-            kind = scheme_of(each.weight).kind
+    for name, candidate in choice.items():
+        if candidate.weight is not None:
+            kind = scheme_of(candidate.weight).kind
             if kind not in kinds:
                 raise ConfigError(f"{name}: no config asks for {kind!r}; use one of {list(kinds)}")
-            kinds[kind][name] = each.weight
+            kinds[kind][name] = candidate.weight
     tables, integers = kinds["palettize"], kinds["quantize"]
     ops: dict[str, Any] = {}
-    for name, each in choice.items():
-        if each.activation is not None:
-            inputs = {0: each.activation}
+    for name, candidate in choice.items():
+        if candidate.activation is not None:
+            inputs = {0: candidate.activation}
             slots = OpQuantizerConfig(op_state_spec=None, op_input_spec=inputs, op_output_spec=None)
             ops |= {re.escape(node): slots for node in nodes[name]}
     palettization = KMeansPalettizerConfig(

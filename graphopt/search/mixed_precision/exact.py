@@ -68,11 +68,11 @@ def make_bench(
     gm = program.graph_module
     plan = RerunPlan(gm)
     forms = stored_forms(gm, header.layers, header.candidates, seed=header.seed, progress=progress)
-    found = {weight.name: weight for weight in weights_of(gm)}
-    belows = {layer.name: plan.downstream(found[layer.name].nodes) for layer in header.layers}
+    weights = {weight.name: weight for weight in weights_of(gm)}
+    belows = {layer.name: plan.downstream(weights[layer.name].nodes) for layer in header.layers}
     # a program that was saved and loaded may call its ops otherwise
     layers = tuple(
-        replace(layer, nodes=tuple(dict.fromkeys(use.node for use in found[layer.name].uses)))
+        replace(layer, nodes=tuple(dict.fromkeys(use.node for use in weights[layer.name].uses)))
         for layer in header.layers
     )
     correction: Any = header.correction
@@ -115,7 +115,7 @@ def measure_batch(
         single = len(layer.nodes) == 1
         op = bench.plan.by_name[layer.nodes[0]]
         width = bench.batcher.width(run, below, op, len(changed)) if single else 1
-        found: dict[str, list[Tensor]] = {}
+        by_candidate: dict[str, list[Tensor]] = {}
         for start in range(0, len(changed), width):
             names = changed[start : start + width]
             weights, hooks = [], []
@@ -129,13 +129,13 @@ def measure_batch(
             outputs = bench.batcher.outputs(run, below, op, weights, hooks) if width > 1 else None
             if outputs is None:
                 pairs = zip(weights, hooks, strict=True)
-                outputs = [run.outputs(below, each, **own) for each, own in pairs]
-            found |= zip(names, outputs, strict=True)
+                outputs = [run.outputs(below, weight, **own) for weight, own in pairs]
+            by_candidate |= zip(names, outputs, strict=True)
         yield (
             layer.name,
             {
                 name: {
-                    metric.name: measure(metric, found.get(name, reference), reference)
+                    metric.name: measure(metric, by_candidate.get(name, reference), reference)
                     for metric in bench.metrics
                 }
                 for name in layer.candidates

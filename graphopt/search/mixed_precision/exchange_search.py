@@ -182,10 +182,10 @@ def search_exchanges(
     seeds = [*states, *(exchange.perturbed(best, 0.2, generator) for _ in range(_RESTARTS))]
     optima = {tuple(own): exchange.value(own) for own in map(exchange.search, seeds)}
     share = max(1, (evaluations - len(states)) // 2)
-    for found, _ in sorted(optima.items(), key=lambda each: each[1])[:share]:
+    for optimum, _ in sorted(optima.items(), key=lambda pair: pair[1])[:share]:
         if evaluator.count >= limit:
             break
-        own = np.array(found)
+        own = np.array(optimum)
         if evaluator.is_better(names(own), names(best)):
             best = own
     for _ in range(options.rounds):
@@ -211,7 +211,7 @@ def search_exchanges(
 def _places(exchange: ExchangeModel, state: npt.NDArray[np.int64]) -> list[int]:
     """Columns as places among the candidates of their layer."""
     first = np.searchsorted(exchange.layer, np.arange(len(state)))
-    return [int(each) for each in state - first]
+    return [int(place) for place in state - first]
 
 
 def _columns(exchange: ExchangeModel, choice: Sequence[int]) -> npt.NDArray[np.int64]:
@@ -236,8 +236,8 @@ def _local(
     losses, sizes = [], []
     for place in range(len(state)):
         own = exchange.layer == place
-        losses.append([float(each) for each in change[own]])
-        sizes.append([float(each) for each in exchange.sizes[own]])
+        losses.append([float(loss) for loss in change[own]])
+        sizes.append([float(size) for size in exchange.sizes[own]])
     return Problem.of(losses, sizes)
 
 
@@ -245,12 +245,12 @@ def _slopes(evaluator: RecipeEvaluator, names: Sequence[str]) -> list[dict[str, 
     """⟨gradient of the loss, Ŵ_c − Ŵ⟩ for every candidate c of every layer."""
     gm = evaluator.compressed(names)
     plan = RerunPlan(gm)
-    found = {weight.name: weight for weight in weights_of(gm)}
+    weights = {weight.name: weight for weight in weights_of(gm)}
     layers = evaluator.bench.layers
     leaves: dict[str, Tensor] = {
-        layer.name: found[layer.name].tensor.detach().clone().requires_grad_() for layer in layers
+        layer.name: weights[layer.name].tensor.detach().clone().requires_grad_() for layer in layers
     }
-    sources = {node: leaves[layer.name] for layer in layers for node in found[layer.name].nodes}
+    sources = {node: leaves[layer.name] for layer in layers for node in weights[layer.name].nodes}
     below = plan.downstream(list(sources))
     before = evaluator.hooks(plan, names)
     total: dict[str, Tensor] = {}

@@ -68,12 +68,12 @@ def draw_vectors(bench: Bench, batch: Batch, *, draws: int, seed: int, group: in
     leaves = [tensor for tensor in values.at.values() if tensor.is_leaf]
     rows: list[Tensor] = []
     for draw in range(draws):
-        parts = [each.nothing() for each in changes]
+        parts = [change.nothing() for change in changes]
         # gradients are used as they come, and not kept
         handles = [
-            values.at[point].register_hook(partial(each.take, part, op, point))
-            for each, part in zip(changes, parts, strict=True)
-            for op, point in each.points()
+            values.at[point].register_hook(partial(change.take, part, op, point))
+            for change, part in zip(changes, parts, strict=True)
+            for op, point in change.points()
         ]
         with torch.enable_grad():
             total = project(outputs, metric, generator)
@@ -100,7 +100,7 @@ class _Values:
 def _forward(plan: RerunPlan, batch: Batch, wanted: set[str]) -> tuple[_Values, list[Tensor]]:
     """Run the graph with an autograd graph that begins at the first layer."""
     inputs = flat_inputs(plan.gm, batch)
-    tensors = [each for each in inputs if isinstance(each, Tensor) and each.ndim]
+    tensors = [tensor for tensor in inputs if isinstance(tensor, Tensor) and tensor.ndim]
     values = _Values(int(tensors[0].shape[0]) if tensors else 1)
     read = {node: node.all_input_nodes for node in plan.nodes if node.name in wanted}
     seen: dict[fx.Node, object] = {}
@@ -122,9 +122,9 @@ def _forward(plan: RerunPlan, batch: Batch, wanted: set[str]) -> tuple[_Values, 
     results = plan.run(batch, {node: partial(watch, node) for node in plan.nodes})
     values.data = {node: [(used, seen[used]) for used in nodes] for node, nodes in read.items()}
     outputs = [
-        each
-        for each in results
-        if isinstance(each, Tensor) and each.is_floating_point() and each.requires_grad
+        output
+        for output in results
+        if isinstance(output, Tensor) and output.is_floating_point() and output.requires_grad
     ]
     if not outputs:
         raise InputError("no floating-point output depends on a layer")
@@ -208,15 +208,15 @@ class _Changes:
         x, gradient = x.float(), gradient.float()
         deltas = self._deltas(use)
         shape = use.operand(self._weight(), casts=False).shape
-        found = []
+        products = []
         step = max(1, _CHUNK // max(deltas.shape[1], 1)) * self.group
         for start in range(0, len(x), step):
             part = slice(start, start + step)
-            found += [
+            products += [
                 gradients @ deltas.mT
                 for gradients in _weight_gradients(use, x[part], gradient[part], self.group)
             ]
-        vectors = torch.cat(found)
+        vectors = torch.cat(products)
         if self.correction_point is None:
             return vectors
         z = self.values.at[node].detach().float()
@@ -233,16 +233,18 @@ class _Changes:
         return vectors
 
     def _weight(self) -> Tensor:
-        found = self.plan.call(self.below.sources[0], lambda each: each)
-        assert isinstance(found, Tensor)
-        return found.detach()
+        weight = self.plan.call(self.below.sources[0], lambda node: node)
+        assert isinstance(weight, Tensor)
+        return weight.detach()
 
     def _deltas(self, use: WeightUse) -> Tensor:
         """What each candidate changes, [candidates, weights] in the order of the op's matrix."""
         weight = self._weight()
         kept = torch.zeros_like(weight)
         changes = (kept if form is None else form.dense() - weight for form in self.forms.values())
-        return torch.stack([use.matrix(each, casts=False).float().flatten() for each in changes])
+        return torch.stack(
+            [use.matrix(change, casts=False).float().flatten() for change in changes]
+        )
 
     @torch.no_grad()
     def _by_output(self, op: fx.Node, point: fx.Node, gradient: Tensor, samples: int) -> Tensor:
@@ -260,9 +262,9 @@ class _Changes:
             if form is not None:
                 values |= dict.fromkeys(local.sources, form.dense())
             hooks = self.bench.statistics.hooks(self.layer, candidate, None, self.plan)
-            for each in local.nodes:
-                if each in (op, point) or each in self.plan.constant:
-                    values[each] = self._call(each, values, hooks.get("before", {}))
+            for node in local.nodes:
+                if node in (op, point) or node in self.plan.constant:
+                    values[node] = self._call(node, values, hooks.get("before", {}))
             change = (values[point] - exact).float()  # type: ignore[operator]
             if self.correction_point is not None:
                 change = _residual(change, exact.float(), self.correction_point)
@@ -273,18 +275,20 @@ class _Changes:
         self, node: fx.Node, values: dict[fx.Node, object], before: Mapping[fx.Node, object]
     ) -> object:
         if node not in before:
-            return self.plan.call(node, lambda each: self._value(each, values))
+            return self.plan.call(node, lambda operand: self._value(operand, values))
         hook = before[node]
-        moving = next(each for each in node.all_input_nodes if each not in self.plan.constant)
+        moving = next(
+            operand for operand in node.all_input_nodes if operand not in self.plan.constant
+        )
         changed = hook(self._value(moving, values))  # type: ignore[operator]
         return self.plan.call(
             node,
-            lambda each: changed if each is moving else self._value(each, values),
+            lambda operand: changed if operand is moving else self._value(operand, values),
         )
 
     def _value(self, node: fx.Node, values: dict[fx.Node, object]) -> object:
         if node not in values:
-            values[node] = self.plan.call(node, lambda each: self._value(each, values))
+            values[node] = self.plan.call(node, lambda operand: self._value(operand, values))
         return values[node]
 
 
@@ -296,7 +300,7 @@ def _weight_gradients(use: WeightUse, x: Tensor, gradient: Tensor, group: int) -
         whole = len(rows) // group * group
         if whole:
             left, right = (
-                each[:whole].unflatten(0, (-1, group)).flatten(1, 2) for each in (rows, columns)
+                matrix[:whole].unflatten(0, (-1, group)).flatten(1, 2) for matrix in (rows, columns)
             )
             yield (left.mT @ right).flatten(1)
         if whole < len(rows):

@@ -101,14 +101,14 @@ class LayerStatistics:
         self, layer: Layer, candidate: Candidate, point: CorrectionPoint | None, plan: RerunPlan
     ) -> dict[str, dict[fx.Node, Hook]]:
         """Hooks of `PartialRerun.values` for a candidate."""
-        found: dict[str, dict[fx.Node, Hook]] = {}
+        hooks: dict[str, dict[fx.Node, Hook]] = {}
         rounding = self.roundings.get((layer.name, candidate.name))
         if rounding is not None:
-            found["before"] = {plan.by_name[name]: rounding for name in layer.nodes}
+            hooks["before"] = {plan.by_name[name]: rounding for name in layer.nodes}
         affine = self.corrections.get((layer.name, candidate.name))
         if affine is not None and point is not None:
-            found["behind"] = {plan.by_name[point.node]: affine}
-        return found
+            hooks["behind"] = {plan.by_name[point.node]: affine}
+        return hooks
 
 
 def correction_point(
@@ -208,7 +208,7 @@ def collect_statistics(
 def _data_inputs(plan: RerunPlan, layer: Layer) -> list[fx.Node]:
     """What the layer's ops read besides constants."""
     return [
-        next(each for each in operands(plan.by_name[name]) if each not in plan.constant)
+        next(operand for operand in operands(plan.by_name[name]) if operand not in plan.constant)
         for name in layer.nodes
     ]
 
@@ -245,7 +245,7 @@ def _affines(
     points: Mapping[str, CorrectionPoint | None],
     moments: Mapping[tuple[str, str], _Moments],
 ) -> dict[tuple[str, str], Affine]:
-    found = {}
+    affines = {}
     for layer in layers:
         point, exact = points[layer.name], moments[layer.name, ""]
         assert point is not None
@@ -259,5 +259,5 @@ def _affines(
                 gain = torch.where(spread > 0, exact.variance / spread.clamp_min(1e-300), 1.0)
                 gain = gain.sqrt()
             shift = exact.mean - gain * own.mean
-            found[layer.name, name] = Affine(point.axis, gain.float(), shift.float())
-    return found
+            affines[layer.name, name] = Affine(point.axis, gain.float(), shift.float())
+    return affines

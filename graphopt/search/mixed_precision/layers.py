@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import math
 import re
@@ -72,7 +73,7 @@ class Layer:
 def weights_of(gm: fx.GraphModule, threshold: int = 0) -> list[WeightTensor]:
     """Weights that a search may choose for, in the order of their first use."""
     place = {node.name: number for number, node in enumerate(gm.graph.nodes)}
-    found = [
+    weights = [
         weight
         for weight in find_weights(gm)
         if weight.uses
@@ -83,7 +84,7 @@ def weights_of(gm: fx.GraphModule, threshold: int = 0) -> list[WeightTensor]:
         and weight.tensor.ndim >= 2
         and weight.tensor.numel() > threshold
     ]
-    return sorted(found, key=lambda weight: min(place[use.node] for use in weight.uses))
+    return sorted(weights, key=lambda weight: min(place[use.node] for use in weight.uses))
 
 
 def find_layers(
@@ -108,7 +109,7 @@ def find_layers(
         InputError: There is no weight to choose for.
     """
     known: dict[str, Candidate] = {}
-    for candidate in (*candidates, *(each for group in special.values() for each in group)):
+    for candidate in (*candidates, *itertools.chain.from_iterable(special.values())):
         if known.setdefault(candidate.name, candidate) != candidate:
             raise ConfigError(f"two candidates are called {candidate.name!r}")
     matched: set[str] = set()
@@ -226,15 +227,15 @@ def _forms(
 ) -> tuple[str, dict[str, StoredWeight | None]]:
     weight = tensors[layer.name]
     specs = {name: candidates[name].weight for name in layer.candidates}
-    found: dict[str, StoredWeight | None] = dict.fromkeys(specs)
+    forms: dict[str, StoredWeight | None] = dict.fromkeys(specs)
     known = Statistics(layer.output_axis, seed=seed)
     try:
         for scheme in registry.SCHEMES:
             own = {name: spec for name, spec in specs.items() if isinstance(spec, scheme.spec_type)}
-            found |= scheme.make_all(weight, own, known)
+            forms |= scheme.make_all(weight, own, known)
     except CompressionError as error:
         raise CompressionError(f"{layer.name}: {error}; repair the model") from None
-    return layer.name, found
+    return layer.name, forms
 
 
 def uses_of(gm: fx.GraphModule, names: Sequence[str]) -> dict[str, WeightUse]:

@@ -175,13 +175,15 @@ class Measurements:
         return len(self._batches())
 
     def _batches(self) -> list[int]:
-        found = set(self._records.hashes)
+        complete = set(self._records.hashes)
         if self.header.mode != "fast":
             done = self._records.values
-            found = {b for b in found if all((b, layer.name) in done for layer in self.layers)}
+            complete = {
+                b for b in complete if all((b, layer.name) in done for layer in self.layers)
+            }
         if self.header.mode != "exact":
-            found &= set(self._records.vectors)
-        return sorted(found)
+            complete &= set(self._records.vectors)
+        return sorted(complete)
 
     @property
     def is_measured(self) -> bool:
@@ -209,16 +211,16 @@ class Measurements:
             if name != self.header.metrics[0]:
                 raise InputError(f"the fast mode predicts {self.header.metrics[0]!r} alone")
             return self._predicted()
-        found: dict[str, dict[str, float]] = {}
+        means: dict[str, dict[str, float]] = {}
         for layer in self.layers:
             rows = [self._records.values[batch, layer.name] for batch in batches]
-            found[layer.name] = {
+            means[layer.name] = {
                 candidate: math.fsum(row[candidate][name] for row in rows) / len(rows)
                 if all(math.isfinite(row[candidate][name]) for row in rows)
                 else float(np.mean([row[candidate][name] for row in rows]))
                 for candidate in layer.candidates
             }
-        return found
+        return means
 
     def _predicted(self) -> dict[str, dict[str, float]]:
         losses = iter(0.5 * np.mean(self._stacked().astype(np.float64) ** 2, axis=0))
@@ -240,8 +242,9 @@ class Measurements:
         if math.isfinite(value) or not self.is_measured:
             return self.metric.loss(value)
         name = self.header.metrics[0]
-        rows = [self._records.values[batch, layer][candidate][name] for batch in self._batches()]
-        return float(np.mean([self.metric.loss(each) for each in rows]))
+        values = self._records.values
+        measured = [values[batch, layer][candidate][name] for batch in self._batches()]
+        return float(np.mean([self.metric.loss(single) for single in measured]))
 
     def problem(self) -> Problem:
         """Losses and sizes for the solvers."""
@@ -313,7 +316,7 @@ class Measurements:
     # --- output ---------------------------------------------------------------------------------
     def to_rows(self) -> list[dict[str, Any]]:
         """One row per layer and candidate, with every metric."""
-        found = {name: self.values(name) for name in self._listed()}
+        values = {name: self.values(name) for name in self._listed()}
         return [
             {
                 "layer": layer.name,
@@ -323,7 +326,7 @@ class Measurements:
                 "candidate": name,
                 "bytes": bits // 8,
                 "bits_per_weight": bits / layer.numel,
-                **{metric: each[layer.name][name] for metric, each in found.items()},
+                **{metric: by_layer[layer.name][name] for metric, by_layer in values.items()},
             }
             for layer in self.layers
             for name, bits in zip(layer.candidates, layer.bits, strict=True)

@@ -23,7 +23,7 @@ class Metric:
 
     Attributes:
         name: Its name in tables.
-        compare: `(found, reference) → value` on one output of a batch.
+        compare: `(output, reference) → value` on one output of a batch.
         larger_is_better: Direction of the value.
         loss: Value → a loss of 0 for equal outputs that adds up over layers. Neither decibels nor
             cosines add up, the noise that they stand for does.
@@ -37,34 +37,34 @@ class Metric:
     value: Callable[[float], float]
 
 
-def _psnr(found: Tensor, reference: Tensor) -> float:
-    """10·log10(max(reference²) / mean((reference − found)²)), in dB; the peak is the reference's."""
-    error = float((found.double() - reference.double()).square().mean())
+def _psnr(output: Tensor, reference: Tensor) -> float:
+    """10·log10(max(reference²) / mean((reference − output)²)), in dB; the peak is the reference's."""
+    error = float((output.double() - reference.double()).square().mean())
     peak = float(reference.double().square().max())
     if error == 0:
         return math.inf
     return 10 * math.log10(peak / error) if peak > 0 else -math.inf
 
 
-def _mse(found: Tensor, reference: Tensor) -> float:
-    return float((found.double() - reference.double()).square().mean())
+def _mse(output: Tensor, reference: Tensor) -> float:
+    return float((output.double() - reference.double()).square().mean())
 
 
-def _kl(found: Tensor, reference: Tensor) -> float:
-    """Mean KL(reference ‖ found) in nats; logits along the last axis."""
+def _kl(output: Tensor, reference: Tensor) -> float:
+    """Mean KL(reference ‖ output) in nats; logits along the last axis."""
     wanted = reference.double().log_softmax(-1)
-    got = found.double().log_softmax(-1)
+    got = output.double().log_softmax(-1)
     return float((wanted.exp() * (wanted - got)).sum(-1).mean())
 
 
-def _cosine(found: Tensor, reference: Tensor) -> float:
+def _cosine(output: Tensor, reference: Tensor) -> float:
     """Mean cosine similarity along the last axis."""
-    return float(torch.cosine_similarity(found.double(), reference.double(), dim=-1).mean())
+    return float(torch.cosine_similarity(output.double(), reference.double(), dim=-1).mean())
 
 
-def _top1(found: Tensor, reference: Tensor) -> float:
+def _top1(output: Tensor, reference: Tensor) -> float:
     """Share of positions with the same largest entry along the last axis."""
-    return float((found.argmax(-1) == reference.argmax(-1)).double().mean())
+    return float((output.argmax(-1) == reference.argmax(-1)).double().mean())
 
 
 def _noise(decibels: float) -> float:
@@ -102,7 +102,7 @@ METRICS: dict[str, Metric] = {
 
 
 def as_metric(given: str | Compare | Metric) -> Metric:
-    """A metric by its name, or from the user's `(found, reference) → float`.
+    """A metric by its name, or from the user's `(output, reference) → float`.
 
     A callable counts as better when larger unless it has an attribute `larger_is_better = False`;
     its loss is its distance from the value of equal outputs, which is taken to be 1 where larger is
@@ -135,7 +135,7 @@ def _inverse(sign: float, best: float, loss: float) -> float:
     return best + sign * loss
 
 
-def measure(metric: Metric, found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+def measure(metric: Metric, outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
     """The metric's mean over the floating-point outputs of a batch.
 
     Raises:
@@ -143,7 +143,7 @@ def measure(metric: Metric, found: Sequence[Tensor], reference: Sequence[Tensor]
     """
     pairs = [
         (got, want)
-        for got, want in zip(found, reference, strict=True)
+        for got, want in zip(outputs, reference, strict=True)
         if want.is_floating_point() and want.numel()
     ]
     if not pairs:

@@ -73,10 +73,10 @@ def plot_sweep(sweep: Sweep, ax: Axes | None = None) -> Axes:
         MissingDependencyError: matplotlib is not installed.
     """
     ax = _axes(ax, 7.0)
-    found = sweep.of_kind("recipe")
+    recipes = sweep.of_kind("recipe")
     ax.plot(
-        [point.bits_per_weight for point in found],
-        [point.score for point in found],
+        [point.bits_per_weight for point in recipes],
+        [point.score for point in recipes],
         marker="o",
         label="mixed precision",
     )
@@ -101,7 +101,7 @@ def plot_sweep(sweep: Sweep, ax: Axes | None = None) -> Axes:
     for point in sweep.of_kind("uncompressed"):
         if math.isfinite(point.score):
             ax.axhline(point.score, linestyle="--", color="gray", label="uncompressed")
-    if found:
+    if recipes:
         knee = sweep.knee
         ax.scatter(
             [knee.bits_per_weight],

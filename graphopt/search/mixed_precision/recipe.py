@@ -82,12 +82,12 @@ class Recipe:
     @property
     def distribution(self) -> dict[str, tuple[int, int]]:
         """Candidate → number of layers and of weights that have it."""
-        found: dict[str, tuple[int, int]] = {}
+        counts: dict[str, tuple[int, int]] = {}
         for name in dict.fromkeys((*self.candidates, KEEP.name)):
             own = [layer.numel for layer in self.layers if self.choice[layer.name] == name]
             if own:
-                found[name] = (len(own), sum(own))
-        return found
+                counts[name] = (len(own), sum(own))
+        return counts
 
     def to_config(self, *, algorithm: str | None = None) -> AnyConfig:
         """The config that the compressors and `graphopt.compress` take.
@@ -136,7 +136,9 @@ class Recipe:
                 "rest_bits": self.rest_bits,
             },
             "candidates": {
-                name: each.to_dict() for name, each in self.candidates.items() if name in used
+                name: candidate.to_dict()
+                for name, candidate in self.candidates.items()
+                if name in used
             },
             "layers": {
                 layer.name: {
@@ -178,8 +180,8 @@ class Recipe:
         try:
             head, listed = data["recipe"], data["layers"]
             candidates = {
-                name: Candidate.from_dict(name, each)
-                for name, each in (data.get("candidates") or {}).items()
+                name: Candidate.from_dict(name, spec)
+                for name, spec in (data.get("candidates") or {}).items()
             }
             layers, choice = [], {}
             for name, row in listed.items():

@@ -43,8 +43,8 @@ class RecipeEvaluator:
 
     def measure(self, names: Sequence[str]) -> float:
         """The first metric's mean over batches for one candidate's name per layer."""
-        found = self._values(names)
-        return sum(found) / len(found)
+        values = self._values(names)
+        return sum(values) / len(values)
 
     def _values(self, names: Sequence[str]) -> list[float]:
         key = tuple(names)
@@ -83,12 +83,12 @@ class RecipeEvaluator:
         work = self.program.copy()
         gm = work.graph_module
         edit = Editor(gm)
-        found = {weight.name: weight for weight in weights_of(gm)}
+        weights = {weight.name: weight for weight in weights_of(gm)}
         changed = set()
         for layer, name in zip(self.bench.layers, names, strict=True):
             dense = self.dense(layer, name)
             if dense is not None:
-                first, *tied = found[layer.name].nodes
+                first, *tied = weights[layer.name].nodes
                 edit.set_value(first, dense, tied=tied)
                 changed.add(layer.name)
         exact, wanted = self.program.graph_module, self.bench.correction
@@ -103,13 +103,13 @@ class RecipeEvaluator:
 
     def hooks(self, plan: RerunPlan, names: Sequence[str]) -> Mapping[torch.fx.Node, Hook]:
         """Roundings of activations that the chosen candidates ask for."""
-        found: dict[torch.fx.Node, Hook] = {}
+        hooks: dict[torch.fx.Node, Hook] = {}
         for layer, name in zip(self.bench.layers, names, strict=True):
             candidate = self.bench.candidates.get(name)
             if candidate is not None and candidate.activation is not None:
                 own = self.bench.statistics.hooks(layer, candidate, None, plan)
-                found |= own.get("before", {})
-        return found
+                hooks |= own.get("before", {})
+        return hooks
 
     def _measured(self, names: Sequence[str]) -> list[float]:
         gm = self.compressed(names)
@@ -118,11 +118,11 @@ class RecipeEvaluator:
         below: Downstream = plan.downstream([node for weight in weights for node in weight.nodes])
         values = {node: weight.tensor for weight in weights for node in weight.nodes}
         before = self.hooks(plan, names)
-        found = []
+        measured = []
         for batch, reference in zip(self.batches, self.reference, strict=True):
             outputs = PartialRerun(plan, batch).outputs(below, values, before=before)
-            found.append(measure(self.bench.metrics[0], outputs, reference))
-        return found
+            measured.append(measure(self.bench.metrics[0], outputs, reference))
+        return measured
 
     @property
     def _layers(self) -> set[str]:

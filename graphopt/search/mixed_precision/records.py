@@ -73,7 +73,9 @@ class Header:
             "version": _VERSION,
             **plain,
             "metrics": list(self.metrics),
-            "candidates": {name: each.to_dict() for name, each in self.candidates.items()},
+            "candidates": {
+                name: candidate.to_dict() for name, candidate in self.candidates.items()
+            },
             "layers": [asdict(layer) for layer in self.layers],
         }
 
@@ -96,7 +98,7 @@ class Header:
             "layers": layers,
             "metrics": tuple(data["metrics"]),
             "candidates": {
-                name: Candidate.from_dict(name, each) for name, each in data["candidates"].items()
+                name: Candidate.from_dict(name, spec) for name, spec in data["candidates"].items()
             },
         }
         return cls(**rest)
@@ -147,12 +149,12 @@ class Records:
             return cls(header)
         first = json.dumps(header.to_dict()) + "\n"
         if resume and path.exists() and path.stat().st_size:
-            found, end = _read(path)
-            if found is None and not first.encode().startswith(path.read_bytes()):
+            records, end = _read(path)
+            if records is None and not first.encode().startswith(path.read_bytes()):
                 raise InputError(f"{path}: not a sensitivity table; write to another file")
             # of a table that got no further than its first line nothing is lost
-            if found is not None and (found.values or found.vectors or found.hashes):
-                difference = header.difference(found.header)
+            if records is not None and (records.values or records.vectors or records.hashes):
+                difference = header.difference(records.header)
                 if difference:
                     raise InputError(
                         f"{path} was measured with other settings: {difference}; write to another"
@@ -160,8 +162,8 @@ class Records:
                     )
                 # a line that was cut off in the middle goes
                 os.truncate(path, end)
-                found.path = path
-                return found
+                records.path = path
+                return records
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(first, encoding="utf-8")
         return cls(header, path)
@@ -173,11 +175,11 @@ class Records:
         Raises:
             InputError: It is no table.
         """
-        found, _ = _read(path)
-        if found is None:
+        records, _ = _read(path)
+        if records is None:
             raise InputError(f"{path}: not a sensitivity table")
-        found.path = path
-        return found
+        records.path = path
+        return records
 
     def check_batch(self, number: int, digest: str) -> None:
         """Note the hash of a batch.
@@ -193,7 +195,7 @@ class Records:
 
     def add(self, batch: int, layer: str, values: Mapping[str, Mapping[str, float]]) -> None:
         """Take in one layer's values on one batch."""
-        self.values[batch, layer] = {name: dict(each) for name, each in values.items()}
+        self.values[batch, layer] = {name: dict(by_metric) for name, by_metric in values.items()}
         self._append({"batch": batch, "data": self.hashes[batch], "layer": layer, "values": values})
 
     def add_vectors(self, batch: int, vectors: Vectors) -> None:

@@ -32,7 +32,7 @@ def recipe_evaluator(
         StateError: The table has no model.
         InputError: There are no data.
     """
-    batches = [as_batch(each) for each in data]
+    batches = [as_batch(inputs) for inputs in data]
     if not batches:
         raise InputError("there are no data to measure recipes on")
     program = table.program

@@ -54,8 +54,8 @@ class Problem:
     def of(cls, losses: Sequence[Sequence[float]], sizes: Sequence[Sequence[float]]) -> Problem:
         """From nested sequences."""
         return cls(
-            tuple(np.asarray(each, dtype=np.float64) for each in losses),
-            tuple(np.asarray(each, dtype=np.float64) for each in sizes),
+            tuple(np.asarray(row, dtype=np.float64) for row in losses),
+            tuple(np.asarray(row, dtype=np.float64) for row in sizes),
         )
 
     def usable(self, layer: int) -> npt.NDArray[np.int64]:
@@ -122,8 +122,8 @@ def solve_greedily(
     """
     pairs = [
         (float(score), layer, candidate)
-        for layer, found in enumerate(scores)
-        for candidate, score in enumerate(found)
+        for layer, row in enumerate(scores)
+        for candidate, score in enumerate(row)
         if np.isfinite(score) or score == np.inf
     ]
     pairs.sort(key=lambda pair: -pair[0])
@@ -179,12 +179,12 @@ def front(problem: Problem) -> list[Solution]:
     """Choices that are each optimal for their own size, from the smallest to the largest."""
     choice, steps = _hull_steps(problem)
     loss, size = problem.value(choice)
-    found = [Solution(tuple(choice), loss, size, loss)]
+    solutions = [Solution(tuple(choice), loss, size, loss)]
     for step in steps:
         choice[step.layer] = step.candidate
         loss, size = loss - step.loss, size + step.size
-        found.append(Solution(tuple(choice), loss, size, loss))
-    return found
+        solutions.append(Solution(tuple(choice), loss, size, loss))
+    return solutions
 
 
 def solve_on_hull(problem: Problem, budget: float) -> Solution:
@@ -234,8 +234,8 @@ def solve_exactly(
         for layer in range(len(problem.losses))
         for candidate in problem.usable(layer)
     ]
-    choice, found = _branch_and_bound(problem, pairs, budget, start.loss, gap, seconds)
-    bound = start.bound if found is None else max(start.bound, found)
+    choice, lower = _branch_and_bound(problem, pairs, budget, start.loss, gap, seconds)
+    bound = start.bound if lower is None else max(start.bound, lower)
     if choice is None:
         return Solution(start.choice, start.loss, start.size, min(bound, start.loss))
     value, total = problem.value(choice)
@@ -267,15 +267,15 @@ def solve_near(
     other = np.array([float(choice[layer] != candidate) for layer, candidate in pairs])
     scale = sum(float(np.ptp(loss[np.isfinite(loss)])) for loss in problem.losses)
     base = sum(float(loss[np.isfinite(loss)].min()) for loss in problem.losses)
-    found, bound = _branch_and_bound(
+    chosen, bound = _branch_and_bound(
         problem, pairs, budget, base + scale, 1e-6, seconds, (other, changes)
     )
-    if found is None:
+    if chosen is None:
         return None
-    value, total = problem.value(found)
+    value, total = problem.value(chosen)
     if total > budget:
         return None
-    return Solution(found, value, total, value if bound is None else min(bound, value))
+    return Solution(chosen, value, total, value if bound is None else min(bound, value))
 
 
 def _branch_and_bound(

@@ -71,8 +71,8 @@ class Sweep:
 
     def of_kind(self, kind: str) -> list[Point]:
         """Points of one kind, by size."""
-        found = [point for point in self.points if point.kind == kind]
-        return sorted(found, key=lambda point: point.bits_per_weight)
+        points = [point for point in self.points if point.kind == kind]
+        return sorted(points, key=lambda point: point.bits_per_weight)
 
     @property
     def knee(self) -> Point:

@@ -72,11 +72,11 @@ def allocate(
 
 
 def _best(problem: Problem, weight: float) -> list[int]:
-    found = []
+    choice = []
     for layer, (loss, size) in enumerate(zip(problem.losses, problem.sizes, strict=True)):
         usable = problem.usable(layer)
-        found.append(int(usable[np.argmin(loss[usable] + weight * size[usable])]))
-    return found
+        choice.append(int(usable[np.argmin(loss[usable] + weight * size[usable])]))
+    return choice
 
 
 def _weight_for(problem: Problem, budget: float) -> float:

@@ -81,10 +81,10 @@ def compare(
     reference: list[list[Tensor]] = []
     base: Tensor | None = None
     for name, (module, bits) in forms.items():
-        found = [_outputs(module, batch) for batch in batches]
-        reference = reference or found
+        outputs = [_outputs(module, batch) for batch in batches]
+        reference = reference or outputs
         metric = METRICS[session.config.metric]
-        pairs = list(zip(found, reference, strict=True))
+        pairs = list(zip(outputs, reference, strict=True))
         distance = sum(measure(metric, *pair) for pair in pairs) / len(pairs)
         agreement = None
         if session.config.metric == "kl":

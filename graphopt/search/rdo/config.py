@@ -152,13 +152,13 @@ class RDOConfig(SpecModel):
         Raises:
             ConfigError: One cannot be read.
         """
-        own = {key: self._read(each) for key, each in self.layer_candidates.items()}
+        own = {pattern: self._read(group) for pattern, group in self.layer_candidates.items()}
         return self._read(self.candidates), own
 
     def _read(self, given: list[Any] | dict[str, Any]) -> tuple[Candidate, ...]:
         if isinstance(given, dict):
-            return as_candidates({name: self._whole(each) for name, each in given.items()})
-        return as_candidates([self._whole(each) for each in given])
+            return as_candidates({name: self._whole(spec) for name, spec in given.items()})
+        return as_candidates([self._whole(spec) for spec in given])
 
     def _whole(self, given: Any) -> Any:
         if self.family == "integer" and isinstance(given, int):

@@ -91,7 +91,9 @@ class Curvature:
     def gradients(self, name: str) -> Gradients:
         """Gradients at a block's output, draws × batches, bfloat16."""
         if name not in self._held:
-            group = next(each for each in self._groups if any(node.name == name for node in each))
+            group = next(
+                nodes for nodes in self._groups if any(node.name == name for node in nodes)
+            )
             self._held = {}
             self._measure(group, ())
         return self._held[name]
@@ -108,8 +110,8 @@ class Curvature:
         for place, number in enumerate(batches):
             for draw in range(self._draws):
                 inner = torch.zeros(())
-                for name, found in changes.items():
-                    product = known[name][draw][number].float() * found[place].float()
+                for name, change in changes.items():
+                    product = known[name][draw][number].float() * change[place].float()
                     inner = inner + product.reshape(product.shape[0], -1).sum(1)
                 total += float(inner.double().square().sum())
                 samples += inner.numel()
@@ -181,9 +183,11 @@ class Curvature:
                     )
                     arrived = dict(zip(known, gradients, strict=True))
                     for name in names:
-                        found = arrived.get(name)
-                        found = torch.zeros_like(runner.kept[name]) if found is None else found
-                        self._held[name][draw].append(found.detach().to(torch.bfloat16))
+                        gradient = arrived.get(name)
+                        gradient = (
+                            torch.zeros_like(runner.kept[name]) if gradient is None else gradient
+                        )
+                        self._held[name][draw].append(gradient.detach().to(torch.bfloat16))
                     for use in uses if draw == 0 else ():
                         gradient = arrived.get(use.node.name)
                         if gradient is not None:
@@ -214,7 +218,7 @@ class _Watched:
         """Tensors that the graph gives for one call."""
         hooks = {node: partial(self._watch, node) for node in (*self.points, *self.inputs)}
         outputs = self.interpreter.run(batch, hooks)
-        return [each for each in outputs if isinstance(each, Tensor)]
+        return [output for output in outputs if isinstance(output, Tensor)]
 
     def _watch(self, node: fx.Node, value: Any) -> Any:
         if node in self.inputs and isinstance(value, Tensor):

@@ -189,8 +189,8 @@ def _quantized(
         offset = None if plain.offset is None else plain.offset.float()
         scales = plain.scale.float(), offset
     if not config.feedback.enabled:
-        found = quantize_weight(weight, spec, blocks, fixed=scales)
-        return found, "searched" if config.blocks.scales else "rounded", ""
+        rounded = quantize_weight(weight, spec, blocks, fixed=scales)
+        return rounded, "searched" if config.blocks.scales else "rounded", ""
     fed = quantize_to_outputs(
         weight,
         spec,
@@ -203,8 +203,8 @@ def _quantized(
         ordered=given.ordered,
     )
     if fed is None:
-        found = quantize_weight(weight, spec, blocks, fixed=scales)
-        return found, "searched", "its blocks do not follow the rows and columns of its matrix"
+        rounded = quantize_weight(weight, spec, blocks, fixed=scales)
+        return rounded, "searched", "its blocks do not follow the rows and columns of its matrix"
     return fed, "error feedback", ""
 
 

@@ -34,10 +34,10 @@ def layers_by_node(
 ) -> dict[fx.Node, LayerSite]:
     """The layers of a graph by the nodes that read them."""
     named = {node.name: node for node in gm.graph.nodes}
-    found: dict[fx.Node, LayerSite] = {}
+    by_node: dict[fx.Node, LayerSite] = {}
     for site in layers_by_name(gm, layers, config).values():
-        found |= {named[name]: site for name in site.layer.nodes}
-    return found
+        by_node |= {named[name]: site for name in site.layer.nodes}
+    return by_node
 
 
 def find_layer_blocks(
@@ -48,16 +48,16 @@ def find_layer_blocks(
 ) -> list[Block]:
     """Blocks whose outputs are known in the exact program."""
     options = config.blocks
-    found = find_blocks(
+    blocks = find_blocks(
         gm.graph, sites.__contains__, width=options.width, min_targets=options.min_layers
     )
     result: list[Block] = []
     pending: list[Block] = []
-    for block in found:
+    for block in blocks:
         pending.append(block)
-        if block is found[-1] or all(node in partners for node in block.outputs):
-            nodes = tuple(node for each in pending for node in each.nodes)
-            targets = tuple(node for each in pending for node in each.targets)
+        if block is blocks[-1] or all(node in partners for node in block.outputs):
+            nodes = tuple(node for part in pending for node in part.nodes)
+            targets = tuple(node for part in pending for node in part.targets)
             result.append(Block(nodes, pending[0].inputs, block.outputs, targets))
             pending = []
     return result

@@ -143,7 +143,7 @@ def optimize(
         program = session.program(fits, progress=progress)
     batches = session.batches
     if evaluation_data is not None:
-        batches = [as_batch(each) for each in evaluation_data]
+        batches = [as_batch(inputs) for inputs in evaluation_data]
     with watch("comparison"):
         rows = compare(session, program, batches, evaluate)
     report = _report(session, final, costs, fits, watch.seconds, rows)
@@ -220,24 +220,24 @@ def _costs(
     session: Session, state: RunState, first: Allocation, losses: Rates, progress: bool | None
 ) -> Costs:
     if not session.config.blocks.choose:
-        own = {name: dict(each) for name, each in losses.items()}
+        own = {name: dict(by_candidate) for name, by_candidate in losses.items()}
         return Costs(own, {}, dict(first.choice), 0, first.rate_weight)
     known = state.read("search")
     if known is not None:
         return Costs(**known)
-    found = session.search(first.rate_weight, progress=progress)
+    costs = session.search(first.rate_weight, progress=progress)
     target = session.config.target_bits
     if session.config.rate == "entropy" and target is not None:
         for _ in range(_ENTROPY_ROUNDS):
-            chosen = allocate(found.losses, found.bits, budget=None, rate_weight=found.rate_weight)
+            chosen = allocate(costs.losses, costs.bits, budget=None, rate_weight=costs.rate_weight)
             excess = chosen.bits / session.weights - target
             if -_ENTROPY_MARGIN <= excess <= 0:
                 break
             # half a bit per octave of λ, and a little less than the target
-            weight = found.rate_weight * 4.0 ** (excess + _ENTROPY_MARGIN / 2)
-            found = session.search(weight, progress=progress)
-    state.write("search", asdict(found))
-    return found
+            weight = costs.rate_weight * 4.0 ** (excess + _ENTROPY_MARGIN / 2)
+            costs = session.search(weight, progress=progress)
+    state.write("search", asdict(costs))
+    return costs
 
 
 def _final_allocation(session: Session, first: Allocation, costs: Costs) -> Allocation:

@@ -50,7 +50,7 @@ def scales_by_rate(
         level = level * importance.double().reshape(level.shape[0], -1, 1)
     costs = blocks.split(use.pull_back(level.contiguous(), weight.shape)).float()
     groups = blocks.split(weight.float())
-    low, high = (each.reshape(-1) for each in weight_range(weight, spec, blocks))
+    low, high = (bound.reshape(-1) for bound in weight_range(weight, spec, blocks))
     grid, whole = grid_of(spec), has_whole_offsets(spec)
     precision = scale_precision(weight, spec)
     size = int(grid.q_max - grid.q_min) + 1
@@ -77,11 +77,11 @@ def scales_by_rate(
         counts = torch.bincount(codes.reshape(-1), minlength=2 * size + 1).double()
         counts += 1 / len(counts)  # what was not seen can still be coded
         length = -(counts / counts.sum()).log2()
-        found = []
+        objectives = []
         for option in options:
             codes, error = errors(option)
-            found.append(0.5 * error + rate_weight * length[codes].sum(1))
-        chosen = torch.stack(found).argmin(0)
+            objectives.append(0.5 * error + rate_weight * length[codes].sum(1))
+        chosen = torch.stack(objectives).argmin(0)
         if bool((chosen == best).all()):
             break
         best = chosen

@@ -95,14 +95,14 @@ def round_block(
     trained = _Trained(walk, site, {name: (chosen[name][0], soft[name]) for name in soft}, options)
     yield from _train(walk, site, trained, wanted, options, seed)
     undecided = trained.undecided
-    if undecided > _UNDECIDED * sum(each.v.numel() for each in soft.values()):
+    if undecided > _UNDECIDED * sum(relaxed.v.numel() for relaxed in soft.values()):
         _log.warning(
             "block %d: %d elements were between two levels when rounding ended; more steps or a"
             " larger regulariser decide them",
             site.number,
             undecided,
         )
-    found: dict[str, Fitted] = {}
+    forms: dict[str, Fitted] = {}
     moved = 0
     for name, relaxed in soft.items():
         layer, old = chosen[name]
@@ -110,19 +110,19 @@ def round_block(
         stored = relaxed.stored().measured(layer.weight.tensor.detach())
         moved += relaxed.moved()
         bias = trained.bias_of(layer)
-        found[name] = replace(
+        forms[name] = replace(
             old,
             stored=stored,
             coded=stored.coded_bits(),
             how="adaptive rounding",
             bias=old.bias if bias is None else bias,
         )
-        walk.apply(layer, found[name])
+        walk.apply(layer, forms[name])
     after = walk.loss(site, walk.outputs(site, held), [wanted[n] for n in held], held)
     _log.info("block %d: loss %.3g before rounding, %.3g after", site.number, before, after)
     site.changed = True
     if after < before:
-        yield Rounded(found, True, before, after, moved, undecided)
+        yield Rounded(forms, True, before, after, moved, undecided)
         return
     for layer, fitted, _ in layers:
         walk.apply(layer, fitted)
@@ -152,14 +152,14 @@ class _Trained:
     def groups(self, options: RoundingOptions) -> list[dict[str, Any]]:
         """Parameters and their learning rates."""
         rate = options.learning_rate
-        found = [{"params": [soft.v for _, soft in self.soft.values()], "lr": rate}]
+        groups = [{"params": [soft.v for _, soft in self.soft.values()], "lr": rate}]
         if options.scales:
             scales = [soft.scales for _, soft in self.soft.values()]
-            found.append({"params": scales, "lr": rate * _SCALE_RATE})
+            groups.append({"params": scales, "lr": rate * _SCALE_RATE})
             for bias in self.biases.values():
                 unit = float(bias.detach().std()) if bias.numel() > 1 else 0.0
-                found.append({"params": [bias], "lr": rate * _BIAS_RATE * max(unit, 1e-2)})
-        return found
+                groups.append({"params": [bias], "lr": rate * _BIAS_RATE * max(unit, 1e-2)})
+        return groups
 
     def constants(self) -> dict[fx.Node, Any]:
         """Values of the block's constants."""
@@ -185,10 +185,10 @@ class _Trained:
 
     def bias_of(self, layer: LayerSite) -> Tensor | None:
         """The trained bias of a layer in its own type."""
-        found = None if layer.bias is None else self.biases.get(str(layer.bias.target))
-        if found is None or layer.bias_value is None:
+        bias = None if layer.bias is None else self.biases.get(str(layer.bias.target))
+        if bias is None or layer.bias_value is None:
             return None
-        return found.detach().to(layer.bias_value.dtype)
+        return bias.detach().to(layer.bias_value.dtype)
 
 
 class _Dropping:
@@ -242,11 +242,11 @@ def _train(
     def error(constants: dict[fx.Node, Any], number: int) -> Tensor:
         made = trained.forward(constants, number)
         total = torch.zeros(())
-        for name, found, goal in zip(site.names, made, wanted[number], strict=True):
+        for name, output, goal in zip(site.names, made, wanted[number], strict=True):
             if not name:
                 continue
             weight = weights[number][name]
-            squares = (found.float() - goal.float()).square()
+            squares = (output.float() - goal.float()).square()
             total = total + (squares if weight is None else squares * weight).mean()
         return total
 

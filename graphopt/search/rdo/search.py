@@ -67,7 +67,7 @@ def search_block(
         config: Options.
         rate_weight: λ.
     """
-    found = Costs(rate_weight=rate_weight)
+    costs = Costs(rate_weight=rate_weight)
     forms: dict[str, dict[str, Fitted]] = {}
     for layer in site.layers:
         name = layer.layer.name
@@ -76,17 +76,17 @@ def search_block(
         walk.set_weight(layer, *_aim(layer, inputs))
         numbers = walk.fitting
         exact = walk.outputs(site, numbers)
-        found.losses[name], found.bits[name] = {}, {}
+        costs.losses[name], costs.bits[name] = {}, {}
         for candidate, fitted in forms[name].items():
             walk.apply(layer, fitted)
             loss = walk.loss(site, walk.outputs(site, numbers), exact, numbers)
-            found.losses[name][candidate] = loss
-            found.bits[name][candidate] = cost_of(layer, fitted, config)
-        found.choice[name] = _least(found, name, rate_weight)
-        walk.apply(layer, forms[name][found.choice[name]])
+            costs.losses[name][candidate] = loss
+            costs.bits[name][candidate] = cost_of(layer, fitted, config)
+        costs.choice[name] = _least(costs, name, rate_weight)
+        walk.apply(layer, forms[name][costs.choice[name]])
         yield None
-    moves = _settle(walk, site, forms, found, config, rate_weight)
-    yield replace(found, moves=moves)
+    moves = _settle(walk, site, forms, costs, config, rate_weight)
+    yield replace(costs, moves=moves)
 
 
 def _forms(
@@ -114,16 +114,19 @@ def _aim(layer: LayerSite, inputs: LayerTarget | None) -> tuple[Tensor, Tensor |
     return inputs.weight, inputs.bias(layer.bias_value, inputs.weight)
 
 
-def _least(found: Costs, name: str, rate_weight: float) -> str:
-    losses, bits = found.losses[name], found.bits[name]
-    return min(losses, key=lambda each: (losses[each] + rate_weight * bits[each], bits[each]))
+def _least(costs: Costs, name: str, rate_weight: float) -> str:
+    losses, bits = costs.losses[name], costs.bits[name]
+    return min(
+        losses,
+        key=lambda candidate: (losses[candidate] + rate_weight * bits[candidate], bits[candidate]),
+    )
 
 
 def _settle(
     walk: Walk,
     site: BlockSite,
     forms: Mapping[str, Mapping[str, Fitted]],
-    found: Costs,
+    costs: Costs,
     config: RDOConfig,
     rate_weight: float,
 ) -> int:
@@ -144,17 +147,17 @@ def _settle(
         for layer in site.layers:
             name = layer.layer.name
             for candidate in layer.layer.candidates:
-                chosen = found.choice[name]
+                chosen = costs.choice[name]
                 if candidate == chosen:
                     continue
                 walk.apply(layer, forms[name][candidate])
                 other = against_exact()
-                more = rate_weight * (found.bits[name][candidate] - found.bits[name][chosen])
+                more = rate_weight * (costs.bits[name][candidate] - costs.bits[name][chosen])
                 if all(new + more < old for new, old in zip(other, now, strict=True)):
                     # the others make it worth more, or cost less, than alone
                     gain = now[0] - other[0]
-                    found.losses[name][candidate] = found.losses[name][chosen] - gain
-                    found.choice[name], now = candidate, other
+                    costs.losses[name][candidate] = costs.losses[name][chosen] - gain
+                    costs.choice[name], now = candidate, other
                     moves += 1
                     site.changed = True
                 else:

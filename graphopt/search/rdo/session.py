@@ -131,7 +131,7 @@ class Session:
             LoweringError: The backend cannot hold a candidate.
             CalibrationError: Activations have no usable range.
         """
-        batches = [as_batch(each) for each in data]
+        batches = [as_batch(inputs) for inputs in data]
         if not batches:
             raise InputError("there are no calibration data; give inputs of one call each")
         general, special = config.all_candidates()
@@ -227,14 +227,16 @@ class Session:
             nonlocal moves
             walk = self._walk()
             for site in walk.blocks():
-                for found in search_block(walk, site, self.candidates, self.config, rate_weight):
-                    if found is None:
+                for block_costs in search_block(
+                    walk, site, self.candidates, self.config, rate_weight
+                ):
+                    if block_costs is None:
                         yield None
                         continue
-                    costs.losses.update(found.losses)
-                    costs.bits.update(found.bits)
-                    costs.choice.update(found.choice)
-                    moves += found.moves
+                    costs.losses.update(block_costs.losses)
+                    costs.bits.update(block_costs.bits)
+                    costs.choice.update(block_costs.choice)
+                    moves += block_costs.moves
 
         for _ in track(work(), "searching blocks", len(self.layers), enabled=progress):
             pass
@@ -276,7 +278,7 @@ class Session:
                     f"choice[{layer.name!r}]: {choice.get(layer.name)!r} is none of its candidates"
                     f" {list(layer.candidates)}"
                 )
-        found: list[BlockFit] = []
+        fits: list[BlockFit] = []
         walk = self._walk()
 
         def work() -> Iterator[None]:
@@ -295,13 +297,13 @@ class Session:
                             done = result
                     if save is not None:
                         save(done)
-                found.append(done)
+                fits.append(done)
 
         missing = [n for n in rounded if known is None or n not in known]
         total = len(self.layers) + len(missing) * self.config.rounding.steps
         for _ in track(work(), "fitting blocks", total, enabled=progress):
             pass
-        return found
+        return fits
 
     def _fit_block(
         self,

@@ -93,13 +93,13 @@ class RunState:
 
     def blocks(self) -> dict[int, BlockFit]:
         """Finished blocks by number."""
-        found: dict[int, BlockFit] = {}
+        blocks: dict[int, BlockFit] = {}
         for path in [] if self.folder is None else self.folder.glob("block*.pt"):
             data = torch.load(path, weights_only=True)
             layers = {name: _fit_from(value) for name, value in data["layers"].items()}
             rounded = None if data["rounded"] is None else Rounded(**data["rounded"])
-            found[data["number"]] = BlockFit(data["number"], layers, rounded)
-        return found
+            blocks[data["number"]] = BlockFit(data["number"], layers, rounded)
+        return blocks
 
     def discard(self) -> None:
         """Delete everything."""
@@ -108,8 +108,8 @@ class RunState:
 
 
 def _plain_fit(fitted: Fitted) -> dict[str, Any]:
-    found = {each.name: getattr(fitted, each.name) for each in fields(Fitted)}
-    return {**found, "stored": None if fitted.stored is None else fitted.stored.to_state()}
+    plain = {field.name: getattr(fitted, field.name) for field in fields(Fitted)}
+    return {**plain, "stored": None if fitted.stored is None else fitted.stored.to_state()}
 
 
 def _fit_from(data: dict[str, Any]) -> Fitted:

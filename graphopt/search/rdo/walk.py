@@ -112,16 +112,16 @@ class Walk:
             if site.changed:
                 made = self.outputs(site, range(self.count))
                 for place, node in enumerate(block.outputs):
-                    self.run.set_values(node, [each[place] for each in made])
+                    self.run.set_values(node, [outputs[place] for outputs in made])
 
     def inputs_of(self, site: LayerSite, block: Block) -> LayerTarget | None:
         """Run up to a layer and take what its fits need; None for a lookup, or an unknown op."""
         use = site.use
         node = self._first(site, block) if use is None else use.node
-        for each in block.nodes:
-            if each is node:
+        for earlier in block.nodes:
+            if earlier is node:
                 break
-            self._step(each)
+            self._step(earlier)
         if use is None or use.form.kind == "lookup":
             return None
         source = node.args[use.form.data]
@@ -178,20 +178,20 @@ class Walk:
     def goals(self, site: BlockSite) -> list[list[Tensor]]:
         """Outputs that the block should have, one list per batch; runs the exact program there."""
         partners = [self._come_to(node) for node in site.block.outputs]
-        found = [self.reference.values(partner) for partner in partners]
-        return [list(each) for each in zip(*found, strict=True)]
+        values = [self.reference.values(partner) for partner in partners]
+        return [list(outputs) for outputs in zip(*values, strict=True)]
 
     def loss(
         self,
         site: BlockSite,
-        found: Sequence[Sequence[Tensor]],
+        outputs: Sequence[Sequence[Tensor]],
         wanted: Sequence[Sequence[Tensor]],
         numbers: Sequence[int],
     ) -> float:
-        """What it costs at the model's outputs that a block's are `found` instead of `wanted`."""
+        """What it costs at the model's outputs that a block's are `outputs` instead of `wanted`."""
         changes: dict[str, list[Tensor]] = {}
         for place, name in enumerate(site.names):
             if name:
-                pairs = zip(found, wanted, strict=True)
+                pairs = zip(outputs, wanted, strict=True)
                 changes[name] = [own[place] - other[place] for own, other in pairs]
         return self.curvature.loss(changes, numbers)
