@@ -25,9 +25,13 @@ class RemoveUnused(Pass):
 
     After:
         return %x
+
+    Attributes:
+        keep_tied: Keep other names of tensors that are read under one, so that state dicts keep them.
     """
 
     name: ClassVar[str] = "remove-unused"
+    keep_tied: bool = False
 
     @override
     def run(self, edit: Editor) -> None:
@@ -37,8 +41,9 @@ class RemoveUnused(Pass):
         used = {str(node.target) for node in edit.constants()}
         stored: dict[str, Tensor] = dict(edit.gm.named_parameters(remove_duplicate=False))
         stored |= dict(edit.gm.named_buffers(remove_duplicate=False))
-        for path in stored:
-            if path not in used:
+        read = {id(stored[path]) for path in used} if self.keep_tied else set()
+        for path, tensor in stored.items():
+            if path not in used and id(tensor) not in read:
                 edit.delete_constant(path)
 
 

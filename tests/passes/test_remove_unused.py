@@ -31,3 +31,13 @@ def test_unused_nodes_and_constants_go() -> None:
     assert RemoveUnused()(gm).modified
     assert ops(gm) == ["aten.linear.default"]
     assert set(gm.state_dict()) == {"fc.weight", "fc.bias"}
+
+
+def test_other_names_of_a_tensor_that_is_read_stay_on_request() -> None:
+    gm = graphopt.capture(nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6)).eval(), (X,)).graph_module
+    first = gm.get_submodule("0")
+    first.register_parameter("other", first.bias)
+    assert not RemoveUnused(keep_tied=True)(gm).modified
+    assert gm.get_parameter("0.other") is gm.get_parameter("0.bias")
+    assert RemoveUnused()(gm).modified
+    assert "0.other" not in gm.state_dict()
