@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -382,3 +383,9 @@ def stored_size(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def __getattr__(name: str) -> object:
+    # the table of what has moved stands above
+    value: object = importlib.import_module("graphopt.moved").moved_name(__name__, name)
+    return value

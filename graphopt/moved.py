@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "MOVED_NAMES", "RENAMED", "MovedModule", "register"]
+__all__ = ["MOVED", "MOVED_NAMES", "RENAMED", "MovedModule", "moved_name", "register"]
 
 # old module → where its names are now, both below `graphopt`
 MOVED: dict[str, str] = {
@@ -111,7 +111,6 @@ MOVED: dict[str, str] = {
     "rdo.soft": "schemes.relaxed",
     "rdo.state": "search.rdo.state",
     "rdo.walk": "search.rdo.walk",
-    "run.suffix": "run.partial_rerun",
     "schemes.palettize_outputs": "fitting.palettize_outputs",
     "schemes.quantize_outputs": "fitting.quantize_outputs",
     "sensitivity": "fitting.sensitivity",
@@ -132,7 +131,15 @@ MOVED_NAMES: dict[str, str] = {
     "quantized.QuantizedTensor": "analysis.stored_values",
     "quantized.find_quantized_weights": "analysis.stored_values",
     "rdo.rate.entropy": "schemes.sizes",
+    "api.as_program": "backends.lowering",
+    "api.compressed": "compressors.compressed_program",
+    "api.convert_for": "backends.lowering",
+    "api.lower_by_suffix": "backends.lowering",
+    "backends.base.check_precision": "backends.options",
+    "specs.ExportBackend": "backends.registry",
     "annotations.Findings": "prepared.findings",
+    "weights.op_names": "ir.op_info",
+    "weights.module_frames": "ir.module_frames",
     "annotations.findings_of": "prepared.findings",
     "annotations.keep_findings": "prepared.findings",
     "layerwise.Batch": "run.batches",
@@ -204,6 +211,28 @@ class MovedModule(ModuleType):
     def names(self) -> list[str]:
         """Public names of the new module."""
         return list(getattr(importlib.import_module(self._new), "__all__", ()))
+
+
+def moved_name(module: str, name: str) -> Any:
+    """A name that a module no longer has; what `__getattr__` of a module that stays returns.
+
+    Args:
+        module: Dotted name of the module, such as "graphopt.specs".
+        name: What was asked for.
+
+    Raises:
+        AttributeError: It never had it.
+    """
+    root, _, path = module.partition(".")
+    new = MOVED_NAMES.get(f"{path}.{name}")
+    if new is None:
+        raise AttributeError(f"module {module!r} has no attribute {name!r}")
+    warnings.warn(
+        f"{module}.{name} has moved to {root}.{new}; the old name goes with the next release",
+        DeprecationWarning,
+        stacklevel=3,
+    )
+    return getattr(importlib.import_module(f"{root}.{new}"), name)
 
 
 def register(root: str) -> None:

@@ -94,3 +94,12 @@ def test_every_renamed_class_and_function_is_found_under_its_old_name() -> None:
             with pytest.warns(DeprecationWarning, match=r"has moved"):
                 found = getattr(sys.modules[f"graphopt.{old}"], name)
             assert found is getattr(module, renamed)
+
+
+def test_names_that_left_a_module_that_stays_are_found_with_a_warning() -> None:
+    from graphopt import ExportBackend, specs
+
+    with pytest.warns(DeprecationWarning, match=r"ExportBackend has moved to graphopt\.backends"):
+        assert specs.ExportBackend is ExportBackend
+    with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+        specs.Nothing  # noqa: B018

@@ -1,5 +1,7 @@
 """What one tensor becomes: frozen values without torch modules in them."""
 
+import importlib
+
 from graphopt.specs.granularity import (
     PalettizationGranularity,
     PerBlockGranularity,
@@ -41,3 +43,9 @@ __all__ = [
     "TrainingStrategySpec",
     "default_weight_palettization_spec",
 ]
+
+
+def __getattr__(name: str) -> object:
+    # the table of what has moved stands above
+    value: object = importlib.import_module("graphopt.moved").moved_name(__name__, name)
+    return value
