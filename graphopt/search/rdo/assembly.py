@@ -25,8 +25,8 @@ from graphopt.search.mixed_precision.configs import config_for
 from graphopt.search.mixed_precision.layers import Layer
 from graphopt.search.rdo.activations import quantize_activations
 from graphopt.search.rdo.config import RDOConfig
-from graphopt.search.rdo.fits import Fitted
 from graphopt.search.rdo.graph_layers import layers_by_name
+from graphopt.search.rdo.layer_fit import LayerFit
 
 __all__ = ["assemble"]
 
@@ -47,7 +47,7 @@ def assemble(
     exact: Program,
     layers: Sequence[Layer],
     candidates: Mapping[str, Candidate],
-    forms: Mapping[str, Fitted],
+    forms: Mapping[str, LayerFit],
     config: RDOConfig,
     data: Sequence[Any],
     *,
@@ -67,10 +67,10 @@ def assemble(
     made = exact.copy()
     gm = made.graph_module
     edit = Editor(gm)
-    for name, site in layers_by_name(gm, layers, config).items():
+    for name, layer in layers_by_name(gm, layers, config).items():
         bias = forms[name].bias
-        if bias is not None and site.bias is not None:
-            edit.set_value(site.bias, bias)
+        if bias is not None and layer.bias is not None:
+            edit.set_value(layer.bias, bias)
     kinds: dict[str, dict[str, StoredWeight]] = {kind: {} for kind in _PASSES}
     for name, form in forms.items():
         if form.stored is not None:

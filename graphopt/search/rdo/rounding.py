@@ -24,9 +24,10 @@ from graphopt.run.interpreter import Value
 from graphopt.schemes.registry import scheme_of
 from graphopt.schemes.relaxed import RelaxedWeight
 from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.rdo.blockwise_run import BlockwiseRun, GraphBlock
 from graphopt.search.rdo.config import RoundingOptions
-from graphopt.search.rdo.fits import Fitted, LayerSite
-from graphopt.search.rdo.walk import BlockSite, Walk
+from graphopt.search.rdo.graph_layers import GraphLayer
+from graphopt.search.rdo.layer_fit import LayerFit
 
 __all__ = ["Rounded", "round_block"]
 
@@ -50,7 +51,7 @@ class Rounded:
         undecided: Elements that were still between their levels when training ended.
     """
 
-    fitted: dict[str, Fitted]
+    fitted: dict[str, LayerFit]
     accepted: bool
     before: float
     after: float
@@ -59,9 +60,9 @@ class Rounded:
 
 
 def round_block(
-    walk: Walk,
-    site: BlockSite,
-    layers: Sequence[tuple[LayerSite, Fitted, Tensor]],
+    run: BlockwiseRun,
+    block: GraphBlock,
+    layers: Sequence[tuple[GraphLayer, LayerFit, Tensor]],
     candidates: Mapping[str, Candidate],
     options: RoundingOptions,
     *,
@@ -70,45 +71,47 @@ def round_block(
     """Round the weights of a block; yields None after every step, and the outcome last.
 
     Args:
-        walk: The pass, which has gone through the block.
-        site: The block.
+        run: A block-wise run that has gone through the block.
+        block: The block.
         layers: Its layers, their forms so far, and the weights that they aim at.
         candidates: By name.
         options: See `RoundingOptions`.
         seed: Seed of the order of batches and of dropped roundings.
     """
-    soft: dict[str, RelaxedWeight] = {}
+    relaxed: dict[str, RelaxedWeight] = {}
     for layer, fitted, target in layers:
         spec = candidates[fitted.candidate].weight
         if spec is None or fitted.stored is None or layer.use is None:
             continue
-        relaxed = scheme_of(spec).relax(fitted.stored, spec, target)
-        if relaxed is not None:
-            soft[layer.layer.name] = relaxed
-    wanted = walk.goals(site)
-    held = walk.held or walk.fitting
-    before = walk.loss(site, walk.outputs(site, held), [wanted[n] for n in held], held)
-    if not soft:
+        weight = scheme_of(spec).relax(fitted.stored, spec, target)
+        if weight is not None:
+            relaxed[layer.name] = weight
+    wanted = run.exact_outputs(block)
+    held = run.held_out or run.fitting
+    before = run.loss(block, run.outputs(block, held), [wanted[n] for n in held], held)
+    if not relaxed:
         yield Rounded({}, False, before, before, 0, 0)
         return
-    chosen = {layer.layer.name: (layer, fitted) for layer, fitted, _ in layers}
-    trained = _Trained(walk, site, {name: (chosen[name][0], soft[name]) for name in soft}, options)
-    yield from _train(walk, site, trained, wanted, options, seed)
+    chosen = {layer.name: (layer, fitted) for layer, fitted, _ in layers}
+    trained = _Trained(
+        run, block, {name: (chosen[name][0], relaxed[name]) for name in relaxed}, options
+    )
+    yield from _train(run, block, trained, wanted, options, seed)
     undecided = trained.undecided
-    if undecided > _UNDECIDED * sum(relaxed.v.numel() for relaxed in soft.values()):
+    if undecided > _UNDECIDED * sum(weight.v.numel() for weight in relaxed.values()):
         _log.warning(
             "block %d: %d elements were between two levels when rounding ended; more steps or a"
             " larger regulariser decide them",
-            site.number,
+            block.number,
             undecided,
         )
-    forms: dict[str, Fitted] = {}
+    forms: dict[str, LayerFit] = {}
     moved = 0
-    for name, relaxed in soft.items():
+    for name, weight in relaxed.items():
         layer, old = chosen[name]
         assert old.stored is not None
-        stored = relaxed.stored().measured(layer.weight.tensor.detach())
-        moved += relaxed.moved()
+        stored = weight.stored().measured(layer.weight.tensor.detach())
+        moved += weight.moved()
         bias = trained.bias_of(layer)
         forms[name] = replace(
             old,
@@ -117,15 +120,15 @@ def round_block(
             how="adaptive rounding",
             bias=old.bias if bias is None else bias,
         )
-        walk.apply(layer, forms[name])
-    after = walk.loss(site, walk.outputs(site, held), [wanted[n] for n in held], held)
-    _log.info("block %d: loss %.3g before rounding, %.3g after", site.number, before, after)
-    site.changed = True
+        run.apply(layer, forms[name])
+    after = run.loss(block, run.outputs(block, held), [wanted[n] for n in held], held)
+    _log.info("block %d: loss %.3g before rounding, %.3g after", block.number, before, after)
+    block.changed = True
     if after < before:
         yield Rounded(forms, True, before, after, moved, undecided)
         return
     for layer, fitted, _ in layers:
-        walk.apply(layer, fitted)
+        run.apply(layer, fitted)
     yield Rounded({}, False, before, after, moved, undecided)
 
 
@@ -134,27 +137,27 @@ class _Trained:
 
     def __init__(
         self,
-        walk: Walk,
-        site: BlockSite,
-        soft: Mapping[str, tuple[LayerSite, RelaxedWeight]],
+        run: BlockwiseRun,
+        block: GraphBlock,
+        relaxed: Mapping[str, tuple[GraphLayer, RelaxedWeight]],
         options: RoundingOptions,
     ) -> None:
-        self.soft = dict(soft)
+        self.relaxed = dict(relaxed)
         self.biases: dict[str, nn.Parameter] = {}
         self.undecided = 0
         if options.scales:
-            for layer, _ in soft.values():
+            for layer, _ in relaxed.values():
                 if layer.bias is not None:
-                    now = walk.edit.value(layer.bias).detach().float()
+                    now = run.edit.value(layer.bias).detach().float()
                     self.biases[str(layer.bias.target)] = nn.Parameter(now.clone())
-        self.forward = _Dropping(site.forward, options.drop)
+        self.forward = _Dropping(block.forward, options.drop)
 
     def groups(self, options: RoundingOptions) -> list[dict[str, Any]]:
         """Parameters and their learning rates."""
         rate = options.learning_rate
-        groups = [{"params": [soft.v for _, soft in self.soft.values()], "lr": rate}]
+        groups = [{"params": [weight.v for _, weight in self.relaxed.values()], "lr": rate}]
         if options.scales:
-            scales = [soft.scales for _, soft in self.soft.values()]
+            scales = [weight.scales for _, weight in self.relaxed.values()]
             groups.append({"params": scales, "lr": rate * _SCALE_RATE})
             for bias in self.biases.values():
                 unit = float(bias.detach().std()) if bias.numel() > 1 else 0.0
@@ -164,26 +167,27 @@ class _Trained:
     def constants(self) -> dict[fx.Node, Any]:
         """Values of the block's constants."""
         given: dict[str, Tensor] = dict(self.biases)
-        for layer, soft in self.soft.values():
-            dense = soft.dense()
+        for layer, weight in self.relaxed.values():
+            dense = weight.dense()
             given |= {str(node.target): dense for node in layer.weight.nodes}
         return self.forward.constants(given)
 
     def regulariser(self, beta: float) -> Tensor:
         """Mean over the elements of all weights."""
-        total = sum(soft.v.numel() for _, soft in self.soft.values())
+        total = sum(weight.v.numel() for _, weight in self.relaxed.values())
         parts = [
-            soft.regulariser(beta) * (soft.v.numel() / total) for _, soft in self.soft.values()
+            weight.regulariser(beta) * (weight.v.numel() / total)
+            for _, weight in self.relaxed.values()
         ]
         return torch.stack(parts).sum()
 
     def freeze(self) -> None:
         """Decide every element."""
-        self.undecided = sum(soft.undecided() for _, soft in self.soft.values())
-        for _, soft in self.soft.values():
-            soft.frozen = True
+        self.undecided = sum(weight.undecided() for _, weight in self.relaxed.values())
+        for _, weight in self.relaxed.values():
+            weight.frozen = True
 
-    def bias_of(self, layer: LayerSite) -> Tensor | None:
+    def bias_of(self, layer: GraphLayer) -> Tensor | None:
         """The trained bias of a layer in its own type."""
         bias = None if layer.bias is None else self.biases.get(str(layer.bias.target))
         if bias is None or layer.bias_value is None:
@@ -221,8 +225,8 @@ class _Dropping:
 
 
 def _train(
-    walk: Walk,
-    site: BlockSite,
+    run: BlockwiseRun,
+    block: GraphBlock,
     trained: _Trained,
     wanted: Sequence[Sequence[Tensor]],
     options: RoundingOptions,
@@ -232,17 +236,17 @@ def _train(
     trained.forward.generator.manual_seed(seed + 1)
     weights = {
         number: {
-            name: walk.curvature.weighting(name, number, options.weighting)
-            for name in site.names
+            name: run.curvature.weighting(name, number, options.weighting)
+            for name in block.names
             if name
         }
-        for number in walk.fitting
+        for number in run.fitting
     }
 
     def error(constants: dict[fx.Node, Any], number: int) -> Tensor:
         made = trained.forward(constants, number)
         total = torch.zeros(())
-        for name, output, goal in zip(site.names, made, wanted[number], strict=True):
+        for name, output, goal in zip(block.names, made, wanted[number], strict=True):
             if not name:
                 continue
             weight = weights[number][name]
@@ -252,17 +256,17 @@ def _train(
 
     with torch.no_grad():
         # of the weights as they are applied, every element at its level
-        constants = site.forward.constants({})
-        unit = sum(float(error(constants, number)) for number in walk.fitting)
-    unit = max(unit / len(walk.fitting), 1e-30)
+        constants = block.forward.constants({})
+        unit = sum(float(error(constants, number)) for number in run.fitting)
+    unit = max(unit / len(run.fitting), 1e-30)
     optimizer = torch.optim.Adam(trained.groups(options))
     settle = round(_SETTLE * options.steps) if options.scales else 0
     total = options.steps + settle
     order: list[int] = []
     for step in range(total):
         order = order or [
-            walk.fitting[place]
-            for place in torch.randperm(len(walk.fitting), generator=generator).tolist()
+            run.fitting[place]
+            for place in torch.randperm(len(run.fitting), generator=generator).tolist()
         ]
         if step == options.steps:
             trained.freeze()

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from graphopt.fitting.layer_target import LayerTarget
 from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.rdo.blockwise_run import BlockwiseRun, GraphBlock
 from graphopt.search.rdo.config import RDOConfig
-from graphopt.search.rdo.fits import Fitted, LayerSite, fit_layer
-from graphopt.search.rdo.walk import BlockSite, Walk
+from graphopt.search.rdo.graph_layers import GraphLayer
+from graphopt.search.rdo.layer_fit import LayerFit, fit_layer
 
 __all__ = ["Costs", "cost_of", "search_block"]
 
@@ -38,16 +39,16 @@ class Costs:
     rate_weight: float = 0.0
 
 
-def cost_of(site: LayerSite, fitted: Fitted, config: RDOConfig) -> float:
+def cost_of(layer: GraphLayer, fitted: LayerFit, config: RDOConfig) -> float:
     """Bits of a layer in the config's model of rates."""
     if config.rate == "entropy":
         return fitted.coded
-    return float(site.layer.bits_of(fitted.candidate))
+    return float(layer.entry.bits_of(fitted.candidate))
 
 
 def search_block(
-    walk: Walk,
-    site: BlockSite,
+    run: BlockwiseRun,
+    block: GraphBlock,
     candidates: Mapping[str, Candidate],
     config: RDOConfig,
     rate_weight: float,
@@ -61,57 +62,57 @@ def search_block(
     nothing.
 
     Args:
-        walk: The pass, at the block.
-        site: The block.
+        run: A block-wise run that has come to the block.
+        block: The block.
         candidates: By name.
         config: Options.
         rate_weight: λ.
     """
     costs = Costs(rate_weight=rate_weight)
-    forms: dict[str, dict[str, Fitted]] = {}
-    for layer in site.layers:
-        name = layer.layer.name
-        inputs = walk.inputs_of(layer, site.block)
-        forms[name] = _forms(walk, layer, inputs, candidates, config, rate_weight)
-        walk.set_weight(layer, *_aim(layer, inputs))
-        numbers = walk.fitting
-        exact = walk.outputs(site, numbers)
+    forms: dict[str, dict[str, LayerFit]] = {}
+    for layer in block.layers:
+        name = layer.name
+        target = run.target_of(layer, block)
+        forms[name] = _forms(run, layer, target, candidates, config, rate_weight)
+        run.set_weight(layer, *_aim(layer, target))
+        numbers = run.fitting
+        wanted = run.outputs(block, numbers)
         costs.losses[name], costs.bits[name] = {}, {}
         for candidate, fitted in forms[name].items():
-            walk.apply(layer, fitted)
-            loss = walk.loss(site, walk.outputs(site, numbers), exact, numbers)
+            run.apply(layer, fitted)
+            loss = run.loss(block, run.outputs(block, numbers), wanted, numbers)
             costs.losses[name][candidate] = loss
             costs.bits[name][candidate] = cost_of(layer, fitted, config)
         costs.choice[name] = _least(costs, name, rate_weight)
-        walk.apply(layer, forms[name][costs.choice[name]])
+        run.apply(layer, forms[name][costs.choice[name]])
         yield None
-    moves = _settle(walk, site, forms, costs, config, rate_weight)
+    moves = _settle(run, block, forms, costs, config, rate_weight)
     yield replace(costs, moves=moves)
 
 
 def _forms(
-    walk: Walk,
-    layer: LayerSite,
-    inputs: LayerTarget | None,
+    run: BlockwiseRun,
+    layer: GraphLayer,
+    target: LayerTarget | None,
     candidates: Mapping[str, Candidate],
     config: RDOConfig,
     rate_weight: float,
-) -> dict[str, Fitted]:
-    importance = walk.importance(layer)
+) -> dict[str, LayerFit]:
+    importance = run.importance(layer)
     return {
-        name: fit_layer(layer, candidates[name], inputs, config, rate_weight, importance)
-        for name in layer.layer.candidates
+        name: fit_layer(layer, candidates[name], target, config, rate_weight, importance)
+        for name in layer.entry.candidates
     }
 
 
-def _aim(layer: LayerSite, inputs: LayerTarget | None) -> tuple[Tensor, Tensor | None]:
+def _aim(layer: GraphLayer, target: LayerTarget | None) -> tuple[Tensor, Tensor | None]:
     """The weight and bias that all candidates of a layer come close to."""
     exact = layer.weight.tensor.detach()
-    if inputs is None or layer.use is None:
+    if target is None or layer.use is None:
         return exact, None
     if layer.bias_value is None:
-        return inputs.weight, None
-    return inputs.weight, inputs.bias(layer.bias_value, inputs.weight)
+        return target.weight, None
+    return target.weight, target.bias(layer.bias_value, target.weight)
 
 
 def _least(costs: Costs, name: str, rate_weight: float) -> str:
@@ -123,34 +124,34 @@ def _least(costs: Costs, name: str, rate_weight: float) -> str:
 
 
 def _settle(
-    walk: Walk,
-    site: BlockSite,
-    forms: Mapping[str, Mapping[str, Fitted]],
+    run: BlockwiseRun,
+    block: GraphBlock,
+    forms: Mapping[str, Mapping[str, LayerFit]],
     costs: Costs,
     config: RDOConfig,
     rate_weight: float,
 ) -> int:
-    if len(site.layers) < 2 or config.blocks.rounds < 2:
+    if len(block.layers) < 2 or config.blocks.rounds < 2:
         return 0
-    wanted = walk.goals(site)
-    halves = [part for part in (walk.fitting, walk.held) if part]
+    wanted = run.exact_outputs(block)
+    halves = [part for part in (run.fitting, run.held_out) if part]
 
     def against_exact() -> list[float]:
         return [
-            walk.loss(site, walk.outputs(site, part), [wanted[n] for n in part], part)
+            run.loss(block, run.outputs(block, part), [wanted[n] for n in part], part)
             for part in halves
         ]
 
     now, moves = against_exact(), 0
     for _ in range(config.blocks.rounds - 1):
         before = moves
-        for layer in site.layers:
-            name = layer.layer.name
-            for candidate in layer.layer.candidates:
+        for layer in block.layers:
+            name = layer.name
+            for candidate in layer.entry.candidates:
                 chosen = costs.choice[name]
                 if candidate == chosen:
                     continue
-                walk.apply(layer, forms[name][candidate])
+                run.apply(layer, forms[name][candidate])
                 other = against_exact()
                 more = rate_weight * (costs.bits[name][candidate] - costs.bits[name][chosen])
                 if all(new + more < old for new, old in zip(other, now, strict=True)):
@@ -159,10 +160,10 @@ def _settle(
                     costs.losses[name][candidate] = costs.losses[name][chosen] - gain
                     costs.choice[name], now = candidate, other
                     moves += 1
-                    site.changed = True
+                    block.changed = True
                 else:
-                    walk.apply(layer, forms[name][chosen])
+                    run.apply(layer, forms[name][chosen])
         if moves == before:
             break
-    _log.info("block %d: %d moves", site.number, moves)
+    _log.info("block %d: %d moves", block.number, moves)
     return moves

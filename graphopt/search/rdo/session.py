@@ -39,13 +39,13 @@ from graphopt.search.mixed_precision.sizes import SizeModel
 from graphopt.search.rdo.activations import with_rounded_activations
 from graphopt.search.rdo.allocation import Rates
 from graphopt.search.rdo.assembly import assemble
+from graphopt.search.rdo.blockwise_run import BlockwiseRun, GraphBlock, partners_of
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.curvature import Curvature, GradientOptions
-from graphopt.search.rdo.fits import Fitted, LayerSite, fit_layer
-from graphopt.search.rdo.graph_layers import find_layer_blocks, layers_by_node
+from graphopt.search.rdo.graph_layers import GraphLayer, find_layer_blocks, layers_by_node
+from graphopt.search.rdo.layer_fit import LayerFit, fit_layer
 from graphopt.search.rdo.rounding import Rounded, round_block
 from graphopt.search.rdo.search import Costs, search_block
-from graphopt.search.rdo.walk import BlockSite, Walk, partners_of
 
 __all__ = ["BlockFit", "Costs", "Session", "fits_of"]
 
@@ -64,7 +64,7 @@ class BlockFit:
     """
 
     number: int
-    layers: dict[str, Fitted]
+    layers: dict[str, LayerFit]
     rounded: Rounded | None = None
 
 
@@ -84,7 +84,7 @@ class Session:
         batches: Calibration inputs.
         config: Options.
         sizes: Prices.
-        work: The program with rounded activations, if any; every walk has a copy.
+        work: The program with rounded activations, if any; every block-wise run has a copy.
         blocks: Names of the layers of each block.
         curvature: Gradients of the exact program.
     """
@@ -153,8 +153,8 @@ class Session:
         if config.activations is not None:
             work = with_rounded_activations(exact, batches, config.activations, config.backend)
         partners = partners_of(work.graph_module, exact.graph_module)
-        sites = layers_by_node(work.graph_module, layers, config)
-        blocks = find_layer_blocks(work.graph_module, sites, partners, config)
+        by_node = layers_by_node(work.graph_module, layers, config)
+        blocks = find_layer_blocks(work.graph_module, by_node, partners, config)
         ends = [[partners[node] for node in block.outputs if is_float(node)] for block in blocks]
         uses = uses_of(exact.graph_module, [layer.name for layer in layers])
         curvature = Curvature(
@@ -171,8 +171,7 @@ class Session:
             ),
         )
         named = tuple(
-            tuple(dict.fromkeys(sites[node].layer.name for node in block.targets))
-            for block in blocks
+            tuple(dict.fromkeys(by_node[node].name for node in block.targets)) for block in blocks
         )
         return cls(exact, tuple(layers), candidates, batches, config, sizes, work, named, curvature)
 
@@ -225,10 +224,10 @@ class Session:
 
         def work() -> Iterator[None]:
             nonlocal moves
-            walk = self._walk()
-            for site in walk.blocks():
+            run = self._blockwise_run()
+            for block in run.blocks():
                 for block_costs in search_block(
-                    walk, site, self.candidates, self.config, rate_weight
+                    run, block, self.candidates, self.config, rate_weight
                 ):
                     if block_costs is None:
                         yield None
@@ -279,18 +278,18 @@ class Session:
                     f" {list(layer.candidates)}"
                 )
         fits: list[BlockFit] = []
-        walk = self._walk()
+        run = self._blockwise_run()
 
         def work() -> Iterator[None]:
-            for site in walk.blocks():
-                if known is not None and site.number in known:
-                    done = known[site.number]
-                    for layer in site.layers:
-                        walk.apply(layer, done.layers[layer.layer.name])
+            for block in run.blocks():
+                if known is not None and block.number in known:
+                    done = known[block.number]
+                    for layer in block.layers:
+                        run.apply(layer, done.layers[layer.name])
                 else:
-                    done = BlockFit(site.number, {})
-                    wanted = site.number in rounded
-                    for result in self._fit_block(walk, site, choice, rate_weight, wanted):
+                    done = BlockFit(block.number, {})
+                    wanted = block.number in rounded
+                    for result in self._fit_block(run, block, choice, rate_weight, wanted):
                         if result is None:
                             yield None
                         else:
@@ -307,36 +306,36 @@ class Session:
 
     def _fit_block(
         self,
-        walk: Walk,
-        site: BlockSite,
+        run: BlockwiseRun,
+        block: GraphBlock,
         choice: Mapping[str, str],
         rate_weight: float,
         rounding: bool,
     ) -> Iterator[BlockFit | None]:
-        made: list[tuple[LayerSite, Fitted, Tensor]] = []
-        for layer in site.layers:
-            inputs = walk.inputs_of(layer, site.block)
-            candidate = self.candidates[choice[layer.layer.name]]
-            importance = walk.importance(layer)
+        fits: list[tuple[GraphLayer, LayerFit, Tensor]] = []
+        for layer in block.layers:
+            target = run.target_of(layer, block)
+            candidate = self.candidates[choice[layer.name]]
+            importance = run.importance(layer)
             try:
-                fitted = fit_layer(layer, candidate, inputs, self.config, rate_weight, importance)
+                fitted = fit_layer(layer, candidate, target, self.config, rate_weight, importance)
             except CompressionError as error:
-                raise CompressionError(f"{layer.layer.name}: {error}") from None
-            walk.apply(layer, fitted)
-            aim = layer.weight.tensor.detach() if inputs is None else inputs.weight
-            made.append((layer, fitted, aim))
+                raise CompressionError(f"{layer.name}: {error}") from None
+            run.apply(layer, fitted)
+            aim = layer.weight.tensor.detach() if target is None else target.weight
+            fits.append((layer, fitted, aim))
             yield None
-        forms = {layer.layer.name: fitted for layer, fitted, _ in made}
+        forms = {layer.name: fitted for layer, fitted, _ in fits}
         outcome: Rounded | None = None
         if rounding:
-            seed = self.config.seed * _SEEDS + site.number
+            seed = self.config.seed * _SEEDS + block.number
             options = self.config.rounding
-            for step in round_block(walk, site, made, self.candidates, options, seed=seed):
+            for step in round_block(run, block, fits, self.candidates, options, seed=seed):
                 outcome = step
                 yield None
             assert outcome is not None
             forms |= outcome.fitted
-        yield BlockFit(site.number, forms, outcome)
+        yield BlockFit(block.number, forms, outcome)
 
     def sensitive_blocks(self, choice: Mapping[str, str], losses: Rates) -> list[int]:
         """The fewest blocks that hold the config's share of the loss, or all, or none."""
@@ -373,16 +372,16 @@ class Session:
             progress=progress,
         )
 
-    def _walk(self) -> Walk:
+    def _blockwise_run(self) -> BlockwiseRun:
         """A pass over the blocks that begins with exact weights."""
         gm = self.work.copy().graph_module
-        sites = layers_by_node(gm, self.layers, self.config)
+        by_node = layers_by_node(gm, self.layers, self.config)
         partners = partners_of(gm, self.exact.graph_module)
-        blocks = find_layer_blocks(gm, sites, partners, self.config)
+        blocks = find_layer_blocks(gm, by_node, partners, self.config)
         exact = self.exact.graph_module
-        return Walk(exact, gm, blocks, sites, self.batches, self.curvature, self.config)
+        return BlockwiseRun(exact, gm, blocks, by_node, self.batches, self.curvature, self.config)
 
 
-def fits_of(blocks: Sequence[BlockFit]) -> dict[str, Fitted]:
+def fits_of(blocks: Sequence[BlockFit]) -> dict[str, LayerFit]:
     """Name of the layer → its form."""
     return {name: form for block in blocks for name, form in block.layers.items()}

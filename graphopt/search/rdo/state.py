@@ -16,7 +16,7 @@ from graphopt.files import delete_path, replaced
 from graphopt.schemes.registry import stored_from
 from graphopt.search.mixed_precision.layers import weights_of
 from graphopt.search.mixed_precision.records import batch_hash, weights_hash
-from graphopt.search.rdo.fits import Fitted
+from graphopt.search.rdo.layer_fit import LayerFit
 from graphopt.search.rdo.rounding import Rounded
 from graphopt.search.rdo.session import BlockFit, Session
 
@@ -107,11 +107,11 @@ class RunState:
             delete_path(self.folder)
 
 
-def _plain_fit(fitted: Fitted) -> dict[str, Any]:
-    plain = {field.name: getattr(fitted, field.name) for field in fields(Fitted)}
+def _plain_fit(fitted: LayerFit) -> dict[str, Any]:
+    plain = {field.name: getattr(fitted, field.name) for field in fields(LayerFit)}
     return {**plain, "stored": None if fitted.stored is None else fitted.stored.to_state()}
 
 
-def _fit_from(data: dict[str, Any]) -> Fitted:
+def _fit_from(data: dict[str, Any]) -> LayerFit:
     stored = None if data["stored"] is None else stored_from(data["stored"])
-    return Fitted(**{**data, "stored": stored})
+    return LayerFit(**{**data, "stored": stored})

@@ -12,9 +12,9 @@ from search.rdo.nets import calibration, trained
 from torch import Tensor, nn
 
 from graphopt.rdo import RDOConfig, Session
-from graphopt.search.rdo.fits import fit_layer
+from graphopt.search.rdo.blockwise_run import BlockwiseRun, GraphBlock
+from graphopt.search.rdo.layer_fit import fit_layer
 from graphopt.search.rdo.rounding import Rounded, round_block
-from graphopt.search.rdo.walk import BlockSite, Walk
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = {"feedback": {"enabled": False, "compensate": False}, "blocks": {"scales": False}}
@@ -25,23 +25,25 @@ def open_session(model: nn.Module, data: list[Tensor], **options: Any) -> Sessio
     return Session.open(model, (data[0][:2],), data, config, progress=False)
 
 
-def rounded(session: Session, candidate: str, seed: int = 0) -> tuple[Walk, BlockSite, Rounded]:
+def rounded(
+    session: Session, candidate: str, seed: int = 0
+) -> tuple[BlockwiseRun, GraphBlock, Rounded]:
     """The first block of a session, fitted and then rounded."""
-    walk = session._walk()
-    site = next(walk.blocks())
+    run = session._blockwise_run()
+    block = next(run.blocks())
     made = []
-    for layer in site.layers:
-        inputs = walk.inputs_of(layer, site.block)
-        form = fit_layer(layer, session.candidates[candidate], inputs, session.config, 0.0, None)
-        walk.apply(layer, form)
+    for layer in block.layers:
+        target = run.target_of(layer, block)
+        form = fit_layer(layer, session.candidates[candidate], target, session.config, 0.0, None)
+        run.apply(layer, form)
         made.append((layer, form, layer.weight.tensor.detach()))
     outcome: Rounded | None = None
     for step in round_block(
-        walk, site, made, session.candidates, session.config.rounding, seed=seed
+        run, block, made, session.candidates, session.config.rounding, seed=seed
     ):
         outcome = step
     assert outcome is not None
-    return walk, site, outcome
+    return run, block, outcome
 
 
 def test_roundings_of_a_layer_come_near_the_best_of_all() -> None:
@@ -122,13 +124,13 @@ def test_an_outcome_that_is_worse_on_held_out_batches_is_dropped() -> None:
         held_out=0.25,
         rounding={"steps": 60, "learning_rate": 0.5},
     )
-    walk, site, outcome = rounded(session, "int4")
+    run, block, outcome = rounded(session, "int4")
     assert not outcome.accepted
     assert outcome.fitted == {}
     assert outcome.after >= outcome.before
     form = session.fit(dict.fromkeys((layer.name for layer in session.layers), "int4"))[0]
-    kept = walk.edit.value(site.layers[0].weight.nodes[0])
-    stored = form.layers[site.layers[0].layer.name].stored
+    kept = run.edit.value(block.layers[0].weight.nodes[0])
+    stored = form.layers[block.layers[0].name].stored
     assert stored is not None
     torch.testing.assert_close(kept, stored.dense())
 
@@ -157,14 +159,14 @@ def test_rounded_activations_drop_out_here_and_there() -> None:
         activations="int4",
         rounding={"steps": 30, "drop": 0.5},
     )
-    walk = session._walk()
+    run = session._blockwise_run()
     from graphopt.search.rdo.rounding import _Dropping
 
-    site = next(walk.blocks())
-    wanted = walk.goals(site)[0][0]
-    constants = site.forward.constants({})
+    block = next(run.blocks())
+    wanted = run.exact_outputs(block)[0][0]
+    constants = block.forward.constants({})
     errors = [
-        float((_Dropping(site.forward, drop)(constants, 0)[0] - wanted).square().mean())
+        float((_Dropping(block.forward, drop)(constants, 0)[0] - wanted).square().mean())
         for drop in (0.0, 0.5, 0.999)
     ]
     assert errors[0] > errors[1] > errors[2]

@@ -69,11 +69,11 @@ def test_interrupted_run_goes_on_at_the_last_finished_block(
     calls: list[int] = []
     fit_block = Session._fit_block
 
-    def counted(self: Session, walk: Any, site: Any, *rest: Any) -> Any:
+    def counted(self: Session, blockwise: Any, block: Any, *rest: Any) -> Any:
         if len(calls) == 2:
             raise Stopped
-        calls.append(site.number)
-        return fit_block(self, walk, site, *rest)
+        calls.append(block.number)
+        return fit_block(self, blockwise, block, *rest)
 
     out = tmp_path / "results"
     config = {"target_bits": 5.0, "rounding": {"blocks": "all", "steps": 20}, "activations": "int8"}
@@ -99,9 +99,9 @@ def test_interrupted_run_goes_on_at_the_last_finished_block(
         patch.setattr(
             module.Session,
             "_fit_block",
-            lambda self, walk, site, *rest: (
-                calls.append(site.number),
-                fit_block(self, walk, site, *rest),
+            lambda self, blockwise, block, *rest: (
+                calls.append(block.number),
+                fit_block(self, blockwise, block, *rest),
             )[1],
         )
         program, _ = run(config, out=out)

@@ -21,9 +21,10 @@ from graphopt.run.block_forward import BlockForward
 from graphopt.run.layerwise import LayerwiseRun
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.curvature import Curvature
-from graphopt.search.rdo.fits import Fitted, LayerSite, take_target
+from graphopt.search.rdo.graph_layers import GraphLayer
+from graphopt.search.rdo.layer_fit import LayerFit, take_target
 
-__all__ = ["BlockSite", "Walk", "partners_of"]
+__all__ = ["BlockwiseRun", "GraphBlock", "partners_of"]
 
 
 def partners_of(work: CapturedModule, exact: CapturedModule) -> Correspondence:
@@ -38,12 +39,12 @@ def partners_of(work: CapturedModule, exact: CapturedModule) -> Correspondence:
 
 
 @dataclass
-class BlockSite:
-    """A block that the walk has come to.
+class GraphBlock:
+    """A block that a block-wise run has come to.
 
     Attributes:
         number: Its place among the blocks.
-        block: Its nodes in the graph that is being compressed.
+        subgraph: Its nodes in the graph that is being compressed.
         forward: Runs it with the inputs that the compressed blocks before give.
         layers: Its layers in the order of the graph.
         names: For each output, the name of its partner in the exact program; "" where it is no float.
@@ -51,24 +52,32 @@ class BlockSite:
     """
 
     number: int
-    block: Block
+    subgraph: Block
     forward: BlockForward
-    layers: list[LayerSite]
+    layers: list[GraphLayer]
     names: list[str]
     changed: bool = False
 
 
-class Walk:
-    """The state of one pass over the blocks.
+class BlockwiseRun:
+    """One pass over the blocks of a graph, beside the exact graph.
 
     Args:
         exact: The exact graph.
         work: The graph whose weights are replaced; its activations may be rounded.
         blocks: Blocks of `work`.
-        sites: The layers of `work` by node.
+        layers: The layers of `work` by node.
         batches: Calibration inputs.
         curvature: Gradients at the blocks' outputs.
         config: Options.
+
+    Attributes:
+        compressed: Values of `work` up to where the pass has come.
+        reference: Values of `exact`.
+        partners: Nodes of `work` → nodes of `exact`.
+        count: Number of batches.
+        fitting: Numbers of the batches that layers are fitted to.
+        held_out: Numbers of those that decide whether a step has helped.
     """
 
     def __init__(
@@ -76,49 +85,49 @@ class Walk:
         exact: CapturedModule,
         work: CapturedModule,
         blocks: Sequence[Block],
-        sites: Mapping[fx.Node, LayerSite],
+        layers: Mapping[fx.Node, GraphLayer],
         batches: Sequence[Batch],
         curvature: Curvature,
         config: RDOConfig,
     ) -> None:
         self.edit = Editor(work)
-        self.run = LayerwiseRun(work, batches)
+        self.compressed = LayerwiseRun(work, batches)
         self.reference = LayerwiseRun(exact, batches)
         self.partners = partners_of(work, exact)
-        self.blocks_found, self.sites = blocks, sites
+        self.subgraphs, self.layers = blocks, layers
         self.curvature, self.config = curvature, config
         self.count = len(batches)
-        held = round(config.held_out * len(batches))
-        self.held = list(range(len(batches)))[len(batches) - held :] if held else []
-        self.fitting = list(range(len(batches) - len(self.held)))
+        fitting = self.count - round(config.held_out * self.count)
+        self.fitting = list(range(fitting))
+        self.held_out = list(range(fitting, self.count))
         self._done: set[fx.Node] = set()
         self._order = iter(exact.graph.nodes)
         self._set_up: set[str] = set()
 
-    def blocks(self) -> Iterator[BlockSite]:
+    def blocks(self) -> Iterator[GraphBlock]:
         """Every block in order; a block is run when the next one is asked for."""
-        for number, block in enumerate(self.blocks_found):
-            names = [self.partners[node].name if is_float(node) else "" for node in block.outputs]
-            layers = [self.sites[node] for node in block.nodes if node in self.sites]
-            unique = {site.layer.name: site for site in reversed(layers)}
-            fresh = [
-                site for site in reversed(unique.values()) if site.layer.name not in self._set_up
-            ]
+        for number, subgraph in enumerate(self.subgraphs):
+            ends, nodes = subgraph.outputs, subgraph.nodes
+            names = [self.partners[node].name if is_float(node) else "" for node in ends]
+            layers = [self.layers[node] for node in nodes if node in self.layers]
+            unique = {layer.name: layer for layer in reversed(layers)}
+            fresh = [layer for layer in reversed(unique.values()) if layer.name not in self._set_up]
             self._set_up |= set(unique)
-            site = BlockSite(number, block, BlockForward(self.run, block), fresh, names)
-            yield site
-            for node in block.nodes:
+            forward = BlockForward(self.compressed, subgraph)
+            block = GraphBlock(number, subgraph, forward, fresh, names)
+            yield block
+            for node in nodes:
                 self._step(node)
-            if site.changed:
-                made = self.outputs(site, range(self.count))
-                for place, node in enumerate(block.outputs):
-                    self.run.set_values(node, [outputs[place] for outputs in made])
+            if block.changed:
+                batches = self.outputs(block, range(self.count))
+                for place, node in enumerate(ends):
+                    self.compressed.set_values(node, [outputs[place] for outputs in batches])
 
-    def inputs_of(self, site: LayerSite, block: Block) -> LayerTarget | None:
+    def target_of(self, layer: GraphLayer, block: GraphBlock) -> LayerTarget | None:
         """Run up to a layer and take what its fits need; None for a lookup, or an unknown op."""
-        use = site.use
-        node = self._first(site, block) if use is None else use.node
-        for earlier in block.nodes:
+        use = layer.use
+        node = self._first(layer, block) if use is None else use.node
+        for earlier in block.subgraph.nodes:
             if earlier is node:
                 break
             self._step(earlier)
@@ -126,29 +135,31 @@ class Walk:
             return None
         source = node.args[use.form.data]
         assert isinstance(source, fx.Node)
-        exact = self.reference.values(self._come_to(source))
-        missing = missing_beside(use, self.run, self.reference, self.partners)
+        exact = self.reference.values(self._run_exact_to(source))
+        missing = missing_beside(use, self.compressed, self.reference, self.partners)
         saliency = self.curvature.saliency.get(self.partners[node].name)
-        return take_target(site, self.run.values(source), exact, saliency, missing, self.config)
+        return take_target(
+            layer, self.compressed.values(source), exact, saliency, missing, self.config
+        )
 
-    def importance(self, site: LayerSite) -> Tensor | None:
+    def importance(self, layer: GraphLayer) -> Tensor | None:
         """What a squared error of each output row of a layer costs, where known."""
-        if site.use is None:
+        if layer.use is None:
             return None
-        total = self.curvature.rows.get(self.partners[site.use.node].name)
+        total = self.curvature.rows.get(self.partners[layer.use.node].name)
         return None if total is None else total / self.count
 
-    def _first(self, site: LayerSite, block: Block) -> fx.Node:
-        return next(node for node in block.nodes if self.sites.get(node) is site)
+    def _first(self, layer: GraphLayer, block: GraphBlock) -> fx.Node:
+        return next(node for node in block.subgraph.nodes if self.layers.get(node) is layer)
 
     def _step(self, node: fx.Node) -> None:
         if node not in self._done:
             self._done.add(node)
             if node in self.partners:
-                self._come_to(node)
-            self.run.step(node)
+                self._run_exact_to(node)
+            self.compressed.step(node)
 
-    def _come_to(self, node: fx.Node) -> fx.Node:
+    def _run_exact_to(self, node: fx.Node) -> fx.Node:
         """Run the exact program up to the partner of a node."""
         partner = self.partners[node]
         while not self.reference.has_run(partner):
@@ -157,40 +168,40 @@ class Walk:
                 self.reference.step(following)
         return partner
 
-    def apply(self, site: LayerSite, fitted: Fitted) -> None:
+    def apply(self, layer: GraphLayer, fitted: LayerFit) -> None:
         """Let the graph compute with a layer's compressed form."""
-        dense = site.weight.tensor.detach() if fitted.stored is None else fitted.stored.dense()
-        self.set_weight(site, dense, fitted.bias)
+        dense = layer.weight.tensor.detach() if fitted.stored is None else fitted.stored.dense()
+        self.set_weight(layer, dense, fitted.bias)
 
-    def set_weight(self, site: LayerSite, dense: Tensor, bias: Tensor | None) -> None:
+    def set_weight(self, layer: GraphLayer, dense: Tensor, bias: Tensor | None) -> None:
         """Let the graph compute with another weight; a bias of None is the exact one."""
-        nodes = site.weight.nodes
-        self.edit.set_value(nodes[0], dense.to(site.weight.tensor.dtype), tied=nodes[1:])
-        if site.bias is not None and site.bias_value is not None:
-            self.edit.set_value(site.bias, site.bias_value if bias is None else bias)
+        nodes = layer.weight.nodes
+        self.edit.set_value(nodes[0], dense.to(layer.weight.tensor.dtype), tied=nodes[1:])
+        if layer.bias is not None and layer.bias_value is not None:
+            self.edit.set_value(layer.bias, layer.bias_value if bias is None else bias)
 
     @torch.no_grad()
-    def outputs(self, site: BlockSite, numbers: Sequence[int]) -> list[list[Tensor]]:
+    def outputs(self, block: GraphBlock, numbers: Sequence[int]) -> list[list[Tensor]]:
         """Outputs of a block for some batches, one list per batch, with the weights as they are."""
-        constants = site.forward.constants({})
-        return [site.forward(constants, number) for number in numbers]
+        constants = block.forward.constants({})
+        return [block.forward(constants, number) for number in numbers]
 
-    def goals(self, site: BlockSite) -> list[list[Tensor]]:
+    def exact_outputs(self, block: GraphBlock) -> list[list[Tensor]]:
         """Outputs that the block should have, one list per batch; runs the exact program there."""
-        partners = [self._come_to(node) for node in site.block.outputs]
+        partners = [self._run_exact_to(node) for node in block.subgraph.outputs]
         values = [self.reference.values(partner) for partner in partners]
         return [list(outputs) for outputs in zip(*values, strict=True)]
 
     def loss(
         self,
-        site: BlockSite,
+        block: GraphBlock,
         outputs: Sequence[Sequence[Tensor]],
         wanted: Sequence[Sequence[Tensor]],
         numbers: Sequence[int],
     ) -> float:
         """What it costs at the model's outputs that a block's are `outputs` instead of `wanted`."""
         changes: dict[str, list[Tensor]] = {}
-        for place, name in enumerate(site.names):
+        for place, name in enumerate(block.names):
             if name:
                 pairs = zip(outputs, wanted, strict=True)
                 changes[name] = [own[place] - other[place] for own, other in pairs]
