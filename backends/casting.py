@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
 from graphopt.errors import InputError
+from graphopt.ir import op_info
 
 __all__ = ["cast_fp32_to_fp16", "cast_int32_to_int16", "cast_to_16_bit_precision"]
 
@@ -119,15 +120,14 @@ def cast_int32_to_int16(exported_program: ExportedProgram) -> ExportedProgram:
 def _drop_type_assertions(graph: fx.Graph) -> None:
     """Remove the checks that tracing left behind; the types they check are about to change."""
     for node in list(graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+        info = op_info.info_of(node)
+        if info is not None and info.check == "type":
             graph.erase_node(node)
 
 
 def _casts_only(node: fx.Node) -> bool:
     """Whether an op reads its operand only to convert it to another type."""
-    if node.target is _to_copy:
-        return node.kwargs.get("dtype") is not None
-    return node.target is torch.ops.aten.to.dtype
+    return op_info.cast_type(node) is not None
 
 
 def _predicate(ignored: _Ignored) -> Callable[[fx.Node], bool]:
@@ -153,10 +153,10 @@ def _stored_names(program: ExportedProgram) -> dict[str, str]:
 
 
 def _stored_value(program: ExportedProgram, name: str) -> Tensor:
-    found = program.state_dict.get(name, program.constants.get(name))
-    if not isinstance(found, Tensor):
+    tensor = program.state_dict.get(name, program.constants.get(name))
+    if not isinstance(tensor, Tensor):
         raise InputError(f"the program holds no tensor {name!r}")
-    return found
+    return tensor
 
 
 def _set_stored(program: ExportedProgram, name: str, value: Tensor) -> None:
@@ -194,7 +194,7 @@ def _propagate(graph: fx.Graph, keep: Callable[[fx.Node], bool], narrow: torch.d
         operands = [n for n in node.all_input_nodes if _is_float(n)]
         stays_wide = wide or any(n.meta["val"].dtype is torch.float32 for n in operands)
         target = torch.float32 if stays_wide else narrow
-        converts = node.target is _to_copy or str(node.target).startswith(("aten.to.", "coreai."))
+        converts = op_info.is_cast(node) or str(node.target).startswith("coreai.")
         if not converts:
             for operand in operands:
                 if operand.meta["val"].dtype not in (target, torch.float64):

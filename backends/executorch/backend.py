@@ -26,6 +26,7 @@ from graphopt.backends.base import (
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.executorch.check import lacking_kernels, run_program
 from graphopt.backends.executorch.delegation import Delegation, delegation_of
+from graphopt.backends.executorch.kernels import FUSED_ACTIVATIONS
 from graphopt.backends.executorch.lower import legal_export, legal_passes
 from graphopt.backends.executorch.options import (
     ExecuTorchOptions,
@@ -101,7 +102,7 @@ class ExecuTorchBackend(Backend):
         weight_types=("int8", "uint8", "int2", "int3", "int4", "uint4", "int6"),
         activation_types=("int8", "uint8", "int4", "uint4"),
         activation_channels=False,
-        fused_activations=frozenset({"relu", "relu6", "hardtanh", "clamp"}),
+        fused_activations=FUSED_ACTIVATIONS,
     )
     options: ClassVar[type[TargetOptions]] = ExecuTorchOptions
 

@@ -41,7 +41,7 @@ def run_program(path: Path, inputs: Sequence[Any]) -> list[Tensor]:
             raise VerificationError(
                 f"{path.name} does not run on the ExecuTorch runtime: {error}\n{said()}"
             ) from error
-        return [each.clone() for each in outputs if isinstance(each, Tensor)]
+        return [output.clone() for output in outputs if isinstance(output, Tensor)]
 
 
 def lacking_kernels(plan: Any) -> list[str]:

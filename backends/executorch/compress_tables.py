@@ -11,7 +11,9 @@ from torch import Tensor, fx
 from typing_extensions import override
 
 from graphopt.analysis.stored_values import Lookup, find_lookups
+from graphopt.backends.executorch.kernels import LINEAR, LOOKUPS
 from graphopt.backends.executorch.weight_forms import bias_apart
+from graphopt.ir import op_info
 from graphopt.ir.editor import Editor, operands
 from graphopt.numerics.packing import pack, unpack
 from graphopt.passes.expand_tables import drop_unread
@@ -79,18 +81,15 @@ class CompressTables(Pass):
             else:
                 edit.replace(node, made)
                 for reader in list(made.users):
-                    if reader.target is _aten.linear.default:
+                    if reader.target in LINEAR:
                         bias_apart(edit, reader)
             drop_unread(edit, read)
-
-
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 def _refusal(edit: Editor, lookup: Lookup) -> str:
     if lookup.outliers:
         return "it has outliers"
-    if any(str(reader.target).split(".")[1] in _RECURRENT for reader in lookup.dense.users):
+    if any(_is_recurrent(reader) for reader in lookup.dense.users):
         # they become linear layers with biases after these passes
         return "a recurrent layer reads it"
     if lookup.channel_scale:
@@ -101,6 +100,11 @@ def _refusal(edit: Editor, lookup: Lookup) -> str:
         if not whole or (len(lookup.dense.args) > 2 and lookup.dense.args[2] is not None):
             return "its scales run over blocks"
     return ""
+
+
+def _is_recurrent(node: fx.Node) -> bool:
+    info = op_info.info_of(node)
+    return info is not None and info.weight_list is not None
 
 
 class _Decoder:
@@ -151,7 +155,7 @@ class _Decoder:
     def reads_rows(self) -> bool:
         """Whether embedding layers alone read the weight, and its rows can be decoded one by one."""
         return self._by_rows() and all(
-            reader.target is _aten.embedding.default and reader.args[0] is self.lookup.dense
+            reader.target in LOOKUPS and reader.args[0] is self.lookup.dense
             for reader in self.lookup.dense.users
         )
 
@@ -170,13 +174,13 @@ class _Decoder:
             if axis == self.axis:
                 order.append(2 * rank)
         split, order = _merged([*tables, *counts, self.entries], order)
-        found = edit.call(_aten.view.default, values, split, like=like)
+        dense = edit.call(_aten.view.default, values, split, like=like)
         if order != sorted(order):
-            moved = edit.call(_aten.permute.default, found, order, like=like)
-            found = edit.call(
+            moved = edit.call(_aten.permute.default, dense, order, like=like)
+            dense = edit.call(
                 _aten.clone.default, moved, like=like, memory_format=torch.contiguous_format
             )
-        return edit.call(_aten.view.default, found, shape, like=like)
+        return edit.call(_aten.view.default, dense, shape, like=like)
 
     def _is_direct(self) -> bool:
         if len(_PLANES[self.bits]) > 1:
@@ -203,8 +207,12 @@ class _Decoder:
             part = (self.codes >> shift) & (2**bits - 1)
             index = self._bytes(bits, part, f"codes{plane}")
             table = self._shared_table(bits, 2**shift)
-            found = self._decoded(table, index, 8 // bits, 1)
-            code = found if code is None else edit.call(_aten.add.Tensor, code, found, like=like)
+            part_code = self._decoded(table, index, 8 // bits, 1)
+            code = (
+                part_code
+                if code is None
+                else edit.call(_aten.add.Tensor, code, part_code, like=like)
+            )
             shift += bits
         assert code is not None
         index = edit.call(_aten._to_copy.default, code, dtype=torch.int32, like=like)
@@ -229,10 +237,10 @@ class _Decoder:
     def _decoded(self, table: fx.Node, index: fx.Node, per_byte: int, entries: int) -> fx.Node:
         """Look bytes up and drop the codes that only fill the last byte of a group."""
         edit, like = self.edit, self.lookup.dense
-        found = edit.call(_aten.embedding.default, table, index, like=like)
+        rows = edit.call(_aten.embedding.default, table, index, like=like)
         count = self.codes.shape[1] * entries
         held = index.meta["val"].shape[1] * per_byte * entries
-        flat = edit.call(_aten.view.default, found, [self.groups, held], like=like)
+        flat = edit.call(_aten.view.default, rows, [self.groups, held], like=like)
         if held != count:
             flat = edit.call(_aten.slice.Tensor, flat, 1, 0, count, like=like)
         return flat
@@ -291,8 +299,8 @@ class _Decoder:
         listed = _codes_of_bytes(self.bits).to(torch.long)
         values = self.table[:, listed].reshape(self.groups * _BYTE, per_byte)
         index = self._row_offset(index, _BYTE, call, ids)
-        found = call(_aten.embedding.default, self._constant("table", values), index)
-        return call(_aten.flatten.using_ints, found, -2, -1)
+        decoded = call(_aten.embedding.default, self._constant("table", values), index)
+        return call(_aten.flatten.using_ints, decoded, -2, -1)
 
     def _row_offset(self, index: fx.Node, step: int, call: Any, ids: Any) -> fx.Node:
         if self.groups == 1:

@@ -9,8 +9,11 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.backends.executorch.kernels import CONVOLUTIONS
 from graphopt.backends.executorch.weight_forms import bias_apart
+from graphopt.ir import op_info
 from graphopt.ir.editor import Editor
+from graphopt.ir.op_info import OpInfo
 from graphopt.passes.pass_base import Pass
 
 __all__ = ["ConvolutionsAsLinear"]
@@ -42,24 +45,29 @@ class ConvolutionsAsLinear(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        for conv in edit.calls(_aten.conv2d.default):
-            weight = conv.args[1]
-            value = conv.meta.get("val")
-            batched = isinstance(value, Tensor) and value.ndim == 4
-            if not batched or not isinstance(weight, fx.Node) or _argument(conv, 6, 1) != 1:
-                continue
-            if _is_decoded(weight):
+        for conv in edit.calls(*CONVOLUTIONS):
+            info = op_info.info_of(conv)
+            assert info is not None
+            weight = conv.args[info.weights[0].position]
+            if isinstance(weight, fx.Node) and _is_plain(conv, info) and _is_decoded(weight):
                 _rewrite(edit, conv, weight)
+
+
+def _is_plain(conv: fx.Node, info: OpInfo) -> bool:
+    """Whether it is a 2-D convolution of a batch, not transposed, not in groups."""
+    places, value = info.convolution, conv.meta.get("val")
+    if places is None or places.transposed or places.ndim != 2:
+        return False
+    if not isinstance(value, Tensor) or value.ndim != 4:
+        return False
+    padding = op_info.argument(conv, places.padding, 0)
+    return not isinstance(padding, str) and op_info.argument(conv, places.groups, 1) == 1
 
 
 def _is_decoded(weight: fx.Node) -> bool:
     return weight.op == "call_function" and not str(weight.target).startswith(
         "quantized_decomposed."
     )
-
-
-def _argument(conv: fx.Node, place: int, default: Any) -> Any:
-    return conv.args[place] if len(conv.args) > place else default
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -71,10 +79,14 @@ def _rewrite(edit: Editor, conv: fx.Node, weight: fx.Node) -> None:
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return edit.call(target, *args, like=conv, **kwargs)
 
-    x = conv.args[0]
-    stride, padding, dilation = (
-        _pair(_argument(conv, place, default)) for place, default in ((3, 1), (4, 0), (5, 1))
-    )
+    info = op_info.info_of(conv)
+    assert info is not None
+    assert info.convolution is not None
+    places, slot = info.convolution, info.weights[0]
+    x = conv.args[slot.data]
+    stride = _pair(op_info.argument(conv, places.stride, 1))
+    padding = _pair(op_info.argument(conv, places.padding, 0))
+    dilation = _pair(op_info.argument(conv, places.dilation, 1))
     value = weight.meta["val"]
     assert isinstance(value, Tensor)
     outputs, _, height, width = (int(size) for size in value.shape)
@@ -82,19 +94,19 @@ def _rewrite(edit: Editor, conv: fx.Node, weight: fx.Node) -> None:
         vertical, horizontal = padding
         x = call(_aten.constant_pad_nd.default, x, [horizontal, horizontal, vertical, vertical])
     rows = [_slice(call, x, 2, row, height, stride[0], dilation[0]) for row in range(height)]
-    places = [
+    read = [
         _slice(call, row, 3, column, width, stride[1], dilation[1])
         for row in rows
         for column in range(width)
     ]
-    joined = places[0] if len(places) == 1 else call(_aten.cat.default, places, 1)
+    joined = read[0] if len(read) == 1 else call(_aten.cat.default, read, 1)
     last = call(_aten.permute.default, joined, [0, 2, 3, 1])
     flat = call(_aten.permute.default, weight, [0, 2, 3, 1])
     if height * width > 1:
         flat = _contiguous(call, flat)
     matrix = call(_aten.view.default, flat, [outputs, -1])
-    bias = () if _argument(conv, 2, None) is None else (conv.args[2],)
-    linear = call(_aten.linear.default, last, matrix, *bias)
+    bias = op_info.argument(conv, slot.bias)
+    linear = call(_aten.linear.default, last, matrix, *(() if bias is None else (bias,)))
     channels_first = call(_aten.permute.default, linear, [0, 3, 1, 2])
     edit.replace(conv, _contiguous(call, channels_first))
     bias_apart(edit, linear)
@@ -102,8 +114,8 @@ def _rewrite(edit: Editor, conv: fx.Node, weight: fx.Node) -> None:
 
 def _contiguous(call: Any, x: fx.Node) -> fx.Node:
     """In the order of its axes, as readers had it: some export to other ops for other strides."""
-    found: fx.Node = call(_aten.clone.default, x, memory_format=torch.contiguous_format)
-    return found
+    copied: fx.Node = call(_aten.clone.default, x, memory_format=torch.contiguous_format)
+    return copied
 
 
 def _slice(call: Any, x: Any, axis: int, place: int, size: int, stride: int, dilation: int) -> Any:

@@ -44,9 +44,9 @@ def delegation_of(edge: Any, notes: tuple[str, ...]) -> Delegation:
             if type(held).__name__ != "LoweredBackendModule":
                 continue
             delegates += 1
-            for each in held.original_module.graph.nodes:
-                if each.op == "call_function" and each.target is not operator.getitem:
-                    inside[_op_name(each)] += 1
+            for op in held.original_module.graph.nodes:
+                if op.op == "call_function" and op.target is not operator.getitem:
+                    inside[_op_name(op)] += 1
         elif (
             node.op == "call_function"
             and node.target is not operator.getitem

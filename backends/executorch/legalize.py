@@ -12,15 +12,22 @@ from typing_extensions import override
 
 from graphopt.analysis.quantized import quantized_ops
 from graphopt.analysis.stored_values import find_quantized_weights
-from graphopt.backends.executorch.weight_forms import (
+from graphopt.backends.executorch.kernels import (
+    CLAMPS,
+    CONCATENATIONS,
     CONVOLUTIONS,
+    LAYOUT,
+    LINEAR,
+)
+from graphopt.backends.executorch.weight_forms import (
     DEQUANTIZE,
     QUANTIZE,
-    TRANSPOSED,
+    bias_place,
     is_rounded,
     only_user,
     store_weight,
 )
+from graphopt.ir import op_info
 from graphopt.ir.editor import Editor
 from graphopt.passes import DequantizeToShiftScale
 from graphopt.passes.pass_base import Pass
@@ -28,15 +35,6 @@ from graphopt.passes.pass_base import Pass
 __all__ = ["DuplicateDequantize", "LegalizeForXNNPACK"]
 
 _aten = torch.ops.aten
-_ours = torch.ops.graphopt
-# rounding what these give with the scale of what they read changes nothing
-_LAYOUT = {
-    *(_aten.max_pool2d.default, _aten.view.default, _aten.reshape.default, _aten.permute.default),
-    *(_aten.flatten.using_ints, _aten.transpose.int, _aten.squeeze.dim, _aten.squeeze.dims),
-    *(_aten.unsqueeze.default, _aten.slice.Tensor, _aten.relu.default, _aten.clone.default),
-    *(_aten._unsafe_view.default, _aten.upsample_nearest2d.vec, _aten.pixel_shuffle.default),
-    *(_aten.expand.default, _aten.constant_pad_nd.default),
-}
 
 
 @dataclass(frozen=True)
@@ -65,17 +63,18 @@ class LegalizeForXNNPACK(Pass):
     def run(self, edit: Editor) -> None:
         quantized_ops()
         for node in list(edit.gm.graph.nodes):
-            if "_assert" in str(node.target) and not node.users:
+            info = op_info.info_of(node)
+            if info is not None and info.check and not node.users:
                 edit.erase(node)
-        for node in edit.calls(_aten.mean.dim):
+        for node in edit.calls(*op_info.targets(lambda info: info.pools_over is not None)):
             _keep_dims(edit, node)
-        for node in edit.calls(_aten.clamp.default):
+        for node in edit.calls(*CLAMPS):
             if _is_hardtanh(node):
                 edit.replace(node, edit.call(_aten.hardtanh.default, *node.args, like=node))
         _to_int8(edit)
-        for node in edit.calls(_aten.cat.default):
+        for node in edit.calls(*CONCATENATIONS):
             _one_scale(edit, node)
-        for node in edit.calls(*_LAYOUT):
+        for node in edit.calls(*LAYOUT):
             _round_again(edit, node)
         for weight in find_quantized_weights(edit.gm):
             store_weight(edit, weight)
@@ -121,9 +120,10 @@ def _is_hardtanh(clamp: fx.Node) -> bool:
 
 def _own_biases(edit: Editor) -> None:
     """A bias of its own for each op that computes with integers: XNNPACK scales one only once."""
-    readers = Counter(str(each.target) for each in edit.constants() for _ in each.users)
-    for node in edit.calls(*CONVOLUTIONS, *TRANSPOSED, _aten.linear.default):
-        bias = node.args[2] if len(node.args) > 2 else None
+    readers = Counter(str(node.target) for node in edit.constants() for _ in node.users)
+    for node in edit.calls(*CONVOLUTIONS, *LINEAR):
+        place = bias_place(node)
+        bias = op_info.argument(node, place)
         if not isinstance(bias, fx.Node) or bias.op != "get_attr" or not is_rounded(node.args[0]):
             continue
         name = str(bias.target)
@@ -131,7 +131,7 @@ def _own_biases(edit: Editor) -> None:
             readers[name] -= 1
             value = edit.value(bias).detach().clone()
             copied = edit.constant(f"{name}_of_{node.name}", value, like=node)
-            edit.set_args(node, (*node.args[:2], copied, *node.args[3:]))
+            edit.set_args(node, (*node.args[:place], copied, *node.args[place + 1 :]))
 
 
 def _own_outputs(edit: Editor) -> None:
@@ -218,8 +218,8 @@ def _round_again(edit: Editor, node: fx.Node) -> None:
     if not isinstance(source, fx.Node) or not is_rounded(source):
         return
     scale = _scale_of(source)
-    fill = node.args[2] if len(node.args) > 2 else 0
-    if node.target is _aten.constant_pad_nd.default and fill not in (0, 0.0, None):
+    info = op_info.info_of(node)
+    if info is not None and op_info.argument(node, info.fill) not in (0, 0.0, None):
         return
     user = only_user(node)
     if user is not None and str(user.target) == QUANTIZE and _scale_of(user) == scale:

@@ -11,6 +11,8 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from graphopt.backends.executorch.kernels import edge_info, is_fused_activation
+
 __all__ = ["partition_configs"]
 
 
@@ -20,8 +22,8 @@ def partition_configs() -> tuple[Any, ...]:
     from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS, gemm_configs
 
     repaired = {
-        each: _with_clean_refusal(each)
-        for each in (
+        rule: _with_clean_refusal(rule)
+        for rule in (
             gemm_configs.ConvolutionConfig,
             gemm_configs.AddmmConfig,
             gemm_configs.MMConfig,
@@ -30,7 +32,7 @@ def partition_configs() -> tuple[Any, ...]:
     repaired[gemm_configs.LinearConfig] = _with_computed_weights(
         _with_clean_refusal(gemm_configs.LinearConfig)
     )
-    return tuple(repaired.get(each, each) for each in ALL_PARTITIONER_CONFIGS)
+    return tuple(repaired.get(rule, rule) for rule in ALL_PARTITIONER_CONFIGS)
 
 
 def _with_clean_refusal(base: Any) -> Any:
@@ -40,12 +42,13 @@ def _with_clean_refusal(base: Any) -> Any:
         def get_deps(self, node: Any, program: Any) -> Any:
             if _is_half_quantized(node):
                 return False, []
-            marked = {each for each in program.graph.nodes if each.meta.get(IS_IMPLICIT_Q_DQ_TAG)}
+            nodes = program.graph.nodes
+            marked = {other for other in nodes if other.meta.get(IS_IMPLICIT_Q_DQ_TAG)}
             taken, needed = super().get_deps(node, program)
             if not taken:
-                for each in program.graph.nodes:
-                    if each not in marked:
-                        each.meta.pop(IS_IMPLICIT_Q_DQ_TAG, None)
+                for other in nodes:
+                    if other not in marked:
+                        other.meta.pop(IS_IMPLICIT_Q_DQ_TAG, None)
             return taken, needed
 
     Repaired.__name__ = Repaired.__qualname__ = base.__name__
@@ -54,12 +57,15 @@ def _with_clean_refusal(base: Any) -> Any:
 
 def _is_half_quantized(node: Any) -> bool:
     """A 1-D transposed convolution of integers by a float weight, which is taken and then fails."""
-    value = node.meta.get("val")
-    if "convolution" not in str(node.target) or not node.args[6] or value.ndim != 3:
+    info = edge_info(node)
+    if info is None or info.convolution is None:
+        return False
+    if not info.convolution.transposed or info.convolution.ndim != 1:
         return False
     from executorch.backends.xnnpack.utils.quant_utils import is_dequant
 
-    return is_dequant(node.args[0]) and not is_dequant(node.args[1])
+    slot = info.weights[0]
+    return is_dequant(node.args[slot.data]) and not is_dequant(node.args[slot.position])
 
 
 def _with_computed_weights(base: Any) -> Any:
@@ -75,7 +81,7 @@ def _with_computed_weights(base: Any) -> Any:
         if is_dynamic_qdq(get_input_node(node, 0)):
             return True
         users = list(node.users)
-        if len(users) == 1 and any(name in str(users[0].target) for name in ("relu", "hardtanh")):
+        if len(users) == 1 and is_fused_activation(users[0]):
             users = list(users[0].users)
         return len(users) == 1 and bool(is_quant(users[0]))
 

@@ -109,8 +109,8 @@ class PlannedProgram:
             return
         namespace, _, op = name.partition("::")
         packet = getattr(getattr(torch.ops, namespace), op.removesuffix("_copy"), None)
-        found = getattr(getattr(torch.ops, namespace), op, packet)
-        variant = getattr(found, described.overload or "default", None)
+        overloads = getattr(getattr(torch.ops, namespace), op, packet)
+        variant = getattr(overloads, described.overload or "default", None)
         if variant is None:
             raise VerificationError(
                 f"op {name}.{described.overload} is outside the delegates, and torch has none like it"
@@ -186,8 +186,8 @@ def read_plan(path: Path) -> PlannedProgram:
         }
     plan = file.program.execution_plan[0]
     payloads = tuple(
-        Payload(bytes(file.program.backend_delegate_data[each.processed.index].data), named)
-        for each in plan.delegates
+        Payload(bytes(file.program.backend_delegate_data[delegate.processed.index].data), named)
+        for delegate in plan.delegates
     )
-    ids = tuple(each.id for each in plan.delegates)
+    ids = tuple(delegate.id for delegate in plan.delegates)
     return PlannedProgram(plan, payloads, ids, tuple(file.program.constant_buffer))

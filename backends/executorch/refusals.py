@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from graphopt.backends.base import Capabilities, quantization_refusals
+from graphopt.backends.executorch.kernels import MAX_NDIM
+from graphopt.ir import op_info
 from graphopt.ir.program import Program
 
 __all__ = ["refusals"]
@@ -28,6 +30,8 @@ def refusals(program: Program, allowed: Capabilities) -> list[str]:
         if "dequantize_per" in name and value.dtype != torch.float32:
             kind = str(value.dtype).removeprefix("torch.")
             reasons.append(f"{node.name}: integers beside {kind}; quantize a float32 model")
-        if "aten.conv" in name and value.ndim == 5:
+        info = op_info.info_of(node)
+        places = None if info is None else info.convolution
+        if places is not None and places.ndim > MAX_NDIM:
             reasons.append(f"{node.name}: there are no kernels of 3-D convolutions")
     return reasons

@@ -7,14 +7,21 @@ from torch import Tensor, fx
 
 from graphopt.analysis.quantized import quantized_ops
 from graphopt.analysis.stored_values import QuantizedTensor
+from graphopt.backends.executorch.kernels import (
+    LINEAR,
+    LOOKUPS,
+    is_fused_activation,
+    takes_integers,
+)
+from graphopt.ir import op_info
 from graphopt.ir.editor import Editor
+from graphopt.ir.op_info import WeightSlot
 
 __all__ = [
-    "CONVOLUTIONS",
     "DEQUANTIZE",
     "QUANTIZE",
-    "TRANSPOSED",
     "bias_apart",
+    "bias_place",
     "is_rounded",
     "only_user",
     "store_weight",
@@ -25,14 +32,8 @@ _aten = torch.ops.aten
 _ours = torch.ops.graphopt
 QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
-CONVOLUTIONS = {
-    *(_aten.conv1d.default, _aten.conv2d.default, _aten.conv1d.padding, _aten.conv2d.padding),
-}
-TRANSPOSED = {_aten.conv_transpose1d.default, _aten.conv_transpose2d.input}
-_GROUPS = 6  # argument of a transposed convolution
-_FUSED = {_aten.relu.default, _aten.hardtanh.default, _aten.relu6.default}
 # ops whose weight may be computed when the program runs
-_TAKES_ROWS = {_aten.linear.default, _aten.embedding.default}
+_TAKES_ROWS = LINEAR | LOOKUPS
 
 
 def is_rounded(node: object) -> bool:
@@ -56,33 +57,30 @@ def store_weight(edit: Editor, weight: QuantizedTensor) -> None:
             edit.substitute(reader, weight.node, _int8(edit, weight, reader))
         elif reader.target in _TAKES_ROWS and _has_rows(weight) and _is_float32(weight):
             edit.substitute(reader, weight.node, _rows(edit, weight, reader))
-            if reader.target is _aten.linear.default:
+            if reader.target in LINEAR:
                 bias_apart(edit, reader)
-            _note(edit, f"{weight.name}: dequantized when the program runs ({reason})")
+            edit.note(f"{weight.name}: dequantized when the program runs ({reason})")
         else:
             dense = _dense(edit, weight)
             made = edit.constant(f"{weight.name}_dense", dense, like=weight.node, before=reader)
             edit.substitute(reader, weight.node, made)
             kind = str(dense.dtype).removeprefix("torch.")
-            _note(edit, f"{weight.name}: stored as {kind} ({reason})")
+            edit.note(f"{weight.name}: stored as {kind} ({reason})")
 
 
 def bias_apart(edit: Editor, linear: fx.Node) -> None:
     """Add a bias behind the layer: XNNPACK crashes on one beside a weight computed at run time."""
-    bias = linear.args[2] if len(linear.args) > 2 else None
+    place = bias_place(linear)
+    bias = op_info.argument(linear, place)
     if not isinstance(bias, fx.Node):
         return
-    product = edit.call(_aten.linear.default, *linear.args[:2], like=linear)
+    product = edit.call(_aten.linear.default, *linear.args[:place], like=linear)
     edit.replace(linear, edit.call(_aten.add.Tensor, product, bias, like=linear))
-
-
-def _note(edit: Editor, text: str) -> None:
-    edit.note(text)
 
 
 def _dense(edit: Editor, weight: QuantizedTensor) -> Tensor:
     arguments = [
-        edit.value(each) if isinstance(each, fx.Node) else each for each in weight.node.args
+        edit.value(given) if isinstance(given, fx.Node) else given for given in weight.node.args
     ]
     with torch.no_grad():
         return _ours.shift_scale.default(*arguments).clone()
@@ -106,24 +104,46 @@ def _elements(edit: Editor, weight: QuantizedTensor) -> tuple[Tensor, Tensor, Te
 
 def why_not_integers(weight: fx.Node, reader: fx.Node) -> str:
     """Why the activations around an op keep XNNPACK from computing it with integers, or ""."""
-    known = reader.target in CONVOLUTIONS or reader.target in TRANSPOSED
-    if not known and reader.target is not _aten.linear.default:
+    if not takes_integers(reader):
         return f"{str(reader.target).split('.')[1]} takes float weights"
-    if reader.args[1] is not weight:
+    slot = _weight_slot(reader)
+    if reader.args[slot.position] is not weight:
         return "it is no weight operand"
-    x = reader.args[0]
-    if isinstance(x, fx.Node) and x.target is _aten.constant_pad_nd.default:
-        x = x.args[0]
+    x = reader.args[slot.data]
+    padded = op_info.info_of(x) if isinstance(x, fx.Node) else None
+    if padded is not None and padded.fill is not None:
+        x = x.args[0]  # type: ignore[union-attr]
     if not is_rounded(x):
         return "its op reads a float activation"
     result: fx.Node | None = reader
     user = only_user(reader)
-    if user is not None and user.target in _FUSED:
+    if user is not None and is_fused_activation(user):
         result = user
     behind = None if result is None else only_user(result)
     if behind is None or str(behind.target) != QUANTIZE:
         return "its op's output is not quantized"
     return ""
+
+
+def bias_place(op: fx.Node) -> int:
+    """Place of the bias among the arguments of a convolution or a linear layer."""
+    place = _weight_slot(op).bias
+    assert place is not None
+    return place
+
+
+def _weight_slot(op: fx.Node) -> WeightSlot:
+    info = op_info.info_of(op)
+    assert info is not None
+    return info.weights[0]
+
+
+def _is_transposed_in_groups(op: fx.Node) -> bool:
+    info = op_info.info_of(op)
+    places = None if info is None else info.convolution
+    if places is None or not places.transposed:
+        return False
+    return bool(op_info.argument(op, places.groups, 1) != 1)
 
 
 def _why_not_int8(edit: Editor, weight: QuantizedTensor, reader: fx.Node) -> str:
@@ -134,11 +154,9 @@ def _why_not_int8(edit: Editor, weight: QuantizedTensor, reader: fx.Node) -> str
     if not weight.per_channel:
         return "scales run over blocks"
     axes = [axis for axis, count in enumerate(weight.counts) if count > 1]
-    wanted = 1 if reader.target in TRANSPOSED else 0
-    if axes and axes != [wanted]:
+    if axes and axes != [_weight_slot(reader).channel_axis]:
         return f"scales run along axis {axes[0]}"
-    groups = reader.args[_GROUPS] if len(reader.args) > _GROUPS else 1
-    if reader.target in TRANSPOSED and axes and groups != 1:
+    if axes and _is_transposed_in_groups(reader):
         return "a transposed convolution in groups has one scale"
     if weight.offset == "minimum" or bool(_elements(edit, weight)[2].any()):
         return "weights have zero points"

@@ -19,6 +19,7 @@ import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
 from graphopt.capture.export_errors import explain_export_error, without_warnings
 from graphopt.capture.inference_form import dropout_kept, is_plain, to_inference_form
 from graphopt.errors import CaptureError, InputError
+from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, InputGuards, holder_of
 from graphopt.ir.program import Program, Provenance, share_graph
 
@@ -231,8 +232,8 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     Running even an empty table flattens regions such as `wrap_with_set_grad_enabled`.
     """
     known = torch.export.default_decompositions()
-    aten = torch.ops.aten
-    return {op: known[op] for op in (aten.einsum.default, aten.tensordot.default) if op in known}
+    broken_up = op_info.targets(lambda info: info.composite)
+    return {op: known[op] for op in broken_up if op in known}
 
 
 def _double_batch(args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:

@@ -187,6 +187,8 @@ class OpInfo:
         batch_norm: Set where it is a batch norm.
         dropout: Whether it is a dropout, called with (x, rate, …).
         training: Place of the switch to training.
+        composite: Whether captures break it up, as its weight would be out of sight otherwise.
+        check: What it checks of its operand, where it does nothing else.
         shape_query: Whether it asks for an extent of its operand only.
         kept_whole: Whether export's decomposition leaves it as it is.
         linear_if_turned: Whether it is a linear layer where its right operand is a turned matrix.
@@ -221,6 +223,8 @@ class OpInfo:
     batch_norm: BatchNormArguments | None = None
     dropout: bool = False
     training: int | None = None
+    composite: bool = False
+    check: Literal["type", "value"] | None = None
     shape_query: bool = False
     kept_whole: bool = False
     linear_if_turned: bool = False
@@ -238,4 +242,4 @@ class OpInfo:
 
     def slot(self, position: int) -> WeightSlot | None:
         """The weight at a place among the arguments."""
-        return next((each for each in self.weights if each.position == position), None)
+        return next((slot for slot in self.weights if slot.position == position), None)

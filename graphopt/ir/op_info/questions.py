@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import fx
 
 from graphopt.ir.op_info.model import View
@@ -11,6 +12,7 @@ from graphopt.ir.op_info.norms_table import BATCH_NORM
 from graphopt.ir.op_info.registry import argument, info_of
 
 __all__ = [
+    "cast_type",
     "eps_of",
     "is_batch_norm",
     "is_cast",
@@ -38,6 +40,14 @@ def is_cast(node: fx.Node) -> bool:
     """Whether a node only changes the type of its operand."""
     info = info_of(node)
     return info is not None and info.cast
+
+
+def cast_type(node: fx.Node) -> torch.dtype | None:
+    """The type that a node only casts its operand to; None where it names none."""
+    if not is_cast(node):
+        return None
+    given = (*node.args[1:], node.kwargs.get("dtype"))
+    return next((value for value in given if isinstance(value, torch.dtype)), None)
 
 
 def is_training(node: fx.Node) -> bool:

@@ -107,8 +107,13 @@ def targets(wanted: Callable[[OpInfo], object]) -> tuple[Any, ...]:
 
 
 def named(*names: str) -> tuple[Any, ...]:
-    """Overloads whose own name (such as "conv2d") is one of `names`."""
-    return tuple(target for target in _TABLE if str(target).split(".")[1] in names)
+    """Overloads of aten that `names` say, as "conv2d" (all known ones) or "squeeze.dim" (one)."""
+    made = []
+    for target in _TABLE:
+        space, packet, overload = str(target).split(".")
+        if space == "aten" and (packet in names or f"{packet}.{overload}" in names):
+            made.append(target)
+    return tuple(made)
 
 
 def argument(node: fx.Node, place: int | None, default: Any = None) -> Any:

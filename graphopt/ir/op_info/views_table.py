@@ -53,7 +53,7 @@ VIEW_OPS: tuple[OpInfo, ...] = (
     OpInfo(("clone",), aten("contiguous detach"), scales=_PASS, view=View.KEEP),
     OpInfo(("lift_fresh_copy",), aten("lift_fresh_copy"), view=View.KEEP),
     OpInfo(("_to_copy",), aten("_to_copy"), view=View.KEEP, cast=True, attention="between"),
-    OpInfo(("to",), aten("to.dtype to.dtype_layout to.device"), view=View.KEEP, cast=True),
+    OpInfo(("to",), aten("to.dtype to.dtype_layout to.device to.other"), view=View.KEEP, cast=True),
     OpInfo(("pad",), aten("constant_pad_nd"), scales=_PASS, fill=2),
     OpInfo(("pad",), aten("reflection_pad2d replication_pad2d"), scales=_PASS),
     OpInfo(("max_pool",), aten("max_pool2d"), scales=_PASS, kept_whole=True),
@@ -69,6 +69,15 @@ VIEW_OPS: tuple[OpInfo, ...] = (
         scales=_PASS,
     ),
     OpInfo(("flip",), aten("flip roll repeat"), scales=_PASS),
+    OpInfo(("assert",), aten("_assert_tensor_metadata"), check="type"),
+    OpInfo(
+        ("assert",),
+        aten(
+            "_assert_scalar _assert_async _assert_async.msg _functional_assert_scalar"
+            " _functional_assert_async.msg"
+        ),
+        check="value",
+    ),
     OpInfo(("sym_size",), aten("sym_size.int"), shape_query=True, kept_whole=True),
     OpInfo(
         ("sym_numel",),

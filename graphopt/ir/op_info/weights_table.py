@@ -138,6 +138,8 @@ WEIGHT_OPS: tuple[OpInfo, ...] = (
         data=(1, 2),
         attention="product",
     ),
+    OpInfo(("einsum",), aten("einsum"), composite=True),
+    OpInfo(("tensordot",), aten("tensordot"), composite=True),
     *(
         OpInfo((name,), aten(f"{name}.input"), weight_list=2)
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")

@@ -110,6 +110,36 @@ def test_transposed_convolutions_of_integers_run(
     assert error(program, tmp_path) < 1e-2
 
 
+class GeneralConvolution(nn.Module):
+    """`aten.convolution`, as other exporters write every convolution."""
+
+    def __init__(self, *, transposed: bool) -> None:
+        super().__init__()
+        self.transposed = transposed
+        self.weight = nn.Parameter(torch.randn(16, 16, 3, 3) / 12)
+        self.bias = nn.Parameter(torch.randn(16))
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = ([1, 1], [1, 1], [1, 1], self.transposed, [0, 0], 1)
+        return torch.ops.aten.convolution(x, self.weight, self.bias, *places)
+
+
+@pytest.mark.parametrize("transposed", [False, True])
+def test_general_convolution_is_computed_with_integers(transposed: bool, tmp_path: Path) -> None:
+    program = quantized(GeneralConvolution(transposed=transposed), torch.randn(2, 16, 9, 9))
+    artifact = graphopt.lower(program, "executorch")
+    assert artifact.delegation.notes == ()
+    assert not artifact.delegation.outside
+    artifact.save(tmp_path / "model.pte")
+    assert artifact.verify().max_error < 2e-2
+
+
+@pytest.mark.parametrize("tables", ["auto", "compressed"])
+def test_tables_of_the_general_convolution_run(tables: str, tmp_path: Path) -> None:
+    program = palettized(GeneralConvolution(transposed=False), torch.randn(2, 16, 9, 9))
+    assert error(program, tmp_path, tables=tables) < 1e-4
+
+
 # --- values and types -----------------------------------------------------------------------------
 @pytest.mark.parametrize("delegate", ["xnnpack", "portable"])
 def test_clamps_keep_their_types_and_ends(delegate: str, tmp_path: Path) -> None:
