@@ -152,6 +152,8 @@ MOVED_NAMES: dict[str, str] = {
 
 # in a new module: old name → what it is called now
 RENAMED: dict[str, dict[str, str]] = {
+    # of `passes.op_patterns`; its tables of patterns are rows of `OpInfo` now and have no old form
+    "ir.op_info": {"Kind": "Scales"},
     "run.partial_rerun": {"GraphPlan": "RerunPlan", "SuffixRun": "PartialRerun"},
     "search.mixed_precision.batched_candidates": {"Stacker": "CandidateBatcher"},
     "search.mixed_precision.choose": {"Options": "LayerChoices", "options_of": "choices_of"},

@@ -14,9 +14,12 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.analysis.quantization_plan import ActivationPlan, plan_activations
 from graphopt.config.selection import Selector
+from graphopt.ir import op_info
 from graphopt.passes import AnnotateQuantization, ConvertQuantization, InsertFakeQuantize
 from graphopt.passes.pass_manager import run_passes
 from graphopt.quantization import ModuleQuantizerConfig, QuantizationSpec, QuantizerConfig
+
+aten = torch.ops.aten
 
 
 class Function(nn.Module):
@@ -246,3 +249,21 @@ def test_convert_writes_the_ecosystems_ops() -> None:
         *pair,
     ]
     assert QuantizationSpec() == QuantizationSpec()
+
+
+@pytest.mark.parametrize("turned", [True, False])
+@pytest.mark.parametrize("op", ["mm", "addmm"])
+def test_linear_in_configs_means_products_by_a_turned_matrix(op: str, turned: bool) -> None:
+    def product(m: Function, x: Tensor) -> Tensor:
+        right = m.fc.weight.t() if turned else m.fc.weight
+        return torch.mm(x, right) if op == "mm" else torch.addmm(m.fc.bias, x, right)
+
+    gm = graphopt.capture(Function(product).eval(), (X,)).graph_module
+    (node,) = [node for node in gm.graph.nodes if node.target is getattr(aten, op).default]
+    assert ("linear" in op_info.op_names(node)) is turned
+    # configs that leave linear layers in float leave the product alone only where it is one
+    config = QuantizerConfig(
+        global_config=ModuleQuantizerConfig(op_type_config={"linear": None}),
+    )
+    found = plan_activations(gm, Selector(config), None)
+    assert ((node, 0) not in found.inputs and node not in found.outputs) is turned

@@ -62,9 +62,42 @@ class Convs(nn.Module):
         return self.third(self.second(self.first(x).relu()).relu())
 
 
+class Generals(nn.Module):
+    """`aten.convolution`: plain without a bias, transposed, and in groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layers = (nn.Conv2d(3, 8, 3), nn.ConvTranspose2d(8, 6, 2, 2), nn.Conv2d(6, 6, 3, groups=3))
+        self.layers = nn.ModuleList(layers)
+        self.layers[0].bias = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            turned = isinstance(layer, nn.ConvTranspose2d)
+            places = (layer.stride, [0, 0], [1, 1], turned, [0, 0], layer.groups)
+            x = torch.ops.aten.convolution(x.relu(), layer.weight, layer.bias, *places)
+        return x
+
+
+class Addmms(nn.Module):
+    """Linear layers as decompositions write them, weights not turned."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.ParameterList(torch.randn(6, 6) / 3 for _ in range(3))
+        self.biases = nn.ParameterList(torch.randn(6) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for weight, bias in zip(self.weights, self.biases, strict=True):
+            x = torch.addmm(bias, x.relu(), weight)
+        return x
+
+
 NETS: dict[str, tuple[type[nn.Module], list[Tensor], int]] = {
     "linear": (Linears, [torch.randn(5, 6) + 1, torch.randn(9, 6)], -1),
     "linear over tokens": (Linears, [torch.randn(2, 7, 6) + 1, torch.randn(3, 4, 6)], -1),
+    "general convolution": (Generals, [torch.randn(3, 3, 7, 7) + 1, torch.randn(5, 3, 7, 7)], 1),
+    "addmm": (Addmms, [torch.randn(5, 6) + 1, torch.randn(9, 6)], -1),
     "convolution": (Convs, [torch.randn(3, 3, 7, 7) + 1, torch.randn(5, 3, 7, 7)], 1),
 }
 
@@ -77,7 +110,7 @@ def test_every_layer_gets_the_mean_output_of_the_reference(kind: str) -> None:
     layers = [
         node.name
         for node in gm.graph.nodes
-        if any(each in str(node.target) for each in ("linear", "conv"))
+        if any(part in str(node.target) for part in ("linear", "conv", "addmm"))
     ]
     assert len(layers) == 3
 

@@ -10,6 +10,7 @@ import graphopt
 from graphopt.passes import FoldBatchNorm, RemoveUnused
 from graphopt.passes.pass_manager import run_passes
 
+aten = torch.ops.aten
 CONVS = {
     "conv1d": (nn.Conv1d(4, 6, 3), nn.BatchNorm1d(6), (2, 4, 9)),
     "conv2d": (nn.Conv2d(4, 6, 3, bias=False), nn.BatchNorm2d(6), (2, 4, 9, 9)),
@@ -55,6 +56,41 @@ def test_outputs_are_equal_and_the_norm_is_gone(name: str) -> None:
     for key, value in model.state_dict().items():
         assert torch.equal(value, before[key])
     assert not FoldBatchNorm()(gm).modified
+
+
+class General(nn.Module):
+    """`aten.convolution`, as other exporters write every convolution, and a batch norm."""
+
+    def __init__(self, *, transposed: bool, groups: int, bias: bool) -> None:
+        super().__init__()
+        shape = (4, 6 // groups, 3, 3) if transposed else (6, 4 // groups, 3, 3)
+        self.weight = nn.Parameter(torch.randn(shape) / 6)
+        self.bias = nn.Parameter(torch.randn(6)) if bias else None
+        self.norm = with_statistics(nn.BatchNorm2d(6))
+        self.transposed, self.groups = transposed, groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = ([2, 1], [1, 0], [1, 2], self.transposed, [0, 0], self.groups)
+        return self.norm(torch.ops.aten.convolution(x, self.weight, self.bias, *places))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_norm_behind_the_general_convolution_is_folded(
+    transposed: bool, groups: int, bias: bool
+) -> None:
+    model, x = (
+        General(transposed=transposed, groups=groups, bias=bias).eval(),
+        torch.randn(2, 4, 9, 9),
+    )
+    gm = graphopt.capture(model, (x,)).copy().graph_module
+    (conv,) = [node for node in gm.graph.nodes if node.target is aten.convolution.default]
+    run_passes(gm, [FoldBatchNorm(), RemoveUnused()])
+    assert norms(gm) == 0
+    assert conv in gm.graph.nodes
+    torch.testing.assert_close(gm(x), model(x), rtol=1e-5, atol=1e-5)
+    assert set(gm.state_dict()) == {"weight", "bias"}
 
 
 class Shared(nn.Module):
