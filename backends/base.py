@@ -310,7 +310,7 @@ def stored_weights(gm: fx.GraphModule) -> int:
     return sum(not value.nested for value in stored_values(gm))
 
 
-def compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, ...]:
+def compare_outputs(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, ...]:
     """max|a − b| / max|b| of each pair, over what is finite; equal shapes are required.
 
     Infinite where one is NaN or infinite and the other is not the same.
@@ -318,10 +318,10 @@ def compare_outputs(found: Sequence[Tensor], expected: Sequence[Tensor]) -> tupl
     Raises:
         InputError: The number of outputs or a shape differs.
     """
-    if len(found) != len(expected):
-        raise InputError(f"{len(found)} outputs, PyTorch has {len(expected)}")
+    if len(outputs) != len(expected):
+        raise InputError(f"{len(outputs)} outputs, PyTorch has {len(expected)}")
     errors = []
-    for a, b in zip(found, expected, strict=True):
+    for a, b in zip(outputs, expected, strict=True):
         if a.numel() != b.numel():
             raise InputError(f"an output has shape {tuple(a.shape)}, PyTorch's {tuple(b.shape)}")
         want = b.detach().to(torch.float64)

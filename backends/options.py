@@ -53,11 +53,11 @@ def in_shell(choices: Choices, text: str) -> dict[str, Any]:
 def shell_options(kind: type[TargetOptions]) -> dict[str, ShellOption]:
     """Fields that the shell offers, by name."""
     offered = {}
-    for each in fields(kind):
-        if "help" in each.metadata:
-            choices = each.metadata["choices"]
+    for field in fields(kind):
+        if "help" in field.metadata:
+            choices = field.metadata["choices"]
             known = choices() if callable(choices) else choices
-            offered[each.name] = ShellOption(each.metadata["help"], known)
+            offered[field.name] = ShellOption(field.metadata["help"], known)
     return offered
 
 
@@ -72,7 +72,7 @@ def read_options(kind: type[OptionsT], name: str, given: Mapping[str, Any]) -> O
     Raises:
         LoweringError: There is no such option, or it cannot have that value.
     """
-    known = [each.name for each in fields(kind)]
+    known = [field.name for field in fields(kind)]
     unknown = sorted(set(given) - set(known))
     if unknown:
         verb = "is" if len(known) == 1 else "are"

@@ -65,6 +65,6 @@ def silent() -> Iterator[Callable[[], str]]:
                 os.dup2(copy, stream)
                 os.close(copy)
             logging.disable(disabled)
-            for handler in [each for each in root.handlers if each not in handlers]:
+            for handler in [other for other in root.handlers if other not in handlers]:
                 root.removeHandler(handler)
             root.setLevel(level)

@@ -45,11 +45,11 @@ class AbsorbChannelScale(Pass):
 
 def _is_own(edit: Editor, norm: fx.Node) -> bool:
     """Whether no other norm reads the same statistics."""
-    mine = [each for each in norm.args[3:5] if isinstance(each, fx.Node)]
-    if any(set(each.users) != {norm} for each in mine):
+    mine = [node for node in norm.args[3:5] if isinstance(node, fx.Node)]
+    if any(set(node.users) != {norm} for node in mine):
         return False
-    values = [edit.value(each) for each in mine]
-    others = [edit.value(each) for each in edit.constants() if each not in mine]
+    values = [edit.value(node) for node in mine]
+    others = [edit.value(node) for node in edit.constants() if node not in mine]
     return not any(value is other for value in values for other in others)
 
 
@@ -65,7 +65,7 @@ def _absorb(edit: Editor, norm: fx.Node, conv: fx.Node) -> None:
     axis = 0 if groups is None else 1
     if axis == 1 and groups != 1:
         return  # channels of a group share rows of the weight
-    others = [each for each in range(value.ndim) if each != axis]
+    others = [other for other in range(value.ndim) if other != axis]
     scale = value.square().mean(others).sqrt()
     scale = torch.where(scale > 0, scale, torch.ones_like(scale))
     wide = state[3].double() + eps

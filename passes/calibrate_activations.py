@@ -101,7 +101,7 @@ class CalibrateActivations(Pass):
             if self.data is not None:
                 calibrate(prepared, self.data, self.progress)
         else:
-            trained = {each.origin.name: each for each in parts_of(prepared, WeightQuantizer)}
+            trained = {part.origin.name: part for part in parts_of(prepared, WeightQuantizer)}
             keep_findings(gm, quantizers=trained, prepared=None)
         keep_findings(gm, scales=scales_of(prepared, self.on_unobserved))
         edit.record(activations=tuple(activation_records(gm, prepared)))

@@ -58,7 +58,7 @@ class CorrectBias(Pass):
             return
         if not self.data:
             raise CalibrationError("no data: biases cannot be corrected")
-        batches = [as_batch(each) for each in self.data]
+        batches = [as_batch(call) for call in self.data]
         exact = LayerwiseRun(self.reference, batches)
         wanted: dict[fx.Node, Tensor] = {}
         measured = {partners[node] for node in layers}
@@ -139,7 +139,7 @@ def _add_bias(edit: Editor, node: fx.Node, channels: int) -> None:
     weight = node.args[slot.position]
     assert isinstance(weight, fx.Node)
     assert slot.bias is not None
-    stored = next((each for each in _sources(weight) if each.op == "get_attr"), weight)
+    stored = next((source for source in _sources(weight) if source.op == "get_attr"), weight)
     owner = str(stored.target).rpartition(".")[0]
     value = node.meta["val"]
     zeros = torch.zeros(channels, dtype=value.dtype)
@@ -148,10 +148,10 @@ def _add_bias(edit: Editor, node: fx.Node, channels: int) -> None:
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
-    found = [node]
-    for each in found:
-        found += [used for used in operands(each) if used not in found]
-    return found
+    sources = [node]
+    for reader in sources:
+        sources += [used for used in operands(reader) if used not in sources]
+    return sources
 
 
 def _means(values: Sequence[Tensor], node: fx.Node) -> Tensor:

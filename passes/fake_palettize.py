@@ -41,7 +41,7 @@ class FakePalettize(Pass):
             for weight in find_weights(edit.gm)
             if (annotation := palette_annotation(weight.nodes[0])) and weight.name in self.palettes
         ]
-        dense = map_tasks(lambda each: each[2].dense(), chosen)
+        dense = map_tasks(lambda choice: choice[2].dense(), chosen)
         rows = []
         for (weight, annotation, palettized), value in zip(chosen, dense, strict=True):
             rows.append(row_of(edit.gm, weight, palettized, annotation.spec))

@@ -75,16 +75,16 @@ class FitPalettes(Pass):
             return
         module = calibrator.annotated.copy().graph_module
         with calibrator.watching(module):
-            for each in track(self.data, "gradients", len(self.data), enabled=self.progress):
-                inputs, target = each if self.loss_fn is not None else (each, None)
+            for sample in track(self.data, "gradients", len(self.data), enabled=self.progress):
+                inputs, target = sample if self.loss_fn is not None else (sample, None)
                 args, kwargs = as_batch(inputs)
                 calibrator.step(module(*args, **kwargs), target)
-        found = calibrator.palettes(self.seed, self.progress, correct_bias=True)
-        set_biases(gm, found.biases)
-        edit.changed |= bool(found.biases)
+        fit = calibrator.palettes(self.seed, self.progress, correct_bias=True)
+        set_biases(gm, fit.biases)
+        edit.changed |= bool(fit.biases)
         fitted = all(ALGORITHMS[name].needs_inputs for name in calibrator.algorithms.values())
-        keep_findings(gm, palettes=found.weights, fitted_to_outputs=fitted)
-        edit.record(remarks=found.remarks)
+        keep_findings(gm, palettes=fit.weights, fitted_to_outputs=fitted)
+        edit.record(remarks=fit.remarks)
 
     def _cluster(self, annotated: Program) -> None:
         """Without data; weighed by saved sensitivities where there are any."""

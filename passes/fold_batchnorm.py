@@ -57,19 +57,19 @@ def is_foldable(edit: Editor, norm: fx.Node, conv: fx.Node) -> bool:
     slot = _slot_of(conv)
     weight, bias = conv.args[slot.position], op_info.argument(conv, slot.bias)
     stored = [weight, *([bias] if bias is not None else [])]
-    if any(not isinstance(each, fx.Node) or each.op != "get_attr" for each in stored):
+    if any(not isinstance(operand, fx.Node) or operand.op != "get_attr" for operand in stored):
         return False
     if set(conv.users) != {norm}:
         return False
     names = [str(node.target) for node in edit.constants() if set(node.users) - {conv}]
     values = [edit.value(node) for node in edit.constants() if str(node.target) in names]
-    mine = [edit.value(each) for each in stored if isinstance(each, fx.Node)]
+    mine = [edit.value(operand) for operand in stored if isinstance(operand, fx.Node)]
     return not any(value is other for value in values for other in mine)
 
 
 def conv_state(edit: Editor, norm: fx.Node, conv: fx.Node) -> tuple[NormState, int | None]:
     """The state of a norm, and the groups of a transposed convolution (None for a plain one)."""
-    gamma, beta, mean, variance = (_constant(edit, each) for each in norm.args[1:5])
+    gamma, beta, mean, variance = (_constant(edit, operand) for operand in norm.args[1:5])
     assert mean is not None
     assert variance is not None
     info = op_info.info_of(conv)

@@ -151,7 +151,7 @@ def _owner(frames: tuple[ModuleFrame, ...]) -> str:
 
 def _weight_quantizers(edit: Editor) -> dict[fx.Node, tuple[WeightQuantizer, str]]:
     """One quantizer per weight, for all nodes that read it."""
-    found: dict[fx.Node, tuple[WeightQuantizer, str]] = {}
+    quantizers: dict[fx.Node, tuple[WeightQuantizer, str]] = {}
     for weight in find_weights(edit.gm):
         annotation = quantization_annotation(weight.nodes[0])
         if annotation is None:
@@ -163,8 +163,8 @@ def _weight_quantizers(edit: Editor) -> dict[fx.Node, tuple[WeightQuantizer, str
         quantizer.origin = Origin(weight.name, _owner(weight.uses[0].frames), annotation.path)
         quantizer.eval()
         for node in weight.nodes:
-            found[node] = (quantizer, f"{QUANTIZERS}.of_{weight.name.replace('.', '_')}")
-    return found
+            quantizers[node] = (quantizer, f"{QUANTIZERS}.of_{weight.name.replace('.', '_')}")
+    return quantizers
 
 
 def _insert_norm(
@@ -205,8 +205,8 @@ def _erase(edit: Editor, norm: fx.Node) -> None:
     edit.erase(norm)
 
 
-def _insert_weight(edit: Editor, node: fx.Node, found: tuple[WeightQuantizer, str]) -> None:
-    quantizer, path = found
+def _insert_weight(edit: Editor, node: fx.Node, placed: tuple[WeightQuantizer, str]) -> None:
+    quantizer, path = placed
     quantizer.start(edit.value(node))
     path = edit.module(path, quantizer)
     rounded = edit.run_module(path, node, place=node.next, like=node)

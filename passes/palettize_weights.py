@@ -74,7 +74,11 @@ class PalettizeWeights(Pass):
         del after
         edit = Editor(before)
         palettes = {**findings_of(before).palettes, **self.palettes}
-        weights = [each for each in find_weights(before) if palette_annotation(each.nodes[0])]
+        weights = [
+            candidate
+            for candidate in find_weights(before)
+            if palette_annotation(candidate.nodes[0])
+        ]
         rest = [weight.name for weight in weights if weight.name not in palettes]
         palettes |= cluster_annotated(before, progress=False, seed=self.seed, names=rest)
         for weight in weights:

@@ -19,10 +19,10 @@ __all__ = ["Pass", "PassResult", "missing_passes"]
 _log = logging.getLogger(__name__)
 
 
-def missing_passes(each: Pass, gm: fx.GraphModule) -> list[str]:
+def missing_passes(step: Pass, gm: fx.GraphModule) -> list[str]:
     """Names of the passes that must come before `each` and have not run on `gm`."""
     seen = {*passes_run(gm), *passes_provided(gm)}
-    return [needed.name for needed in each.after if needed.name not in seen]
+    return [needed.name for needed in step.after if needed.name not in seen]
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,8 @@ class PassReport:
                 nodes,
                 *(
                     [
-                        "" if each is None else f"{each:.1e}"
-                        for each in (record.error, record.tolerance)
+                        "" if number is None else f"{number:.1e}"
+                        for number in (record.error, record.tolerance)
                     ]
                 ),
             )
@@ -102,10 +102,10 @@ class PassReport:
         return stream.getvalue()
 
 
-def name_of(each: AnyPass) -> str:
+def name_of(step: AnyPass) -> str:
     """A pass's name, ours or any callable's."""
-    name = getattr(each, "name", None) or getattr(each, "__name__", None)
-    return str(name or type(each).__name__)
+    name = getattr(step, "name", None) or getattr(step, "__name__", None)
+    return str(name or type(step).__name__)
 
 
 @dataclass(frozen=True)
@@ -151,30 +151,30 @@ class PassManager:
             raise InputError("verify=True needs example_inputs to run the graph on")
         check_order(self.passes, gm)
         records = []
-        for number, each in enumerate(self.passes):
-            records.append(self._run_one(number, each, gm))
+        for number, step in enumerate(self.passes):
+            records.append(self._run_one(number, step, gm))
         return PassReport(tuple(records))
 
     def _inputs(self) -> tuple[Any, ...]:
         given = self.example_inputs
         return (given,) if isinstance(given, Tensor) else tuple(given)
 
-    def _run_one(self, number: int, each: AnyPass, gm: fx.GraphModule) -> PassRecord:
-        name = name_of(each)
+    def _run_one(self, number: int, step: AnyPass, gm: fx.GraphModule) -> PassRecord:
+        name = name_of(step)
         text = graph_text(gm) if self.dump_dir is not None else ""
         before = share_graph(gm) if self.verify else None
         count = len(gm.graph.nodes)
         started = time.perf_counter()
-        result = each(gm)
+        result = step(gm)
         seconds = time.perf_counter() - started
         if result is not None and result.graph_module is not gm:
             raise PassError(f"pass {name!r} returned another module; passes here work in place")
         if self.dump_dir is not None:
             _dump(Path(self.dump_dir) / f"{number:02d}-{name}", text, graph_text(gm))
-        allowed = each.tolerance if isinstance(each, Pass) else self.foreign_tolerance
+        allowed = step.tolerance if isinstance(step, Pass) else self.foreign_tolerance
         error = None
         if before is not None and allowed is not None:
-            error = self._error(each, before, gm)
+            error = self._error(step, before, gm)
             if not error <= allowed:
                 raise PassError(
                     f"pass {name!r} changes what the graph computes: outputs differ by {error:.2e}"
@@ -191,8 +191,8 @@ class PassManager:
             allowed if self.verify else None,
         )
 
-    def _error(self, each: AnyPass, before: fx.GraphModule, after: fx.GraphModule) -> float:
-        want = each.expected(before, after) if isinstance(each, Pass) else before
+    def _error(self, step: AnyPass, before: fx.GraphModule, after: fx.GraphModule) -> float:
+        want = step.expected(before, after) if isinstance(step, Pass) else before
         args, kwargs = self._inputs(), dict(self.example_kwargs)
         return _difference(_outputs(after, args, kwargs), _outputs(want, args, kwargs))
 
@@ -208,20 +208,20 @@ def check_order(passes: Sequence[AnyPass], gm: fx.GraphModule | None = None) -> 
         PassError: Names the pass and what is missing before it, or what is no pass.
     """
     known: set[str] = set()
-    for each in passes:
-        if not callable(each):
-            raise PassError(f"{each!r} is no pass: it cannot be called with a graph module")
-        if isinstance(each, Pass):
-            absent = [needed.name for needed in each.after if needed.name not in known]
+    for step in passes:
+        if not callable(step):
+            raise PassError(f"{step!r} is no pass: it cannot be called with a graph module")
+        if isinstance(step, Pass):
+            absent = [needed.name for needed in step.after if needed.name not in known]
             if gm is not None:
-                absent = [name for name in missing_passes(each, gm) if name in absent]
+                absent = [name for name in missing_passes(step, gm) if name in absent]
             if absent:
                 raise PassError(
-                    f"pass {each.name!r} must come after {absent}, which"
+                    f"pass {step.name!r} must come after {absent}, which"
                     f" {'are' if len(absent) > 1 else 'is'} not before it in"
                     f" {[name_of(other) for other in passes]}"
                 )
-            known |= {each.name, *(other.name for other in each.provides)}
+            known |= {step.name, *(other.name for other in step.provides)}
 
 
 def run_passes(gm: fx.GraphModule, passes: Sequence[AnyPass]) -> bool:
@@ -244,17 +244,17 @@ def _outputs(gm: fx.GraphModule, args: tuple[Any, ...], kwargs: dict[str, Any]) 
     gm.eval()
     try:
         with torch.no_grad():
-            found = gm(*args, **kwargs)
+            result = gm(*args, **kwargs)
     finally:
         gm.train(training)
-    return [leaf for leaf in pytree.tree_leaves(found) if isinstance(leaf, Tensor)]
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
-def _difference(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
-    if len(found) != len(wanted):
+def _difference(made: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    if len(made) != len(wanted):
         return float("inf")
     worst = 0.0
-    for a, b in zip(found, wanted, strict=True):
+    for a, b in zip(made, wanted, strict=True):
         if a.shape != b.shape:
             return float("inf")
         if not b.numel():

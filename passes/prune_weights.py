@@ -28,17 +28,17 @@ def annotated_masks(gm: fx.GraphModule) -> dict[str, Tensor]:
     Raises:
         CompressionError: A weight contains NaN or Inf; the message names it.
     """
-    found = {}
+    masks = {}
     for weight in find_weights(gm):
         annotation = pruning_annotation(weight.nodes[0])
         if annotation is not None:
             try:
-                found[weight.name] = mask_of(weight.tensor, annotation.spec)
+                masks[weight.name] = mask_of(weight.tensor, annotation.spec)
             except CompressionError as error:
                 raise CompressionError(
                     f"{weight.name}: {error}; exclude it in the config"
                 ) from None
-    return found
+    return masks
 
 
 @dataclass(frozen=True)

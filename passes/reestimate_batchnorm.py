@@ -50,7 +50,7 @@ class ReestimateBatchNorm(Pass):
             return
         if not self.data:
             raise CalibrationError("no data: batch norms cannot be estimated again")
-        batches = [as_batch(each) for each in self.data]
+        batches = [as_batch(call) for call in self.data]
         gm = edit.gm
         assert isinstance(gm, CapturedModule)
         run = LayerwiseRun(gm, batches)
@@ -84,7 +84,7 @@ class ReestimateBatchNorm(Pass):
         mean, variance = _moments(run.values(x))
         if exact is not None and partner is not None and isinstance(partner.args[0], fx.Node):
             old_mean, old_variance = (
-                edit.value(each).double() for each in (mean_node, variance_node)
+                edit.value(statistic).double() for statistic in (mean_node, variance_node)
             )
             before, spread = _moments(exact.values(partner.args[0]))
             ratio = torch.where(spread > 0, variance / spread.clamp_min(1e-300), 1.0)
@@ -99,10 +99,10 @@ def _catch_up(run: LayerwiseRun, upcoming: Iterator[fx.Node], node: fx.Node | No
     """Run the reference up to and with the node that corresponds to the one just run."""
     if node is None or run.has_run(node):
         return
-    for each in upcoming:
-        if each.op != "output":
-            run.step(each)
-        if each is node:
+    for other in upcoming:
+        if other.op != "output":
+            run.step(other)
+        if other is node:
             return
 
 

@@ -94,7 +94,7 @@ def tune(
     if not data:
         raise CalibrationError("no data: there is nothing to tune on")
     gm, exact = tuned.graph_module, reference.graph_module
-    batches = [as_batch(each) for each in data]
+    batches = [as_batch(call) for call in data]
     if len(list(Editor(gm).calls(op_info.BATCH_NORM))) < len(
         list(Editor(exact).calls(op_info.BATCH_NORM))
     ):

@@ -115,8 +115,8 @@ class CoreAIBackend(Backend):
     def check(
         self, path: Path, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Verification:
-        found = run_asset(path, named_inputs(program, args, kwargs))
-        errors = compare_outputs(found, expected_outputs(program, args, kwargs))
+        outputs = run_asset(path, named_inputs(program, args, kwargs))
+        errors = compare_outputs(outputs, expected_outputs(program, args, kwargs))
         how = "ran the saved asset on the Core AI runtime"
         weights = stored_weights(program.graph_module)
         return Verification(max(errors, default=0.0), errors, how, weights=weights)

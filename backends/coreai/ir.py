@@ -104,7 +104,7 @@ def find_constants(program: Any, least: int) -> list[Constant]:
         return ir.WalkResult.ADVANCE
 
     program._module._mlir_module.operation.walk(note, ir.WalkOrder.PRE_ORDER)
-    return [found for op in ops if (found := _as_weight(ir, op, least)) is not None]
+    return [constant for op in ops if (constant := _as_weight(ir, op, least)) is not None]
 
 
 def _as_weight(ir: Any, op: Any, least: int) -> Constant | None:
@@ -157,13 +157,13 @@ def _integers(op: Any) -> list[int]:
     bits = kind.element_type.width
     raw = _raw(op, math.prod(kind.shape) * bits // 8)
     dtype = {8: torch.int8, 16: torch.int16, 32: torch.int32, 64: torch.int64}[bits]
-    return [int(each) for each in torch.from_numpy(raw).view(dtype)]
+    return [int(value) for value in torch.from_numpy(raw).view(dtype)]
 
 
 def _name(op: Any) -> str:
     text = str(op.location)
-    _, found, rest = text.partition('identifiers = ["')
-    return rest.partition('"')[0] if found else op.name
+    _, marker, rest = text.partition('identifiers = ["')
+    return rest.partition('"')[0] if marker else op.name
 
 
 def replace_constant(

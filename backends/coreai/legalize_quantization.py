@@ -95,10 +95,10 @@ def _weight(edit: Editor, weight: QuantizedTensor) -> None:
         dtype if floats else None,
         like=node,
     )
-    readers = [each for each in node.args if isinstance(each, fx.Node)]
+    readers = [operand for operand in node.args if isinstance(operand, fx.Node)]
     edit.replace(node, dense)
-    for each in readers:
-        edit.drop(each)
+    for operand in readers:
+        edit.drop(operand)
 
 
 def _integers(stored: Tensor, storage: str, shape: list[int]) -> Tensor:
@@ -142,7 +142,9 @@ def _scales(edit: Editor, node: fx.Node, known: dict[tuple[Any, ...], _Scales]) 
     scale, zero = node.args[1], node.args[2]
     key = (scale, zero, container)
     if key not in known:
-        first = next(each for each in edit.gm.graph.nodes if each.op != "placeholder")
+        first = next(
+            candidate for candidate in edit.gm.graph.nodes if candidate.op != "placeholder"
+        )
         if isinstance(scale, fx.Node) and isinstance(zero, fx.Node):
             factor, offset = edit.value(scale), edit.value(zero).to(container)
         else:

@@ -57,10 +57,10 @@ def raise_weight(edit: Editor, node: fx.Node) -> None:
         dense = edit.call(
             _ours.shift_scale.default, packed, factors, zeros, storage, shape, out, like=node
         )
-    operands = [each for each in node.args if isinstance(each, fx.Node)]
+    operands = [operand for operand in node.args if isinstance(operand, fx.Node)]
     edit.replace(node, dense)
-    for each in operands:
-        edit.drop(each)
+    for operand in operands:
+        edit.drop(operand)
 
 
 def _storage(stored: Tensor, kind: torch.dtype | None, scale: Tensor) -> str:
@@ -150,10 +150,10 @@ def raise_activation(edit: Editor, node: fx.Node) -> None:
         target = getattr(ops, f"{verb}_per_tensor").default
         step, point = float(scale), int(zero)
         made = edit.call(target, node.args[0], step, point, *limits, like=node, **out)
-    operands = [each for each in node.args[1:] if isinstance(each, fx.Node)]
+    operands = [operand for operand in node.args[1:] if isinstance(operand, fx.Node)]
     edit.replace(node, made)
-    for each in operands:
-        edit.drop(each)
+    for operand in operands:
+        edit.drop(operand)
 
 
 def _raise_float(edit: Editor, node: fx.Node, scale: float, storage: str) -> None:

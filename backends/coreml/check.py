@@ -41,8 +41,8 @@ def check(
         partial = "read the package back and decompressed its weights only"
         return Verification(float("nan"), (), partial, False, notes, result.constexprs)
     expected = expected_outputs(program, args, kwargs)
-    found = [torch.from_numpy(np.ascontiguousarray(value)) for value in result.outputs.values()]
-    errors = compare_outputs(found, expected)
+    outputs = [torch.from_numpy(np.ascontiguousarray(value)) for value in result.outputs.values()]
+    errors = compare_outputs(outputs, expected)
     notes = ()
     if platform.system() == "Darwin":
         worst = max(compare_outputs(_predict(path, feeds), expected), default=0.0)

@@ -130,9 +130,11 @@ def evaluate(program: Any, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:
 def _is_a_weight(op: Any) -> bool:
     """Whether a constexpr op gives a whole weight, not part of one or outliers added to one."""
     users = [user for var in op.outputs for user in var.child_ops]
-    if op.op_type == "constexpr_sparse_to_dense" and all(each.op_type == "add" for each in users):
-        others = [var.op for each in users for var in (each.x, each.y) if var.op is not op]
-        if all(each is not None and each.op_type.startswith("constexpr_") for each in others):
+    if op.op_type == "constexpr_sparse_to_dense" and all(
+        reader.op_type == "add" for reader in users
+    ):
+        others = [var.op for reader in users for var in (reader.x, reader.y) if var.op is not op]
+        if all(reader is not None and reader.op_type.startswith("constexpr_") for reader in others):
             return False
     return any(not user.op_type.startswith("constexpr_") for user in users)
 

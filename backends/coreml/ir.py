@@ -87,13 +87,13 @@ class BuiltProgram:
 
     def weights(self) -> list[Weight]:
         """All weights, in the order of the program; what is compressed already is none."""
-        found = []
+        weights = []
         for function in self.program.functions.values():
             for op in _constants(function):
                 weight = _as_weight(op)
                 if weight is not None:
-                    found.append(weight)
-        return found
+                    weights.append(weight)
+        return weights
 
     def replace(self, weight: Weight, stored: PalettizedWeight | QuantizedWeight) -> None:
         """Put a compressed form in a constant's place."""

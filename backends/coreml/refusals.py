@@ -37,7 +37,7 @@ def refusals(program: Program, allowed: Capabilities, where: str = "") -> list[s
         where: The deployment target that it is about; "" for any that holds everything.
     """
     lookups = find_lookups(program.graph_module)
-    reasons = [reason for each in lookups for reason in _reasons(each, allowed, where)]
+    reasons = [reason for lookup in lookups for reason in _reasons(lookup, allowed, where)]
     if where == "iOS16" and find_quantized_activations(program.graph_module):
         reasons.append("quantized activations for iOS16; raise minimum_deployment_target to iOS17")
     if not allowed.sparse:

@@ -110,8 +110,8 @@ class TorchBackend(Backend):
                 result = loaded(*args, **kwargs)
         except Exception as error:
             raise VerificationError(f"{path.name} does not load and run: {error}") from error
-        found = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        errors = compare_outputs(found, expected_outputs(program, args, kwargs))
+        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+        errors = compare_outputs(outputs, expected_outputs(program, args, kwargs))
         weights = stored_weights(program.graph_module)
         how = "loaded the saved program and ran it in PyTorch"
         return Verification(max(errors, default=0.0), errors, how, weights=weights)

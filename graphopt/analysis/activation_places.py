@@ -16,17 +16,17 @@ def places_of(
     gm: fx.GraphModule,
 ) -> list[tuple[ActivationPoint, fx.Node, tuple[tuple[fx.Node, int], ...] | None]]:
     """Annotated activations: point, value, and who reads it rounded (None: everybody)."""
-    found: list[Any] = []
+    places: list[Any] = []
     for node in gm.graph.nodes:
         point = output_point(node)
         value = node.meta.get("val")
         if point is not None and isinstance(value, Tensor):
-            found.append((point, node, None))
+            places.append((point, node, None))
     local: dict[tuple[str, fx.Node], tuple[ActivationPoint, list[tuple[fx.Node, int]]]] = {}
     for node in gm.graph.nodes:
         for position, point in input_points(node).items():
             operand = operands(node)[position]
             entry = local.setdefault((point.group, operand), (point, []))
             entry[1].append((node, position))
-    found += [(point, operand, tuple(users)) for (_, operand), (point, users) in local.items()]
-    return found
+    places += [(point, operand, tuple(users)) for (_, operand), (point, users) in local.items()]
+    return places

@@ -120,7 +120,7 @@ class MatrixForm:
         rank = len(self.kernel)
         like = x.new_empty([gradient.shape[1], x.shape[1] // self.groups, *self.kernel])
         padding = [before for before, _ in self.padding]
-        found = torch.ops.aten.convolution_backward.default(
+        gradients = torch.ops.aten.convolution_backward.default(
             gradient,
             x,
             like,
@@ -133,7 +133,7 @@ class MatrixForm:
             self.groups,
             [False, True, False],
         )
-        return found[1]
+        return gradients[1]
 
     def _unfold(self, x: Tensor) -> Tensor:
         rank = len(self.kernel)
@@ -197,13 +197,13 @@ def matrix_form(node: fx.Node, position: int) -> MatrixForm | None:
 def _conv_form(node: fx.Node, slot: WeightSlot, places: ConvolutionArguments) -> MatrixForm:
     rank = places.ndim
 
-    def each(value: Any) -> tuple[int, ...]:
-        found = tuple(value) if isinstance(value, list | tuple) else (value,)
-        return found * rank if len(found) == 1 else found
+    def per_axis(value: Any) -> tuple[int, ...]:
+        extents = tuple(value) if isinstance(value, list | tuple) else (value,)
+        return extents * rank if len(extents) == 1 else extents
 
     shape = _shape(node.args[slot.position])
     kernel = shape[2:]
-    dilation = each(op_info.argument(node, places.dilation, 1))
+    dilation = per_axis(op_info.argument(node, places.dilation, 1))
     padding: Any = op_info.argument(node, places.padding, 0)
     if isinstance(padding, str):
         total = [
@@ -212,13 +212,13 @@ def _conv_form(node: fx.Node, slot: WeightSlot, places: ConvolutionArguments) ->
         ]
         pairs = tuple((extent // 2, extent - extent // 2) for extent in total)
     else:
-        pairs = tuple((extent, extent) for extent in each(padding))
+        pairs = tuple((extent, extent) for extent in per_axis(padding))
     return MatrixForm(
         "transposed" if places.transposed else "conv",
         slot.data,
         int(op_info.argument(node, places.groups, 1)),
         kernel,
-        each(op_info.argument(node, places.stride, 1)),
+        per_axis(op_info.argument(node, places.stride, 1)),
         pairs,
         dilation,
     )
@@ -261,7 +261,7 @@ class WeightUse:
         for node in self.chain:
             if not casts and op_info.is_cast(node):
                 continue
-            rest = [each for each in node.args[1:] if not isinstance(each, fx.Node)]
+            rest = [option for option in node.args[1:] if not isinstance(option, fx.Node)]
             value = node.target(value, *rest, **node.kwargs)  # type: ignore[operator]
         return value
 
@@ -282,14 +282,14 @@ class WeightUse:
             leaf = torch.zeros(list(shape), dtype=matrix.dtype, requires_grad=True)
             operand = self.operand(leaf, casts=False)
             made = self.form.operand(matrix, operand.shape)
-            (found,) = torch.autograd.grad(operand, leaf, made)
-        return found
+            (pulled,) = torch.autograd.grad(operand, leaf, made)
+        return pulled
 
 
 def weight_uses(gm: fx.GraphModule, weights: Sequence[WeightTensor]) -> dict[str, list[WeightUse]]:
     """Name of the weight → its uses in a known form; a weight with another use is left out."""
     owner = {node: weight.name for weight in weights for node in weight.nodes}
-    found: dict[str, list[WeightUse]] = {weight.name: [] for weight in weights}
+    uses_by_name: dict[str, list[WeightUse]] = {weight.name: [] for weight in weights}
     unknown: set[str] = set()
     for node in gm.graph.nodes:
         for operand, position, role, axis in state_operands(node):
@@ -301,11 +301,11 @@ def weight_uses(gm: fx.GraphModule, weights: Sequence[WeightTensor]) -> dict[str
             if form is None:
                 unknown.add(name)
             else:
-                found[name].append(WeightUse(node, position, form, source.chain))
+                uses_by_name[name].append(WeightUse(node, position, form, source.chain))
     by_name = {weight.name: weight for weight in weights}
     return {
         name: uses
-        for name, uses in found.items()
+        for name, uses in uses_by_name.items()
         if uses and name not in unknown and _only_these(by_name[name].nodes, uses)
     }
 

@@ -57,7 +57,7 @@ def cut_points(
     for number, node in enumerate(order):
         live = [value for value in live if last[value] > number]
         if node.op != "output" and (
-            is_target(node) or any(each in dirty for each in operands(node))
+            is_target(node) or any(operand in dirty for operand in operands(node))
         ):
             dirty.add(node)
             last[node] = max((place[user] for user in node.users), default=-1)
@@ -103,7 +103,7 @@ def find_blocks(
         starts.append(number)
         ends.append(cuts[node])
         upcoming = order[number + 1 :]
-        following = next((each for each in upcoming if each in cuts or is_target(each)), None)
+        following = next((other for other in upcoming if other in cuts or is_target(other)), None)
         if following is not None and not is_target(following):
             starts.pop()
             ends.pop()
@@ -113,11 +113,11 @@ def find_blocks(
 
 
 def _dirty(graph: fx.Graph, is_target: Callable[[fx.Node], bool]) -> set[fx.Node]:
-    found: set[fx.Node] = set()
+    dirty: set[fx.Node] = set()
     for node in graph.nodes:
-        if is_target(node) or any(each in found for each in operands(node)):
-            found.add(node)
-    return found
+        if is_target(node) or any(operand in dirty for operand in operands(node)):
+            dirty.add(node)
+    return dirty
 
 
 def _build(
@@ -145,7 +145,7 @@ def _build(
     entering: tuple[fx.Node, ...] = ()
     for stop, leaving in zip(starts, ends, strict=True):
         nodes = tuple(order[begin : stop + 1])
-        found = tuple(node for node in nodes if is_target(node))
-        blocks.append(Block(nodes, entering, leaving, found))
+        inside = tuple(node for node in nodes if is_target(node))
+        blocks.append(Block(nodes, entering, leaving, inside))
         begin, entering = stop + 1, leaving
     return blocks

@@ -158,18 +158,18 @@ class _Planner:
             (place, self.selector.select_slot(match.use, "input", names)) for place, names in places
         ]
         out = self.selector.select_slot(match.use, "output", (0, "output"))
-        named = out.named_op or any(found.named_op for _, found in selections)
+        named = out.named_op or any(selection.named_op for _, selection in selections)
         if reason and not named:
             self._note_float(match, reason)
             return
         self.matches.append(match)
         shared = []
-        for (operand, position), found in selections:
-            if found.spec is not None:
-                self._request_input(operand, node, position, found)
+        for (operand, position), selection in selections:
+            if selection.spec is not None:
+                self._request_input(operand, node, position, selection)
                 shared.append(operand)
             else:
-                self._note_float(match, f"operand {operand.name}: {found.path}")
+                self._note_float(match, f"operand {operand.name}: {selection.path}")
         wanted = out.spec if info.quantizes_output or out.named_op else None
         if node in self.scores and not named:
             self._note_float(match, "attention scores, which a softmax reads")
@@ -203,7 +203,7 @@ class _Planner:
     ) -> list[tuple[tuple[fx.Node, int], tuple[str | int, ...]]]:
         """((operand, position), slot names) of the data operands."""
         node = match.node
-        found: list[tuple[tuple[fx.Node, int], tuple[str | int, ...]]] = []
+        places: list[tuple[tuple[fx.Node, int], tuple[str | int, ...]]] = []
         schema = getattr(node.target, "_schema", None)
         flat = operands(node)
         for slot in match.info.data:
@@ -222,8 +222,8 @@ class _Planner:
                 assert flat[position] is item
                 if item in self.data and is_float(item):
                     place = index if len(items) > 1 else match.info.data.index(slot)
-                    found.append(((item, position), (place, str(place), name)))
-        return found
+                    places.append(((item, position), (place, str(place), name)))
+        return places
 
     def _why_float(self, match: Match, places: list[Any]) -> str:
         name, node = match.info.names[0], match.node
@@ -253,38 +253,38 @@ class _Planner:
             return  # what it fills with may lie between the steps of the scale
         value = node.meta.get("val")
         use = OpUse(node.name, names, module_frames(node))
-        found = self.selector.select_slot(use, "output", (0, "output"))
-        if found.spec is None and found.path.endswith(" is None") and found.named_op:
+        selection = self.selector.select_slot(use, "output", (0, "output"))
+        if selection.spec is None and selection.path.endswith(" is None") and selection.named_op:
             return
         if isinstance(value, Tensor) and not is_float(node):
             return
         self.values[node] = _Value(known.output, derived=True)
         self.sharing.add_edge(source, node)
 
-    def _request_output(self, node: fx.Node, found: Selection) -> None:
-        self.values.setdefault(node, _Value()).output = self._request(node, found)
+    def _request_output(self, node: fx.Node, selection: Selection) -> None:
+        self.values.setdefault(node, _Value()).output = self._request(node, selection)
 
     def _request_input(
-        self, operand: fx.Node, node: fx.Node, position: int, found: Selection
+        self, operand: fx.Node, node: fx.Node, position: int, selection: Selection
     ) -> None:
         value = self.values.setdefault(operand, _Value())
-        value.inputs[node, position] = self._request(node, found)
+        value.inputs[node, position] = self._request(node, selection)
 
-    def _request(self, node: fx.Node, found: Selection) -> _Request:
+    def _request(self, node: fx.Node, selection: Selection) -> _Request:
         # a quantization config holds no other specs
-        spec = cast("QuantizationSpec", found.spec)
+        spec = cast("QuantizationSpec", selection.spec)
         granularity = spec.granularity
         if not isinstance(granularity, PerTensorGranularity | PerChannelGranularity) or (
             isinstance(granularity, PerChannelGranularity) and granularity.axis is None
         ):
             raise ConfigError(
-                f"{found.path}: activations have one scale per tensor, or per channel of a given"
+                f"{selection.path}: activations have one scale per tensor, or per channel of a given"
                 f" axis; got {granularity}"
             )
         if grid_of(spec).is_float and not isinstance(granularity, PerTensorGranularity):
-            raise ConfigError(f"{found.path}: float activations have one scale per tensor")
+            raise ConfigError(f"{selection.path}: float activations have one scale per tensor")
         order = self.order[node]
-        return _Request(spec, found.rank, found.path, order)
+        return _Request(spec, selection.rank, selection.path, order)
 
     def _note_float(self, match: Match, reason: str) -> None:
         if match.info.scales is Scales.COMPUTE or match.info.scales is Scales.SHARE:
@@ -310,23 +310,23 @@ class _Planner:
         if slots:
             entering = entering_values(inside, self.data)
             for index, (operand, places) in enumerate(entering.items()):
-                found = self._boundary_spec(path, slots, index)
+                selection = self._boundary_spec(path, slots, index)
                 value = self.values.setdefault(operand, _Value())
                 for node, position in places:
-                    if found is None:
+                    if selection is None:
                         value.inputs.pop((node, position), None)
-                    elif found.spec is not None:
-                        value.inputs[node, position] = self._request(node, found)
+                    elif selection.spec is not None:
+                        value.inputs[node, position] = self._request(node, selection)
         path, slots = self.selector.module_slots(frame, "output")
         if slots:
             leaving = leaving_values(inside, self.data)
             for index, node in enumerate(leaving):
-                found = self._boundary_spec(path, slots, index)
+                selection = self._boundary_spec(path, slots, index)
                 value = self.values.setdefault(node, _Value())
-                if found is None:
+                if selection is None:
                     value.output = None
-                elif found.spec is not None:
-                    value.output, value.derived = self._request(node, found), False
+                elif selection.spec is not None:
+                    value.output, value.derived = self._request(node, selection), False
 
     def _boundary_spec(
         self, path: str, slots: dict[str | int, Any], index: int
@@ -356,10 +356,10 @@ class _Planner:
             for group in nx.connected_components(self.sharing)
         ]
         for group in sorted((g for g in groups if g), key=lambda g: self.order[g[0]]):
-            requests = [each for node in group for each in wanted[node].requests()]
+            requests = [request for node in group for request in wanted[node].requests()]
             if not requests:
                 continue  # views of a value that a module boundary has switched off
-            chosen = max(requests, key=lambda each: (each.rank, -each.order))
+            chosen = max(requests, key=lambda request: (request.rank, -request.order))
             remarks += _overruled(group[0].name, chosen, requests)
             spec = with_known_range(chosen.spec, [n for n in group if not wanted[n].derived])
             point = ActivationPoint(group[0].name, spec, chosen.path)
@@ -375,12 +375,12 @@ class _Planner:
 
 def _overruled(name: str, chosen: _Request, requests: list[_Request]) -> Iterator[str]:
     seen = {chosen.spec}
-    for each in requests:
-        if each.spec in seen:
+    for request in requests:
+        if request.spec in seen:
             continue
-        seen.add(each.spec)
+        seen.add(request.spec)
         yield (
-            f"{name}: {each.path} asks for {_short(each.spec)}, but {chosen.path} holds for all that"
+            f"{name}: {request.path} asks for {_short(request.spec)}, but {chosen.path} holds for all that"
             f" share its scale ({_short(chosen.spec)})"
         )
 

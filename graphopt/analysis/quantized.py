@@ -56,7 +56,7 @@ def zero_points(gm: fx.GraphModule) -> set[str]:
 
 def find_quantized_activations(gm: fx.GraphModule) -> list[QuantizedActivation]:
     """All rounded values of a graph in neutral form, in order."""
-    found = []
+    activations = []
     for node in gm.graph.nodes:
         target = str(node.target)
         if target.startswith("quantized_decomposed.quantize_per_"):
@@ -64,10 +64,10 @@ def find_quantized_activations(gm: fx.GraphModule) -> list[QuantizedActivation]:
             bits = (int(high) - int(low)).bit_length()
             storage = f"{'u' if low == 0 else ''}int{bits}"
             channel = "per_channel" in target
-            found.append(QuantizedActivation(_name(node), node, storage, channel))
+            activations.append(QuantizedActivation(_name(node), node, storage, channel))
         elif node.target is _ours.round_to_float.default:
-            found.append(QuantizedActivation(_name(node), node, str(node.args[2]), False))
-    return found
+            activations.append(QuantizedActivation(_name(node), node, str(node.args[2]), False))
+    return activations
 
 
 def _name(node: fx.Node) -> str:

@@ -56,11 +56,11 @@ def norm_behind(node: fx.Node) -> fx.Node | None:
 
 def data_values(gm: fx.GraphModule) -> set[fx.Node]:
     """Nodes that depend on a float input or on a parameter: not masks, positions or angles."""
-    found: set[fx.Node] = set()
+    values: set[fx.Node] = set()
     parameters: set[fx.Node] = set()
     for node in gm.graph.nodes:
         if node.op == "placeholder" and is_float(node):
-            found.add(node)
+            values.add(node)
         elif node.op == "get_attr":
             holder, name = holder_of(gm, str(node.target))
             if isinstance(getattr(holder, name), nn.Parameter):
@@ -68,21 +68,21 @@ def data_values(gm: fx.GraphModule) -> set[fx.Node]:
         elif node.op in ("call_function", "call_module"):
             reads = node.all_input_nodes
             if str(node.target).startswith(("graphopt.", "quantized_decomposed.dequantize_per_ch")):
-                if all(each.op == "get_attr" or each in parameters for each in reads):
+                if all(operand.op == "get_attr" or operand in parameters for operand in reads):
                     parameters.add(node)
-                continue_data = any(each in found for each in reads)
+                continue_data = any(operand in values for operand in reads)
                 if continue_data:
-                    found.add(node)
-            elif reads and all(each in parameters for each in reads):
+                    values.add(node)
+            elif reads and all(operand in parameters for operand in reads):
                 parameters.add(node)
-            elif any(each in found or each in parameters for each in reads):
-                found.add(node)
-    return found
+            elif any(operand in values or operand in parameters for operand in reads):
+                values.add(node)
+    return values
 
 
 def attention_scores(gm: fx.GraphModule) -> set[fx.Node]:
     """Nodes from a matmul to the softmax that reads its result."""
-    found: set[fx.Node] = set()
+    scores: set[fx.Node] = set()
     for softmax in gm.graph.nodes:
         if _part(softmax) != "softmax":
             continue
@@ -100,8 +100,8 @@ def attention_scores(gm: fx.GraphModule) -> set[fx.Node]:
                 chain.add(node)
                 front += node.all_input_nodes
         if reached:
-            found |= chain
-    return found
+            scores |= chain
+    return scores
 
 
 def _part(node: fx.Node) -> str | None:
@@ -149,12 +149,12 @@ def entering_values(
 ) -> dict[fx.Node, list[tuple[fx.Node, int]]]:
     """Data that some nodes read from outside: value → (reader, operand position), by first use."""
     members = set(inside)
-    found: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
+    readers: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
     for node in inside:
         for position, operand in enumerate(operands(node)):
             if operand not in members and operand in data and is_float(operand):
-                found.setdefault(operand, []).append((node, position))
-    return found
+                readers.setdefault(operand, []).append((node, position))
+    return readers
 
 
 def leaving_values(inside: list[fx.Node], data: set[fx.Node]) -> list[fx.Node]:

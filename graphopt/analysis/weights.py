@@ -140,7 +140,7 @@ def find_weights(gm: fx.GraphModule) -> list[WeightTensor]:
             use = StateUse(tensor, node.name, op_info.op_names(node), role, frames)
             uses.setdefault(key, []).append(use)
             axes.setdefault(key, source.axis)
-    found = []
+    weights = []
     for key, nodes in constants.items():
         value = values[key]
         orphan = key in parameters and value.ndim >= 2
@@ -161,8 +161,8 @@ def find_weights(gm: fx.GraphModule) -> list[WeightTensor]:
             key in data_like,
             sparse.get(key),
         )
-        found.append(entry)
-    return found
+        weights.append(entry)
+    return weights
 
 
 def _attribute(gm: fx.GraphModule, path: str) -> object:
@@ -190,7 +190,7 @@ def state_operands(node: fx.Node) -> Iterator[tuple[fx.Node, int, str, int]]:
                 role = "weight" if isinstance(value, Tensor) and value.ndim == 2 else "bias"
                 yield operand, -1, role, 0
         return
-    slots: list[tuple[str, WeightSlot | BiasSlot]] = [("weight", each) for each in info.weights]
+    slots: list[tuple[str, WeightSlot | BiasSlot]] = [("weight", place) for place in info.weights]
     slots += [("bias", bias) for bias in info.biases]
     for role, slot in slots:
         operand = op_info.argument(node, slot.position)
