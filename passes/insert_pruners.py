@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
+from torch import fx
 from typing_extensions import override
 
 from graphopt.analysis.weights import find_weights
@@ -20,6 +22,8 @@ __all__ = ["InsertPruners"]
 @dataclass(frozen=True)
 class InsertPruners(Pass):
     """Insert a `WeightPruner`, which keeps all elements at first, behind every annotated weight.
+
+    Weights that have one stay as they are.
 
     Before:
         %w = get_attr[fc.weight]
@@ -38,7 +42,7 @@ class InsertPruners(Pass):
     def run(self, edit: Editor) -> None:
         for weight in find_weights(edit.gm):
             annotation = pruning_annotation(weight.nodes[0])
-            if annotation is None:
+            if annotation is None or _has_pruner(edit.gm, weight.nodes):
                 continue
             pruner = WeightPruner(weight.tensor, annotation.spec)
             frames = weight.uses[0].frames
@@ -47,3 +51,9 @@ class InsertPruners(Pass):
             for node in weight.nodes:
                 made = edit.run_module(path, node, place=node.next, like=node)
                 edit.redirect(node, made, lambda _: False)
+
+
+def _has_pruner(gm: fx.GraphModule, constants: Sequence[fx.Node]) -> bool:
+    """Whether an earlier run inserted the module that masks these constants."""
+    called = (user for node in constants for user in node.users if user.op == "call_module")
+    return any(isinstance(gm.get_submodule(str(user.target)), WeightPruner) for user in called)
