@@ -185,7 +185,7 @@ def _lowered(program: Program, target: Target, form: Given) -> Artifact:
 
 def _config(path: Path) -> AnyConfig:
     """A config of one or several parts; one without a root key is of palettization."""
-    found = read_yaml(path, "config")
+    content = read_yaml(path, "config")
     joint = {
         "pruning",
         "palettization",
@@ -193,8 +193,8 @@ def _config(path: Path) -> AnyConfig:
         "magnitude_pruning_config",
         "quantization_config",
     }
-    if isinstance(found, dict) and joint & set(found):
-        return JointConfig.from_dict(found)
+    if isinstance(content, dict) and joint & set(content):
+        return JointConfig.from_dict(content)
     if path.suffix == ".json":
         return KMeansPalettizerConfig.from_json(path)
     return KMeansPalettizerConfig.from_yaml(path)
@@ -204,7 +204,7 @@ def _write_report(
     path: Path,
     program: CompressedProgram,
     before: Program,
-    found: dict[str, Any],
+    report: dict[str, Any],
     *,
     overwrite: bool,
 ) -> None:
@@ -212,4 +212,4 @@ def _write_report(
         program.report().to_html(path, before=before, overwrite=overwrite)
         return
     with replaced(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        print_json(found, stream=file)
+        print_json(report, stream=file)

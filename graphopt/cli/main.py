@@ -67,14 +67,14 @@ def inspect(
     program = as_program(model)
     if graph is not None:
         save_graph(program, graph)
-    found = inspect_program(program)
+    inspection = inspect_program(program)
     if as_json:
-        print_json(found.to_dict())
+        print_json(inspection.to_dict())
         return
-    OUT.print(found.tree())
-    OUT.print(found.table())
-    if found.static_dims:
-        OUT.print(f"fixed input dimensions: {', '.join(found.static_dims)}")
+    OUT.print(inspection.tree())
+    OUT.print(inspection.table())
+    if inspection.static_dims:
+        OUT.print(f"fixed input dimensions: {', '.join(inspection.static_dims)}")
 
 
 @app.command()

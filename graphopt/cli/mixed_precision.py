@@ -283,21 +283,21 @@ def read_data(path: Path, batch_size: int) -> list[Any]:
     """
     try:
         if path.suffix in (".npy", ".npz"):
-            found: Any = np.load(path, allow_pickle=False)
+            data: Any = np.load(path, allow_pickle=False)
         else:
-            found = torch.load(path, map_location="cpu", weights_only=True)
+            data = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         raise InputError(f"{path} cannot be read: {error}") from None
-    if isinstance(found, np.ndarray):
-        found = torch.from_numpy(found)
-    if isinstance(found, Tensor):
-        return list(found.split(batch_size))
-    if isinstance(found, list) and found:
-        return found
-    if isinstance(found, Mapping):
-        parts = {name: torch.as_tensor(found[name]).split(batch_size) for name in found}
-        return [dict(zip(parts, each, strict=True)) for each in zip(*parts.values(), strict=True)]
-    raise InputError(f"{path}: expected a tensor or a list of calls, got {type(found).__name__}")
+    if isinstance(data, np.ndarray):
+        data = torch.from_numpy(data)
+    if isinstance(data, Tensor):
+        return list(data.split(batch_size))
+    if isinstance(data, list) and data:
+        return data
+    if isinstance(data, Mapping):
+        parts = {name: torch.as_tensor(data[name]).split(batch_size) for name in data}
+        return [dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True)]
+    raise InputError(f"{path}: expected a tensor or a list of calls, got {type(data).__name__}")
 
 
 def _called(module: torch.nn.Module, call: Any) -> list[Tensor]:

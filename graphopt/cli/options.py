@@ -141,7 +141,9 @@ class _Group:
             self.parameters.append(_keyword(field.name, info, default))
 
     def take(self, given: Given) -> Options:
-        return self._options(**{each.name: given.pop(each.name) for each in self.parameters})
+        return self._options(
+            **{parameter.name: given.pop(parameter.name) for parameter in self.parameters}
+        )
 
 
 def shell_command(function: Callable[..., None]) -> Callable[..., None]:
@@ -167,7 +169,7 @@ def shell_command(function: Callable[..., None]) -> Callable[..., None]:
 
     command.__name__, command.__doc__ = function.__name__, function.__doc__
     command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    command.__annotations__ = {each.name: each.annotation for each in parameters}
+    command.__annotations__ = {field.name: field.annotation for field in parameters}
     return command
 
 
@@ -175,7 +177,12 @@ def _group_of(hint: Any) -> Fields | TargetFields | _Group | None:
     if isinstance(hint, type) and issubclass(hint, Options):
         return _Group(hint)
     return next(
-        (each for each in get_args(hint)[1:] if isinstance(each, Fields | TargetFields)), None
+        (
+            metadata
+            for metadata in get_args(hint)[1:]
+            if isinstance(metadata, Fields | TargetFields)
+        ),
+        None,
     )
 
 

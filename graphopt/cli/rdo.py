@@ -73,7 +73,7 @@ def rdo(
 
 
 def _mapping(path: Path) -> dict[str, Any]:
-    found = read_yaml(path, "RDOConfig")
-    if not isinstance(found, dict):
-        raise ConfigError(f"{path.name}: expected a mapping, got {type(found).__name__}")
-    return found
+    content = read_yaml(path, "RDOConfig")
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path.name}: expected a mapping, got {type(content).__name__}")
+    return content

@@ -35,11 +35,11 @@ def compare(
 ) -> None:
     """Show type, size and errors of each layer before and after."""
     batches = None if data is None else read_data(data, batch_size)
-    found = diff(as_program(before), as_program(after), batches)
+    difference = diff(as_program(before), as_program(after), batches)
     if as_json:
-        print_json(found.to_dict())
+        print_json(difference.to_dict())
     else:
-        OUT.print(found)
+        OUT.print(difference)
 
 
 def report(

@@ -25,7 +25,7 @@ class TargetFields:
 
     def take(self, given: dict[str, Any]) -> dict[str, Any]:
         """Option → value of those that were given."""
-        values = {each.name: given.pop(each.name) for each in self.parameters}
+        values = {parameter.name: given.pop(parameter.name) for parameter in self.parameters}
         return {name: value for name, value in values.items() if value is not None}
 
 

@@ -140,8 +140,8 @@ class KMeansPalettizer(Compressor):
             pipeline, "palettize-weights", example_inputs, example_kwargs, dynamic_shapes
         )
         gm = run.program.graph_module
-        found = findings_of(gm)
-        self._palettes, self._sensitivities = dict(found.palettes), dict(found.sensitivities)
+        findings = findings_of(gm)
+        self._palettes, self._sensitivities = dict(findings.palettes), dict(findings.sensitivities)
         keep_findings(gm, palettes={}, sensitivities={})
         fake = run.program.copy().graph_module
         run_passes(fake, [FakePalettize(self._palettes)])
@@ -206,9 +206,9 @@ class KMeansPalettizer(Compressor):
         with calibrator.watching(prepared):
             yield calibrator
         calibrator.collect(prepared, progress)
-        found = calibrator.palettes(self._seed, progress, correct_bias=correct_bias)
+        fitted = calibrator.palettes(self._seed, progress, correct_bias=correct_bias)
         self._sensitivities = calibrator.collector.sums
-        self._take(found.weights, found.biases, found.remarks)
+        self._take(fitted.weights, fitted.biases, fitted.remarks)
         if sensitivity_path is not None:
             self.save_sensitivities(sensitivity_path)
 
@@ -283,7 +283,7 @@ class KMeansPalettizer(Compressor):
         return save_sensitivities(path, self._sensitivities)
 
     def _take(
-        self, found: dict[str, PalettizedWeight], biases: dict[str, Tensor], remarks: list[str]
+        self, palettes: dict[str, PalettizedWeight], biases: dict[str, Tensor], remarks: list[str]
     ) -> None:
         """Let the programs hold new palettes and biases."""
         prepared = self._ready()
@@ -292,14 +292,14 @@ class KMeansPalettizer(Compressor):
         record(fitted.graph_module, remarks=remarks)
         self._fitted = fitted
         fake = fitted.copy().graph_module
-        run_passes(fake, [FakePalettize(found)])
-        for path in {**dict(prepared.named_parameters()), **found}:
+        run_passes(fake, [FakePalettize(palettes)])
+        for path in {**dict(prepared.named_parameters()), **palettes}:
             holder, name = holder_of(fake, path)
             target, name = holder_of(prepared, path)
             value = getattr(holder, name).detach()
             # dense palettes are the pass's own, everything else is shared with the program
-            getattr(target, name).data = value if path in found else value.clone()
-        self._palettes = found
+            getattr(target, name).data = value if path in palettes else value.clone()
+        self._palettes = palettes
 
     @property
     def algorithms(self) -> dict[str, str]:

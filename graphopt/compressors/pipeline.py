@@ -48,8 +48,8 @@ class Pipeline(Sequence[AnyPass]):
 
     def __post_init__(self) -> None:
         flat: list[AnyPass] = []
-        for each in self.passes:
-            flat += each.passes if isinstance(each, Pipeline) else (each,)
+        for step in self.passes:
+            flat += step.passes if isinstance(step, Pipeline) else (step,)
         object.__setattr__(self, "passes", tuple(flat))
         check_order(self.passes)
 
@@ -73,7 +73,7 @@ class Pipeline(Sequence[AnyPass]):
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the passes, in order."""
-        return tuple(name_of(each) for each in self.passes)
+        return tuple(name_of(step) for step in self.passes)
 
     def insert_before(self, name: str, *passes: AnyPass) -> Pipeline:
         """Put passes in front of the first one of that name."""
@@ -104,9 +104,9 @@ class Pipeline(Sequence[AnyPass]):
         waiting = list(self.passes)
         order = []
         for name in names:
-            found = next(each for each in waiting if name_of(each) == name)
-            waiting.remove(found)
-            order.append(found)
+            chosen = next(step for step in waiting if name_of(step) == name)
+            waiting.remove(chosen)
+            order.append(chosen)
         return replace(self, passes=tuple(order))
 
     def _place(self, name: str) -> int:
@@ -212,11 +212,11 @@ class PausedRun:
             InputError: No pass of that name waits.
         """
         waiting = list(self.pipeline.passes[self.place :])
-        names = [name_of(each) for each in waiting]
-        for each in passes:
-            if name_of(each) not in names:
-                raise InputError(f"no pass {name_of(each)!r} waits: {names}")
-            waiting[names.index(name_of(each))] = each
+        names = [name_of(step) for step in waiting]
+        for given in passes:
+            if name_of(given) not in names:
+                raise InputError(f"no pass {name_of(given)!r} waits: {names}")
+            waiting[names.index(name_of(given))] = given
         going = self.program.copy() if program is None else program
         keep_findings(going.graph_module, **results)
         report = PassManager(waiting).run(going.graph_module)

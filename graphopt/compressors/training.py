@@ -55,8 +55,8 @@ class PaletteTraining:
     def follow(self) -> None:
         """Switch palettizers as the schedules say."""
         for palettizer in parts_of(self.prepared, WeightPalettizer):
-            found = self.config.schedule_at(palettizer.origin.path, "pat_schedule")
-            schedule = found or PATSchedule()
+            configured = self.config.schedule_at(palettizer.origin.path, "pat_schedule")
+            schedule = configured or PATSchedule()
             palettizer.palettizing = self.steps >= schedule.enable_fake_palettize
             freeze = schedule.freeze_codes
             palettizer.frozen = freeze is not None and self.steps >= freeze
