@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Literal, TypeVar
+from typing import Any, ClassVar, TypeVar
 
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from graphopt.errors import CalibrationError
-from graphopt.fitting.tuning import TuningOptions, tune_graph
+from graphopt.fitting.tuning import TuningKeywords, TuningOptions, tune_graph
 from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
@@ -57,13 +57,7 @@ def tune(
     program: ProgramT,
     reference: Program,
     data: Sequence[Any],
-    *,
-    steps: int = 200,
-    blocks: Literal["auto", "whole"] = "whole",
-    width: int = 1,
-    learning_rate: float = 0.02,
-    seed: int = 0,
-    progress: bool | None = None,
+    **options: Unpack[TuningKeywords],
 ) -> ProgramT:
     """Tune a compressed program on unlabelled data.
 
@@ -71,25 +65,19 @@ def tune(
         program: What a compressor made of `reference`; it is not changed.
         reference: The uncompressed program.
         data: Inputs of one call each, as for `as_batch`: one step of Adam takes one of them.
-        steps: Steps per block.
-        blocks: "whole" tunes everything against the outputs of the network, which gave the better
-            outputs wherever both were tried; "auto" cuts the graph where at most `width` compressed
-            values are alive and needs the memory of one block.
-        width: See `graphopt.partition.find_blocks`.
-        learning_rate: Step of a table's entries relative to their median distance; biases and
-            norms move a fifth as far, relative to their spread.
-        seed: Seed of the order of the data.
-        progress: Show a bar; None shows it on a terminal.
+        **options: The fields of `TuningOptions`, which documents them.
 
     Returns:
         A program with the same codes. A block whose error did not fall keeps its values.
 
     Raises:
+        OptionError: There is no such option.
         CalibrationError: There is no data.
         InputError: Data do not fit the program.
     """
+    how = TuningOptions.of("tune", options)
     tuned = replace(program, graph_module=copy.deepcopy(program.graph_module))
-    if steps < 1:
+    if how.steps < 1:
         return tuned
     if not data:
         raise CalibrationError("no data: there is nothing to tune on")
@@ -101,6 +89,5 @@ def tune(
         # the program's convolutions stand for the norms behind them, too
         exact = reference.copy().graph_module
         run_passes(exact, [FoldBatchNorm()])
-    options = TuningOptions(steps, blocks, width, learning_rate, seed, progress)
-    tune_graph(gm, exact, batches, options)
+    tune_graph(gm, exact, batches, how)
     return tuned

@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import torch
 from torch import Tensor, fx, nn
@@ -27,23 +27,27 @@ from graphopt.progress import track
 from graphopt.run.batches import Batch
 from graphopt.run.block_forward import BlockForward
 from graphopt.run.layerwise import LayerwiseRun
+from graphopt.specs.options import Options
 
-__all__ = ["TuningOptions", "tune_graph"]
+__all__ = ["TuningKeywords", "TuningOptions", "tune_graph"]
 
 _log = logging.getLogger(__name__)
-_LOOKUP = torch.ops.graphopt.lut_to_dense.default
-_COMPRESSED = (_LOOKUP, torch.ops.graphopt.shift_scale.default)
+_LUT_TO_DENSE = torch.ops.graphopt.lut_to_dense.default
+_COMPRESSED = (_LUT_TO_DENSE, torch.ops.graphopt.shift_scale.default)
 
 
-@dataclass(frozen=True)
-class TuningOptions:
-    """How blocks are tuned.
+@dataclass(frozen=True, kw_only=True)
+class TuningOptions(Options):
+    """How a compressed program is tuned.
 
     Attributes:
         steps: Steps per block.
-        blocks: "whole" or "auto", see `graphopt.tuning.tune`.
+        blocks: "whole" tunes everything against the outputs of the network, which gave the better
+            outputs wherever both were tried; "auto" cuts the graph where at most `width` compressed
+            values are alive and needs the memory of one block.
         width: See `graphopt.partition.find_blocks`.
-        learning_rate: Step of a table's entries relative to their median distance.
+        learning_rate: Step of a table's entries relative to their median distance; biases and
+            norms move a fifth as far, relative to their spread.
         seed: Seed of the order of the data.
         progress: Show a bar; None shows it on a terminal.
     """
@@ -54,6 +58,17 @@ class TuningOptions:
     learning_rate: float = 0.02
     seed: int = 0
     progress: bool | None = None
+
+
+class TuningKeywords(TypedDict, total=False):
+    """The options of `TuningOptions` as keywords of a call."""
+
+    steps: int
+    blocks: Literal["auto", "whole"]
+    width: int
+    learning_rate: float
+    seed: int
+    progress: bool | None
 
 
 def tune_graph(
@@ -81,7 +96,7 @@ def tune_graph(
 
 
 def _all_blocks(
-    found: list[Block],
+    blocks: list[Block],
     runs: tuple[LayerwiseRun, LayerwiseRun],
     partners: Correspondence,
     options: TuningOptions,
@@ -89,14 +104,14 @@ def _all_blocks(
     run, exact = runs
     order = iter(exact.gm.graph.nodes)
     generator = torch.Generator().manual_seed(options.seed)
-    for block in found:
+    for block in blocks:
         wanted = [partners[node] for node in block.outputs]
         for node in order:
             if node.op != "output":
                 exact.step(node)
-            if all(exact.has_run(each) for each in wanted):
+            if all(exact.has_run(value) for value in wanted):
                 break
-        goals = [list(map(torch.Tensor.detach, exact.values(each))) for each in wanted]
+        goals = [list(map(torch.Tensor.detach, exact.values(value))) for value in wanted]
         yield from _tune_block(run, block, goals, options, generator)
         for node in block.nodes:
             run.step(node)
@@ -105,18 +120,18 @@ def _all_blocks(
 def _compressed_ops(gm: CapturedModule) -> set[fx.Node]:
     """Ops that read a compressed constant."""
     derived: set[fx.Node] = set()
-    found: set[fx.Node] = set()
+    ops: set[fx.Node] = set()
     for node in gm.graph.nodes:
         used = operands(node)
         from_constants = bool(used) and all(
-            each.op == "get_attr" or each in derived for each in used
+            operand.op == "get_attr" or operand in derived for operand in used
         )
-        compressed = node.target in _COMPRESSED or any(each in derived for each in used)
+        compressed = node.target in _COMPRESSED or any(operand in derived for operand in used)
         if from_constants and compressed:
             derived.add(node)
-        elif any(each in derived for each in used) and node.op != "output":
-            found.add(node)
-    return found
+        elif any(operand in derived for operand in used) and node.op != "output":
+            ops.add(node)
+    return ops
 
 
 def _merged(run: LayerwiseRun, blocks: list[Block], partners: Correspondence) -> list[Block]:
@@ -126,9 +141,9 @@ def _merged(run: LayerwiseRun, blocks: list[Block], partners: Correspondence) ->
         for node in _constants_of(block.nodes, run):
             readers.setdefault(str(node.target), []).append(number)
     open_until = list(range(len(blocks)))
-    for found in readers.values():
-        for number in range(min(found), max(found)):
-            open_until[number] = max(open_until[number], max(found))
+    for numbers in readers.values():
+        for number in range(min(numbers), max(numbers)):
+            open_until[number] = max(open_until[number], max(numbers))
     result: list[Block] = []
     pending: list[Block] = []
     reach = -1
@@ -139,8 +154,8 @@ def _merged(run: LayerwiseRun, blocks: list[Block], partners: Correspondence) ->
         known = all(node in partners for node in block.outputs)
         if (number < reach or not known) and not last:
             continue
-        nodes = tuple(node for each in pending for node in each.nodes)
-        targets = tuple(node for each in pending for node in each.targets)
+        nodes = tuple(node for block in pending for node in block.nodes)
+        targets = tuple(node for block in pending for node in block.targets)
         if known:
             result.append(Block(nodes, pending[0].inputs, block.outputs, targets))
         pending = []
@@ -149,17 +164,17 @@ def _merged(run: LayerwiseRun, blocks: list[Block], partners: Correspondence) ->
 
 def _constants_of(nodes: tuple[fx.Node, ...], run: LayerwiseRun) -> set[fx.Node]:
     """`get_attr` nodes that nodes read, directly or through ops on constants."""
-    found: set[fx.Node] = set()
+    constants: set[fx.Node] = set()
     pending = [node for node in nodes if not run.is_constant(node)]
     seen: set[fx.Node] = set()
     while pending:
-        for each in operands(pending.pop()):
-            if each.op == "get_attr":
-                found.add(each)
-            elif each not in seen and run.is_constant(each):
-                seen.add(each)
-                pending.append(each)
-    return found
+        for operand in operands(pending.pop()):
+            if operand.op == "get_attr":
+                constants.add(operand)
+            elif operand not in seen and run.is_constant(operand):
+                seen.add(operand)
+                pending.append(operand)
+    return constants
 
 
 def _blocks(gm: CapturedModule, targets: set[fx.Node], kind: str, width: int) -> list[Block]:
@@ -203,23 +218,23 @@ class _Gather(torch.autograd.Function):
 
 
 class _TunedBlock:
-    """A block, the tensors that it trains, and the lookups that it computes from them."""
+    """A block, the tensors that it trains, and the dense weights that it computes from them."""
 
     def __init__(self, run: LayerwiseRun, block: Block) -> None:
         self.forward = BlockForward(run, block)
         self.trained: dict[str, _Trained] = {}
-        self._lookups: dict[fx.Node, Callable[[dict[fx.Node, Any]], Any]] = {}
+        self._dense: dict[fx.Node, Callable[[dict[fx.Node, Any]], Any]] = {}
         for node in self.forward.constants_read:
-            if node.target is _LOOKUP:
-                self._lookups[node] = partial(_looked_up, node, _element_numbers(run, node))
+            if node.target is _LUT_TO_DENSE:
+                self._dense[node] = partial(_dense_value, node, _element_numbers(run, node))
             if node.op == "get_attr" and (step := _step_of(node, run)) > 0:
                 value = nn.Parameter(run.constant(node).detach().float().clone())
                 self.trained[str(node.target)] = _Trained(str(node.target), value, step)
 
     def constants(self) -> dict[fx.Node, Any]:
         """Values of the constants, once for a step."""
-        given = {path: each.value for path, each in self.trained.items()}
-        return self.forward.constants(given, self._lookups)
+        given = {path: trained.value for path, trained in self.trained.items()}
+        return self.forward.constants(given, self._dense)
 
 
 def _tune_block(
@@ -235,7 +250,7 @@ def _tune_block(
         yield from (None for _ in range(steps))
         return
     scales = [
-        max(float(torch.cat([each.float().reshape(-1) for each in goal]).var()), 1e-30)
+        max(float(torch.cat([tensor.float().reshape(-1) for tensor in goal]).var()), 1e-30)
         for goal in goals
     ]
     count = len(goals[0])
@@ -243,9 +258,9 @@ def _tune_block(
     def loss(constants: dict[fx.Node, Any], number: int) -> Tensor:
         made = tuned.forward(constants, number)
         parts = [
-            (each.float() - goal[number].float()).square().mean() / scale
-            for each, goal, scale in zip(made, goals, scales, strict=True)
-            if each.is_floating_point()
+            (output.float() - goal[number].float()).square().mean() / scale
+            for output, goal, scale in zip(made, goals, scales, strict=True)
+            if output.is_floating_point()
         ]
         return torch.stack(parts).sum()
 
@@ -256,7 +271,8 @@ def _tune_block(
 
     before = whole()
     groups = [
-        {"params": [each.value], "lr": learning_rate * each.step} for each in tuned.trained.values()
+        {"params": [trained.value], "lr": learning_rate * trained.step}
+        for trained in tuned.trained.values()
     ]
     optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
     schedule = torch.optim.lr_scheduler.LambdaLR(
@@ -289,7 +305,7 @@ def _step_of(node: fx.Node, run: LayerwiseRun) -> float:
         return 0.0
     for user in node.users:
         place = user.args.index(node) if node in user.args else -1
-        if user.target is _LOOKUP and place == 1:
+        if user.target is _LUT_TO_DENSE and place == 1:
             gaps = value.float().sort(dim=-2).values.diff(dim=-2)
             return float(gaps[gaps > 0].median()) if bool((gaps > 0).any()) else 0.0
         if place in _tuned_places(user):
@@ -309,8 +325,8 @@ def _tuned_places(node: fx.Node) -> tuple[int, ...]:
 
 
 def _element_numbers(run: LayerwiseRun, node: fx.Node) -> Tensor:
-    """For each code of a lookup, the row of the flattened tables that it reads, int32."""
-    indices, lut = (run.constant(each) for each in operands(node)[:2])
+    """For each code of a palettized weight, the row of the flattened tables that it reads, int32."""
+    indices, lut = (run.constant(operand) for operand in operands(node)[:2])
     n_bits, shape = node.args[2], list(node.args[3])  # type: ignore[arg-type]
     assert isinstance(n_bits, int)
     axis = node.args[4] if len(node.args) > 4 else None
@@ -329,13 +345,13 @@ def _element_numbers(run: LayerwiseRun, node: fx.Node) -> Tensor:
     return (offset * lut.shape[-2] + codes).reshape(-1)
 
 
-def _looked_up(node: fx.Node, codes: Tensor, values: dict[fx.Node, Any]) -> Tensor:
+def _dense_value(node: fx.Node, codes: Tensor, values: dict[fx.Node, Any]) -> Tensor:
     lut = values[operands(node)[1]]
     shape: list[int] = list(node.args[3])  # type: ignore[arg-type]
     axis = node.args[4] if len(node.args) > 4 else None
-    found = _Gather.apply(lut.reshape(-1, lut.shape[-1]), codes)
+    entries = _Gather.apply(lut.reshape(-1, lut.shape[-1]), codes)
     if not isinstance(axis, int):
-        return found.reshape(shape)
+        return entries.reshape(shape)
     length = lut.shape[-1]
     folded = [size // length if place == axis else size for place, size in enumerate(shape)]
-    return found.reshape(*folded, length).movedim(-1, axis + 1).reshape(shape)
+    return entries.reshape(*folded, length).movedim(-1, axis + 1).reshape(shape)
