@@ -13,7 +13,8 @@ from torch.utils import _pytree as pytree
 
 from graphopt.analysis.weights import find_weights
 from graphopt.errors import CalibrationError, InputError
-from graphopt.fitting.algorithms import ALGORITHMS, CALIBRATED, Evidence, Palettes
+from graphopt.fitting.algorithms import ALGORITHMS, CALIBRATED
+from graphopt.fitting.evidence import Evidence, Palettes
 from graphopt.fitting.sensitivity import GradientCollector, LossFn, label_free_loss
 from graphopt.fitting.sensitivity.taps import TAPS, insert_taps
 from graphopt.ir.annotations import palette_annotation
@@ -35,13 +36,13 @@ __all__ = [
 
 def algorithms_of(annotated: Program) -> dict[str, str]:
     """Name of each weight to be palettized → the algorithm that a calibration runs for it."""
-    found: dict[str, str] = {}
+    algorithms: dict[str, str] = {}
     for weight in find_weights(annotated.graph_module):
         annotation = palette_annotation(weight.nodes[0])
         if annotation is not None:
             algorithm = annotation.spec.algorithm
-            found[weight.name] = CALIBRATED if algorithm == "auto" else algorithm
-    return found
+            algorithms[weight.name] = CALIBRATED if algorithm == "auto" else algorithm
+    return algorithms
 
 
 def needs_gradients(algorithm: str) -> bool:
@@ -121,11 +122,13 @@ class Calibrator:
         self._label_free = label_free
         self._generator = torch.Generator().manual_seed(seed)
         chosen = [ALGORITHMS[name] for name in self.algorithms.values()]
-        self._layerwise = any(each.needs_inputs for each in chosen)
-        self._watched = [name for name, each in self.algorithms.items() if needs_gradients(each)]
+        self._layerwise = any(algorithm.needs_inputs for algorithm in chosen)
+        self._watched = [
+            name for name, algorithm in self.algorithms.items() if needs_gradients(algorithm)
+        ]
         self.collector = GradientCollector(
             per_sample=per_sample,
-            squares=squares or any(each.needs_sensitivities for each in chosen),
+            squares=squares or any(algorithm.needs_sensitivities for algorithm in chosen),
             positions=self._layerwise,
             folder=folder,
         )
@@ -243,9 +246,9 @@ def _state(module: nn.Module) -> dict[str, tuple[Tensor, bool]]:
 
 def _tensor(module: nn.Module, path: str) -> Tensor:
     holder, name = holder_of(module, path)
-    found = getattr(holder, name)
-    assert isinstance(found, Tensor)
-    return found
+    tensor = getattr(holder, name)
+    assert isinstance(tensor, Tensor)
+    return tensor
 
 
 def _detached(value: Any) -> Any:
@@ -253,7 +256,7 @@ def _detached(value: Any) -> Any:
 
 
 def _batch_size(output: Any) -> int:
-    for each in pytree.tree_leaves(output):
-        if isinstance(each, Tensor) and each.ndim:
-            return each.shape[0]
+    for leaf in pytree.tree_leaves(output):
+        if isinstance(leaf, Tensor) and leaf.ndim:
+            return leaf.shape[0]
     return 1

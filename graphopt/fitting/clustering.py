@@ -43,13 +43,13 @@ def cluster_annotated(
     Raises:
         CompressionError: A weight contains NaN or Inf; the message names it.
     """
-    found = _annotated(gm)
+    weights = _annotated(gm)
     if names is not None:
-        found = {name: found[name] for name in found if name in set(names)}
-    order = sorted(found, key=lambda name: -found[name][0].numel())
+        weights = {name: weights[name] for name in weights if name in set(names)}
+    order = sorted(weights, key=lambda name: -weights[name][0].numel())
 
     def cluster(name: str) -> tuple[str, PalettizedWeight]:
-        tensor, annotation = found[name]
+        tensor, annotation = weights[name]
         try:
             return name, palettize(
                 tensor,
@@ -64,7 +64,7 @@ def cluster_annotated(
             ) from None
 
     done = dict(track(map_tasks(cluster, order), "palettizing", len(order), enabled=progress))
-    return {name: done[name] for name in found}
+    return {name: done[name] for name in weights}
 
 
 def _smoothed(importance: Tensor | None) -> Tensor | None:
@@ -78,7 +78,7 @@ def _annotated(
     gm: fx.GraphModule,
 ) -> dict[str, tuple[Tensor, WeightAnnotation[PalettizationSpec]]]:
     edit = Editor(gm)
-    found: dict[str, tuple[Tensor, WeightAnnotation[PalettizationSpec]]] = {}
+    annotated: dict[str, tuple[Tensor, WeightAnnotation[PalettizationSpec]]] = {}
     seen: set[int] = set()
     for node in edit.constants():
         annotation = palette_annotation(node)
@@ -87,5 +87,5 @@ def _annotated(
         tensor = edit.value(node)
         if id(tensor) not in seen:
             seen.add(id(tensor))
-            found[str(node.target)] = (tensor, annotation)
-    return found
+            annotated[str(node.target)] = (tensor, annotation)
+    return annotated

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from graphopt.analysis.matrix_form import WeightUse
 from graphopt.fitting.moments import LayerMoments, bias_change, compensated_weight
+from graphopt.fitting.output_loss import OutputLoss
 from graphopt.numerics.feedback import OrderedHessian
 
 __all__ = ["LayerTarget"]
@@ -61,6 +62,14 @@ class LayerTarget:
     def hessian(self) -> Tensor:
         """Second moment of the op's columns, [groups, columns, columns]."""
         return self.moments.hessian
+
+    def loss(self, damping: float = 0.01) -> OutputLoss:
+        """What errors of the weight cost.
+
+        Args:
+            damping: Share of the mean diagonal that feedback adds; that of `ordered`, where it is.
+        """
+        return OutputLoss(self.use, self.hessian, damping=damping, ordered=self.ordered)
 
     def bias(self, exact: Tensor, compressed: Tensor) -> Tensor:
         """The op's bias when another weight takes the place of the stored one, in its own type.

@@ -181,15 +181,15 @@ def compensated_weight(use: WeightUse, weight: Tensor, moments: LayerMoments) ->
     return use.pull_back(matrix + moved, weight.shape).to(weight.dtype).contiguous()
 
 
-def bias_change(use: WeightUse, exact: Tensor, found: Tensor, moments: LayerMoments) -> Tensor:
+def bias_change(use: WeightUse, exact: Tensor, compressed: Tensor, moments: LayerMoments) -> Tensor:
     """What the op's bias must take up so that the mean of its outputs is right, [rows], float64.
 
     Args:
         use: The op.
         exact: The stored weight.
-        found: What takes its place.
+        compressed: What takes its place.
         moments: Of the op's inputs.
     """
     right = use.matrix(exact, casts=False).double() @ moments.wanted.double()[..., None]
-    wrong = use.matrix(found, casts=False).double() @ moments.mean.double()[..., None]
+    wrong = use.matrix(compressed, casts=False).double() @ moments.mean.double()[..., None]
     return (right - wrong).reshape(-1) + moments.beside_mean.double().reshape(-1)

@@ -7,16 +7,18 @@ before it, to what `graphopt.fitting.moments` says it should put out.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, fx
 
 from graphopt.analysis.matrix_form import MatrixForm, WeightUse, weight_uses
 from graphopt.analysis.weights import WeightTensor, find_weights
+from graphopt.fitting.evidence import Evidence
 from graphopt.fitting.importance import element_importance
 from graphopt.fitting.layer_target import LayerTarget
 from graphopt.fitting.moments import bias_of, collect_moments, missing_beside
+from graphopt.fitting.output_loss import OutputLoss
 from graphopt.fitting.palettize_outputs import (
     NO_ORDER,
     palettize_by_columns,
@@ -27,13 +29,13 @@ from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.progress import track
-from graphopt.run.batches import Batch
 from graphopt.run.layerwise import LayerwiseRun
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 
 __all__ = ["OutputFit", "fit_to_outputs"]
 
-_LOOKUP_DAMPING = 0.3
+_EMBEDDING_DAMPING = 0.3
+_Missing = Sequence[tuple[Tensor, Tensor]] | None  # what `missing_beside` says
 
 
 @dataclass(frozen=True)
@@ -53,28 +55,18 @@ class OutputFit:
 
 def fit_to_outputs(
     annotated: Program,
-    batches: Sequence[Batch],
-    known: Mapping[str, PalettizedWeight],
-    saliency: Mapping[str, Sequence[Tensor]],
-    spread: Mapping[str, Tensor],
-    *,
     names: Sequence[str],
-    correct_bias: bool = True,
-    seed: int = 0,
-    progress: bool | None = None,
+    evidence: Evidence,
+    known: Mapping[str, PalettizedWeight],
 ) -> OutputFit:
     """Palettize the weights `names` one after the other.
 
     Args:
         annotated: A program whose weights `AnnotatePalettization` has seen; it is not changed.
-        batches: Calibration inputs.
-        known: Palettes of other weights, which count as compressed before.
-        saliency: Node → [batch, positions] per batch; nodes without one weigh all positions alike.
-        spread: Node of a lookup → second moment of the gradient of its output, [rows, rows].
         names: Weights to fit.
-        correct_bias: Let the op's own bias take up the mean of the error.
-        seed: Seed of vector tables.
-        progress: Show a bar; None shows it on a terminal.
+        evidence: What a calibration has seen; ops whose saliency lacks batches weigh all positions
+            alike.
+        known: Palettes of other weights, which count as compressed before.
     """
     work = annotated.copy()
     edit = Editor(work.graph_module)
@@ -83,119 +75,132 @@ def fit_to_outputs(
         _set(edit, weights[name], palettized.dense())
     chosen = [weights[name] for name in names]
     uses = weight_uses(work.graph_module, chosen)
-    ops = {found[0].node: name for name, found in uses.items() if len(found) == 1}
-    run = LayerwiseRun(work.graph_module, batches)
-    reference = LayerwiseRun(annotated.graph_module, batches)
+    ops = {readers[0].node: name for name, readers in uses.items() if len(readers) == 1}
+    run = LayerwiseRun(work.graph_module, evidence.batches)
+    reference = LayerwiseRun(annotated.graph_module, evidence.batches)
     partners = Correspondence.by_name(work.graph_module, annotated.graph_module)
-    result = OutputFit({}, {}, {})
+    layers = _Layers(edit, run, reference, partners, evidence)
     for weight in chosen:
         if weight.name not in ops.values():
             reason = "several ops read it" if weight.name in uses else "its op has no matrix form"
-            result.fallbacks[weight.name] = reason
-            _keep(edit, weight, _plain(weight, None, seed), result)
+            layers.result.fallbacks[weight.name] = reason
+            layers.keep(weight, _plain(weight, None, evidence.seed))
     steps = [node for node in partners if node.op != "output"]
-    for node in track(steps, "fitting layers", len(steps), enabled=progress):
+    for node in track(steps, "fitting layers", len(steps), enabled=evidence.progress):
         if node in ops:
-            weight, use = weights[ops[node]], uses[ops[node]][0]
-            _fit(
-                edit,
-                weight,
-                use,
-                run,
-                reference,
-                partners,
-                saliency,
-                spread,
-                result,
-                correct_bias,
-                seed,
-            )
+            layers.fit(weights[ops[node]], uses[ops[node]][0])
         run.step(node)
         reference.step(partners[node])
-    return result
+    return layers.result
 
 
-def _fit(
-    edit: Editor,
-    weight: WeightTensor,
-    use: WeightUse,
-    run: LayerwiseRun,
-    reference: LayerwiseRun,
-    partners: Correspondence,
-    saliency: Mapping[str, Sequence[Tensor]],
-    spread: Mapping[str, Tensor],
-    result: OutputFit,
-    correct_bias: bool,
-    seed: int,
-) -> None:
-    annotation = palette_annotation(weight.nodes[0])
-    assert annotation is not None
+@dataclass(frozen=True)
+class _Layers:
+    """The program on its way from layer to layer, beside the exact one, and what was found so far."""
+
+    edit: Editor
+    run: LayerwiseRun
+    reference: LayerwiseRun
+    partners: Correspondence
+    evidence: Evidence
+    result: OutputFit = field(default_factory=lambda: OutputFit({}, {}, {}))
+
+    def fit(self, weight: WeightTensor, use: WeightUse) -> None:
+        """Palettize the weight of the op that runs next."""
+        missing = missing_beside(use, self.run, self.reference, self.partners)
+        if use.form.kind == "lookup":
+            self._fit_embedding(weight, use, missing)
+        else:
+            self._fit_matrix(weight, use, missing)
+
+    def _fit_matrix(self, weight: WeightTensor, use: WeightUse, missing: _Missing) -> None:
+        annotation = palette_annotation(weight.nodes[0])
+        assert annotation is not None
+        inputs, seed = _data_of(use), self.evidence.seed
+        original = weight.tensor.detach()
+        bias = bias_of(use) if self.evidence.correct_bias else None
+        moments = collect_moments(
+            use,
+            self.run.values(inputs),
+            self.reference.values(self.partners[inputs]),
+            self._saliency(use),
+            missing,
+            centred=bias is not None,
+            seed=seed,
+        )
+        target = LayerTarget.of(use, original, moments)
+        axis, spec = annotation.output_axis, annotation.spec
+        palettized = palettize_to_outputs(
+            target.weight, spec, target.loss(), output_axis=axis, seed=seed
+        )
+        if palettized is None:
+            self.result.fallbacks[weight.name] = NO_ORDER
+            palettized = palettize_by_columns(
+                original, spec, use, target.hessian, output_axis=axis, seed=seed
+            )
+        self.keep(weight, palettized)
+        if bias is not None:
+            corrected = target.bias(self.edit.value(bias).detach(), palettized.dense())
+            self.edit.set_value(bias, corrected)
+            self.result.biases[str(bias.target)] = corrected
+
+    def _fit_embedding(self, weight: WeightTensor, use: WeightUse, missing: _Missing) -> None:
+        """Errors go on along each vector, weighed by the gradients there.
+
+        A vector counts by the saliency of the positions that took it, plus as much as the mean one:
+        what calibration did not see will come.
+        """
+        annotation = palette_annotation(weight.nodes[0])
+        assert annotation is not None
+        original, seed = weight.tensor.detach(), self.evidence.seed
+        indices = self.run.values(_data_of(use))
+        taken, gap = _embedding_evidence(use, original, indices, missing, self._saliency(use))
+        importance = 1 + taken / taken.mean().clamp_min(1e-30)
+        target = original
+        if gap is not None:
+            moved = use.matrix(original, casts=False) + gap[None, :, None]
+            target = use.pull_back(moved, original.shape).to(original.dtype).contiguous()
+        along = replace(use, form=MatrixForm("linear"))
+        spread = self.evidence.spread.get(use.node.name)
+        palettized, reason = None, "no gradient reached it"
+        if spread is not None and bool(spread.any()):
+            loss = OutputLoss(along, spread[None], importance[None], _EMBEDDING_DAMPING)
+            palettized = palettize_to_outputs(
+                target, annotation.spec, loss, output_axis=annotation.output_axis, seed=seed
+            )
+            reason = NO_ORDER
+        if palettized is None:
+            self.result.fallbacks[weight.name] = reason
+            weighed = element_importance(along, original, rows=importance[None])
+            palettized = _plain(replace(weight, tensor=target), weighed, seed)
+        self.keep(weight, palettized)
+
+    def _saliency(self, use: WeightUse) -> Sequence[Tensor] | None:
+        rows = self.evidence.saliency.get(use.node.name)
+        return rows if rows is not None and len(rows) == len(self.evidence.batches) else None
+
+    def keep(self, weight: WeightTensor, palettized: PalettizedWeight) -> None:
+        """Let a stored form take the weight's place for the layers behind."""
+        dense = palettized.dense()
+        error = (weight.tensor.detach().double() - dense.double()).square().sum()
+        self.result.palettes[weight.name] = replace(palettized, sse=float(error))
+        _set(self.edit, weight, dense)
+
+
+def _data_of(use: WeightUse) -> fx.Node:
     inputs = use.node.args[use.form.data]
     assert isinstance(inputs, fx.Node)
-    wanted = partners[inputs]
-    missing = missing_beside(use, run, reference, partners)
-    if use.form.kind == "lookup":
-        table, reason = _fit_lookup(
-            weight,
-            use,
-            run.values(inputs),
-            missing,
-            saliency.get(use.node.name),
-            spread.get(use.node.name),
-            seed,
-        )
-        if reason:
-            result.fallbacks[weight.name] = reason
-        _keep(edit, weight, table, result)
-        return
-    original = weight.tensor.detach()
-    bias = bias_of(use) if correct_bias else None
-    moments = collect_moments(
-        use,
-        run.values(inputs),
-        reference.values(wanted),
-        saliency.get(use.node.name),
-        missing,
-        centred=bias is not None,
-        seed=seed,
-    )
-    target = LayerTarget.of(use, original, moments)
-    axis, spec = annotation.output_axis, annotation.spec
-    found = palettize_to_outputs(
-        target.weight, spec, use, target.hessian, output_axis=axis, seed=seed
-    )
-    if found is None:
-        result.fallbacks[weight.name] = NO_ORDER
-        found = palettize_by_columns(
-            original, spec, use, target.hessian, output_axis=axis, seed=seed
-        )
-    _keep(edit, weight, found, result)
-    if bias is not None:
-        corrected = target.bias(edit.value(bias).detach(), found.dense())
-        edit.set_value(bias, corrected)
-        result.biases[str(bias.target)] = corrected
+    return inputs
 
 
-def _fit_lookup(
-    weight: WeightTensor,
+def _embedding_evidence(
     use: WeightUse,
+    original: Tensor,
     indices: Sequence[Tensor],
-    missing: Sequence[tuple[Tensor, Tensor]] | None,
+    missing: _Missing,
     saliency: Sequence[Tensor] | None,
-    spread: Tensor | None,
-    seed: int,
-) -> tuple[PalettizedWeight, str]:
-    """Palettize a table of vectors: errors go on along each vector, weighed by the gradients there.
-
-    A vector counts by the saliency of the positions that took it, plus as much as the mean one: what
-    calibration did not see will come.
-
-    Returns:
-        The stored form, and why errors could not go on, or "".
-    """
-    annotation = palette_annotation(weight.nodes[0])
-    assert annotation is not None
-    original = weight.tensor.detach()
+) -> tuple[Tensor, Tensor | None]:
+    """How much each vector was taken, and what the vectors lack on the mean, if it is known."""
     taken = torch.zeros(use.matrix(original, casts=False).shape[2])
     gap, total = torch.zeros(()), 0.0
     for number, ids in enumerate(indices):
@@ -205,45 +210,13 @@ def _fit_lookup(
         taken.index_add_(0, ids.reshape(-1), counted)
         if missing is None:
             continue
-        exact, found = missing[number]
-        lacks = exact.float() - found.float()
+        exact, actual = missing[number]
+        lacks = exact.float() - actual.float()
         if lacks.numel() // lacks.shape[-1] != ids.numel():
             counted = torch.ones(lacks.numel() // lacks.shape[-1])
         gap = gap + counted @ lacks.reshape(-1, lacks.shape[-1])
         total += float(counted.sum())
-    importance = 1 + taken / taken.mean().clamp_min(1e-30)
-    target = original
-    if total > 0:
-        moved = use.matrix(original, casts=False) + (gap / total)[None, :, None]
-        target = use.pull_back(moved, original.shape).to(original.dtype).contiguous()
-    along = replace(use, form=MatrixForm("linear"))
-    if spread is not None and bool(spread.any()):
-        fitted = palettize_to_outputs(
-            target,
-            annotation.spec,
-            along,
-            spread[None],
-            output_axis=annotation.output_axis,
-            row_importance=importance[None],
-            damping=_LOOKUP_DAMPING,
-            seed=seed,
-        )
-        if fitted is not None:
-            return fitted, ""
-        reason = NO_ORDER
-    else:
-        reason = "no gradient reached it"
-    weighed = element_importance(along, original, rows=importance[None])
-    return _plain(replace(weight, tensor=target), weighed, seed), reason
-
-
-def _keep(
-    edit: Editor, weight: WeightTensor, palettized: PalettizedWeight, result: OutputFit
-) -> None:
-    dense = palettized.dense()
-    error = (weight.tensor.detach().double() - dense.double()).square().sum()
-    result.palettes[weight.name] = replace(palettized, sse=float(error))
-    _set(edit, weight, dense)
+    return taken, gap / total if total > 0 else None
 
 
 def _set(edit: Editor, weight: WeightTensor, dense: Tensor) -> None:

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from graphopt.analysis.matrix_form import WeightUse
 from graphopt.fitting.importance import element_importance
-from graphopt.numerics.feedback import OrderedHessian, TableMap, feedback_grouped, fit_tables
+from graphopt.fitting.output_loss import OutputLoss
+from graphopt.numerics.feedback import TableMap, feedback_grouped, fit_tables
 from graphopt.schemes.palettize import PalettizedWeight, arrange, assemble, palettize
 from graphopt.schemes.tables import StoredTables, round_tables
 from graphopt.specs import PalettizationSpec
@@ -22,27 +23,19 @@ NO_ORDER = "its tables do not follow the rows and columns of its matrix"
 def palettize_to_outputs(
     weight: Tensor,
     spec: PalettizationSpec,
-    use: WeightUse,
-    hessian: Tensor,
+    loss: OutputLoss,
     *,
     output_axis: int = 0,
-    row_importance: Tensor | None = None,
-    damping: float = 0.01,
-    ordered: OrderedHessian | None = None,
     rounds: int = 3,
     seed: int = 0,
 ) -> PalettizedWeight | None:
-    """Palettize one weight so that `Σ (w − q)ᵀ H (w − q)` over the rows of its matrix is small.
+    """Palettize one weight so that the loss at its op's outputs is small.
 
     Args:
         weight: The stored tensor.
         spec: What it becomes.
-        use: The op that reads it.
-        hessian: Second moment of the op's columns, [groups, columns, columns].
+        loss: What its errors cost.
         output_axis: Output-channel axis of the stored tensor.
-        row_importance: Weight of each row's error, [groups, rows]; None is 1.
-        damping: Share of the mean diagonal that is added to the Hessian.
-        ordered: `OrderedHessian.of(hessian[0], damping)`, where several fits share it.
         rounds: Alternations of codes and tables.
         seed: Seed of vector tables.
 
@@ -50,6 +43,7 @@ def palettize_to_outputs(
         The stored form; None where tables or entries do not follow rows or columns of the matrix,
         so that there is nothing to feed an error on to.
     """
+    use, hessian = loss.use, loss.hessian
     places = _places(weight, spec, use, output_axis)
     if places is None:
         return None
@@ -57,7 +51,7 @@ def palettize_to_outputs(
     shape = use.matrix(weight, casts=False).shape  # groups, rows, columns
     if shape[1] % spec.cluster_dim:
         return None
-    rows = torch.ones(shape[:2]) if row_importance is None else row_importance.float()
+    rows = torch.ones(shape[:2]) if loss.row_importance is None else loss.row_importance.float()
     rows = rows / rows.mean().clamp_min(1e-30)
     start = palettize(
         weight,
@@ -75,14 +69,14 @@ def palettize_to_outputs(
 
     def fitted(entries: Tensor, *, move: bool) -> tuple[Tensor, Tensor]:
         if shape[0] > 1:
-            return entries, feedback_grouped(matrix, hessian, entries, where, damping)
+            return entries, feedback_grouped(matrix, hessian, entries, where, loss.damping)
         fit = fit_tables(
             matrix[0],
-            hessian[0] if ordered is None else ordered,
+            hessian[0] if loss.ordered is None else loss.ordered,
             entries,
             where,
             importance=scaled_rows[0],
-            damping=damping,
+            damping=loss.damping,
             rounds=rounds,
             move_tables=move,
         )
@@ -95,14 +89,14 @@ def palettize_to_outputs(
         _, codes = fitted(tables.decoded, move=False)
     grouped = torch.empty(parts.vectors.shape[:2], dtype=torch.uint8)
     grouped.reshape(-1)[torch.from_numpy(units.reshape(-1))] = codes.reshape(-1)
-    found = assemble(weight, spec, parts, tables, grouped)
+    fed_back = assemble(weight, spec, parts, tables, grouped)
     wanted = use.matrix(weight, casts=False).float()
 
-    def loss(palettized: PalettizedWeight) -> float:
+    def total(palettized: PalettizedWeight) -> float:
         gap = wanted - use.matrix(palettized.dense(), casts=False).float()
         return float(((gap @ hessian.float()) * gap).sum(2).double().mul(rows.double()).sum())
 
-    return found if loss(found) <= loss(start) else start
+    return fed_back if total(fed_back) <= total(start) else start
 
 
 def palettize_by_columns(

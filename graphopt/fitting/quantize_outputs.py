@@ -18,6 +18,7 @@ from torch import Tensor
 from graphopt.analysis.matrix_form import WeightUse
 from graphopt.errors import CompressionError
 from graphopt.fitting.importance import element_importance
+from graphopt.fitting.output_loss import OutputLoss
 from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
 from graphopt.numerics.blocks import Blocks
 from graphopt.numerics.feedback import OrderedHessian, TableMap, feedback_grouped, fit_tables
@@ -81,13 +82,10 @@ def quantize_to_outputs(
     weight: Tensor,
     spec: QuantizationSpec,
     blocks: Blocks,
-    use: WeightUse,
-    hessian: Tensor,
+    loss: OutputLoss,
     *,
     scales: Scales | None = None,
     move_scales: bool = True,
-    damping: float = 0.01,
-    ordered: OrderedHessian | None = None,
     rounds: int = 3,
 ) -> QuantizedWeight | None:
     """Quantize one weight so that its op's outputs change little.
@@ -96,14 +94,11 @@ def quantize_to_outputs(
         weight: The stored tensor.
         spec: Element type, scheme and granularity.
         blocks: From `plan_blocks`.
-        use: The op that reads it.
-        hessian: Second moment of the op's columns, [groups, columns, columns].
+        loss: What its errors cost; all rows alike.
         scales: Scales and zero points to start from, of shape `blocks.counts`; those of least error
             under the diagonal of H when None.
         move_scales: Whether scales follow the elements; needs one block per row or more rows per
             block, an op of one channel group, and scales that are no powers of two.
-        damping: Share of the mean diagonal that is added to H.
-        ordered: `OrderedHessian.of(hessian[0], damping)`, where several fits share it.
         rounds: Alternations of elements and scales.
 
     Returns:
@@ -116,32 +111,33 @@ def quantize_to_outputs(
     """
     if not bool(torch.isfinite(weight).all()):
         raise CompressionError("contains NaN or Inf")
+    use, hessian, ordered = loss.use, loss.hessian, loss.ordered
     where = table_map(use, blocks)
     if where is None:
         return None
     scale, offset = search_scales(weight, spec, blocks, use, hessian) if scales is None else scales
     powers = spec.scale_dtype is not None and "e8m0" in str(spec.scale_dtype)
     if hessian.shape[0] == 1 and ordered is None:
-        ordered = OrderedHessian.of(hessian[0], damping)
-    problem = _Problem(weight, spec, blocks, use, hessian.float(), where, damping, ordered)
+        ordered = OrderedHessian.of(hessian[0], loss.damping)
+    problem = _Problem(weight, spec, blocks, use, hessian.float(), where, loss.damping, ordered)
     best = problem.rounded(scale, offset)
     last = best.loss
     for number in range(max(rounds, 1)):
-        found = problem.fed_back(scale, offset)
-        if found.loss < best.loss:
-            best = found
+        candidate = problem.fed_back(scale, offset)
+        if candidate.loss < best.loss:
+            best = candidate
         elif number:
             break
         movable = move_scales and where.by_rows and hessian.shape[0] == 1 and not powers
-        if not movable or number + 1 == rounds or last - found.loss <= 1e-4 * last:
+        if not movable or number + 1 == rounds or last - candidate.loss <= 1e-4 * last:
             break
-        last = found.loss
-        scale = problem.rescaled(found)
+        last = candidate.loss
+        scale = problem.rescaled(candidate)
     return store_weight(weight, best.stored, best.scale, best.offset, spec, blocks)
 
 
 @dataclass(frozen=True)
-class _Found:
+class _Candidate:
     stored: Tensor  # elements of the weight's shape
     scale: Tensor
     offset: Tensor | None
@@ -159,7 +155,7 @@ class _Problem:
     damping: float
     ordered: OrderedHessian | None  # of an op with one channel group
 
-    def rounded(self, scale: Tensor, offset: Tensor | None) -> _Found:
+    def rounded(self, scale: Tensor, offset: Tensor | None) -> _Candidate:
         """Elements nearest to the weight."""
         stored = quantize(
             self.weight.detach(),
@@ -170,7 +166,7 @@ class _Problem:
         )
         return self._of(stored, scale, offset)
 
-    def fed_back(self, scale: Tensor, offset: Tensor | None) -> _Found:
+    def fed_back(self, scale: Tensor, offset: Tensor | None) -> _Candidate:
         """Elements whose errors later columns make up for."""
         values = grid_values(self.spec)
         shift = 0.0 if offset is None else offset.reshape(-1, 1)
@@ -186,21 +182,21 @@ class _Problem:
         stored = self.use.pull_back(chosen, self.weight.shape).contiguous()
         return self._of(stored, scale, offset)
 
-    def _of(self, stored: Tensor, scale: Tensor, offset: Tensor | None) -> _Found:
+    def _of(self, stored: Tensor, scale: Tensor, offset: Tensor | None) -> _Candidate:
         wide_offset = None if offset is None else self.blocks.spread(offset)
         dense = dequantize(stored, self.blocks.spread(scale), wide_offset)
         gap = self.use.matrix(self.weight.float() - dense, casts=False)
         loss = float(((gap @ self.hessian) * gap).double().sum())
-        return _Found(stored, scale, offset, loss)
+        return _Candidate(stored, scale, offset, loss)
 
-    def rescaled(self, found: _Found) -> Tensor:
+    def rescaled(self, candidate: _Candidate) -> Tensor:
         """The best scales for given elements, rounded as they are stored."""
-        offset = 0.0 if found.offset is None else self.blocks.spread(found.offset)
-        moved = self.use.matrix(found.stored - offset, casts=False)[0]
+        offset = 0.0 if candidate.offset is None else self.blocks.spread(candidate.offset)
+        moved = self.use.matrix(candidate.stored - offset, casts=False)[0]
         wanted = self.use.matrix(self.weight.float(), casts=False)[0]
         best = best_scale(
-            wanted, moved, self.hessian[0], found.scale.reshape(-1), self.where.rows
-        ).reshape(found.scale.shape)
+            wanted, moved, self.hessian[0], candidate.scale.reshape(-1), self.where.rows
+        ).reshape(candidate.scale.shape)
         precision = scale_precision(self.weight, self.spec)
         return best.to(precision).float()
 
@@ -231,6 +227,6 @@ def best_scale(
     total = torch.zeros(2, len(scale), dtype=torch.float64)
     total[0].index_add_(0, own, above)
     total[1].index_add_(0, own, below)
-    found = (total[0] / total[1].clamp_min(1e-300)).float()
-    usable = torch.isfinite(found) & (found > 0) & (total[1] > 0)
-    return torch.where(usable, found, scale.float())
+    best = (total[0] / total[1].clamp_min(1e-300)).float()
+    usable = torch.isfinite(best) & (best > 0) & (total[1] > 0)
+    return torch.where(usable, best, scale.float())

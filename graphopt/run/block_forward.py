@@ -32,20 +32,20 @@ class BlockForward:
         self.run, self.block = run, block
         inside = set(block.nodes)
         self.inputs = {
-            each
+            operand
             for node in block.nodes
             if not run.is_constant(node)
-            for each in operands(node)
-            if each not in inside and not run.is_constant(each)
+            for operand in operands(node)
+            if operand not in inside and not run.is_constant(operand)
         }
-        found: set[fx.Node] = set()
+        constants: set[fx.Node] = set()
         pending = [node for node in block.nodes if not run.is_constant(node)]
         while pending:
-            for each in operands(pending.pop()):
-                if run.is_constant(each) and each not in found:
-                    found.add(each)
-                    pending.append(each)
-        self.constants_read = [node for node in run.gm.graph.nodes if node in found]
+            for operand in operands(pending.pop()):
+                if run.is_constant(operand) and operand not in constants:
+                    constants.add(operand)
+                    pending.append(operand)
+        self.constants_read = [node for node in run.gm.graph.nodes if node in constants]
         self._known = {node: run.values(node) for node in self.inputs}
 
     def constants(

@@ -8,6 +8,7 @@ and errors of single values (the hooks of `Interpreter.run`).
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, fx
@@ -17,11 +18,36 @@ from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.editor import operands
 from graphopt.run.batches import Batch, explained, flat_inputs
 
-__all__ = ["Call", "Hook", "Interpreter", "Value", "constant_value", "evaluate"]
+__all__ = [
+    "NO_HOOKS",
+    "Call",
+    "Hook",
+    "Hooks",
+    "Interpreter",
+    "Value",
+    "constant_value",
+    "evaluate",
+]
 
 Hook = Callable[[Any], Any]
 Value = Callable[[fx.Node], Any]  # the value of a node
 Call = Callable[[fx.Node, Value], Any]  # computes a node from the values of what it reads
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What becomes of values on their way through a graph.
+
+    Attributes:
+        before: Op → what becomes of its data input, its first argument that moves.
+        behind: Node → what becomes of its value.
+    """
+
+    before: Mapping[fx.Node, Hook] = field(default_factory=dict)
+    behind: Mapping[fx.Node, Hook] = field(default_factory=dict)
+
+
+NO_HOOKS = Hooks()
 
 
 def evaluate(gm: fx.GraphModule, node: fx.Node, value: Value, *, copies: bool = False) -> Any:
@@ -51,8 +77,8 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, value: Value, *, copies: bool = 
 
 def constant_value(gm: fx.GraphModule, node: fx.Node) -> Any:
     """What a node computes from constants alone, from the tensors as they are now."""
-    found = evaluate(gm, node, lambda used: constant_value(gm, used))
-    return found.detach() if isinstance(found, Tensor) else found
+    value = evaluate(gm, node, lambda used: constant_value(gm, used))
+    return value.detach() if isinstance(value, Tensor) else value
 
 
 def _writes(node: fx.Node) -> bool:
@@ -87,7 +113,7 @@ class Interpreter:
         for node in self.nodes:
             used = operands(node)
             self.last.update(dict.fromkeys(used, node))
-            fixed = bool(used) and all(each in self.constant for each in used)
+            fixed = bool(used) and all(operand in self.constant for operand in used)
             if node.op == "get_attr" or (fixed and node.op != "output"):
                 self.constant.add(node)
 
@@ -120,8 +146,7 @@ class Interpreter:
         outside: Value | None = None,
         last: Mapping[fx.Node, fx.Node] | None = None,
         kept: Collection[fx.Node] = (),
-        before: Mapping[fx.Node, Hook] | None = None,
-        behind: Mapping[fx.Node, Hook] | None = None,
+        hooks: Hooks = NO_HOOKS,
         call: Call | None = None,
     ) -> None:
         """Compute nodes in order.
@@ -133,24 +158,23 @@ class Interpreter:
             last: Node → its last reader among `nodes`, behind which its value is dropped, as are
                 values that have no reader; None drops nothing.
             kept: What is not dropped.
-            before: Op → what becomes of its data input, its first argument that moves.
-            behind: Node → what becomes of its value.
+            hooks: What becomes of values on their way.
             call: What computes one node, `Interpreter.call` by default.
         """
         compute = self.call if call is None else call
         value = values.__getitem__ if outside is None else _known_or(values, outside)
         for node in nodes:
-            if before and node in before:
-                moving = next(each for each in operands(node) if each not in self.constant)
-                result = compute(node, _with(value, moving, before[node](value(moving))))
+            if node in hooks.before:
+                moving = next(operand for operand in operands(node) if operand not in self.constant)
+                result = compute(node, _with(value, moving, hooks.before[node](value(moving))))
             else:
                 result = compute(node, value)
-            values[node] = behind[node](result) if behind and node in behind else result
+            values[node] = hooks.behind[node](result) if node in hooks.behind else result
             if last is None:
                 continue
-            for each in operands(node):
-                if last.get(each) is node and each not in kept:
-                    values.pop(each, None)
+            for operand in operands(node):
+                if last.get(operand) is node and operand not in kept:
+                    values.pop(operand, None)
             if node not in last and node not in kept:
                 del values[node]
 
@@ -171,7 +195,9 @@ class Interpreter:
         wanted = self.results()
         nodes = [node for node in self.nodes if node.op not in ("placeholder", "output")]
         with explained(self.gm, batch):
-            self.walk(nodes, values, last=self.last, kept=set(wanted), behind=behind)
+            self.walk(
+                nodes, values, last=self.last, kept=set(wanted), hooks=Hooks(behind=behind or {})
+            )
         return [values[node] for node in wanted]
 
 

@@ -80,16 +80,18 @@ class LayerwiseRun:
             return
         self._done.add(node)
         used = set(operands(node))
-        fixed = {each: self.constant(each) for each in used if self.is_constant(each)}
+        fixed = {operand: self.constant(operand) for operand in used if self.is_constant(operand)}
         results = []
         for number in range(self._count):
-            given = {each: self._values[each][number] for each in used if each not in fixed}
+            given = {
+                operand: self._values[operand][number] for operand in used if operand not in fixed
+            }
             with explained(self.gm, self._batches[number]):
                 results.append(self.interpreter.call(node, {**fixed, **given}.__getitem__))
         self._values[node] = results
         if keep_inputs:
             return
-        for each in used:
-            self._unread[each] -= 1
-            if not self._unread[each] and each not in fixed:
-                del self._values[each]
+        for operand in used:
+            self._unread[operand] -= 1
+            if not self._unread[operand] and operand not in fixed:
+                del self._values[operand]

@@ -19,7 +19,7 @@ from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import operands
 from graphopt.run.batches import Batch, explained
-from graphopt.run.interpreter import Hook, Interpreter, Value
+from graphopt.run.interpreter import Hook, Hooks, Interpreter, Value
 
 __all__ = ["Downstream", "PartialRerun", "RerunPlan"]
 
@@ -65,12 +65,12 @@ class RerunPlan(Interpreter):
         last: dict[fx.Node, fx.Node] = {}
         for node in self.nodes[min(self.place[source] for source in sources) :]:
             used = operands(node)
-            if node.op == "output" or not any(each in dirty for each in used):
+            if node.op == "output" or not any(operand in dirty for operand in used):
                 continue
             dirty.add(node)
             nodes.append(node)
-            for each in used:
-                last[each] = node
+            for operand in used:
+                last[operand] = node
             if node is until:
                 break
         moving = [self.place[node] for node in nodes if node not in self.constant]
@@ -104,10 +104,10 @@ class PartialRerun:
         if node not in self._exact:
             missing, stack = set(), [node]
             while stack:
-                each = stack.pop()
-                if each not in self._exact and each not in missing:
-                    missing.add(each)
-                    stack += operands(each)
+                needed = stack.pop()
+                if needed not in self._exact and needed not in missing:
+                    missing.add(needed)
+                    stack += operands(needed)
             with explained(self.plan.gm, self._batch):
                 self.plan.walk(sorted(missing, key=self.plan.place.__getitem__), self._exact)
         return self._exact[node]
@@ -121,10 +121,10 @@ class PartialRerun:
             node = self.plan.nodes[number]
             if node.op not in ("placeholder", "output") and node not in self.plan.constant:
                 self.exact(node)
-            for each in (*node.all_input_nodes, node):
-                read_until = self.plan.last.get(each, each)
-                if self.plan.place[read_until] <= number and each.op != "placeholder":
-                    self._exact.pop(each, None)
+            for held in (*node.all_input_nodes, node):
+                read_until = self.plan.last.get(held, held)
+                if self.plan.place[read_until] <= number and held.op != "placeholder":
+                    self._exact.pop(held, None)
         self._passed = max(self._passed, place)
 
     def values(
@@ -181,8 +181,7 @@ class PartialRerun:
             outside=self.exact,
             last=below.last,
             kept=kept,
-            before=before,
-            behind=behind,
+            hooks=Hooks(before or {}, behind or {}),
             call=None if torch.is_grad_enabled() else overwriting,
         )
         return [values[node] if node in inside else self.exact(node) for node in wanted]

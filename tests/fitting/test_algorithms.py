@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.fitting.algorithms import ALGORITHMS, CALIBRATED, Evidence, FittingAlgorithm, Palettes
+from graphopt.fitting.algorithms import ALGORITHMS, CALIBRATED, FittingAlgorithm
 from graphopt.fitting.calibration import Calibrator, shapes_to_weigh, without_data
+from graphopt.fitting.evidence import Evidence, Palettes
 from graphopt.ir.program import Program
 from graphopt.palettization import (
     KMeansPalettizerConfig,

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.analysis.matrix_form import WeightUse, weight_uses
 from graphopt.analysis.weights import find_weights
+from graphopt.fitting.output_loss import OutputLoss
 from graphopt.fitting.palettize_outputs import palettize_to_outputs
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 from graphopt.specs import PalettizationSpec, PerGroupedChannelGranularity, QuantizationSpec
@@ -109,7 +110,7 @@ def output_error(name: str, dense: Tensor) -> float:
 def test_outputs_come_closer_than_with_kmeans(name: str, spec: str) -> None:
     weight, use, _, hessian, axis = layer(name)
     before, moments = weight.clone(), hessian.clone()
-    found = palettize_to_outputs(weight, SPECS[spec], use, hessian, output_axis=axis)
+    found = palettize_to_outputs(weight, SPECS[spec], OutputLoss(use, hessian), output_axis=axis)
     assert found is not None
     assert torch.equal(weight, before)
     assert torch.equal(hessian, moments)
@@ -138,7 +139,7 @@ def assert_same_kind(found: PalettizedWeight, plain: PalettizedWeight) -> None:
 @pytest.mark.parametrize("spec", SPECS)
 def test_reported_error_is_that_of_the_stored_weight(spec: str) -> None:
     weight, use, _, hessian, axis = layer("linear")
-    found = palettize_to_outputs(weight, SPECS[spec], use, hessian, output_axis=axis)
+    found = palettize_to_outputs(weight, SPECS[spec], OutputLoss(use, hessian), output_axis=axis)
     assert found is not None
     error = float((weight.double() - found.dense().double()).square().sum())
     assert found.sse == pytest.approx(error, rel=1e-5)
@@ -148,7 +149,7 @@ def test_reported_error_is_that_of_the_stored_weight(spec: str) -> None:
 def test_narrow_weights_keep_their_type_and_gain_as_well(dtype: torch.dtype) -> None:
     weight, use, _, hessian, _ = layer("linear")
     narrow = weight.to(dtype)
-    found = palettize_to_outputs(narrow, SPECS["per tensor"], use, hessian)
+    found = palettize_to_outputs(narrow, SPECS["per tensor"], OutputLoss(use, hessian))
     assert found is not None
     plain = palettize(narrow, SPECS["per tensor"])
     assert found.dense().dtype is dtype
@@ -159,7 +160,9 @@ def test_narrow_weights_keep_their_type_and_gain_as_well(dtype: torch.dtype) -> 
 def test_the_same_call_gives_the_same_codes() -> None:
     weight, use, _, hessian, _ = layer("linear")
     spec = SPECS["pairs"]
-    one, other = (palettize_to_outputs(weight, spec, use, hessian, seed=4) for _ in range(2))
+    one, other = (
+        palettize_to_outputs(weight, spec, OutputLoss(use, hessian), seed=4) for _ in range(2)
+    )
     assert one is not None
     assert other is not None
     assert torch.equal(one.indices, other.indices)
@@ -173,7 +176,7 @@ def test_rows_that_matter_more_err_less() -> None:
 
     def error(given: Tensor | None) -> float:
         found = palettize_to_outputs(
-            weight, PalettizationSpec(n_bits=2), use, hessian, row_importance=given
+            weight, PalettizationSpec(n_bits=2), OutputLoss(use, hessian, row_importance=given)
         )
         assert found is not None
         return objective(weight[:4], found.dense()[:4], hessian[0])
@@ -188,7 +191,9 @@ def test_six_weights_with_two_entries_come_near_the_best_of_all_codes(seed: int)
     hessian = second_moment(6, 40, seed)
     spec = PalettizationSpec(n_bits=1)
     _, use, *_ = layer("linear")
-    found = palettize_to_outputs(weight, spec, use, hessian[None], damping=1e-6, rounds=10)
+    found = palettize_to_outputs(
+        weight, spec, OutputLoss(use, hessian[None], damping=1e-6), rounds=10
+    )
     assert found is not None
     best = math.inf
     h, w = hessian.double(), weight.double()[0]
@@ -213,7 +218,7 @@ def use_of(model: nn.Module, x: Tensor, name: str) -> tuple[Tensor, WeightUse, i
 def no_fit(weight: Tensor, use: WeightUse, axis: int, spec: PalettizationSpec) -> bool:
     groups, _, columns = use.matrix(weight).shape
     hessian = torch.eye(columns).expand(groups, -1, -1)
-    return palettize_to_outputs(weight, spec, use, hessian, output_axis=axis) is None
+    return palettize_to_outputs(weight, spec, OutputLoss(use, hessian), output_axis=axis) is None
 
 
 def test_entries_along_the_columns_have_no_fit() -> None:

@@ -15,6 +15,7 @@ import graphopt
 from graphopt.analysis.matrix_form import WeightUse, weight_uses
 from graphopt.analysis.weights import find_weights
 from graphopt.errors import CompressionError
+from graphopt.fitting.output_loss import OutputLoss
 from graphopt.fitting.quantize_outputs import (
     best_scale,
     grid_values,
@@ -81,11 +82,9 @@ def test_codes_are_near_the_best_of_all_roundings() -> None:
             weight,
             spec,
             blocks,
-            use,
-            hessian,
+            OutputLoss(use, hessian, damping=1e-4),
             scales=(scale, None),
             move_scales=False,
-            damping=1e-4,
         )
         assert found is not None
         gaps = (weight - scale * every).double()
@@ -107,7 +106,7 @@ def test_codes_are_the_nearest_where_inputs_are_not_correlated() -> None:
     scales = (torch.full((3, 1), 0.4), None)
     hessian = torch.diag(torch.rand(6) + 0.1)[None]
     found = quantize_to_outputs(
-        weight, spec, blocks, use, hessian, scales=scales, move_scales=False
+        weight, spec, blocks, OutputLoss(use, hessian), scales=scales, move_scales=False
     )
     assert found is not None
     nearest = quantize_weight(weight, spec, blocks, fixed=scales)
@@ -185,7 +184,7 @@ def test_outputs_are_closer_than_with_the_nearest_values(name: str, kind: str) -
     hessian = moments(groups, use.matrix(weight).shape[2])
     axis = 1 if kind.startswith("transposed") else 0
     blocks, _ = plan_blocks(weight.shape, axis, spec.granularity)
-    found = quantize_to_outputs(weight, spec, blocks, use, hessian)
+    found = quantize_to_outputs(weight, spec, blocks, OutputLoss(use, hessian))
     assert found is not None
     plain = quantize_weight(weight, spec, blocks)
     assert loss(weight, found.dense(), use, hessian) < 0.8 * loss(
@@ -217,7 +216,9 @@ def test_half_ranges_keep_their_zero_points() -> None:
     errors = []
     for scheme in (QuantizationScheme.SYMMETRIC, ASYMMETRIC):
         spec = QuantizationSpec(dtype="int4", granularity=CHANNELS, qscheme=scheme)
-        found = quantize_to_outputs(weight, spec, Blocks.along((4, 32), 0, 1), use, hessian)
+        found = quantize_to_outputs(
+            weight, spec, Blocks.along((4, 32), 0, 1), OutputLoss(use, hessian)
+        )
         assert found is not None
         errors.append(loss(weight, found.dense(), use, hessian))
     assert errors[1] < 0.5 * errors[0]
@@ -237,7 +238,9 @@ def test_a_weight_of_which_the_op_sees_a_part_is_left_to_others() -> None:
     blocks = Blocks.along((8, 6), 0, 1)
     spec = QuantizationSpec(dtype="int4", granularity=CHANNELS)
     assert table_map(use, blocks) is None
-    assert quantize_to_outputs(torch.randn(8, 6), spec, blocks, use, moments(1, 6)) is None
+    assert (
+        quantize_to_outputs(torch.randn(8, 6), spec, blocks, OutputLoss(use, moments(1, 6))) is None
+    )
 
 
 def test_weights_that_are_no_numbers_are_refused() -> None:
@@ -245,7 +248,9 @@ def test_weights_that_are_no_numbers_are_refused() -> None:
     weight = torch.full((2, 4), float("nan"))
     spec = QuantizationSpec(dtype="int4", granularity=CHANNELS)
     with pytest.raises(CompressionError, match="NaN"):
-        quantize_to_outputs(weight, spec, Blocks.along((2, 4), 0, 1), use, torch.eye(4)[None])
+        quantize_to_outputs(
+            weight, spec, Blocks.along((2, 4), 0, 1), OutputLoss(use, torch.eye(4)[None])
+        )
 
 
 def test_rows_of_zeros_stay_zero() -> None:
@@ -253,7 +258,9 @@ def test_rows_of_zeros_stay_zero() -> None:
     weight = torch.randn(3, 8)
     weight[1] = 0
     spec = QuantizationSpec(dtype="int3", granularity=CHANNELS)
-    found = quantize_to_outputs(weight, spec, Blocks.along((3, 8), 0, 1), use, moments(1, 8))
+    found = quantize_to_outputs(
+        weight, spec, Blocks.along((3, 8), 0, 1), OutputLoss(use, moments(1, 8))
+    )
     assert found is not None
     assert not bool(found.dense()[1].any())
     assert bool(torch.isfinite(found.dense()).all())

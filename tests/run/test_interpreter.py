@@ -9,7 +9,7 @@ from torch import Tensor, fx, nn
 import graphopt
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.run.batches import Batch
-from graphopt.run.interpreter import Interpreter, constant_value
+from graphopt.run.interpreter import Hooks, Interpreter, constant_value
 
 _aten = torch.ops.aten
 
@@ -84,7 +84,7 @@ def test_a_hook_before_an_op_changes_its_data_for_that_op_alone(net: Net) -> Non
     _, second = calls(gm, _aten.linear.default)
     values = interpreter.inputs(BATCH)
     nodes = [node for node in interpreter.nodes if node.op not in ("placeholder", "output")]
-    interpreter.walk(nodes, values, before={second: lambda value: value * 3})
+    interpreter.walk(nodes, values, hooks=Hooks(before={second: lambda value: value * 3}))
     first, mixed = (values[node] for node in interpreter.results())
     torch.testing.assert_close(first, net.second(net.first(X).relu() * 3))
     torch.testing.assert_close(mixed, net(X)[1])

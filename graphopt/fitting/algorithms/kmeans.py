@@ -7,8 +7,9 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from graphopt.fitting.algorithms.base import Evidence, FittingAlgorithm, Palettes
+from graphopt.fitting.algorithms.base import FittingAlgorithm
 from graphopt.fitting.clustering import cluster_annotated
+from graphopt.fitting.evidence import Evidence, Palettes
 from graphopt.ir.program import Program
 
 __all__ = ["KMeans"]

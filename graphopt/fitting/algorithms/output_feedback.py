@@ -7,7 +7,8 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from graphopt.fitting.algorithms.base import Evidence, FittingAlgorithm, Palettes
+from graphopt.fitting.algorithms.base import FittingAlgorithm
+from graphopt.fitting.evidence import Evidence, Palettes
 from graphopt.fitting.output_fit import fit_to_outputs
 from graphopt.ir.program import Program
 
@@ -24,18 +25,7 @@ class OutputFeedback(FittingAlgorithm):
     def fit(
         self, annotated: Program, names: Sequence[str], evidence: Evidence, result: Palettes
     ) -> None:
-        count = len(evidence.batches)
-        fit = fit_to_outputs(
-            annotated,
-            evidence.batches,
-            result.weights,
-            {node: rows for node, rows in evidence.saliency.items() if len(rows) == count},
-            evidence.spread,
-            names=names,
-            correct_bias=evidence.correct_bias,
-            seed=evidence.seed,
-            progress=evidence.progress,
-        )
+        fit = fit_to_outputs(annotated, names, evidence, result.weights)
         result.weights.update(fit.palettes)
         result.biases.update(fit.biases)
         result.remarks.extend(

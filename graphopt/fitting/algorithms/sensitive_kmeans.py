@@ -8,8 +8,8 @@ from typing import ClassVar
 
 from typing_extensions import override
 
-from graphopt.fitting.algorithms.base import Evidence, Palettes
 from graphopt.fitting.algorithms.kmeans import KMeans
+from graphopt.fitting.evidence import Evidence, Palettes
 from graphopt.ir.program import Program
 
 __all__ = ["SensitiveKMeans"]

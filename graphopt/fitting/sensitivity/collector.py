@@ -28,7 +28,7 @@ class GradientCollector:
         sums: Name of the weight → Σ over samples of squared gradients, of the weight's shape.
         saliency: Name of the op's node → one tensor [batch, positions] per call: mean squared
             gradient of the output at each position, with mean 1 over each sample.
-        spread: Name of a lookup's node → Σ g gᵀ over positions of the output's gradient, [rows, rows].
+        spread: Name of an embedding's node → Σ g gᵀ over positions of the output's gradient, [rows, rows].
         samples: Number of samples seen.
         scale: Factor that turns gradients of the loss into gradients of one sample's loss.
     """
@@ -77,7 +77,7 @@ class GradientCollector:
         if not self.squares:
             return
         if use.form.kind == "lookup":
-            self._add(name, shape, _lookup_squares(x, rows[:, 0], shape))
+            self._add(name, shape, _embedding_squares(x, rows[:, 0], shape))
             return
         if self.per_sample:
             squares = _kernel_squares(gradient.float() * self.scale, use, x)
@@ -159,7 +159,7 @@ def _samples(rows: Tensor, use: WeightUse, x: Tensor) -> Iterator[tuple[int, Ten
         yield start, x[start : start + step]
 
 
-def _lookup_squares(indices: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
+def _embedding_squares(indices: Tensor, rows: Tensor, shape: Sequence[int]) -> Tensor:
     """The same for a table of rows: a sample's gradient of a row sums over its occurrences."""
     batch = rows.shape[0]
     ids = indices.reshape(batch, -1) + torch.arange(batch)[:, None] * shape[0]

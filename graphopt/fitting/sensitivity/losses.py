@@ -38,15 +38,15 @@ def label_free_loss(output: Any, generator: torch.Generator, kind: str = "mse") 
     if kind not in ("mse", "kl"):
         raise InputError(f"the label-free loss is 'mse' or 'kl', got {kind!r}")
     outputs = [
-        each
-        for each in pytree.tree_leaves(output)
-        if isinstance(each, Tensor) and each.is_floating_point()
+        leaf
+        for leaf in pytree.tree_leaves(output)
+        if isinstance(leaf, Tensor) and leaf.is_floating_point()
     ]
     if not outputs:
         raise InputError("the model returns no floating-point tensor; give a loss_fn")
     total = outputs[0].new_zeros(())
-    for each in outputs:
-        total = total + (each * _direction(each.detach(), generator, kind)).sum()
+    for tensor in outputs:
+        total = total + (tensor * _direction(tensor.detach(), generator, kind)).sum()
     return total
 
 

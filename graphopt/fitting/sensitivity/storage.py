@@ -48,20 +48,20 @@ def load_sensitivities(path: str | Path, shapes: Mapping[str, torch.Size]) -> di
         stored = load_file(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: no safetensors file of sensitivities: {error}") from None
-    found = {name: stored[name].float() for name in shapes if name in stored}
-    if shapes and not found:
+    sensitivities = {name: stored[name].float() for name in shapes if name in stored}
+    if shapes and not sensitivities:
         raise InputError(
             f"{path} has no sensitivity for any weight to be palettized; it holds"
             f" {sorted(stored)[:5]}, the model {sorted(shapes)[:5]}"
         )
-    for name, value in found.items():
+    for name, value in sensitivities.items():
         if value.shape != shapes[name]:
             raise InputError(
                 f"{path}: {name} has shape {tuple(value.shape)}, the weight {tuple(shapes[name])}"
             )
         if not bool(torch.isfinite(value).all()) or bool((value < 0).any()):
             raise InputError(f"{path}: {name} has values that are negative or not finite")
-    return found
+    return sensitivities
 
 
 def allocate(name: str, shape: torch.Size, folder: Path | None) -> Tensor:

@@ -160,12 +160,9 @@ def _quantized(
         weight,
         spec,
         blocks,
-        use,
-        target.hessian,
+        target.loss(config.feedback.damping),
         scales=scales,
         move_scales=config.blocks.scales,
-        damping=config.feedback.damping,
-        ordered=target.ordered,
     )
     if fed is None:
         rounded = quantize_weight(weight, spec, blocks, fixed=scales)
@@ -189,11 +186,8 @@ def _palettized(
         fed = palettize_to_outputs(
             target.weight,
             spec,
-            use,
-            target.hessian,
+            target.loss(config.feedback.damping),
             output_axis=axis,
-            damping=config.feedback.damping,
-            ordered=target.ordered,
             seed=seed,
         )
     if fed is not None:
