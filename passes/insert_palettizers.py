@@ -14,6 +14,7 @@ from graphopt.ir.annotations import palette_annotation
 from graphopt.ir.editor import Editor
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared import QUANTIZERS, Origin, WeightPalettizer
+from graphopt.prepared.state import is_read_by
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.specs import DefaultTrainingSpec, DKMTrainingSpec, TrainingStrategySpec
 
@@ -50,7 +51,7 @@ class InsertPalettizers(Pass):
     def run(self, edit: Editor) -> None:
         for weight in find_weights(edit.gm):
             annotation = palette_annotation(weight.nodes[0])
-            if annotation is None:
+            if annotation is None or is_read_by(edit.gm, weight.nodes, WeightPalettizer):
                 continue
             if annotation.spec.outlier_fraction:
                 raise CompressionError(

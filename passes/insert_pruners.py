@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
-from torch import fx
 from typing_extensions import override
 
 from graphopt.analysis.weights import find_weights
@@ -15,6 +13,7 @@ from graphopt.ir.editor import Editor
 from graphopt.passes.annotate_pruning import AnnotatePruning
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared import QUANTIZERS, Origin, WeightPruner
+from graphopt.prepared.state import is_read_by
 
 __all__ = ["InsertPruners"]
 
@@ -42,7 +41,7 @@ class InsertPruners(Pass):
     def run(self, edit: Editor) -> None:
         for weight in find_weights(edit.gm):
             annotation = pruning_annotation(weight.nodes[0])
-            if annotation is None or _has_pruner(edit.gm, weight.nodes):
+            if annotation is None or is_read_by(edit.gm, weight.nodes, WeightPruner):
                 continue
             pruner = WeightPruner(weight.tensor, annotation.spec)
             frames = weight.uses[0].frames
@@ -51,9 +50,3 @@ class InsertPruners(Pass):
             for node in weight.nodes:
                 made = edit.run_module(path, node, place=node.next, like=node)
                 edit.redirect(node, made, lambda _: False)
-
-
-def _has_pruner(gm: fx.GraphModule, constants: Sequence[fx.Node]) -> bool:
-    """Whether an earlier run inserted the module that masks these constants."""
-    called = (user for node in constants for user in node.users if user.op == "call_module")
-    return any(isinstance(gm.get_submodule(str(user.target)), WeightPruner) for user in called)
