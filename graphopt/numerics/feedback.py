@@ -21,6 +21,7 @@ from typing_extensions import Unpack
 from graphopt.errors import CalibrationError
 from graphopt.extras import deferred
 from graphopt.numerics.parallel import map_tasks
+from graphopt.numerics.table_map import TableMap
 from graphopt.specs.options import Options
 
 if TYPE_CHECKING:
@@ -42,39 +43,6 @@ __all__ = [
 _TASK_ROWS = 64
 _PRODUCTS_UP_TO = 32  # entries per table
 _Indices = npt.NDArray[np.int64]
-
-
-@dataclass(frozen=True)
-class TableMap:
-    """Which table serves which weight of a matrix [rows, columns].
-
-    Attributes:
-        rows: Table of each unit of rows, int64.
-        columns: Offset that each column adds, int64.
-        size: Rows per unit, the length of a table entry.
-    """
-
-    rows: _Indices
-    columns: _Indices
-    size: int
-
-    @classmethod
-    def of(cls, tables: Tensor, size: int = 1) -> TableMap | None:
-        """The map of a matrix of table numbers; None where they are no sum of row and column.
-
-        Args:
-            tables: Table of each unit of rows and of each column, [units, columns] int64.
-            size: Rows per unit.
-        """
-        rows, columns = tables[:, 0], tables[0] - tables[0, 0]
-        if bool((tables != rows[:, None] + columns[None]).any()):
-            return None
-        return cls(rows.numpy(), columns.numpy(), size)
-
-    @property
-    def by_rows(self) -> bool:
-        """Whether every row has one table."""
-        return not self.columns.any()
 
 
 @dataclass(frozen=True, kw_only=True)
