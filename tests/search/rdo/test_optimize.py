@@ -89,7 +89,8 @@ def test_palettes_go_through_the_same_stages() -> None:
             "target_bits": 4,
             "candidates": [1, 2, 3, 4],
             "family": "palette",
-            "rounding": {"blocks": "all", "steps": 60},
+            # fewer steps gain too little on held-out batches, with one thread, for a block to be taken
+            "rounding": {"blocks": "all", "steps": 200},
         }
     )
     assert report.bits_per_weight <= 4
