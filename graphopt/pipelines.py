@@ -27,7 +27,8 @@ from graphopt.errors import InputError
 from graphopt.fitting.sensitivity import LossFn
 from graphopt.passes import RemoveUnused
 from graphopt.passes.pass_manager import PassManager, PassRecord, PassReport
-from graphopt.search.rdo import OptimizeRateDistortion, RDOConfig
+from graphopt.search.rdo.as_pass import OptimizeRateDistortion
+from graphopt.search.rdo.config import RDOConfig
 
 __all__ = [
     "PassManager",

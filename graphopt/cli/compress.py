@@ -37,7 +37,7 @@ from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.files import replaced
 from graphopt.ir.program import Program
 from graphopt.report.stored import as_stored
-from graphopt.search.mixed_precision import Recipe
+from graphopt.search.mixed_precision.recipe import Recipe
 from graphopt.specs.options import Options
 
 __all__ = ["compress", "lower_program"]

@@ -18,8 +18,7 @@ from graphopt.cli.options import Fields, Given
 from graphopt.config.base import read_yaml
 from graphopt.errors import ArtifactExistsError, InputError
 from graphopt.run.batches import as_batch
-from graphopt.search.mixed_precision import SensitivityTable
-from graphopt.search.mixed_precision import analyze as run_analysis
+from graphopt.search.mixed_precision.analysis import analyze as run_analysis
 from graphopt.search.mixed_precision.candidates import as_candidates, read_candidates
 from graphopt.search.mixed_precision.metrics import METRICS, measure
 from graphopt.search.mixed_precision.options import (
@@ -29,6 +28,7 @@ from graphopt.search.mixed_precision.options import (
     SweepOptions,
 )
 from graphopt.search.mixed_precision.plots import save_plot
+from graphopt.search.mixed_precision.sensitivity_table import SensitivityTable
 from graphopt.specs.options import Options
 
 __all__ = ["analyze", "is_recipe", "read_data", "recipe", "sweep"]

@@ -13,8 +13,9 @@ from graphopt.cli.mixed_precision import BatchSize, Data, read_data
 from graphopt.cli.options import Fields, Given
 from graphopt.config.base import read_yaml
 from graphopt.errors import ConfigError
-from graphopt.search.rdo import RDOConfig, optimize
+from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.options import RunOptions
+from graphopt.search.rdo.pipeline import optimize
 from graphopt.specs.options import Options
 
 __all__ = ["rdo"]

@@ -18,8 +18,8 @@ from graphopt.backends import ExportBackend, Target, load_backend, registry
 from graphopt.backends.lowering import as_program
 from graphopt.errors import ConfigError, LoweringError
 from graphopt.palettization import KMeansPalettizer
+from graphopt.rdo import RDOConfig
 from graphopt.search.mixed_precision.sizes import SizeModel
-from graphopt.search.rdo import RDOConfig
 
 ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -9,8 +9,8 @@ from typer.testing import CliRunner
 
 from graphopt.cli.main import app
 from graphopt.cli.options import Fields, Given, shell_command
+from graphopt.rdo import RDOConfig
 from graphopt.search.mixed_precision.options import AnalysisOptions, RecipeOptions
-from graphopt.search.rdo import RDOConfig
 from graphopt.specs.options import Options, field_help
 
 

@@ -26,7 +26,7 @@ from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 from graphopt.progress import track
 from graphopt.run.batches import Batch, as_batch
-from graphopt.search.mixed_precision import SensitivityTable, analyze
+from graphopt.search.mixed_precision.analysis import analyze
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.layers import (
     Layer,
@@ -35,6 +35,7 @@ from graphopt.search.mixed_precision.layers import (
     uses_of,
     weights_of,
 )
+from graphopt.search.mixed_precision.sensitivity_table import SensitivityTable
 from graphopt.search.mixed_precision.sizes import SizeModel
 from graphopt.search.rdo.activations import with_rounded_activations
 from graphopt.search.rdo.allocation import Rates
