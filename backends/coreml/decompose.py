@@ -1,14 +1,17 @@
-"""Break up the ops that coremltools' export frontend does not know, or translates wrongly."""
+"""Rewrite the ops that coremltools' export frontend does not know, or translates wrongly."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._decomp import decomposition_table
 from torch.export import ExportedProgram
+
+from graphopt.backends.coreml.legal_ops import Rules, legal_ops, pool_rules
 
 __all__ = ["decompose_for_coreml"]
 
@@ -17,25 +20,34 @@ _ROUNDS = 4
 
 
 def decompose_for_coreml(exported: ExportedProgram) -> ExportedProgram:
-    """Decompose exactly what coremltools cannot take, so that everything else stays whole.
+    """Rewrite exactly what coremltools cannot take, so that everything else stays whole.
 
-    Two translations of coremltools 9.0 are replaced as well: `gelu` ignores its keyword argument
-    and turns the tanh form into the exact one, and `rms_norm` refuses a default epsilon.
+    Besides the table of ops, two translations of coremltools 9.0 are replaced: `gelu` ignores its
+    keyword argument and turns the tanh form into the exact one, and `rms_norm` refuses a default
+    epsilon.
     """
-    default = torch.export.default_decompositions()
-    table: dict[Any, Callable[..., Any]] = {_aten.gelu.default: _tanh_gelu}
-    exported = exported.run_decompositions(table)
+    rules = _torchs_rules() | legal_ops() | {_aten.gelu.default: _tanh_gelu}
+    rules |= pool_rules(exported.graph)
     for _ in range(_ROUNDS):
-        unknown = {
-            node.target
-            for node in exported.graph.nodes
-            if node.op == "call_function" and not _known(node.target)
-        }
-        rules = {op: rule for op in unknown if (rule := _rule(op, default)) is not None}
-        if not rules:
-            break
+        # composite ops keep whole unless they are named
+        unknown = [op for op in _unknown(exported) if op not in rules]
+        rules |= {op: rule for op in unknown if (rule := _composite(op)) is not None}
         exported = exported.run_decompositions(rules)
+        if not any(_composite(op) for op in _unknown(exported)):
+            break
     return exported
+
+
+@cache
+def _torchs_rules() -> Rules:
+    """Torch's own rules for what coremltools does not know."""
+    table = decomposition_table | torch._decomp.core_aten_decompositions()
+    return {op: rule for op, rule in table.items() if not _known(op)}
+
+
+def _unknown(exported: ExportedProgram) -> list[Any]:
+    targets = {node.target for node in exported.graph.nodes if node.op == "call_function"}
+    return [target for target in targets if not _known(target)]
 
 
 def _tanh_gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
@@ -54,11 +66,7 @@ def _known(target: Any) -> bool:
     return kind != "rms_norm" and kind in _TORCH_OPS_REGISTRY.name_to_func_mapping
 
 
-def _rule(op: Any, default: Any) -> Callable[..., Any] | None:
-    if op in default:
-        return default[op]
-    if op in decomposition_table:
-        return decomposition_table[op]
+def _composite(op: Any) -> Callable[..., Any] | None:
     if isinstance(op, torch._ops.OpOverload) and op._can_decompose():
         return op.decompose
     return None

@@ -173,5 +173,5 @@ def _set(var: Any, value: Any) -> None:
             )
         holder.val = array.astype(types.nptype_from_builtin(var.dtype))
     else:
-        holder.val = array.item()
+        holder.val = types.nptype_from_builtin(kind)(array.item())
     var._sym_val = holder

@@ -20,6 +20,7 @@ ALLOWED = {
     "passes/convert_quantization.py": "emits the shift by a float minimum",
     "backends/casting.py": "emits casts",
     "backends/coreml/decompose.py": "hands torch its own rule for gelu",
+    "backends/coreml/legal_ops.py": "hands torch rules for what coremltools has not right",
     "backends/executorch/compress_tables.py": "emits decoders of tables",
     "backends/executorch/convolutions_as_linear.py": "emits linear layers for convolutions",
     "backends/executorch/legalize.py": "emits the forms that XNNPACK computes",

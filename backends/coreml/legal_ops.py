@@ -1,0 +1,248 @@
+"""Which ops are rewritten before coremltools sees them: it drops, miscomputes or refuses them."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
+
+import torch
+from torch import fx
+from torch._decomp import decomposition_table
+
+from graphopt.backends.decompositions import (
+    attention,
+    creation,
+    cumulative,
+    distances,
+    indexing,
+    normalization,
+    pointwise,
+    pooling,
+    reductions,
+    resize,
+    sampling,
+    sorting,
+    views,
+)
+
+__all__ = ["Rules", "legal_ops", "pool_rules"]
+
+Rules = dict[Any, Callable[..., Any]]
+_aten = torch.ops.aten
+
+# op → rule, for all its overloads that are no out form
+_BY_OP: dict[str, Callable[..., Any]] = {
+    "full_like": creation.full_like,
+    "zeros_like": creation.zeros_like,
+    "empty_like": creation.zeros_like,
+    "ones_like": creation.ones_like,
+    "new_full": creation.new_full,
+    "new_zeros": creation.new_full,
+    "new_empty": creation.new_full,
+    "new_ones": lambda x, size, **options: creation.new_full(x, size, 1, **options),
+    "acosh": pointwise.acosh,
+    "asinh": pointwise.asinh,
+    "copysign": pointwise.copysign,
+    "elu": pointwise.elu_with_scales,
+    "erfinv": pointwise.erfinv,
+    "fmax": partial(pointwise.extremum_without_nan, largest=True),
+    "fmin": partial(pointwise.extremum_without_nan, largest=False),
+    "fmod": pointwise.fmod,
+    "hypot": pointwise.hypot,
+    "isinf": pointwise.isinf,
+    "logaddexp": pointwise.logaddexp,
+    "nan_to_num": pointwise.nan_to_num,
+    "rsub": pointwise.rsub_scaled,
+    "signbit": pointwise.signbit,
+    "softplus": pointwise.softplus_with_threshold,
+    "trunc": pointwise.trunc,
+    "add": pointwise.add_scaled,
+    "sub": pointwise.sub_scaled,
+    "clamp_max": lambda x, high: pointwise.clamp_by_tensors(x, None, high),
+    "clamp_min": lambda x, low: pointwise.clamp_by_tensors(x, low, None),
+    "argmax": reductions.argmax_of_all,
+    "argmin": reductions.argmin_of_all,
+    "count_nonzero": reductions.count_nonzero,
+    "linalg_vector_norm": reductions.vector_norm,
+    "cummax": cumulative.cummax,
+    "cummin": cumulative.cummin,
+    "cumprod": cumulative.cumprod,
+    "cumsum": cumulative.cumsum,
+    "logcumsumexp": cumulative.logcumsumexp,
+    "_logcumsumexp": cumulative.logcumsumexp,
+    "index": indexing.index,
+    "_unsafe_index": indexing.index,
+    "index_put": indexing.index_put,
+    "_unsafe_index_put": indexing.index_put,
+    "index_add": indexing.index_add,
+    "index_copy": indexing.index_copy,
+    "index_fill": indexing.index_fill,
+    "index_reduce": indexing.index_reduce,
+    "index_select": indexing.index_select,
+    "gather": indexing.gather_of_any_shape,
+    "scatter_add": indexing.scatter_add_of_any_shape,
+    "masked_scatter": indexing.masked_scatter,
+    "put": indexing.put,
+    "take": indexing.take,
+    "as_strided": views.as_strided,
+    "as_strided_copy": views.as_strided,
+    "constant_pad_nd": views.pad_or_cut,
+    "diag_embed": views.diag_embed,
+    "diagonal": views.diagonal,
+    "diagonal_copy": views.diagonal,
+    "diagonal_scatter": views.diagonal_scatter,
+    "roll": views.roll,
+    "select_scatter": views.select_scatter,
+    "trace": views.trace,
+    "unfold": views.unfold,
+    "unfold_copy": views.unfold,
+    "argsort": sorting.argsort,
+    "bucketize": sorting.bucketize,
+    "histc": sorting.histc,
+    "kthvalue": sorting.kthvalue,
+    "mode": sorting.mode,
+    "searchsorted": sorting.searchsorted,
+    "sort": sorting.sort,
+    "_cdist_forward": distances.cdist,
+    "_pdist_forward": distances.pdist,
+    "linalg_cross": distances.cross,
+    "upsample_nearest1d": resize.nearest,
+    "upsample_nearest2d": resize.nearest,
+    "upsample_nearest3d": resize.nearest,
+    "_upsample_nearest_exact1d": resize.nearest_exact,
+    "_upsample_nearest_exact2d": resize.nearest_exact,
+    "_upsample_nearest_exact3d": resize.nearest_exact,
+    "upsample_linear1d": resize.linear,
+    "upsample_bilinear2d": resize.bilinear,
+    "upsample_trilinear3d": resize.trilinear,
+    "upsample_bicubic2d": resize.bicubic,
+    "_upsample_bilinear2d_aa": resize.bilinear_antialiased,
+    "_upsample_bicubic2d_aa": resize.bicubic_antialiased,
+    "avg_pool1d": partial(pooling.avg_pool, 1),
+    "avg_pool2d": partial(pooling.avg_pool, 2),
+    "avg_pool3d": partial(pooling.avg_pool, 3),
+    "max_unpool2d": partial(pooling.max_unpool, 2),
+    "max_unpool3d": partial(pooling.max_unpool, 3),
+    "adaptive_avg_pool1d": partial(pooling.adaptive_avg_pool, 1),
+    "adaptive_avg_pool2d": partial(pooling.adaptive_avg_pool, 2),
+    "_adaptive_avg_pool2d": partial(pooling.adaptive_avg_pool, 2),
+    "adaptive_avg_pool3d": partial(pooling.adaptive_avg_pool, 3),
+    "_adaptive_avg_pool3d": partial(pooling.adaptive_avg_pool, 3),
+    "adaptive_max_pool1d": partial(pooling.adaptive_max_pool, 1),
+    "adaptive_max_pool2d": partial(pooling.adaptive_max_pool, 2),
+    "adaptive_max_pool3d": partial(pooling.adaptive_max_pool, 3),
+    "instance_norm": normalization.instance_norm,
+    "scaled_dot_product_attention": attention.attention_of_equal_heads,
+}
+_BY_OVERLOAD: Rules = {
+    torch.ops.prims.view_of.default: torch.clone,
+    _aten.alias.default: torch.clone,
+    _aten.zeros.default: creation.zeros,
+    _aten.empty.memory_format: creation.zeros,
+    _aten.arange.default: creation.arange,
+    _aten.arange.start: creation.arange,
+    _aten.arange.start_step: creation.arange,
+    _aten.clamp.default: pointwise.clamp_ordered,
+    _aten.clamp.Tensor: pointwise.clamp_by_tensors,
+    _aten.mean.default: lambda x, *, dtype=None: reductions.mean(x, dtype=dtype),
+    _aten.mean.dim: reductions.mean,
+    _aten.sum.default: lambda x, *, dtype=None: reductions.sum_of_type(x, dtype=dtype),
+    _aten.sum.dim_IntList: reductions.sum_of_type,
+    _aten.any.default: reductions.any_true,
+    _aten.any.dim: reductions.any_true,
+    _aten.any.dims: reductions.any_true,
+    _aten.all.default: reductions.all_true,
+    _aten.all.dim: reductions.all_true,
+    _aten.all.dims: reductions.all_true,
+    _aten.var.correction: reductions.var,
+    _aten.std.correction: reductions.std,
+    _aten.var_mean.correction: reductions.var_mean,
+    _aten.std_mean.correction: reductions.std_mean,
+    _aten.median.default: sorting.median,
+    _aten.median.dim: sorting.median_along,
+    _aten.nanmedian.default: sorting.nanmedian,
+    _aten.nanmedian.dim: sorting.nanmedian_along,
+    _aten.grid_sampler.default: lambda *args: _grid_sample(*args),
+    _aten.grid_sampler_2d.default: sampling.grid_sample,
+    _aten.grid_sampler_3d.default: sampling.grid_sample,
+    _aten.scatter.src: indexing.scatter_of_any_shape,
+    _aten.scatter.value: indexing.scatter_value,
+    _aten.scatter_reduce.two: indexing.scatter_reduce,
+}
+
+
+def _grid_sample(x: Any, grid: Any, mode: int, padding: int, aligned: bool) -> Any:
+    if x.dim() == 4 and mode != 2 and padding != 2:
+        return NotImplemented
+    return sampling.grid_sample(x, grid, mode, padding, aligned)
+
+
+# torch's own, for what is registered with less than torch has
+_TORCHS = (
+    *("mse_loss", "nll_loss", "nll_loss_forward", "nll_loss2d_forward", "huber_loss"),
+    *("smooth_l1_loss", "addmv", "addr", "addbmm", "renorm", "lerp", "log_sigmoid_forward"),
+    *("im2col", "col2im"),
+)
+
+
+def legal_ops() -> Rules:
+    """Rules for every op that torch or we can write in others and coremltools has not right."""
+    return dict(_all_rules())
+
+
+@cache
+def _all_rules() -> Rules:
+    rules: Rules = {}
+    for name in _TORCHS:
+        rules |= {
+            op: decomposition_table[op] for op in _overloads(name) if op in decomposition_table
+        }
+    for name, rule in _BY_OP.items():
+        rules |= dict.fromkeys(_overloads(name), rule)
+    return rules | _BY_OVERLOAD
+
+
+def _overloads(name: str) -> list[Any]:
+    packet = getattr(_aten, name)
+    names = [overload for overload in packet.overloads() if "out" not in overload]
+    found = []
+    for overload in names:
+        try:
+            found.append(getattr(packet, overload))
+        except (AttributeError, RuntimeError):
+            continue
+    return [op for op in found if any("Tensor" in str(arg.type) for arg in op._schema.arguments)]
+
+
+def pool_rules(graph: fx.Graph) -> Rules:
+    """Rules for maximum pooling, where its indices are read or its windows have gaps."""
+    rules: Rules = {}
+    for name, n in (("max_pool2d_with_indices", 2), ("max_pool3d_with_indices", 3)):
+        op = getattr(_aten, name).default
+        uses = [
+            user for node in graph.find_nodes(op="call_function", target=op) for user in node.users
+        ]
+        rule = partial(pooling.max_pool_with_indices, n)
+        always = any(user.target is operator.getitem and user.args[1] == 1 for user in uses)
+        rules[op] = rule if always else partial(_with_gaps, rule, op)
+    return rules
+
+
+def _with_gaps(
+    rule: Callable[..., Any],
+    op: Any,
+    x: torch.Tensor,
+    kernel_size: Any,
+    stride: Any = (),
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+) -> Any:
+    gaps = dilation if isinstance(dilation, list | tuple) else [dilation]
+    if any(gap != 1 for gap in gaps):
+        return rule(x, kernel_size, stride, padding, dilation, ceil_mode)
+    if not stride:
+        return op(x, kernel_size, kernel_size, padding, dilation, ceil_mode)
+    return NotImplemented

@@ -1,0 +1,1 @@
+"""Ops written in simpler ones, for the targets whose converters lack or miscompute them."""

@@ -1,0 +1,53 @@
+"""Constant tensors by their sizes, values and types."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["arange", "full_like", "new_full", "ones_like", "zeros", "zeros_like"]
+
+
+def full_like(x: Tensor, value: Any, *, dtype: Any = None, **_: Any) -> Any:
+    """By the sizes; left alone where they are open."""
+    if not all(isinstance(size, int) for size in x.shape):
+        return NotImplemented
+    return torch.full(list(x.shape), value, dtype=dtype or x.dtype)
+
+
+def zeros_like(x: Tensor, *, dtype: Any = None, **_: Any) -> Any:
+    """By the sizes; left alone where they are open."""
+    return full_like(x, 0, dtype=dtype)
+
+
+def ones_like(x: Tensor, *, dtype: Any = None, **_: Any) -> Any:
+    """By the sizes; left alone where they are open."""
+    return full_like(x, 1, dtype=dtype)
+
+
+def new_full(x: Tensor, size: Sequence[int], value: Any = 0, *, dtype: Any = None, **_: Any) -> Any:
+    """Of the tensor's type unless another is given."""
+    return torch.full(list(size), value, dtype=dtype or x.dtype)
+
+
+def zeros(size: Sequence[int], *, dtype: Any = None, **_: Any) -> Any:
+    """Also for what is not filled at all."""
+    return torch.full(list(size), 0, dtype=dtype or torch.get_default_dtype())
+
+
+def arange(start: Any, end: Any = None, step: Any = 1, *, dtype: Any = None, **_: Any) -> Any:
+    """Numbers of the wanted type from the start; left alone where they are."""
+    start, end = (0, start) if end is None else (start, end)
+    given = (start, end, step)
+    if not all(isinstance(number, int | float) for number in given):
+        return NotImplemented
+    floats = any(isinstance(number, float) for number in given)
+    wanted = dtype or (torch.get_default_dtype() if floats else torch.int64)
+    if wanted.is_floating_point == floats:
+        return NotImplemented
+    if wanted.is_floating_point:
+        return torch.arange(*map(float, given), dtype=wanted)
+    return torch.arange(*given, dtype=torch.float32).to(wanted)

@@ -1,0 +1,211 @@
+"""Elementwise ops in arithmetic, comparisons and selection."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "acosh",
+    "add_scaled",
+    "asinh",
+    "clamp_by_tensors",
+    "clamp_ordered",
+    "copysign",
+    "elu_with_scales",
+    "erfinv",
+    "extremum_without_nan",
+    "fmod",
+    "hypot",
+    "isinf",
+    "logaddexp",
+    "nan_to_num",
+    "rsub_scaled",
+    "signbit",
+    "softplus_with_threshold",
+    "sub_scaled",
+    "trunc",
+]
+
+
+def add_scaled(x: Any, other: Any, *, alpha: Any = 1) -> Any:
+    """`x + alpha * other`; left alone where alpha is 1."""
+    return NotImplemented if alpha == 1 else x + other * alpha
+
+
+def sub_scaled(x: Any, other: Any, *, alpha: Any = 1) -> Any:
+    """`x - alpha * other`; left alone where alpha is 1."""
+    return NotImplemented if alpha == 1 else x - other * alpha
+
+
+def rsub_scaled(x: Tensor, other: Any, alpha: Any = 1) -> Tensor:
+    """`other - alpha * x`."""
+    return other - (x if alpha == 1 else x * alpha)
+
+
+def like(x: Tensor, value: Any) -> Tensor:
+    """A constant of the type of `x` that broadcasts to it."""
+    return torch.full([1] * x.dim(), value, dtype=x.dtype)
+
+
+def clamp_by_tensors(x: Tensor, low: Any = None, high: Any = None) -> Tensor:
+    """First the lower bound, then the upper one, which wins where they cross."""
+    for bound in (low, high):
+        x = x if bound is None else x.to(torch.result_type(x, bound))
+    if low is not None:
+        x = torch.maximum(x, _bound(x, low))
+    if high is not None:
+        x = torch.minimum(x, _bound(x, high))
+    return x
+
+
+def _bound(x: Tensor, bound: Any) -> Tensor:
+    return bound.to(x.dtype) if isinstance(bound, Tensor) else like(x, bound)
+
+
+def clamp_ordered(x: Tensor, low: Any = None, high: Any = None) -> Any:
+    """Left alone where floats are clamped to ordered numbers."""
+    ordered = low is None or high is None or low < high
+    if x.is_floating_point() and ordered and (low is not None or high is not None):
+        return NotImplemented
+    return clamp_by_tensors(x, low, high)
+
+
+def nan_to_num(
+    x: Tensor, nan: float | None = None, posinf: float | None = None, neginf: float | None = None
+) -> Tensor:
+    """NaN and the infinities replaced, by 0 and the largest numbers unless given."""
+    if not x.is_floating_point():
+        return x.clone()
+    largest = torch.finfo(x.dtype).max
+    above = largest if posinf is None else posinf
+    below = -largest if neginf is None else neginf
+    result = torch.where(x != x, like(x, 0.0 if nan is None else nan), x)
+    result = torch.where(x > largest, like(x, above), result)
+    return torch.where(x < -largest, like(x, below), result)
+
+
+def isinf(x: Tensor) -> Tensor:
+    """Beyond the largest finite number, on either side."""
+    if not x.is_floating_point():
+        return x != x
+    return x.abs() > torch.finfo(x.dtype).max
+
+
+def signbit(x: Tensor) -> Tensor:
+    """Below zero, or the negative zero, whose inverse is below zero."""
+    if not x.is_floating_point():
+        return x < 0
+    return (x < 0) | ((x == 0) & (x.reciprocal() < 0))
+
+
+def copysign(x: Tensor, other: Any) -> Tensor:
+    """The magnitude of `x` with the sign of `other`."""
+    x = x if x.is_floating_point() else x.float()
+    if not isinstance(other, Tensor):
+        return -x.abs() if math.copysign(1.0, other) < 0 else x.abs()
+    return torch.where(signbit(other), -x.abs(), x.abs())
+
+
+def elu_with_scales(x: Tensor, alpha: Any = 1, scale: Any = 1, input_scale: Any = 1) -> Any:
+    """Left alone where both scales are 1."""
+    if scale == 1 and input_scale == 1:
+        return NotImplemented
+    below = torch.expm1(torch.clamp_max(x, 0) * input_scale) * (alpha * scale)
+    return torch.where(x > 0, x * scale, below)
+
+
+def softplus_with_threshold(x: Tensor, beta: Any = 1, threshold: Any = 20) -> Any:
+    """Linear above the threshold; left alone where float32 cannot tell the two apart."""
+    if beta == 1 and threshold >= 18:
+        return NotImplemented
+    scaled = x * beta
+    soft = torch.nn.functional.softplus(scaled) / beta
+    return soft if threshold >= 18 else torch.where(scaled > threshold, x, soft)
+
+
+def trunc(x: Tensor) -> Tensor:
+    """Toward zero."""
+    return torch.where(x < 0, torch.ceil(x), torch.floor(x)) if x.is_floating_point() else x.clone()
+
+
+def fmod(x: Tensor, other: Any) -> Tensor:
+    """What is left of a division that is rounded toward zero."""
+    quotient = torch.div(x, other)
+    return x - trunc(quotient).to(torch.result_type(x, other)) * other
+
+
+def asinh(x: Tensor) -> Tensor:
+    """By logarithms, exact near 0."""
+    size = x.abs()
+    value = torch.log1p(size + size * size / (1 + torch.sqrt(size * size + 1)))
+    return torch.where(x < 0, -value, value)
+
+
+def acosh(x: Tensor) -> Tensor:
+    """By logarithms."""
+    return torch.log(x + torch.sqrt(x - 1) * torch.sqrt(x + 1))
+
+
+def hypot(x: Tensor, y: Tensor) -> Tensor:
+    """Scaled, so that squares do not overflow."""
+    x, y = x.abs(), y.abs()
+    large, small = torch.maximum(x, y), torch.minimum(x, y)
+    ratio = torch.where(large > 0, small / torch.where(large > 0, large, 1.0), 0.0)
+    return large * torch.sqrt(1 + ratio * ratio)
+
+
+def logaddexp(x: Tensor, y: Tensor) -> Tensor:
+    """The larger plus log(1 + exp(the gap below it))."""
+    large = torch.maximum(x, y)
+    gap = torch.where(x == y, 0.0, -(x - y).abs())
+    return large + torch.log1p(torch.exp(gap))
+
+
+def extremum_without_nan(x: Tensor, y: Tensor, largest: bool) -> Tensor:
+    """Maximum or minimum, of the other value where one is NaN."""
+    pick = torch.maximum if largest else torch.minimum
+    return torch.where(x != x, y, torch.where(y != y, x, pick(x, y)))
+
+
+# Giles' approximation of the inverse error function for single precision
+_CENTRE = (
+    2.81022636e-08,
+    3.43273939e-07,
+    -3.5233877e-06,
+    -4.39150654e-06,
+    0.00021858087,
+    -0.00125372503,
+    -0.00417768164,
+    0.246640727,
+    1.50140941,
+)
+_TAIL = (
+    -0.000200214257,
+    0.000100950558,
+    0.00134934322,
+    -0.00367342844,
+    0.00573950773,
+    -0.0076224613,
+    0.00943887047,
+    1.00167406,
+    2.83297682,
+)
+
+
+def erfinv(x: Tensor) -> Tensor:
+    """A polynomial of -log(1 - x²)."""
+    w = -torch.log((1 - x) * (1 + x))
+    centre, tail = _polynomial(_CENTRE, w - 2.5), _polynomial(_TAIL, torch.sqrt(w) - 3)
+    value = torch.where(w < 5, centre, tail) * x
+    return torch.where(x.abs() == 1, x * math.inf, value)
+
+
+def _polynomial(factors: tuple[float, ...], x: Tensor) -> Tensor:
+    value = torch.full_like(x, factors[0])
+    for factor in factors[1:]:
+        value = value * x + factor
+    return value
