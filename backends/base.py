@@ -353,7 +353,10 @@ def named_inputs(
     if len(names) != len(leaves):
         raise InputError(f"the program has inputs {names}, {len(leaves)} values were given")
     pairs = zip(names, leaves, strict=True)
-    return {name: leaf for name, leaf in pairs if isinstance(leaf, Tensor)}
+    # a tensor without dimensions has one of size 1 in the targets' programs
+    return {
+        name: leaf.reshape(leaf.shape or (1,)) for name, leaf in pairs if isinstance(leaf, Tensor)
+    }
 
 
 def match_inputs(wanted: Sequence[str], given: dict[str, Tensor]) -> dict[str, Tensor]:

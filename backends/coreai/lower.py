@@ -8,6 +8,7 @@ from torch.export import ExportedProgram
 from graphopt.backends.casting import cast_to_16_bit_precision
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
+from graphopt.backends.interface import Interface, flat_interface
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
 from graphopt.ir.program import Program, export_graph
@@ -38,10 +39,10 @@ def legal_export(program: Program, precision: str) -> ExportedProgram:
     """
     with quiet("coreai_torch"):
         coreai_torch = require("coreai_torch", "coreai")
-    legal = program.copy()
+    legal = flat_interface(program, Interface())
     run_passes(legal.graph_module, [RemoveUnused(), *legal_passes()])
     with torch.no_grad():
         exported = export_graph(
-            legal.graph_module, program.example_args, program.example_kwargs
+            legal.graph_module, legal.example_args, legal.example_kwargs
         ).run_decompositions(coreai_torch.get_decomp_table())
         return cast_to_16_bit_precision(exported) if precision == "float16" else exported

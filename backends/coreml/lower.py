@@ -12,6 +12,7 @@ from graphopt.analysis.quantized import quantized_ops
 from graphopt.backends.coreml.decompose import decompose_for_coreml
 from graphopt.backends.coreml.lowerings import register_lowerings
 from graphopt.backends.coreml.refusals import PACKED, refusals
+from graphopt.backends.interface import Interface, flat_interface
 from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError
 from graphopt.ir.program import Program, export_graph
@@ -21,6 +22,16 @@ from graphopt.passes.pass_manager import run_passes
 
 __all__ = ["TABLE_TYPES", "legal_export", "legal_passes", "small_constants_once"]
 
+_INTERFACE = Interface(
+    types={
+        torch.uint8: torch.int32,
+        torch.int8: torch.int32,
+        torch.int16: torch.int32,
+        torch.bfloat16: torch.float32,
+        torch.float64: torch.float32,
+    },
+    keeps_copies=False,
+)
 TABLE_TYPES = ("int2", "uint2", "int3", "uint3", "int6", "uint6")
 
 
@@ -49,11 +60,11 @@ def legal_export(program: Program, target: str, *last: Pass) -> ExportedProgram:
             raise LoweringError("Core ML cannot hold this program:\n" + "\n".join(reasons))
     quantized_ops()
     register_lowerings()
-    legal = program.copy()
+    legal = flat_interface(program, _INTERFACE)
     run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused(), *last])
     with torch.no_grad():
         return decompose_for_coreml(
-            export_graph(legal.graph_module, program.example_args, program.example_kwargs)
+            export_graph(legal.graph_module, legal.example_args, legal.example_kwargs)
         )
 
 

@@ -14,6 +14,7 @@ from graphopt.backends.executorch.legalize import (
 )
 from graphopt.backends.executorch.options import Tables
 from graphopt.backends.executorch.weight_forms import why_not_integers
+from graphopt.backends.interface import Interface, flat_interface
 from graphopt.ir.annotations import clear_notes
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program, export_graph
@@ -65,11 +66,12 @@ def legal_export(program: Program, tables: Tables) -> tuple[ExportedProgram, Cap
         program: In our vocabulary.
         tables: What becomes of lookup tables.
     """
-    gm = program.copy().graph_module
+    legal = flat_interface(program, Interface(scalars=True, keeps_copies=False))
+    gm = legal.graph_module
     clear_notes(gm)
     run_passes(gm, [RemoveUnused(), *legal_passes(tables)])
     _own_storage(gm)
-    return export_graph(gm, program.example_args, program.example_kwargs), gm
+    return export_graph(gm, legal.example_args, legal.example_kwargs), gm
 
 
 def _own_storage(gm: CapturedModule) -> None:

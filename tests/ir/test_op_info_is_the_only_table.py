@@ -19,6 +19,7 @@ ALLOWED = {
     "graphopt/schemes/palette.py": "emits the sum of a table's values and outliers",
     "passes/convert_quantization.py": "emits the shift by a float minimum",
     "backends/casting.py": "emits casts",
+    "backends/interface.py": "emits casts and shapes of inputs and outputs, and copies of outputs",
     "backends/coreml/decompose.py": "hands torch its own rule for gelu",
     "backends/coreml/legal_ops.py": "hands torch rules for what coremltools has not right",
     "backends/executorch/compress_tables.py": "emits decoders of tables",

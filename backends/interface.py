@@ -1,0 +1,162 @@
+"""Inputs and outputs of programs, in the form that every target can hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
+
+from graphopt.errors import LoweringError
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.editor import Editor
+from graphopt.ir.program import Program
+
+__all__ = ["Interface", "flat_interface", "with_outputs"]
+
+_aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Interface:
+    """What a target has as inputs and outputs.
+
+    Attributes:
+        scalars: Whether a tensor may have no dimensions, and an input be no tensor.
+        types: Element type → the one that stands for it at inputs and outputs, where the target has
+            no such there.
+        keeps_copies: Whether `aten.clone` gives an output of its own; else a maximum of a value and
+            itself does.
+    """
+
+    scalars: bool = False
+    types: Mapping[torch.dtype, torch.dtype] = field(default_factory=dict)
+    keeps_copies: bool = True
+
+
+def flat_interface(program: Program, target: Interface) -> Program:
+    """A copy of a program that takes and gives what a target has: flat lists of tensors.
+
+    A tensor without dimensions has one of size 1 there. An output that is an input, a constant or
+    another output is copied. What is no tensor (None, numbers, texts) is left out, as the graph was
+    captured for the values that it had.
+
+    Args:
+        program: It is not changed.
+        target: What the target has.
+
+    Raises:
+        LoweringError: The program has no output that is a tensor.
+    """
+    legal = program.copy()
+    edit = Editor(legal.graph_module)
+    _set_outputs(edit, _separate_outputs(edit, target))
+    leaves, spec = pytree.tree_flatten((program.example_args, program.example_kwargs))
+    if target.scalars:
+        plain = [_contiguous(leaf) for leaf in leaves]
+        args, kwargs = pytree.tree_unflatten(plain, spec)
+        return replace(legal, example_args=args, example_kwargs=kwargs)
+    example = []
+    for node, leaf in zip(_placeholders(edit.gm), leaves, strict=True):
+        if isinstance(leaf, Tensor):
+            example.append(_restated(edit, node, leaf, target))
+        elif not node.users:
+            edit.erase(node)
+    edit.gm.graph.set_codegen(fx.graph.CodeGen())
+    edit.gm.recompile()
+    return replace(legal, example_args=tuple(example), example_kwargs={})
+
+
+def with_outputs(program: Program, nodes: Sequence[str]) -> Program:
+    """A copy of a program that gives the values of these nodes, and computes no more than it must.
+
+    Args:
+        program: It is not changed.
+        nodes: Names of its graph's nodes; their values are tensors.
+    """
+    part = program.copy()
+    edit = Editor(part.graph_module)
+    by_name = {node.name: node for node in edit.gm.graph.nodes}
+    _set_outputs(edit, [by_name[name] for name in nodes])
+    for node in reversed(list(edit.gm.graph.nodes)):
+        if node.op not in ("placeholder", "output") and not node.users:
+            edit.erase(node)
+    edit.gm.recompile()
+    return part
+
+
+def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
+    return list(gm.graph.find_nodes(op="placeholder"))
+
+
+def _contiguous(leaf: Any) -> Any:
+    return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
+
+
+def _restated(edit: Editor, node: fx.Node, leaf: Tensor, target: Interface) -> Tensor:
+    """The example of an input as the target has it; the graph gets back what it had."""
+    given = leaf.contiguous().reshape(leaf.shape or (1,))
+    given = given.to(target.types.get(leaf.dtype, leaf.dtype))
+    if given.shape == leaf.shape and given.dtype == leaf.dtype:
+        return given
+    readers, value = set(node.users), node
+    node.meta["val"] = edit.fake(given)
+    behind = _placeholders(edit.gm)[-1].next
+    if given.dtype != leaf.dtype:
+        value = edit.call(_aten._to_copy.default, value, dtype=leaf.dtype, like=node, before=behind)
+    if given.shape != leaf.shape:
+        value = edit.call(_aten.squeeze.dims, value, [0], like=node, before=behind)
+    edit.redirect(node, value, lambda reader: reader not in readers)
+    return given
+
+
+def _separate_outputs(edit: Editor, target: Interface) -> list[fx.Node]:
+    """One node per tensor that a program gives: none of them an input, a constant or another's."""
+    (output,) = edit.gm.graph.find_nodes(op="output")
+    leaves = [leaf for leaf in pytree.tree_leaves(output.args[0]) if isinstance(leaf, fx.Node)]
+    given: list[fx.Node] = []
+    for node in leaves:
+        value = node.meta.get("val", torch.empty(1))
+        if not isinstance(value, Tensor):
+            continue
+        own = node
+        if value.dtype in target.types:
+            kind = target.types[value.dtype]
+            own = edit.call(_aten._to_copy.default, own, dtype=kind, like=node, before=output)
+        if value.ndim == 0 and not target.scalars:
+            own = edit.call(_aten.unsqueeze.default, own, 0, like=node, before=output)
+        if own in given or own.op != "call_function":
+            own = _copy(edit, own, output, target)
+        given.append(own)
+    if not given:
+        raise LoweringError("the program gives no tensor, and targets have no other outputs")
+    return given
+
+
+def _copy(edit: Editor, node: fx.Node, output: fx.Node, target: Interface) -> fx.Node:
+    if node.op == "get_attr":
+        # delegates take the constants that they read with them
+        copied = edit.value(node).detach().clone()
+        node = edit.constant(f"{node.target}_out", copied, like=node, before=output)
+    if target.keeps_copies:
+        return edit.call(_aten.clone.default, node, like=node, before=output)
+    value = node.meta.get("val")
+    is_bool = isinstance(value, Tensor) and value.dtype is torch.bool
+    larger = _aten.logical_or.default if is_bool else _aten.maximum.default
+    return edit.call(larger, node, node, like=node, before=output)
+
+
+def _set_outputs(edit: Editor, nodes: Sequence[fx.Node]) -> None:
+    """Let a graph give these values as a flat list."""
+    gm = edit.gm
+    assert isinstance(gm, CapturedModule)
+    (output,) = gm.graph.find_nodes(op="output")
+    edit.set_args(output, (tuple(nodes),))
+    output.meta.pop("val", None)
+    codegen: Any = gm.graph._codegen
+    spec = pytree.tree_structure(tuple(nodes))
+    codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
+    gm.recompile()
