@@ -18,9 +18,11 @@ from torch.utils import _pytree as pytree
 import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
 from graphopt.capture.export_errors import explain_export_error, without_warnings
 from graphopt.capture.inference_form import dropout_kept, is_plain, to_inference_form
+from graphopt.capture.input_sizes import size_conditions, static_dims
 from graphopt.errors import CaptureError, InputError
 from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, InputGuards, holder_of
+from graphopt.ir.guards import by_signature, input_places
 from graphopt.ir.program import Program, Provenance, share_graph
 
 __all__ = ["capture"]
@@ -280,13 +282,17 @@ def _to_program(exported: ExportedProgram, source: str, args: _Args, kwargs: _Kw
     module.graph.lint()
     module.recompile()
     module.eval()
-    conditions = [*getattr(exported, "_guards_code", ()), *_size_conditions(exported, names)]
-    guards = InputGuards(_signature_names(module), conditions)
+    places = input_places(module, args, kwargs)
+    conditions = [
+        *getattr(exported, "_guards_code", ()),
+        *size_conditions(exported, list(places)),
+    ]
+    guards = InputGuards(_signature_names(module), by_signature(conditions, places))
     # a guard that the example itself breaks comes from capturing with a larger batch
     guards = guards.without(guards.violated(args, kwargs))
     if guards.conditions:
         module.register_forward_pre_hook(guards, with_kwargs=True)
-    provenance = Provenance(source, static_dims=tuple(_static_dims(exported, names)))
+    provenance = Provenance(source, static_dims=tuple(static_dims(exported, names)))
     if provenance.static_dims:
         _log.info("%s: fixed input dimensions: %s", source, ", ".join(provenance.static_dims))
     return Program(module, args, kwargs, provenance)
@@ -348,52 +354,9 @@ def _twin(tensor: Tensor, path: str, parameters: Mapping[str, Tensor], unused: s
     return tensor
 
 
-def _size_conditions(exported: ExportedProgram, names: list[str]) -> Iterator[str]:
-    """Sizes and ranges that the program fixes for its tensor inputs, as guard conditions."""
-    for node in exported.graph.nodes:
-        value = node.meta.get("val")
-        if node.op != "placeholder" or node.name not in names or not isinstance(value, Tensor):
-            continue
-        for axis, size in enumerate(value.shape):
-            place = f"L[{str(node.target)!r}].size()[{axis}]"
-            fixed = size if isinstance(size, int) else _only_value(exported, size)
-            if fixed is not None:
-                yield f"{place} == {fixed}"
-                continue
-            known = exported.range_constraints.get(size.node.expr)
-            if known is None:
-                continue
-            # torch.export's own lower bound of 2 only says that it did not specialise on 0 and 1
-            if known.lower.is_Integer and known.lower > 2:
-                yield f"{place} >= {int(known.lower)}"
-            if known.upper.is_Integer:
-                yield f"{place} <= {int(known.upper)}"
-
-
 def _input_names(exported: ExportedProgram) -> list[str]:
     return [str(name) for name in exported.graph_signature.user_inputs]
 
 
 def _signature_names(module: CapturedModule) -> list[str]:
     return [name for name in inspect.signature(module.forward).parameters if name != "self"]
-
-
-def _static_dims(exported: ExportedProgram, names: list[str]) -> Iterator[str]:
-    for node in exported.graph.nodes:
-        value = node.meta.get("val")
-        if node.op == "placeholder" and node.name in names and isinstance(value, Tensor):
-            for axis, size in enumerate(value.shape):
-                fixed = size if isinstance(size, int) else _only_value(exported, size)
-                if fixed is not None:
-                    yield f"{node.name}[{axis}] = {fixed}"
-
-
-def _only_value(exported: ExportedProgram, size: torch.SymInt) -> int | None:
-    """The one value that a symbolic size may take, if there is only one."""
-    constant = size.node.maybe_as_int()
-    if constant is not None:
-        return int(constant)
-    known = exported.range_constraints.get(size.node.expr)
-    if known is not None and known.lower == known.upper:
-        return int(known.lower)
-    return None

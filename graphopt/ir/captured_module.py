@@ -23,6 +23,7 @@ _ALLOWED = (
     *(ast.FloorDiv, ast.Mod, ast.Constant, ast.Name, ast.Load, ast.Subscript, ast.Attribute),
     ast.Call,
 )
+_FUNCTIONS = {"max": max, "min": min}
 
 
 def _is_shape_condition(code: str) -> bool:
@@ -34,11 +35,12 @@ def _is_shape_condition(code: str) -> bool:
     for node in ast.walk(tree):
         if not isinstance(node, _ALLOWED):
             return False
-        if isinstance(node, ast.Name) and node.id != "L":
+        if isinstance(node, ast.Name) and node.id not in ("L", *_FUNCTIONS):
             return False
         if isinstance(node, ast.Attribute) and node.attr not in ("size", "ndim", "dim"):
             return False
-        if isinstance(node, ast.Call) and (node.args or node.keywords):
+        plain = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+        if isinstance(node, ast.Call) and (node.keywords or (node.args and not plain)):
             return False
     return True
 
@@ -56,8 +58,8 @@ class InputGuards:
         failed = []
         for code in self.conditions:
             try:
-                met = eval(code, {"__builtins__": {}}, {"L": given})
-            except (KeyError, IndexError, AttributeError, TypeError):
+                met = eval(code, {"__builtins__": {}}, {"L": given, **_FUNCTIONS})
+            except (KeyError, IndexError, AttributeError, TypeError, ZeroDivisionError):
                 continue
             if not met:
                 failed.append(code)

@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import inspect
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
 import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import InputError
 from graphopt.ir.annotations import record_of
 from graphopt.ir.captured_module import CapturedModule, InputGuards, KeptGraph
+from graphopt.ir.guards import by_signature, input_places
+from graphopt.ir.open_sizes import open_shapes, raised_ones
 from graphopt.ir.records import CompressionRecord
 
 __all__ = ["Program", "Provenance", "export_graph", "share_graph"]
@@ -57,34 +60,56 @@ def export_graph(
     Returns:
         An inference program with `aten.linear` and the like kept whole.
     """
-    shapes: Any = None
-    if dynamic:
-        collection = ShapesCollection()
-        for leaf in pytree.tree_leaves((args, kwargs or {})):
-            if isinstance(leaf, Tensor) and leaf.ndim:
-                collection[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
-        shapes = collection
+    kwargs = dict(kwargs or {})
+    if not dynamic:
+        return _exported(module, args, kwargs)
+    examples = [(args, kwargs)]
+    raised = raised_ones(module, args, kwargs)
+    if raised is not None:
+        # torch.export specialises on sizes of 1
+        examples.insert(0, raised)
+    for position, example in enumerate(examples):
+        try:
+            exported = _exported(module, *example, dynamic=True)
+        except Exception:
+            if position == len(examples) - 1:
+                raise
+        else:
+            break
+    _pass_guards_on(module, exported, args, kwargs)
+    exported.example_inputs = (args, kwargs)
+    return exported
+
+
+def _exported(
+    module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool = False
+) -> ExportedProgram:
     with (
         symbolic_config.patch(  # type: ignore[attr-defined]
             backed_size_oblivious=dynamic
         ),
         torch.no_grad(),
     ):
+        shapes = open_shapes(module, args, kwargs) if dynamic else None
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-        exported = exported.run_decompositions({})
-    if dynamic:
-        _pass_guards_on(module, exported)
-    return exported
+        return exported.run_decompositions({})
 
 
-def _pass_guards_on(module: CapturedModule, exported: ExportedProgram) -> None:
+def _pass_guards_on(
+    module: CapturedModule, exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> None:
     """Keep the conditions under which the graph was captured; torch.export skips module hooks."""
     known = getattr(exported, "_guards_code", None)
     if not isinstance(known, list):
         return
-    for hook in module._forward_pre_hooks.values():
-        if isinstance(hook, InputGuards):
-            known.extend(code for code in hook.conditions if code not in known)
+    hooks = module._forward_pre_hooks.values()
+    captured = [code for hook in hooks if isinstance(hook, InputGuards) for code in hook.conditions]
+    places = input_places(module, args, kwargs)
+    guards = InputGuards(
+        tuple(inspect.signature(module.forward).parameters),
+        by_signature([*known, *captured], places),
+    )
+    known[:] = guards.without(guards.violated(args, kwargs)).conditions
 
 
 @dataclass(frozen=True)
