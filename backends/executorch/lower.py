@@ -7,6 +7,11 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphopt.backends.executorch.compress_tables import CompressTables
+from graphopt.backends.executorch.constant_operands import (
+    ComputeWeights,
+    Conv1dAsConv2d,
+    OwnNormState,
+)
 from graphopt.backends.executorch.convolutions_as_linear import ConvolutionsAsLinear
 from graphopt.backends.executorch.legalize import (
     DuplicateDequantize,
@@ -54,6 +59,9 @@ def legal_passes(tables: Tables) -> tuple[Pass, ...]:
         *_TABLE_PASSES[tables],
         DequantizeToShiftScale(),
         LegalizeForXNNPACK(),
+        ComputeWeights(),
+        OwnNormState(),
+        Conv1dAsConv2d(),
         RemoveUnused(),
         DuplicateDequantize(),
     )

@@ -29,7 +29,8 @@ def input_places(
     """
     names = [*inspect.signature(module.forward).parameters]
     places = {}
-    for (side, first, *rest), leaf in pytree.tree_leaves_with_path((tuple(args), dict(kwargs))):
+    leaves: Any = pytree.tree_leaves_with_path((tuple(args), dict(kwargs)))
+    for (side, first, *rest), leaf in leaves:
         name = names[first.idx] if side.idx == 0 else first.key
         places[f"L[{name!r}]" + pytree.keystr(tuple(rest))] = leaf
     return places

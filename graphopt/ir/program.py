@@ -90,7 +90,7 @@ def _exported(
         ),
         torch.no_grad(),
     ):
-        shapes = open_shapes(module, args, kwargs) if dynamic else None
+        shapes: Any = open_shapes(module, args, kwargs) if dynamic else None
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         return exported.run_decompositions({})
 
