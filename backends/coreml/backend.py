@@ -18,7 +18,9 @@ from graphopt.backends.coreml.lower import (
     small_constants_once,
 )
 from graphopt.backends.coreml.options import CoreMLOptions
+from graphopt.backends.coreml.precision import CLAMP, float16, register_clamp
 from graphopt.backends.coreml.refusals import refusals
+from graphopt.backends.coreml.translations import our_translations
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
@@ -98,15 +100,20 @@ class CoreMLBackend(Backend):
         with quiet("coremltools"):
             ct = require("coremltools", "coreml")
         exported = legal_export(program, oldest)
+        precision = getattr(ct.precision, chosen.precision.upper())
         pipeline = ct.PassPipeline.DEFAULT
         # it reorders quantized tables into forms that later passes cannot shape
         pipeline.remove_passes({"common::canonicalize_quantized_lut_pattern"})
+        if chosen.precision == "float16":
+            register_clamp()
+            pipeline.insert_pass(pipeline.passes.index("common::add_fp16_cast"), CLAMP)
+            precision = float16(exported, program.example_args, program.example_kwargs)
         try:
-            with quiet("coremltools"), small_constants_once():
+            with quiet("coremltools"), small_constants_once(), our_translations():
                 model = ct.convert(
                     exported,
                     minimum_deployment_target=getattr(ct.target, oldest),
-                    compute_precision=getattr(ct.precision, chosen.precision.upper()),
+                    compute_precision=precision,
                     pass_pipeline=pipeline,
                     skip_model_load=True,
                 )

@@ -7,16 +7,21 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._decomp import decomposition_table
 from torch.export import ExportedProgram
 
 from graphopt.backends.coreml.legal_ops import Rules, legal_ops, pool_rules
+from graphopt.backends.coreml.translations import TRANSLATED
+from graphopt.backends.decompositions.experts import grouped_mm
+from graphopt.errors import LoweringError
 
 __all__ = ["decompose_for_coreml"]
 
 _aten = torch.ops.aten
 _ROUNDS = 4
+# experts: of torch, and of transformers where torch has none for the type
+_GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
 
 
 def decompose_for_coreml(exported: ExportedProgram) -> ExportedProgram:
@@ -31,11 +36,36 @@ def decompose_for_coreml(exported: ExportedProgram) -> ExportedProgram:
     for _ in range(_ROUNDS):
         # composite ops keep whole unless they are named
         unknown = [op for op in _unknown(exported) if op not in rules]
-        rules |= {op: rule for op in unknown if (rule := _composite(op)) is not None}
-        exported = exported.run_decompositions(rules)
-        if not any(_composite(op) for op in _unknown(exported)):
+        rules |= {op: rule for op in unknown if (rule := _foreign(op)) is not None}
+        try:
+            exported = exported.run_decompositions(rules)
+        except Exception as error:
+            raise LoweringError(f"the program cannot be rewritten for Core ML: {error}") from error
+        if not any(_foreign(op) for op in _unknown(exported)):
             break
+    _refuse_unknown(exported)
     return exported
+
+
+def _refuse_unknown(exported: ExportedProgram) -> None:
+    """Name every op that is left without a translation, and where it came from."""
+    unknown = set(_unknown(exported))
+    lines = [
+        f"{node.target}{_where(node)}"
+        for node in exported.graph.nodes
+        if node.op == "call_function" and node.target in unknown
+    ]
+    if lines:
+        raise LoweringError(
+            "Core ML has no op for these, and none that they can be written in:\n"
+            + "\n".join(dict.fromkeys(lines))
+            + "\nleave them out of the model, or run that part elsewhere"
+        )
+
+
+def _where(node: fx.Node) -> str:
+    stack = list((node.meta.get("nn_module_stack") or {}).values())
+    return f" in {stack[-1][0] or 'the model'}" if stack else ""
 
 
 @cache
@@ -63,10 +93,15 @@ def _known(target: Any) -> bool:
 
     name = target.name() if hasattr(target, "name") else getattr(target, "__name__", str(target))
     kind = sanitize_op_kind(name)
-    return kind != "rms_norm" and kind in _TORCH_OPS_REGISTRY.name_to_func_mapping
+    if kind == "rms_norm":
+        return False
+    return kind in TRANSLATED or kind in _TORCH_OPS_REGISTRY.name_to_func_mapping
 
 
-def _composite(op: Any) -> Callable[..., Any] | None:
+def _foreign(op: Any) -> Callable[..., Any] | None:
+    """The rule of an op of another library, or of a composite one."""
+    if str(op).removesuffix(".default") in _GROUPED:
+        return grouped_mm
     if isinstance(op, torch._ops.OpOverload) and op._can_decompose():
         return op.decompose
     return None

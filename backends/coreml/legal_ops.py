@@ -20,6 +20,7 @@ from graphopt.backends.decompositions import (
     normalization,
     pointwise,
     pooling,
+    ranks,
     reductions,
     resize,
     sampling,
@@ -44,6 +45,11 @@ _BY_OP: dict[str, Callable[..., Any]] = {
     "new_ones": lambda x, size, **options: creation.new_full(x, size, 1, **options),
     "acosh": pointwise.acosh,
     "asinh": pointwise.asinh,
+    "bitwise_and": pointwise.bitwise_and,
+    "bitwise_not": pointwise.bitwise_not,
+    "bitwise_or": pointwise.bitwise_or,
+    "bitwise_xor": pointwise.bitwise_xor,
+    "addbmm": distances.addbmm,
     "copysign": pointwise.copysign,
     "elu": pointwise.elu_with_scales,
     "erfinv": pointwise.erfinv,
@@ -93,6 +99,16 @@ _BY_OP: dict[str, Callable[..., Any]] = {
     "diagonal": views.diagonal,
     "diagonal_copy": views.diagonal,
     "diagonal_scatter": views.diagonal_scatter,
+    "permute": ranks.same_scalar,
+    "permute_copy": ranks.same_scalar,
+    "transpose": ranks.same_scalar,
+    "transpose_copy": ranks.same_scalar,
+    "squeeze": ranks.same_scalar,
+    "squeeze_copy": ranks.same_scalar,
+    "t": ranks.transposed_matrix,
+    "t_copy": ranks.transposed_matrix,
+    "matmul": ranks.matmul_of_vectors,
+    "pad": views.pad_in_turn,
     "roll": views.roll,
     "select_scatter": views.select_scatter,
     "trace": views.trace,
@@ -144,6 +160,10 @@ _BY_OVERLOAD: Rules = {
     _aten.arange.default: creation.arange,
     _aten.arange.start: creation.arange,
     _aten.arange.start_step: creation.arange,
+    _aten.round.decimals: pointwise.round_to_decimals,
+    _aten.where.Scalar: pointwise.where_with_numbers,
+    _aten.where.ScalarSelf: pointwise.where_with_numbers,
+    _aten.where.ScalarOther: pointwise.where_with_numbers,
     _aten.clamp.default: pointwise.clamp_ordered,
     _aten.clamp.Tensor: pointwise.clamp_by_tensors,
     _aten.mean.default: lambda x, *, dtype=None: reductions.mean(x, dtype=dtype),
@@ -182,7 +202,7 @@ def _grid_sample(x: Any, grid: Any, mode: int, padding: int, aligned: bool) -> A
 # torch's own, for what is registered with less than torch has
 _TORCHS = (
     *("mse_loss", "nll_loss", "nll_loss_forward", "nll_loss2d_forward", "huber_loss"),
-    *("smooth_l1_loss", "addmv", "addr", "addbmm", "renorm", "lerp", "log_sigmoid_forward"),
+    *("smooth_l1_loss", "addmv", "addr", "renorm", "lerp", "log_sigmoid_forward"),
     *("im2col", "col2im"),
 )
 
@@ -201,12 +221,36 @@ def _all_rules() -> Rules:
         }
     for name, rule in _BY_OP.items():
         rules |= dict.fromkeys(_overloads(name), rule)
-    return rules | _BY_OVERLOAD
+    return rules | _BY_OVERLOAD | _unbatched() | _by_scale_factors()
+
+
+def _unbatched() -> Rules:
+    return {
+        overload: ranks.Unbatched(overload, n)
+        for n in (1, 2, 3)
+        for name in (f"conv{n}d", f"conv_transpose{n}d", f"max_pool{n}d")
+        for overload in _overloads(name)
+    }
+
+
+def _by_scale_factors() -> Rules:
+    """Rules for resizes by factors, which are rewritten as those by sizes."""
+    return {
+        packet.vec: ranks.by_scale_factors(
+            packet.default, _spatial_axes(name), corners="nearest" not in name
+        )
+        for name in _BY_OP
+        if "upsample" in name and "vec" in (packet := getattr(_aten, name)).overloads()
+    }
+
+
+def _spatial_axes(name: str) -> int:
+    return next(n for n in (1, 2, 3) if f"{n}d" in name)
 
 
 def _overloads(name: str) -> list[Any]:
     packet = getattr(_aten, name)
-    names = [overload for overload in packet.overloads() if "out" not in overload]
+    names = [name for name in packet.overloads() if "out" not in name and name != "vec"]
     found = []
     for overload in names:
         try:
@@ -219,8 +263,8 @@ def _overloads(name: str) -> list[Any]:
 def pool_rules(graph: fx.Graph) -> Rules:
     """Rules for maximum pooling, where its indices are read or its windows have gaps."""
     rules: Rules = {}
-    for name, n in (("max_pool2d_with_indices", 2), ("max_pool3d_with_indices", 3)):
-        op = getattr(_aten, name).default
+    for n in (1, 2, 3):
+        op = getattr(_aten, f"max_pool{n}d_with_indices").default
         uses = [
             user for node in graph.find_nodes(op="call_function", target=op) for user in node.users
         ]

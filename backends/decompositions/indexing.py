@@ -123,8 +123,12 @@ def _masked_put(x: Tensor, indices: Sequence[Any], values: Tensor, accumulate: b
 
 
 def index_select(x: Tensor, dim: int, places: Tensor) -> Any:
-    """Of a scalar; else left alone."""
-    return NotImplemented if x.dim() else x.clone()
+    """Of a scalar or of booleans; else left alone."""
+    if not x.dim():
+        return x.clone()
+    if x.dtype is torch.bool:
+        return x.to(torch.int32).index_select(dim, places).to(torch.bool)
+    return NotImplemented
 
 
 def _fits(x: Tensor, dim: int, places: Tensor) -> bool:
@@ -135,7 +139,9 @@ def _fits(x: Tensor, dim: int, places: Tensor) -> bool:
 
 
 def gather_of_any_shape(x: Tensor, dim: int, places: Tensor, *, sparse_grad: bool = False) -> Any:
-    """Of a scalar, or by an index that is shorter along other axes; else left alone."""
+    """Of a scalar, booleans, or by an index that is shorter elsewhere; else left alone."""
+    if x.dtype is torch.bool:
+        return torch.gather(x.to(torch.int32), dim, places).to(torch.bool)
     if not x.dim():
         return x.clone() if not places.dim() else x.reshape(1).expand(places.shape).clone()
     if not places.dim():
@@ -185,6 +191,9 @@ def scatter_value(x: Tensor, dim: int, places: Tensor, value: Any) -> Tensor:
 
 
 def _scattered(x: Tensor, dim: int, places: Tensor, source: Tensor, how: str) -> Any:
+    if x.dtype is torch.bool:
+        whole = torch.int32
+        return torch.scatter(x.to(whole), dim, places, source.to(whole)).to(torch.bool)
     if not x.dim():
         flat = _scattered(x.reshape(1), 0, places.reshape(-1), source.reshape(-1), how)
         if flat is NotImplemented:

@@ -12,6 +12,10 @@ __all__ = [
     "acosh",
     "add_scaled",
     "asinh",
+    "bitwise_and",
+    "bitwise_not",
+    "bitwise_or",
+    "bitwise_xor",
     "clamp_by_tensors",
     "clamp_ordered",
     "copysign",
@@ -23,11 +27,13 @@ __all__ = [
     "isinf",
     "logaddexp",
     "nan_to_num",
+    "round_to_decimals",
     "rsub_scaled",
     "signbit",
     "softplus_with_threshold",
     "sub_scaled",
     "trunc",
+    "where_with_numbers",
 ]
 
 
@@ -41,9 +47,33 @@ def sub_scaled(x: Any, other: Any, *, alpha: Any = 1) -> Any:
     return NotImplemented if alpha == 1 else x - other * alpha
 
 
-def rsub_scaled(x: Tensor, other: Any, alpha: Any = 1) -> Tensor:
-    """`other - alpha * x`."""
-    return other - (x if alpha == 1 else x * alpha)
+def rsub_scaled(x: Tensor, other: Any, alpha: Any = 1) -> Any:
+    """`other - alpha * x`; left alone where alpha is 1."""
+    return NotImplemented if alpha == 1 else other - x * alpha
+
+
+def bitwise_and(x: Any, other: Any) -> Any:
+    """Of booleans by logic; left alone for integers."""
+    return torch.logical_and(x, other) if _booleans(x, other) else NotImplemented
+
+
+def bitwise_or(x: Any, other: Any) -> Any:
+    """Of booleans by logic; left alone for integers."""
+    return torch.logical_or(x, other) if _booleans(x, other) else NotImplemented
+
+
+def bitwise_xor(x: Any, other: Any) -> Any:
+    """Of booleans by logic; left alone for integers."""
+    return torch.logical_xor(x, other) if _booleans(x, other) else NotImplemented
+
+
+def bitwise_not(x: Tensor) -> Any:
+    """Of booleans by logic, of integers by -x - 1."""
+    return torch.logical_not(x) if x.dtype is torch.bool else -x - 1
+
+
+def _booleans(*values: Any) -> bool:
+    return all(isinstance(value, Tensor) and value.dtype is torch.bool for value in values)
 
 
 def like(x: Tensor, value: Any) -> Tensor:
@@ -209,3 +239,22 @@ def _polynomial(factors: tuple[float, ...], x: Tensor) -> Tensor:
     for factor in factors[1:]:
         value = value * x + factor
     return value
+
+
+def round_to_decimals(x: Tensor, *, decimals: int = 0) -> Tensor:
+    """Rounded behind the decimal point, or before it."""
+    if decimals >= 0:
+        return torch.round(x * 10.0**decimals) / 10.0**decimals
+    return torch.round(x / 10.0**-decimals) * 10.0**-decimals
+
+
+def where_with_numbers(condition: Tensor, a: Any, b: Any) -> Tensor:
+    """Numbers as tensors of the result's type."""
+    kind = torch.result_type(a, b)
+    shape = [1] * max(condition.dim(), 1)
+    a, b = (
+        value.to(kind) if isinstance(value, Tensor) else torch.full(shape, value, dtype=kind)
+        for value in (a, b)
+    )
+    result = torch.where(condition, a, b)
+    return result if condition.dim() or result.dim() != 1 else result.reshape([])

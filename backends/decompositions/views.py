@@ -13,6 +13,7 @@ __all__ = [
     "diag_embed",
     "diagonal",
     "diagonal_scatter",
+    "pad_in_turn",
     "pad_or_cut",
     "roll",
     "select_scatter",
@@ -100,8 +101,7 @@ def as_strided(x: Tensor, size: Sequence[int], stride: Sequence[int], offset: An
     """Elements of a contiguous tensor by their positions; else left alone."""
     if not x.is_contiguous() or not all(isinstance(n, int) for n in (*size, *stride)):
         return NotImplemented
-    start = int(x.storage_offset() if offset is None else offset)
-    places = torch.full([1] * len(size), start, dtype=torch.int64)
+    places = torch.full([1] * len(size), offset or 0, dtype=torch.int64)
     for axis, (length, step) in enumerate(zip(size, stride, strict=True)):
         shape = [-1 if other == axis else 1 for other in range(len(size))]
         places = places + (torch.arange(length) * step).reshape(shape)
@@ -127,3 +127,19 @@ def pad_or_cut(x: Tensor, pad: Sequence[int], value: Any = 0) -> Any:
         x = x.narrow(axis, start, x.shape[axis] - cut)
     widths = [max(width, 0) for width in pad]
     return torch.nn.functional.pad(x, widths, value=value) if any(widths) else x.clone()
+
+
+def pad_in_turn(x: Tensor, pad: Sequence[int], mode: str = "constant", value: Any = None) -> Any:
+    """Negative paddings cut, circular ones from the other end; else left alone."""
+    if mode == "constant":
+        return pad_or_cut(x, pad, 0 if value is None else value)
+    if mode != "circular":
+        return NotImplemented
+    for i in range(len(pad) // 2):
+        axis, (before, after) = x.dim() - 1 - i, pad[2 * i : 2 * i + 2]
+        start, size = max(-before, 0), x.shape[axis]
+        kept = x.narrow(axis, start, size - start - max(-after, 0))
+        parts = [x.narrow(axis, size - before, before)] if before > 0 else []
+        parts += [kept, *([x.narrow(axis, 0, after)] if after > 0 else [])]
+        x = torch.cat(parts, axis) if len(parts) > 1 else kept
+    return x
