@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from graphopt.casting import cast_fp32_to_fp16, cast_int32_to_int16, cast_to_16_bit_precision
+from graphopt.errors import InputError
 
 
 def exported(model: nn.Module, *args: Tensor) -> torch.export.ExportedProgram:
@@ -104,3 +105,96 @@ def test_integer_constants_are_narrowed_only_where_they_are_converted() -> None:
 def test_both_casts_return_the_same_program() -> None:
     program = exported(Net(), torch.randn(2, 6))
     assert cast_to_16_bit_precision(program) is program
+
+
+class Chain(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(48, 48)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log(torch.exp(6 * self.fc(x)) + 1)
+
+
+def chain() -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return Chain(), torch.randn(3, 48) * 4
+
+
+def test_neighbours_that_are_ignored_keep_values_beyond_float16() -> None:
+    (model, x), a = chain(), torch.ops.aten
+    ops = [a.exp.default, a.add.Tensor, a.log.default, a.mul.Tensor]
+    program = cast_fp32_to_fp16(exported(model, x), ops)
+    found, want = program.module()(x.half()), model(x)
+    assert found.dtype is torch.float16
+    assert torch.exp(6 * model.fc(x)).max() > 65504
+    torch.testing.assert_close(found.float(), want, rtol=0, atol=0.05 * float(want.max()))
+    casts = [n for n in program.graph.nodes if n.target is a._to_copy.default]
+    assert len(casts) == 2
+
+
+def test_values_that_overflow_on_calibration_data_stay_wide() -> None:
+    model, x = chain()
+    plain = cast_to_16_bit_precision(exported(model, x))
+    assert not torch.isfinite(plain.module()(x.half())).all()
+    program = cast_to_16_bit_precision(exported(model, x), calibration_data=[x * 0.1, (x,)])
+    kinds = {n.name: n.meta["val"].dtype for n in program.graph.nodes if n.op == "call_function"}
+    assert (kinds["exp"], kinds["log"], kinds["linear"]) == (
+        torch.float32,
+        torch.float32,
+        torch.float16,
+    )
+    found, want = program.module()(x.half()), model(x)
+    torch.testing.assert_close(found.float(), want, rtol=0, atol=0.05 * float(want.max()))
+
+
+def test_nothing_stays_wide_where_nothing_overflows() -> None:
+    model, x = Net(), torch.randn(2, 6)
+    plain = cast_fp32_to_fp16(exported(model, x))
+    calibrated = cast_fp32_to_fp16(exported(model, x), calibration_data=[x])
+    assert str(calibrated.graph) == str(plain.graph)
+
+
+def test_outputs_and_inputs_beyond_float16_stay_wide() -> None:
+    class Square(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x * x, torch.tanh(x)
+
+    x = torch.tensor([1.0, 1e5])
+    program = cast_fp32_to_fp16(exported(Square(), x), calibration_data=[x])
+    square, bounded = program.module()(x)
+    assert (square.dtype, bounded.dtype) == (torch.float32, torch.float16)
+    torch.testing.assert_close(square, x * x)
+
+
+def test_filled_in_masks_are_no_overflow() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor, m: Tensor) -> Tensor:
+            return torch.softmax(x + (1 - m) * torch.finfo(torch.float32).min, -1)
+
+    model, args = Masked(), (torch.randn(3, 5), torch.tensor([1.0, 1, 1, 0, 0]))
+    program = cast_fp32_to_fp16(exported(model, *args), calibration_data=[args])
+    assert all(n.meta["val"].dtype is torch.float16 for n in program.graph.nodes if "val" in n.meta)
+    found = program.module()(args[0].half(), args[1].half())
+    torch.testing.assert_close(found.float(), model(*args), rtol=0, atol=2e-3)
+
+
+def test_calibration_data_of_another_call_is_refused() -> None:
+    with pytest.raises(InputError, match="do not fit the program"):
+        cast_fp32_to_fp16(exported(Net(), torch.randn(2, 6)), calibration_data=[(1, 2)])
+
+
+def test_lowest_floats_of_a_constant_are_clamped() -> None:
+    class Causal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            low = torch.finfo(torch.float32).min
+            self.register_buffer("mask", torch.triu(torch.full((5, 5), low), 1))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.softmax(x + self.mask, -1)
+
+    model, x = Causal(), torch.randn(5, 5)
+    program = cast_fp32_to_fp16(exported(model, x))
+    assert program.state_dict["mask"].dtype is torch.float16
+    torch.testing.assert_close(program.module()(x.half()).float(), model(x), rtol=0, atol=2e-3)
