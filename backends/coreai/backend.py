@@ -21,6 +21,7 @@ from graphopt.backends.base import (
 )
 from graphopt.backends.coreai.check import run_asset
 from graphopt.backends.coreai.delegate import CoreAIDelegate
+from graphopt.backends.coreai.limits import explain_failure, refuse_impossible
 from graphopt.backends.coreai.lower import TABLE_TYPES, legal_export, legal_passes
 from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.coreai.raise_ import RaiseFromCoreAI
@@ -28,7 +29,6 @@ from graphopt.backends.coreai.refusals import refusals
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
-from graphopt.errors import LoweringError
 from graphopt.extras import require
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
@@ -102,13 +102,14 @@ class CoreAIBackend(Backend):
         with quiet("coreai_torch"):
             coreai_torch = require("coreai_torch", "coreai")
         with torch.no_grad():
-            exported = legal_export(program, chosen.precision)
+            exported = legal_export(program, chosen)
+            refuse_impossible(exported)
             try:
                 with quiet("coreai_torch"):
                     converter = coreai_torch.TorchConverter().add_exported_program(exported)
                     ai_program = converter.to_coreai()
             except Exception as error:
-                raise LoweringError(f"coreai-torch cannot convert the program: {error}") from error
+                raise explain_failure(exported, error) from error
         return CoreAIArtifact(self, program, exported, ai_program)
 
     @override

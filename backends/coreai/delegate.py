@@ -31,7 +31,7 @@ class CoreAIDelegate(Delegate):
 
     @override
     def export(self, program: Program) -> ExportedProgram:
-        return legal_export(program, self.options.precision)
+        return legal_export(program, self.options)
 
     @override
     def partitioner(self) -> Any:

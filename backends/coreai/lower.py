@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
+from torch.utils import _pytree as pytree
 
 from graphopt.backends.casting import cast_to_16_bit_precision
+from graphopt.backends.coreai.decompose import decompositions
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
+from graphopt.backends.coreai.options import CoreAIOptions
+from graphopt.backends.double_precision import as_float32
 from graphopt.backends.interface import Interface, flat_interface
-from graphopt.backends.quiet import quiet
-from graphopt.extras import require
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import IntegersToTables, RemoveUnused
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
+from graphopt.run.batches import as_batch
 
 __all__ = ["TABLE_TYPES", "legal_export", "legal_passes"]
 
@@ -30,19 +36,26 @@ def legal_passes() -> tuple[Pass, ...]:
     )
 
 
-def legal_export(program: Program, precision: str) -> ExportedProgram:
+def legal_export(program: Program, options: CoreAIOptions) -> ExportedProgram:
     """The program in Core AI's ops, decomposed as coreai-torch wants it.
 
     Args:
         program: In our vocabulary.
-        precision: Float type to compute in.
+        options: What to compute in.
     """
-    with quiet("coreai_torch"):
-        coreai_torch = require("coreai_torch", "coreai")
-    legal = flat_interface(program, Interface())
+    legal = as_float32(flat_interface(program, Interface()))
     run_passes(legal.graph_module, [RemoveUnused(), *legal_passes()])
     with torch.no_grad():
         exported = export_graph(
             legal.graph_module, legal.example_args, legal.example_kwargs
-        ).run_decompositions(coreai_torch.get_decomp_table())
-        return cast_to_16_bit_precision(exported) if precision == "float16" else exported
+        ).run_decompositions(decompositions())
+        if options.precision == "float32":
+            return exported
+        calls = [_flat_call(call) for call in options.calibration_data or ()]
+        return cast_to_16_bit_precision(exported, options.ignored_ops, calls)
+
+
+def _flat_call(inputs: Any) -> tuple[Tensor, ...]:
+    """The tensors of a call as the flat interface has them."""
+    leaves = [leaf for leaf in pytree.tree_leaves(as_batch(inputs)) if isinstance(leaf, Tensor)]
+    return tuple(leaf.reshape(leaf.shape or (1,)) for leaf in leaves)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from graphopt.backends.options import TargetOptions, check_precision, in_shell
 
@@ -16,6 +17,9 @@ class CoreAIOptions(TargetOptions):
 
     Attributes:
         precision: "float16" casts floats, inputs and outputs too, to 16 bits (`graphopt.casting`).
+        ignored_ops: Ops (or a predicate on nodes) that compute in float32 all the same.
+        calibration_data: Inputs of one call each; values that overflow in float16 on them stay
+            float32.
 
     Raises:
         LoweringError: There is no such precision.
@@ -28,6 +32,9 @@ class CoreAIOptions(TargetOptions):
             "Float type of the artifact; the target's own default when omitted.",
         ),
     )
+
+    ignored_ops: Any = None
+    calibration_data: Iterable[Any] | None = None
 
     def __post_init__(self) -> None:
         check_precision(self.precision)

@@ -185,7 +185,9 @@ def hypot(x: Tensor, y: Tensor) -> Tensor:
     x, y = x.abs(), y.abs()
     large, small = torch.maximum(x, y), torch.minimum(x, y)
     ratio = torch.where(large > 0, small / torch.where(large > 0, large, 1.0), 0.0)
-    return large * torch.sqrt(1 + ratio * ratio)
+    size = large * torch.sqrt(1 + ratio * ratio)
+    # a ratio of infinities is no number
+    return torch.where((x == math.inf) | (y == math.inf), math.inf, size)
 
 
 def logaddexp(x: Tensor, y: Tensor) -> Tensor:

@@ -64,6 +64,9 @@ def _interpolated(
     for offset, (out, scale) in enumerate(zip(sizes, scales, strict=True)):
         axis = x.dim() - len(sizes) + offset
         size = x.shape[axis]
+        if reach == 1 and size == out:
+            # torch copies, whatever the factor
+            continue
         centres = _centres(size, out, scale, aligned)
         if reach == 1 and not aligned:
             centres = torch.clamp_min(centres, 0)

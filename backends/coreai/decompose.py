@@ -1,0 +1,199 @@
+"""Which ops are decomposed before conversion, and how."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+from torch._decomp import decomposition_table
+
+from graphopt.backends.coreai.rules import forms, numbers, places, windows
+from graphopt.backends.coreai.rules.attention import attention
+from graphopt.backends.coreai.rules.primitives import primitives
+from graphopt.backends.decompositions import (
+    cumulative,
+    distances,
+    indexing,
+    pointwise,
+    pooling,
+    products,
+    reductions,
+    resize,
+    sampling,
+    sorting,
+    special,
+    views,
+)
+from graphopt.backends.decompositions.whole import Around
+from graphopt.backends.quiet import quiet
+from graphopt.extras import require
+
+__all__ = ["converted_ops", "decompositions"]
+
+_aten = torch.ops.aten
+Table = dict[Any, Callable[..., Any]]
+
+
+@functools.cache
+def converted_ops() -> frozenset[str]:
+    """Ops of aten that coreai-torch has a translation of, as "add.Tensor"."""
+    with quiet("coreai_torch"):
+        require("coreai_torch", "coreai")
+        from coreai_torch._aten_to_core import _aten_to_core_resolver, _higher_order_resolver
+    return frozenset(_aten_to_core_resolver) | frozenset(_higher_order_resolver)
+
+
+def decompositions() -> Table:
+    """The table for `run_decompositions`: ops that coreai-torch takes and gets right stay whole."""
+    with quiet("coreai_torch"):
+        coreai_torch = require("coreai_torch", "coreai")
+    table: Table = dict(coreai_torch.get_decomp_table())
+    converted = converted_ops()
+    for op, rule in decomposition_table.items():
+        name = str(op)
+        if name.startswith("aten.") and name.removeprefix("aten.") not in converted:
+            table.setdefault(op, rule)
+    return table | primitives() | _LACKING | _rules(_MISCOMPUTED)
+
+
+def _rules(wanted: Table) -> Table:
+    return {op: Around(op, rule) for op, rule in wanted.items()}
+
+
+# what coreai-torch has no translation of
+_LACKING: Table = {
+    _aten.isnan.default: numbers.isnan,
+    _aten.isposinf.default: lambda x: torch.eq(x, torch.inf),
+    _aten.fmax.default: partial(pointwise.extremum_without_nan, largest=True),
+    _aten.fmin.default: partial(pointwise.extremum_without_nan, largest=False),
+    _aten.signbit.default: pointwise.signbit,
+    _aten.copysign.Tensor: pointwise.copysign,
+    _aten.copysign.Scalar: pointwise.copysign,
+    _aten.hypot.default: pointwise.hypot,
+    _aten.erfinv.default: pointwise.erfinv,
+    _aten.nan_to_num.default: pointwise.nan_to_num,
+    _aten.hardshrink.default: forms.hardshrink,
+    _aten.empty_permuted.default: forms.empty_permuted,
+    _aten.heaviside.default: special.heaviside,
+    _aten.frexp.Tensor: special.frexp,
+    _aten.nextafter.default: special.nextafter,
+    _aten.lgamma.default: special.lgamma,
+    _aten.angle.default: special.angle,
+    _aten.digamma.default: special.digamma,
+    _aten.polygamma.default: special.polygamma,
+    _aten.erfc.default: special.erfc,
+    _aten.i0.default: special.bessel_i0,
+    _aten.var.correction: reductions.var,
+    _aten.std.correction: reductions.std,
+    _aten.var_mean.correction: reductions.var_mean,
+    _aten.std_mean.correction: reductions.std_mean,
+    _aten.argmin.default: numbers.argmin,
+    _aten.cumprod.default: cumulative.cumprod,
+    _aten.cummax.default: cumulative.cummax,
+    _aten.cummin.default: cumulative.cummin,
+    _aten.logcumsumexp.default: cumulative.logcumsumexp,
+    _aten._cdist_forward.default: distances.cdist,
+    _aten._pdist_forward.default: distances.pdist,
+    _aten.linalg_cross.default: distances.cross,
+    _aten.sort.default: sorting.sort,
+    _aten.sort.stable: lambda x, *, stable=None, dim=-1, descending=False: sorting.sort(
+        x, dim, descending
+    ),
+    _aten.kthvalue.default: sorting.kthvalue,
+    _aten.median.default: sorting.median,
+    _aten.median.dim: sorting.median_along,
+    _aten.nanmedian.default: sorting.nanmedian,
+    _aten.nanmedian.dim: sorting.nanmedian_along,
+    _aten.mode.default: sorting.mode,
+    _aten.histc.default: sorting.histc,
+    _aten.searchsorted.Tensor: sorting.searchsorted,
+    _aten.searchsorted.Scalar: sorting.searchsorted,
+    _aten.bucketize.Tensor: sorting.bucketize,
+    _aten.bucketize.Scalar: sorting.bucketize,
+    _aten.isin.Tensor_Tensor: numbers.isin,
+    _aten.trace.default: views.trace,
+    _aten.diagonal.default: views.diagonal,
+    _aten.diagonal_copy.default: views.diagonal,
+    _aten.diagonal_scatter.default: views.diagonal_scatter,
+    _aten.as_strided.default: views.as_strided,
+    _aten.as_strided_copy.default: views.as_strided,
+    _aten.as_strided_scatter.default: places.as_strided_scatter,
+    _aten.unfold.default: views.unfold,
+    _aten.unfold_copy.default: views.unfold,
+    _aten.scatter_add.default: places.scatter_add,
+    _aten.scatter_reduce.two: places.scatter_reduce,
+    _aten.index_add.default: indexing.index_add,
+    _aten.index_reduce.default: indexing.index_reduce,
+    _aten.put.default: indexing.put,
+    _aten.embedding_renorm.default: places.embedding_renorm,
+    _aten._embedding_bag.default: places.embedding_bag,
+    _aten._embedding_bag_forward_only.default: places.embedding_bag,
+    _aten.max_pool3d_with_indices.default: windows.max_pool3d,
+    _aten._adaptive_avg_pool3d.default: partial(pooling.adaptive_avg_pool, 3),
+    _aten.adaptive_max_pool2d.default: partial(pooling.adaptive_max_pool, 2),
+    _aten.adaptive_max_pool3d.default: partial(pooling.adaptive_max_pool, 3),
+    _aten.upsample_nearest1d.default: resize.nearest,
+    _aten.upsample_nearest3d.default: resize.nearest,
+    _aten._upsample_nearest_exact1d.default: resize.nearest_exact,
+    _aten._upsample_nearest_exact2d.default: resize.nearest_exact,
+    _aten._upsample_nearest_exact3d.default: resize.nearest_exact,
+    _aten.upsample_linear1d.default: resize.linear,
+    _aten.upsample_linear1d.vec: windows.by_factors(resize.linear, 1),
+    _aten.upsample_trilinear3d.default: resize.trilinear,
+    _aten.upsample_trilinear3d.vec: windows.by_factors(resize.trilinear, 3),
+    _aten.upsample_bicubic2d.default: resize.bicubic,
+    _aten.upsample_bicubic2d.vec: windows.by_factors(resize.bicubic, 2),
+    _aten._upsample_bilinear2d_aa.default: resize.bilinear_antialiased,
+    _aten._upsample_bicubic2d_aa.default: resize.bicubic_antialiased,
+    _aten.grid_sampler_2d.default: sampling.grid_sample,
+    _aten.grid_sampler_3d.default: sampling.grid_sample,
+    _aten.addbmm.default: products.addbmm,
+    _aten._trilinear.default: products.trilinear,
+    _aten._grouped_mm.default: products.grouped_mm,
+}
+_OF_BOOLEANS = (
+    *(_aten.amax.default, _aten.amin.default, _aten.max.default, _aten.max.dim),
+    *(_aten.min.default, _aten.min.dim, _aten.argmax.default, _aten.topk.default),
+    *(_aten.maximum.default, _aten.minimum.default, _aten.gt.Tensor, _aten.lt.Tensor),
+)
+# what it drops, miscomputes or refuses for some arguments
+_MISCOMPUTED: Table = {
+    _aten.add.Tensor: forms.plain(numbers.logical_sum),
+    _aten.add.Scalar: forms.plain(numbers.scaled_add),
+    _aten.sub.Tensor: forms.plain(numbers.scaled_sub),
+    _aten.sub.Scalar: forms.plain(numbers.scaled_sub),
+    _aten.mul.Tensor: forms.plain(numbers.logical_product),
+    _aten.bitwise_and.Tensor: forms.plain(numbers.of_booleans(torch.logical_and)),
+    _aten.bitwise_or.Tensor: forms.plain(numbers.of_booleans(torch.logical_or)),
+    _aten.bitwise_xor.Tensor: forms.plain(numbers.of_booleans(torch.logical_xor)),
+    _aten.ge.Tensor: forms.plain(numbers.without_equality(torch.gt)),
+    _aten.ge.Scalar: forms.plain(numbers.without_equality(torch.gt)),
+    _aten.le.Tensor: forms.plain(numbers.without_equality(torch.lt)),
+    _aten.le.Scalar: forms.plain(numbers.without_equality(torch.lt)),
+    _aten.bitwise_not.default: forms.plain(numbers.bitwise_not),
+    _aten.floor.default: forms.plain(forms.floor),
+    _aten.ceil.default: forms.plain(forms.ceil),
+    _aten.trunc.default: forms.plain(forms.trunc),
+    _aten.div.Tensor_mode: forms.plain(forms.divide_rounded),
+    _aten.view.default: forms.plain(forms.zero_dim_view),
+    _aten.gather.default: forms.plain(indexing.gather_of_any_shape),
+    _aten.scatter.src: forms.plain(places.scatter),
+    _aten.scatter.value: forms.plain(places.scatter_value),
+    _aten.scatter.reduce: forms.plain(places.scatter_onto),
+    _aten.index_put.default: places.index_put,
+    _aten.cumsum.default: forms.plain(cumulative.cumsum),
+    _aten.avg_pool2d.default: windows.avg_pool(2),
+    _aten.avg_pool3d.default: windows.avg_pool(3),
+    _aten.max_pool2d_with_indices.default: windows.max_pool2d,
+    _aten._adaptive_avg_pool2d.default: forms.plain(windows.adaptive_avg_pool2d),
+    _aten.upsample_nearest2d.vec: forms.plain(windows.nearest2d),
+    _aten.upsample_bilinear2d.vec: forms.plain(windows.bilinear2d),
+    _aten.convolution.default: forms.plain(products.conv_transpose),
+    _aten.scaled_dot_product_attention.default: attention,
+    _aten.native_layer_norm.default: forms.layer_norm,
+    _aten.native_group_norm.default: forms.group_norm,
+    **dict.fromkeys(_OF_BOOLEANS, forms.as_numbers),
+}

@@ -1,0 +1,129 @@
+"""Forms of single ops: their second results, booleans, infinities and views without axes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from graphopt.backends.decompositions import reductions
+
+__all__ = [
+    "as_numbers",
+    "ceil",
+    "divide_rounded",
+    "empty_permuted",
+    "floor",
+    "group_norm",
+    "hardshrink",
+    "layer_norm",
+    "plain",
+    "trunc",
+    "zero_dim_view",
+]
+
+Op = Callable[..., Any]
+
+
+def plain(rule: Op) -> Op:
+    """A rule that never calls its op."""
+    return lambda whole, *args, **kwargs: rule(*args, **kwargs)
+
+
+def floor(x: Tensor) -> Tensor:
+    """Rounded, less 1 where that is more.
+
+    coreai-torch divides by 1, which the runtime turns infinities to NaN with, and which the compiler
+    drops where the value is known.
+    """
+    if not x.is_floating_point():
+        return x.clone()
+    near = torch.round(x)
+    return near - torch.gt(near, x).to(x.dtype)
+
+
+def ceil(x: Tensor) -> Tensor:
+    """Rounded, plus 1 where that is less; see `floor`."""
+    if not x.is_floating_point():
+        return x.clone()
+    near = torch.round(x)
+    return near + torch.lt(near, x).to(x.dtype)
+
+
+def trunc(x: Tensor) -> Tensor:
+    """The nearer of both to 0; see `floor`."""
+    return torch.where(torch.lt(x, 0), ceil(x), floor(x)) if x.is_floating_point() else x.clone()
+
+
+def divide_rounded(x: Any, y: Any, *, rounding_mode: str | None = None) -> Any:
+    """Floats divided towards 0, whose quotient is rounded by `trunc`; others stay."""
+    if rounding_mode != "trunc" or not (_is_float(x) or _is_float(y)):
+        return NotImplemented
+    return trunc(torch.div(x, y))
+
+
+def _is_float(value: Any) -> bool:
+    return value.is_floating_point() if isinstance(value, Tensor) else isinstance(value, float)
+
+
+def as_numbers(whole: Op, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A reduction or comparison of booleans, of which the runtime has none, as one of integers."""
+    if x.dtype is not torch.bool:
+        return whole(x, *args, **kwargs)
+    others = [_as_number(given) for given in args]
+    result = whole(x.to(torch.int32), *others, **kwargs)
+    if isinstance(result, Tensor):
+        return result.to(torch.bool) if result.dtype is torch.int32 else result
+    return (result[0].to(torch.bool), *result[1:])
+
+
+def _as_number(value: Any) -> Any:
+    boolean = isinstance(value, Tensor) and value.dtype is torch.bool
+    return value.to(torch.int32) if boolean else value
+
+
+def hardshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
+    """0 where the size is at most `lambd`; NaN stays."""
+    small = torch.logical_and(torch.ge(x, -lambd), torch.le(x, lambd))
+    return torch.where(small, torch.zeros_like(x), x)
+
+
+def layer_norm(
+    whole: Op, x: Tensor, shape: Sequence[int], weight: Any, bias: Any, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op, and the moments, which it does not give."""
+    mean, rstd = _moments(x, list(range(x.ndim - len(shape), x.ndim)), eps)
+    return whole(x, shape, weight, bias, eps)[0], mean, rstd
+
+
+def group_norm(
+    whole: Op, x: Tensor, weight: Any, bias: Any, n: int, c: int, hw: int, groups: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The op, and the moments, which it does not give."""
+    parts = x.reshape(int(n), groups, -1)
+    mean, rstd = (torch.squeeze(value, 2) for value in _moments(parts, [2], eps))
+    return whole(x, weight, bias, n, c, hw, groups, eps)[0], mean, rstd
+
+
+def _moments(x: Tensor, axes: list[int], eps: float) -> tuple[Tensor, Tensor]:
+    value, mean = reductions.var_mean(x, axes, correction=0, keepdim=True)
+    return mean, torch.rsqrt(value + eps)
+
+
+def zero_dim_view(x: Tensor, size: Sequence[int]) -> Any:
+    """A view from or to no axes, which the compiler refuses."""
+    if x.ndim and not len(size):
+        return torch.squeeze(x, list(range(x.ndim)))
+    if not x.ndim and len(size):
+        for _ in size:
+            x = torch.unsqueeze(x, 0)
+        return x
+    return NotImplemented
+
+
+def empty_permuted(size: Sequence[int], physical_layout: Sequence[int], **options: Any) -> Tensor:
+    """Zeros."""
+    del physical_layout
+    return torch.zeros([int(length) for length in size], dtype=options.get("dtype"))

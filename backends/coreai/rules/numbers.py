@@ -1,0 +1,110 @@
+"""Sums, products and comparisons of numbers and booleans."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = [
+    "argmin",
+    "bitwise_not",
+    "isin",
+    "isnan",
+    "logical_product",
+    "logical_sum",
+    "of_booleans",
+    "scaled_add",
+    "scaled_sub",
+    "without_equality",
+]
+
+Number = bool | int | float
+
+
+def scaled_add(x: Tensor, y: Tensor | Number, *, alpha: Number = 1) -> Tensor:
+    """`x + alpha · y`; plain sums stay."""
+    return NotImplemented if alpha == 1 else torch.add(x, y * alpha)
+
+
+def scaled_sub(x: Tensor, y: Tensor | Number, *, alpha: Number = 1) -> Tensor:
+    """`x − alpha · y`; plain differences stay."""
+    return NotImplemented if alpha == 1 else torch.sub(x, y * alpha)
+
+
+def logical_sum(x: Tensor, y: Any, *, alpha: Number = 1) -> Tensor:
+    """`x + alpha · y`, of two booleans as `or`; plain sums of others stay."""
+    if _both_bool(x, y):
+        return torch.logical_or(x, y) if alpha else x.clone()
+    return scaled_add(x, y, alpha=alpha)
+
+
+def logical_product(x: Tensor, y: Any) -> Tensor:
+    """`x · y` of two booleans as `and`; others stay."""
+    return torch.logical_and(x, y) if _both_bool(x, y) else NotImplemented
+
+
+def _both_bool(x: Any, y: Any) -> bool:
+    return all(isinstance(value, Tensor) and value.dtype is torch.bool for value in (x, y))
+
+
+def without_equality(strict: Any) -> Any:
+    """`≥` or `≤` of floats as `>` or `<`, or `=`, which NaN makes false; integers stay.
+
+    Args:
+        strict: `torch.gt` or `torch.lt`.
+    """
+
+    def rule(x: Tensor, y: Tensor | Number) -> Tensor:
+        floats = x.is_floating_point() or (
+            y.is_floating_point() if isinstance(y, Tensor) else isinstance(y, float)
+        )
+        if _both_bool(x, y):
+            return torch.logical_not(strict(y, x))
+        if not floats:
+            return NotImplemented
+        return torch.logical_or(strict(x, y), torch.eq(x, y))
+
+    return rule
+
+
+def isnan(x: Tensor) -> Tensor:
+    """`x ≠ x`."""
+    return torch.ne(x, x)
+
+
+def bitwise_not(x: Tensor) -> Tensor:
+    """`x xor −1` of integers, all bits of which flip."""
+    if x.dtype is torch.bool:
+        return NotImplemented
+    ones = 255 if x.dtype is torch.uint8 else -1
+    return torch.bitwise_xor(x, ones)
+
+
+def of_booleans(logical: Any) -> Any:
+    """A bitwise op of two booleans as the logical one; integers stay.
+
+    Args:
+        logical: `torch.logical_and` or the like.
+    """
+
+    def rule(x: Tensor, y: Tensor) -> Any:
+        return logical(x, y) if _both_bool(x, y) else NotImplemented
+
+    return rule
+
+
+def argmin(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Tensor:
+    """`argmax` of what has the opposite order."""
+    turned = torch.neg(x) if x.is_floating_point() else torch.bitwise_not(x.to(torch.int32))
+    return torch.argmax(turned, dim, keepdim)
+
+
+def isin(
+    elements: Tensor, tested: Tensor, *, assume_unique: bool = False, invert: bool = False
+) -> Tensor:
+    """Whether each element equals one of those that are tested."""
+    del assume_unique
+    found = torch.any(torch.eq(torch.unsqueeze(elements, -1), tested.reshape(-1)), -1)
+    return torch.logical_not(found) if invert else found
