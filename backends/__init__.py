@@ -5,8 +5,10 @@ if __name__ != "graphopt.backends":
 
 import importlib
 
-from graphopt.backends.base import Artifact, Backend, Capabilities, Verification
+from graphopt.backends.base import Artifact, Backend
+from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.registry import ExportBackend, Target, target_of
+from graphopt.backends.verification import Verification
 
 __all__ = [
     "Artifact",

@@ -3,109 +3,42 @@
 from __future__ import annotations
 
 import importlib
-import math
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, ClassVar
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, NoReturn
 
-import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import fx
 
-from graphopt.analysis.quantized import find_quantized_activations
-from graphopt.analysis.stored_values import find_quantized_weights, stored_values
+from graphopt.analysis.stored_values import stored_values
+from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.delegate import Delegate
+from graphopt.backends.first_difference import first_difference
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.registry import Target, target_of_class
-from graphopt.errors import ArtifactExistsError, InputError, LoweringError, StateError
+from graphopt.backends.verification import Evaluation, Verification, merged, verified
+from graphopt.errors import (
+    ArtifactExistsError,
+    GraphOptError,
+    LoweringError,
+    StateError,
+    VerificationError,
+)
 from graphopt.files import replaced
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
-from graphopt.specs.storage import StorageRules
+from graphopt.run.batches import Batch, as_batch, as_captured
 
+_log = logging.getLogger(__name__)
 __all__ = [
     "Artifact",
     "Backend",
-    "Capabilities",
-    "Verification",
-    "compare_outputs",
-    "expected_outputs",
-    "match_inputs",
-    "named_inputs",
-    "quantization_refusals",
     "stored_size",
     "stored_weights",
 ]
-
-
-@dataclass(frozen=True)
-class Capabilities:
-    """What a target can hold; refusals quote it and searches read their candidates from it.
-
-    Attributes:
-        index_bits: Widths of indices that the target stores as such.
-        padded_bits: Width → stored width of those it holds exactly in a wider form.
-        grouped: Whether a tensor may have several tables.
-        vector: Whether table entries may be longer than one.
-        lut_dtypes: Element types of tables.
-        channel_scale: Whether a scale may follow the lookup.
-        sparse: Whether there is an op for sparse outliers.
-        weight_types: Element types of quantized weights, by `shift_scale`'s names; () for none.
-        table_types: Element types that are stored as lookups of int8 entries, exactly.
-        weight_blocks: Whether scales may run over blocks, not only over channels.
-        minimum: Whether quantized weights may have a float minimum (MINVAL).
-        activation_types: Element types of activations.
-        activation_channels: Whether activations may have one scale per channel.
-        fused_activations: Activation functions that are computed together with the quantized op
-            before them; None for all.
-    """
-
-    index_bits: tuple[int, ...]
-    padded_bits: tuple[tuple[int, int], ...] = ()
-    grouped: bool = True
-    vector: bool = True
-    lut_dtypes: tuple[str, ...] = ("float32", "float16")
-    channel_scale: bool = True
-    sparse: bool = True
-    weight_types: tuple[str, ...] = ()
-    table_types: tuple[str, ...] = ()
-    weight_blocks: bool = True
-    minimum: bool = True
-    activation_types: tuple[str, ...] = ()
-    activation_channels: bool = True
-    fused_activations: frozenset[str] | None = None
-
-    @property
-    def storage(self) -> StorageRules:
-        """What decides the sizes of weights."""
-        return StorageRules(self.index_bits, self.padded_bits, self.table_types)
-
-    def stored_bits(self, n_bits: int) -> int | None:
-        """Width that an index of `n_bits` takes in the target, None where it cannot hold it."""
-        return self.storage.code_bits(n_bits)
-
-
-@dataclass(frozen=True)
-class Verification:
-    """Outcome of comparing an artifact with PyTorch.
-
-    Attributes:
-        max_error: Largest max|a − b| / max|b| over the outputs, b being PyTorch's.
-        outputs: That figure for each output.
-        how: What was executed.
-        complete: Whether every op of the artifact was evaluated.
-        notes: What could not be checked.
-        weights: Number of compressed weights that were read back.
-    """
-
-    max_error: float
-    outputs: tuple[float, ...]
-    how: str
-    complete: bool = True
-    notes: tuple[str, ...] = ()
-    weights: int = 0
 
 
 class Artifact(ABC):
@@ -114,13 +47,25 @@ class Artifact(ABC):
     Attributes:
         backend: The backend that made it.
         program: The program that was lowered.
+        options: Those of `lower`.
+        precision: Float type that it computes in.
         path: Where it was saved, None before.
+        verification: How what was saved compared with PyTorch, None where that was turned off.
     """
 
-    def __init__(self, backend: Backend, program: Program) -> None:
+    def __init__(
+        self,
+        backend: Backend,
+        program: Program,
+        options: Mapping[str, Any] | None = None,
+        precision: str = "float32",
+    ) -> None:
         self.backend = backend
         self.program = program
+        self.options = dict(options or {})
+        self.precision = precision
         self.path: Path | None = None
+        self.verification: Verification | None = None
 
     @property
     def suffix(self) -> str:
@@ -131,12 +76,32 @@ class Artifact(ABC):
     def _write(self, path: Path) -> None:
         """Write to a path that does not exist yet."""
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Write the artifact; a failure leaves nothing behind, and what was there untouched.
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        verify: bool | Iterable[Any] = True,
+        max_error: float | None = None,
+    ) -> Path:
+        """Write the artifact once it has been compared with the program in PyTorch.
+
+        What was written is evaluated as the target does, before it gets its name: a failure leaves
+        nothing behind, and what was there untouched. See `Verification.holds` for the rule.
+
+        Args:
+            path: Where to.
+            overwrite: Replace what is there.
+            verify: Calls to compare on, each the inputs of one call: a tensor, a tuple of positional
+                ones or a dict of keyword ones. True takes the program's example, False compares
+                nothing.
+            max_error: Largest max|a − b| / max|b| of an output, beside the rule.
 
         Raises:
             ArtifactExistsError: `path` exists and `overwrite` is False.
             LoweringError: The suffix is not the target's.
+            VerificationError: It cannot be evaluated, or computes something else; the message names
+                the first op whose value differs.
         """
         target = Path(path)
         if target.suffix != self.suffix:
@@ -145,8 +110,63 @@ class Artifact(ABC):
             raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
         with replaced(target) as temporary:
             self._write(temporary)
+            if verify is False:
+                self.verification = None
+            else:
+                self.verification = self._compared(temporary, verify, max_error)
         self.path = target
         return target
+
+    def _compared(
+        self, path: Path, verify: bool | Iterable[Any], max_error: float | None
+    ) -> Verification:
+        """The outcome of comparing what was written, if it is what it should be.
+
+        Raises:
+            VerificationError: It is not.
+        """
+        example = (self.program.example_args, self.program.example_kwargs)
+        calls = [example] if isinstance(verify, bool) else [as_batch(call) for call in verify]
+        outcomes = [self._check(path, call) for call in calls]
+        for call, outcome in zip(calls, outcomes, strict=True):
+            if not outcome.holds:
+                self._refuse(call, outcome)
+        outcome = merged(outcomes)
+        if max_error is not None and not (outcome.complete and outcome.max_error <= max_error):
+            raise VerificationError(
+                f"{outcome.how}: outputs differ by {outcome.max_error:.2e} of the largest; allowed is"
+                f" {max_error:g}; nothing was written"
+            )
+        if not outcome.complete:
+            _log.warning("%s: %s", self.backend.name, "; ".join((outcome.how, *outcome.notes)))
+        return outcome
+
+    def _refuse(self, call: Batch, outcome: Verification) -> NoReturn:
+        """Say which op it is that comes out otherwise."""
+        program = self.program.with_example(*as_captured(self.program.graph_module, call))
+        first = first_difference(program, self._differs)
+        where = f"; the first op whose value differs is {first}" if first else ""
+        raise VerificationError(
+            f"{self.backend.name} computes something else: outputs differ by"
+            f" {outcome.max_error:.2e} of the largest{where}; nothing was written ({outcome.how})."
+            " Leave that op out or write it otherwise; verify=False writes the artifact as it is"
+        )
+
+    def _differs(self, part: Program) -> bool | None:
+        """Whether a part of the program comes out otherwise; None where the target refuses it."""
+        try:
+            with TemporaryDirectory() as folder:
+                artifact = self.backend.lower(part, **self.options)
+                path = Path(folder) / f"part{self.suffix}"
+                artifact._write(path)
+                outcome = artifact._check(path, (part.example_args, part.example_kwargs))
+        except GraphOptError:
+            return None
+        return outcome.complete and not outcome.holds
+
+    def _check(self, path: Path, call: Batch) -> Verification:
+        args, kwargs = as_captured(self.program.graph_module, call)
+        return self.backend.check(path, self.program, args, kwargs, precision=self.precision)
 
     def verify(self, *inputs: Any, **kwargs: Any) -> Verification:
         """Evaluate the saved artifact and compare it with the program in PyTorch.
@@ -165,7 +185,7 @@ class Artifact(ABC):
             inputs = tuple(inputs[0])
         if not inputs and not kwargs:
             inputs, kwargs = self.program.example_args, self.program.example_kwargs
-        return self.backend.check(self.path, self.program, tuple(inputs), dict(kwargs))
+        return self._check(self.path, (tuple(inputs), dict(kwargs)))
 
     @property
     def size(self) -> int:
@@ -229,14 +249,42 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def check(
-        self, path: Path, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Verification:
-        """Evaluate the artifact at `path` on these inputs and compare with `program` in PyTorch.
+    def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
+        """Compute the outputs of the artifact at `path` as the target does.
+
+        Args:
+            path: What was saved.
+            program: What it was made from; its graph has the names of the inputs.
+            call: Inputs.
 
         Raises:
             VerificationError: It cannot be evaluated.
         """
+
+    def check(
+        self,
+        path: Path,
+        program: Program,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        *,
+        precision: str = "float32",
+    ) -> Verification:
+        """Evaluate the artifact at `path` on these inputs and compare with `program` in PyTorch.
+
+        Args:
+            path: What was saved.
+            program: What it should compute.
+            args: Inputs.
+            kwargs: Keyword inputs.
+            precision: Float type that it computes in.
+
+        Raises:
+            VerificationError: It cannot be evaluated.
+        """
+        return verified(
+            self.evaluate(path, program, (args, kwargs)), program, (args, kwargs), precision
+        )
 
     def delegate(self, **options: Any) -> Delegate:
         """This target as a delegate inside ExecuTorch programs.
@@ -272,113 +320,9 @@ class Backend(ABC):
             raise LoweringError(f"{self.name} cannot hold this program:\n" + "\n".join(reasons))
 
 
-def quantization_refusals(gm: fx.GraphModule, allowed: Capabilities) -> list[str]:
-    """Why a target cannot hold a graph's quantized weights and activations."""
-    reasons = []
-    for weight in find_quantized_weights(gm):
-        known = (*allowed.weight_types, *allowed.table_types)
-        if weight.storage not in known:
-            reasons.append(f"{weight.name}: {weight.storage} weights; use one of {known}")
-        elif not allowed.weight_blocks and not weight.per_channel:
-            reasons.append(
-                f"{weight.name}: scales over blocks; use PerChannelGranularity() or"
-                " PerTensorGranularity()"
-            )
-        elif weight.offset == "minimum" and (
-            not allowed.minimum or weight.storage in allowed.table_types
-        ):
-            reasons.append(
-                f"{weight.name}: {weight.storage} with a float minimum; use qformulation 'zp'"
-            )
-        if weight.storage == "fp4_e2m1" and weight.shape[-1] % 2:
-            reasons.append(f"{weight.name}: fp4 needs an even last axis, it has {weight.shape[-1]}")
-    for activation in find_quantized_activations(gm):
-        if activation.storage not in allowed.activation_types:
-            reasons.append(
-                f"{activation.name}: {activation.storage} activations; use one of"
-                f" {allowed.activation_types}"
-            )
-        if activation.per_channel and not allowed.activation_channels:
-            reasons.append(
-                f"{activation.name}: one scale per channel; use PerTensorGranularity() for activations"
-            )
-    return reasons
-
-
 def stored_weights(gm: fx.GraphModule) -> int:
     """Number of weights that a program stores compressed."""
     return sum(not value.nested for value in stored_values(gm))
-
-
-def compare_outputs(outputs: Sequence[Tensor], expected: Sequence[Tensor]) -> tuple[float, ...]:
-    """max|a − b| / max|b| of each pair, over what is finite; equal shapes are required.
-
-    Infinite where one is NaN or infinite and the other is not the same.
-
-    Raises:
-        InputError: The number of outputs or a shape differs.
-    """
-    if len(outputs) != len(expected):
-        raise InputError(f"{len(outputs)} outputs, PyTorch has {len(expected)}")
-    errors = []
-    for a, b in zip(outputs, expected, strict=True):
-        if a.numel() != b.numel():
-            raise InputError(f"an output has shape {tuple(a.shape)}, PyTorch's {tuple(b.shape)}")
-        want = b.detach().to(torch.float64)
-        got = a.detach().to(torch.float64).reshape(want.shape)
-        finite = want.isfinite() & got.isfinite()
-        same = (got == want) | (got.isnan() & want.isnan())
-        if not bool((finite | same).all()):
-            errors.append(math.inf)
-            continue
-        gap, size = (got - want)[finite].abs(), want[finite].abs()
-        scale = float(size.max()) if size.numel() else 0.0
-        worst = float(gap.max()) if gap.numel() else 0.0
-        errors.append(worst / scale if scale > 0 else worst)
-    return tuple(errors)
-
-
-def named_inputs(
-    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> dict[str, Tensor]:
-    """Tensor inputs by the names of the graph's inputs.
-
-    Raises:
-        InputError: Their number differs.
-    """
-    inputs = program.graph_module.graph.find_nodes(op="placeholder")
-    # fx appends a number to names such as "input" that are builtins; the target has the plain one
-    names = [str(node.target) for node in inputs]
-    leaves = pytree.tree_leaves((args, kwargs))
-    if len(names) != len(leaves):
-        raise InputError(f"the program has inputs {names}, {len(leaves)} values were given")
-    pairs = zip(names, leaves, strict=True)
-    # a tensor without dimensions has one of size 1 in the targets' programs
-    return {
-        name: leaf.reshape(leaf.shape or (1,)) for name, leaf in pairs if isinstance(leaf, Tensor)
-    }
-
-
-def match_inputs(wanted: Sequence[str], given: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Inputs by an artifact's own names: by name where they agree, by position where not.
-
-    Raises:
-        InputError: Neither works.
-    """
-    if all(name in given for name in wanted):
-        return {name: given[name] for name in wanted}
-    if len(wanted) == len(given):
-        return dict(zip(wanted, given.values(), strict=True))
-    raise InputError(f"the artifact has inputs {list(wanted)}, the program {list(given)}")
-
-
-def expected_outputs(
-    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> list[Tensor]:
-    """What the program gives in PyTorch, flattened."""
-    with torch.no_grad():
-        result = program.graph_module(*args, **kwargs)
-    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
 
 
 def stored_size(path: Path) -> int:

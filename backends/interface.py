@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
-from graphopt.errors import LoweringError
+from graphopt.errors import InputError, LoweringError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 
-__all__ = ["Interface", "flat_interface", "with_outputs"]
+__all__ = ["Interface", "flat_interface", "match_inputs", "named_inputs", "with_outputs"]
 
 _aten = torch.ops.aten
 
@@ -86,6 +86,40 @@ def with_outputs(program: Program, nodes: Sequence[str]) -> Program:
             edit.erase(node)
     edit.gm.recompile()
     return part
+
+
+def named_inputs(
+    program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> dict[str, Tensor]:
+    """Tensor inputs by the names of the graph's inputs.
+
+    Raises:
+        InputError: Their number differs.
+    """
+    inputs = program.graph_module.graph.find_nodes(op="placeholder")
+    # fx appends a number to names such as "input" that are builtins; the target has the plain one
+    names = [str(node.target) for node in inputs]
+    leaves = pytree.tree_leaves((args, kwargs))
+    if len(names) != len(leaves):
+        raise InputError(f"the program has inputs {names}, {len(leaves)} values were given")
+    pairs = zip(names, leaves, strict=True)
+    # a tensor without dimensions has one of size 1 in the targets' programs
+    return {
+        name: leaf.reshape(leaf.shape or (1,)) for name, leaf in pairs if isinstance(leaf, Tensor)
+    }
+
+
+def match_inputs(wanted: Sequence[str], given: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Inputs by an artifact's own names: by name where they agree, by position where not.
+
+    Raises:
+        InputError: Neither works.
+    """
+    if all(name in given for name in wanted):
+        return {name: given[name] for name in wanted}
+    if len(wanted) == len(given):
+        return dict(zip(wanted, given.values(), strict=True))
+    raise InputError(f"the artifact has inputs {list(wanted)}, the program {list(given)}")
 
 
 def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:

@@ -22,6 +22,11 @@ __all__ = [
 class TargetOptions:
     """What `lower` of a target takes beside the program; every field has a default."""
 
+    @property
+    def float_type(self) -> str:
+        """Float type that an artifact computes in."""
+        return str(getattr(self, "precision", "float32"))
+
 
 OptionsT = TypeVar("OptionsT", bound=TargetOptions)
 Choices = tuple[str, ...] | Callable[[], tuple[str, ...]]

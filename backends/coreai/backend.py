@@ -9,16 +9,8 @@ import torch
 from torch.export import ExportedProgram
 from typing_extensions import override
 
-from graphopt.backends.base import (
-    Artifact,
-    Backend,
-    Capabilities,
-    Verification,
-    compare_outputs,
-    expected_outputs,
-    named_inputs,
-    stored_weights,
-)
+from graphopt.backends.base import Artifact, Backend, stored_weights
+from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.coreai.check import run_asset
 from graphopt.backends.coreai.delegate import CoreAIDelegate
 from graphopt.backends.coreai.limits import explain_failure, refuse_impossible
@@ -27,11 +19,14 @@ from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.coreai.raise_ import RaiseFromCoreAI
 from graphopt.backends.coreai.refusals import refusals
 from graphopt.backends.delegate import Delegate
+from graphopt.backends.interface import named_inputs
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
+from graphopt.backends.verification import Evaluation
 from graphopt.extras import require
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
+from graphopt.run.batches import Batch
 
 __all__ = ["CoreAIArtifact", "CoreAIBackend", "run_asset"]
 
@@ -50,8 +45,9 @@ class CoreAIArtifact(Artifact):
         program: Program,
         exported: ExportedProgram,
         ai_program: Any,
+        options: CoreAIOptions,
     ) -> None:
-        super().__init__(backend, program)
+        super().__init__(backend, program, vars(options), options.float_type)
         self.exported = exported
         self.ai_program = ai_program
 
@@ -110,14 +106,10 @@ class CoreAIBackend(Backend):
                     ai_program = converter.to_coreai()
             except Exception as error:
                 raise explain_failure(exported, error) from error
-        return CoreAIArtifact(self, program, exported, ai_program)
+        return CoreAIArtifact(self, program, exported, ai_program, chosen)
 
     @override
-    def check(
-        self, path: Path, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Verification:
-        outputs = run_asset(path, named_inputs(program, args, kwargs))
-        errors = compare_outputs(outputs, expected_outputs(program, args, kwargs))
+    def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
+        outputs = run_asset(path, named_inputs(program, *call))
         how = "ran the saved asset on the Core AI runtime"
-        weights = stored_weights(program.graph_module)
-        return Verification(max(errors, default=0.0), errors, how, weights=weights)
+        return Evaluation(tuple(outputs), how, weights=stored_weights(program.graph_module))

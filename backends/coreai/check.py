@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from graphopt.backends.base import match_inputs
+from graphopt.backends.interface import match_inputs
 from graphopt.errors import VerificationError
 from graphopt.extras import require
 

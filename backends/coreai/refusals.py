@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from graphopt.analysis.stored_values import find_lookups
-from graphopt.backends.base import Capabilities, quantization_refusals
+from graphopt.backends.capabilities import Capabilities, quantization_refusals
 from graphopt.ir.program import Program
 
 __all__ = ["refusals"]

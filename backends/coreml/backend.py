@@ -8,8 +8,9 @@ from typing import Any, ClassVar
 from torch.export import ExportedProgram
 from typing_extensions import override
 
-from graphopt.backends.base import Artifact, Backend, Capabilities, Verification
-from graphopt.backends.coreml.check import check
+from graphopt.backends.base import Artifact, Backend
+from graphopt.backends.capabilities import Capabilities
+from graphopt.backends.coreml.check import evaluate_package
 from graphopt.backends.coreml.delegate import CoreMLDelegate
 from graphopt.backends.coreml.lower import (
     TABLE_TYPES,
@@ -24,10 +25,12 @@ from graphopt.backends.coreml.translations import our_translations
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
+from graphopt.backends.verification import Evaluation
 from graphopt.errors import LoweringError
 from graphopt.extras import require
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
+from graphopt.run.batches import Batch
 
 __all__ = ["CoreMLArtifact", "CoreMLBackend"]
 
@@ -46,8 +49,9 @@ class CoreMLArtifact(Artifact):
         program: Program,
         exported: ExportedProgram,
         model: Any,
+        options: CoreMLOptions,
     ) -> None:
-        super().__init__(backend, program)
+        super().__init__(backend, program, vars(options), options.float_type)
         self.exported = exported
         self.model = model
 
@@ -119,10 +123,8 @@ class CoreMLBackend(Backend):
                 )
         except Exception as error:
             raise LoweringError(f"coremltools cannot convert the program: {error}") from error
-        return CoreMLArtifact(self, program, exported, model)
+        return CoreMLArtifact(self, program, exported, model, chosen)
 
     @override
-    def check(
-        self, path: Path, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Verification:
-        return check(path, program, args, kwargs)
+    def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
+        return evaluate_package(path, program, call)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.analysis.stored_values import Lookup, find_lookups, find_sparse
-from graphopt.backends.base import Capabilities, quantization_refusals
+from graphopt.backends.capabilities import Capabilities, quantization_refusals
 from graphopt.ir.program import Program
 
 __all__ = ["PACKED", "refusals"]

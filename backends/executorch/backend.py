@@ -8,21 +8,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
-from torch import Tensor
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from graphopt.backends import load_backend
-from graphopt.backends.base import (
-    Artifact,
-    Backend,
-    Capabilities,
-    Verification,
-    compare_outputs,
-    expected_outputs,
-    stored_weights,
-)
+from graphopt.backends.base import Artifact, Backend, stored_weights
+from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.executorch.check import lacking_kernels, run_program
 from graphopt.backends.executorch.delegation import Delegation, delegation_of
@@ -36,14 +28,17 @@ from graphopt.backends.executorch.options import (
 from graphopt.backends.executorch.partition import partition_configs
 from graphopt.backends.executorch.plan import read_plan
 from graphopt.backends.executorch.refusals import refusals
+from graphopt.backends.interface import named_inputs
 from graphopt.backends.options import TargetOptions
 from graphopt.backends.quiet import silent
+from graphopt.backends.verification import Evaluation
 from graphopt.errors import LoweringError
 from graphopt.extras import require
 from graphopt.ir.annotations import notes_of
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
+from graphopt.run.batches import Batch
 
 __all__ = ["Delegation", "ExecuTorchArtifact", "ExecuTorchBackend", "run_program"]
 
@@ -140,14 +135,9 @@ class ExecuTorchBackend(Backend):
         Raises:
             LoweringError: An option is wrong, or ExecuTorch cannot convert the program.
         """
+        given = dict(options)
         own = {name: options.pop(name) for name in ("delegate", "tables") if name in options}
         chosen = ExecuTorchOptions(**own)
-        # the runtime reads inputs in the order of their axes
-        program = program.with_example(
-            *pytree.tree_map_only(
-                Tensor, Tensor.contiguous, (program.example_args, program.example_kwargs)
-            )
-        )
         if chosen.delegate in delegates_of_targets():
             backend = load_backend(chosen.delegate)
             backend.refuse_unsupported(program)
@@ -155,16 +145,19 @@ class ExecuTorchBackend(Backend):
                 target = backend.delegate(**options)
             except LoweringError as error:
                 raise LoweringError(f"delegate {chosen.delegate!r}: {error}") from None
-            return self._emit(
-                program, chosen.delegate, _Form(target.export(program), target=target)
-            )
+            form = _Form(target.export(program), target=target)
+            artifact = self._emit(program, chosen.delegate, form)
+            artifact.options, artifact.precision = given, target.options.float_type
+            return artifact
         if options:
             raise LoweringError(
                 f"ExecuTorch has no option {sorted(options)} for {chosen.delegate}; there are"
                 " 'delegate', 'tables'"
             )
         exported, gm = legal_export(program, chosen.tables)
-        return self._emit(program, chosen.delegate, _Form(exported, lowered=gm))
+        artifact = self._emit(program, chosen.delegate, _Form(exported, lowered=gm))
+        artifact.options = given
+        return artifact
 
     def _emit(self, program: Program, name: str, form: _Form) -> ExecuTorchArtifact:
         target = form.target
@@ -199,10 +192,7 @@ class ExecuTorchBackend(Backend):
         return ExecuTorchArtifact(self, program, buffer, delegation, form.lowered, memory)
 
     @override
-    def check(
-        self, path: Path, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Verification:
-        inputs = pytree.tree_leaves((args, kwargs))
+    def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
         planned = read_plan(path)
         others = {
             name: kind.id for name, kind in delegates_of_targets().items() if kind.id in planned.ids
@@ -210,14 +200,14 @@ class ExecuTorchBackend(Backend):
         if others:
             runners = {key: load_backend(name).delegate().run for name, key in others.items()}
             with TemporaryDirectory() as folder:
+                inputs = list(named_inputs(program, *call).values())
                 outputs = planned.run(inputs, runners, Path(folder))
             how = f"unpacked the saved program and evaluated its {' and '.join(others)} part"
         else:
-            outputs = run_program(path, inputs)
+            outputs = run_program(path, pytree.tree_leaves(call))
             how = "ran the saved program on the ExecuTorch runtime"
-        errors = compare_outputs(outputs, expected_outputs(program, args, kwargs))
         weights = stored_weights(program.graph_module)
-        return Verification(max(errors, default=0.0), errors, how, weights=weights)
+        return Evaluation(tuple(outputs), how, weights=weights)
 
 
 def _partitioners(delegate: str) -> list[Any]:

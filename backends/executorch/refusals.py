@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.backends.base import Capabilities, quantization_refusals
+from graphopt.backends.capabilities import Capabilities, quantization_refusals
 from graphopt.backends.executorch.kernels import MAX_NDIM
 from graphopt.ir import op_info
 from graphopt.ir.program import Program

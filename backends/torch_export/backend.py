@@ -11,23 +11,18 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from graphopt.backends.base import (
-    Artifact,
-    Backend,
-    Capabilities,
-    Verification,
-    compare_outputs,
-    expected_outputs,
-    stored_weights,
-)
+from graphopt.backends.base import Artifact, Backend, stored_weights
+from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.torch_export.options import TorchOptions
+from graphopt.backends.verification import Evaluation
 from graphopt.errors import VerificationError
 from graphopt.ir.ops import STORAGE_BITS
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import RemoveUnused
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
+from graphopt.run.batches import Batch
 
 __all__ = ["TorchArtifact", "TorchBackend"]
 
@@ -39,8 +34,14 @@ class TorchArtifact(Artifact):
         exported: The exported program.
     """
 
-    def __init__(self, backend: TorchBackend, program: Program, exported: ExportedProgram) -> None:
-        super().__init__(backend, program)
+    def __init__(
+        self,
+        backend: TorchBackend,
+        program: Program,
+        exported: ExportedProgram,
+        options: TorchOptions,
+    ) -> None:
+        super().__init__(backend, program, vars(options))
         self.exported = exported
 
     @override
@@ -98,20 +99,16 @@ class TorchBackend(Backend):
             program.example_kwargs,
             dynamic=chosen.dynamic,
         )
-        return TorchArtifact(self, program, exported)
+        return TorchArtifact(self, program, exported, chosen)
 
     @override
-    def check(
-        self, path: Path, program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> Verification:
+    def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
         try:
             loaded = torch.export.load(path).module()
             with torch.no_grad():
-                result = loaded(*args, **kwargs)
+                result = loaded(*call[0], **call[1])
         except Exception as error:
             raise VerificationError(f"{path.name} does not load and run: {error}") from error
-        outputs = [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
-        errors = compare_outputs(outputs, expected_outputs(program, args, kwargs))
-        weights = stored_weights(program.graph_module)
+        outputs = tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
         how = "loaded the saved program and ran it in PyTorch"
-        return Verification(max(errors, default=0.0), errors, how, weights=weights)
+        return Evaluation(outputs, how, weights=stored_weights(program.graph_module))

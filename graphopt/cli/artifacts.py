@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TypedDict
 
 import typer
+from typing_extensions import Unpack
 
 from graphopt import errors
-from graphopt.backends.base import Artifact, Verification
+from graphopt.backends.base import Artifact
 from graphopt.backends.registry import NEUTRAL, Target, target_of_suffix, targets
+from graphopt.backends.verification import Verification
 from graphopt.cli.common import is_stream, scratch_folder, to_stdout
 
 __all__ = [
+    "Checks",
     "Limit",
     "backend_of",
     "check_limit",
@@ -27,6 +30,13 @@ Limit = Annotated[
     float | None,
     typer.Option(help="Fail (exit code 8) above this max|a−b|/max|b| of the outputs."),
 ]
+
+
+class Checks(TypedDict, total=False):
+    """How `Artifact.save` compares what it wrote."""
+
+    verify: bool | Iterable[Any]
+    max_error: float | None
 
 
 def backend_of(path: Path) -> Target:
@@ -76,14 +86,21 @@ def check_report(path: Path, suffixes: Sequence[str], *, overwrite: bool) -> Non
         raise errors.ArtifactExistsError(f"{path} exists; pass --overwrite to replace it")
 
 
-def write(artifact: Artifact, output: Path, *, overwrite: bool) -> None:
-    """Save an artifact, or write it to standard output."""
+def write(artifact: Artifact, output: Path, *, overwrite: bool, **checks: Unpack[Checks]) -> None:
+    """Save an artifact, or write it to standard output.
+
+    Args:
+        artifact: What to write.
+        output: Where to.
+        overwrite: Replace what is there.
+        checks: As for `Artifact.save`.
+    """
     if is_stream(output):
-        artifact.save(scratch_folder() / f"stdout{artifact.suffix}")
+        artifact.save(scratch_folder() / f"stdout{artifact.suffix}", **checks)
         assert artifact.path is not None
         to_stdout(artifact.path)
     else:
-        artifact.save(output, overwrite=overwrite)
+        artifact.save(output, overwrite=overwrite, **checks)
 
 
 def plain(outcome: Verification) -> dict[str, Any]:
@@ -95,6 +112,7 @@ def plain(outcome: Verification) -> dict[str, Any]:
         "complete": outcome.complete,
         "notes": list(outcome.notes),
         "weights": outcome.weights,
+        "holds": outcome.holds,
     }
 
 

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from graphopt import pipelines
 from graphopt.backends import load_backend
@@ -16,8 +18,8 @@ from graphopt.backends.base import Artifact
 from graphopt.backends.lowering import as_program, lower
 from graphopt.backends.registry import ExportBackend, Target
 from graphopt.cli.artifacts import (
+    Checks,
     Limit,
-    check_limit,
     check_output,
     check_report,
     plain,
@@ -50,7 +52,8 @@ class OutputOptions(Options):
     Attributes:
         output: Where to write; - is a .pt2 on standard output.
         backend: Target; the output's suffix decides when omitted.
-        verify: Evaluate what was saved and compare.
+        verify: Evaluate what is saved and compare, before it gets its name.
+        verify_data: Inputs to compare on, as for analyze; the program's example when omitted.
         overwrite: Replace the output.
         max_error: See `Limit`.
         as_json: See `Json`.
@@ -59,6 +62,7 @@ class OutputOptions(Options):
     output: Annotated[Path, typer.Option("--output", "-o")]
     backend: ExportBackend | None = None
     verify: bool = True
+    verify_data: Annotated[Path | None, typer.Option(exists=True, dir_okay=False)] = None
     overwrite: Annotated[bool, typer.Option("--overwrite")] = False
     max_error: Limit = None
     as_json: Json = False
@@ -127,8 +131,8 @@ def compress(
     program = pipeline.run(original, dump_dir=watch.dump_passes, verify=watch.verify_passes)
     table = as_stored(program, target)
     artifact = _lowered(program, target, form)
-    write(artifact, to.output, overwrite=to.overwrite)
-    outcome = artifact.verify() if to.verify else None
+    write(artifact, to.output, overwrite=to.overwrite, **_checks(to, artifact.program))
+    outcome = artifact.verification
     seconds = time.perf_counter() - started
     passes = [] if program.pass_report is None else program.pass_report.to_dicts()
     outcomes = {
@@ -156,15 +160,14 @@ def compress(
         )
         if outcome is not None:
             console.print(sentence(outcome))
-    check_limit(outcome, to.max_error)
 
 
 def lower_program(model: Model, to: OutputOptions, form: Annotated[Given, TargetFields()]) -> None:
     """Write a program, compressed or not, for a target."""
     target = check_output(to.output, to.backend, overwrite=to.overwrite)
     artifact = _lowered(as_program(model), target, form)
-    write(artifact, to.output, overwrite=to.overwrite)
-    outcome = artifact.verify() if to.verify else None
+    write(artifact, to.output, overwrite=to.overwrite, **_checks(to, artifact.program))
+    outcome = artifact.verification
     stream = is_stream(to.output)
     if to.as_json:
         checked = None if outcome is None else plain(outcome)
@@ -175,12 +178,21 @@ def lower_program(model: Model, to: OutputOptions, form: Annotated[Given, Target
         console.print(f"{to.output}: {artifact.size:,} bytes")
         if outcome is not None:
             console.print(sentence(outcome))
-    check_limit(outcome, to.max_error)
 
 
 def _lowered(program: Program, target: Target, form: Given) -> Artifact:
     """The program in the form of its target, which takes its own of the options."""
     return lower(program, target, **load_backend(target).options_among(form))
+
+
+def _checks(to: OutputOptions, program: Program) -> Checks:
+    """How what is written is compared, on calls as large as the example."""
+    if to.verify_data is None:
+        return {"verify": to.verify, "max_error": to.max_error}
+    leaves = pytree.tree_leaves((program.example_args, program.example_kwargs))
+    sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
+    calls = read_data(to.verify_data, sizes[0] if sizes else 1)
+    return {"verify": calls, "max_error": to.max_error}
 
 
 def _config(path: Path) -> AnyConfig:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from typing_extensions import override
 
@@ -36,15 +38,27 @@ class CompressedProgram(Program):
         """The report."""
         return self.report()
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
-        """Lower to the target that the suffix names and save: .aimodel, .mlpackage or .pt2.
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        verify: bool | Iterable[Any] = True,
+    ) -> Path:
+        """Lower to the target that the suffix names, compare with PyTorch and save.
+
+        Args:
+            path: Where to; it ends in .aimodel, .mlpackage, .pte or .pt2.
+            overwrite: Replace what is there.
+            verify: As for `Artifact.save`: calls to compare on, True for the example, False for none.
 
         Raises:
             LoweringError: The target cannot hold it, or no target has such files.
             ArtifactExistsError: The path exists and `overwrite` is False.
+            VerificationError: The artifact computes something else; nothing is written.
         """
         artifact = lower_by_suffix(self, Path(path).suffix)
-        return Path(artifact.save(path, overwrite=overwrite))
+        return Path(artifact.save(path, overwrite=overwrite, verify=verify))
 
 
 def compressed(program: Program, pass_report: PassReport | None = None) -> CompressedProgram:

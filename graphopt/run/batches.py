@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule, InputGuards
 
-__all__ = ["Batch", "as_batch", "explained", "flat_inputs"]
+__all__ = ["Batch", "as_batch", "as_captured", "explained", "flat_inputs"]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -35,17 +35,26 @@ def flat_inputs(gm: CapturedModule, batch: Batch) -> list[Any]:
     try:
         given = inspect.signature(gm.forward).bind(*batch[0], **batch[1]).arguments
     except TypeError as error:
-        raise InputError(f"calibration inputs do not fit the captured call: {error}") from None
+        raise InputError(f"inputs do not fit the captured call: {error}") from None
     info = gm.graph._codegen.pytree_info  # type: ignore[attr-defined]
     positional, keyword = info.in_spec.children()
     names, count = info.orig_args, positional.num_children
     by_name = {name: given[name] for name in keyword.context}
     leaves, spec = pytree.tree_flatten((tuple(given[name] for name in names[:count]), by_name))
     if spec != info.in_spec:
-        raise InputError(
-            f"calibration inputs do not fit the captured call: {spec}, captured {info.in_spec}"
-        )
+        raise InputError(f"inputs do not fit the captured call: {spec}, captured {info.in_spec}")
     return leaves
+
+
+def as_captured(gm: CapturedModule, batch: Batch) -> Batch:
+    """Inputs of one call by position and by name as in the call that was captured.
+
+    Raises:
+        InputError: The structure differs from the captured one.
+    """
+    spec = gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
+    args, kwargs = pytree.tree_unflatten(flat_inputs(gm, batch), spec)
+    return tuple(args), dict(kwargs)
 
 
 @contextmanager

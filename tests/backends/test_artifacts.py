@@ -11,7 +11,7 @@ from helpers.tables_on_targets import ARGS, TARGETS, palettized
 
 import graphopt
 from graphopt.backends import Backend, ExportBackend, load_backend
-from graphopt.backends.base import compare_outputs
+from graphopt.backends.verification import compare_outputs
 from graphopt.errors import ArtifactExistsError, LoweringError, StateError
 from graphopt.palettization import (
     PalettizationSpec,
