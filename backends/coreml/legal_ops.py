@@ -11,6 +11,7 @@ import torch
 from torch import fx
 from torch._decomp import decomposition_table
 
+from graphopt.analysis.quantized import quantized_ops
 from graphopt.backends.decompositions import (
     attention,
     creation,
@@ -99,8 +100,8 @@ _BY_OP: dict[str, Callable[..., Any]] = {
     "diagonal": views.diagonal,
     "diagonal_copy": views.diagonal,
     "diagonal_scatter": views.diagonal_scatter,
-    "permute": ranks.same_scalar,
-    "permute_copy": ranks.same_scalar,
+    "permute": ranks.permute_in_few_axes,
+    "permute_copy": ranks.permute_in_few_axes,
     "transpose": ranks.same_scalar,
     "transpose_copy": ranks.same_scalar,
     "squeeze": ranks.same_scalar,
@@ -121,6 +122,7 @@ _BY_OP: dict[str, Callable[..., Any]] = {
     "mode": sorting.mode,
     "searchsorted": sorting.searchsorted,
     "sort": sorting.sort,
+    "topk": sorting.topk_of_scalar,
     "_cdist_forward": distances.cdist,
     "_pdist_forward": distances.pdist,
     "linalg_cross": distances.cross,
@@ -203,7 +205,7 @@ def _grid_sample(x: Any, grid: Any, mode: int, padding: int, aligned: bool) -> A
 _TORCHS = (
     *("mse_loss", "nll_loss", "nll_loss_forward", "nll_loss2d_forward", "huber_loss"),
     *("smooth_l1_loss", "addmv", "addr", "renorm", "lerp", "log_sigmoid_forward"),
-    *("im2col", "col2im"),
+    *("im2col", "col2im", "nll_loss_nd", "cosine_similarity", "norm", "frobenius_norm"),
 )
 
 
@@ -216,19 +218,18 @@ def legal_ops() -> Rules:
 def _all_rules() -> Rules:
     rules: Rules = {}
     for name in _TORCHS:
-        rules |= {
-            op: decomposition_table[op] for op in _overloads(name) if op in decomposition_table
-        }
+        rules |= {op: decomposition_table.get(op, op.decompose) for op in _overloads(name)}
     for name, rule in _BY_OP.items():
         rules |= dict.fromkeys(_overloads(name), rule)
-    return rules | _BY_OVERLOAD | _unbatched() | _by_scale_factors()
+    return rules | _BY_OVERLOAD | _unbatched() | _by_scale_factors() | _quantized_halves()
 
 
 def _unbatched() -> Rules:
-    return {
+    pools = {op: pooling.MaxPool(op, n) for n in (1, 2, 3) for op in _overloads(f"max_pool{n}d")}
+    return pools | {
         overload: ranks.Unbatched(overload, n)
         for n in (1, 2, 3)
-        for name in (f"conv{n}d", f"conv_transpose{n}d", f"max_pool{n}d")
+        for name in (f"conv{n}d", f"conv_transpose{n}d")
         for overload in _overloads(name)
     }
 
@@ -290,3 +291,19 @@ def _with_gaps(
     if not stride:
         return op(x, kernel_size, kernel_size, padding, dilation, ceil_mode)
     return NotImplemented
+
+
+def _quantized_halves() -> Rules:
+    """Rules that round float16 by way of float32: Core ML wants scales of the input's type."""
+    quantize = quantized_ops().quantize_per_tensor.default
+    dequantize = quantized_ops().dequantize_per_tensor.default
+
+    def rounded(x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        half = x.dtype is torch.float16
+        return quantize(x.float(), *args, **options) if half else NotImplemented
+
+    def restored(x: torch.Tensor, *args: Any, out_dtype: Any = None) -> Any:
+        half = out_dtype is torch.float16
+        return dequantize(x, *args).to(torch.float16) if half else NotImplemented
+
+    return {quantize: rounded, dequantize: restored}

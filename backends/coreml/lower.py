@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Iterator
 
 import torch
@@ -32,6 +33,7 @@ _INTERFACE = Interface(
     },
     keeps_copies=False,
 )
+_log = logging.getLogger(__name__)
 TABLE_TYPES = ("int2", "uint2", "int3", "uint3", "int6", "uint6")
 
 
@@ -66,6 +68,12 @@ def legal_export(program: Program, target: str, *last: Pass) -> ExportedProgram:
         return decompose_for_coreml(
             export_graph(legal.graph_module, legal.example_args, legal.example_kwargs)
         )
+
+
+def _warn_of_doubles(program: Program) -> None:
+    values = [node.meta.get("val") for node in program.graph_module.graph.nodes]
+    if any(getattr(value, "dtype", None) is torch.float64 for value in values):
+        _log.warning("float64 is computed in float32: Core ML has no such type")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from graphopt.backends.coreml.translations import TRANSLATED
 from graphopt.extras import require
 from graphopt.ir.ops import STORAGE_BITS
 from graphopt.numerics.packing import unpack
@@ -33,6 +34,9 @@ def register_lowerings() -> None:
         name = function.__name__.removeprefix("graphopt_")
         aliases = [f"graphopt::{name}", f"graphopt.{name}"]
         register_torch_op(function, torch_alias=aliases)
+    for name, translation in TRANSLATED.items():
+        if name not in _TORCH_OPS_REGISTRY.name_to_func_mapping:
+            _TORCH_OPS_REGISTRY.set_func_by_name(translation, name)
 
 
 def _inputs(context: Any, node: Any) -> list[Any]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
+
 from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.analysis.stored_values import Lookup, find_lookups, find_sparse
 from graphopt.backends.capabilities import Capabilities, quantization_refusals
@@ -46,7 +48,26 @@ def refusals(program: Program, allowed: Capabilities, where: str = "") -> list[s
             " raise minimum_deployment_target to iOS18"
             for weight in find_sparse(program.graph_module)
         ]
+    reasons += _values_of_no_type(program)
     return [*reasons, *quantization_refusals(program.graph_module, allowed)]
+
+
+def _values_of_no_type(program: Program) -> list[str]:
+    """The first value in bfloat16, weights before others."""
+    module = program.graph_module
+    state = [*module.named_parameters(), *module.named_buffers()]
+    names = [name for name, value in state if value.dtype is torch.bfloat16]
+    names += [
+        node.name
+        for node in module.graph.nodes
+        if getattr(node.meta.get("val"), "dtype", None) is torch.bfloat16
+    ]
+    if not names:
+        return []
+    return [
+        f"{names[0]}: bfloat16 values, which Core ML has not; call .float() or .half() on the model"
+        " before it is captured"
+    ]
 
 
 def _reasons(lookup: Lookup, allowed: Capabilities, where: str) -> Iterator[str]:

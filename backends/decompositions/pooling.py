@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 __all__ = [
+    "MaxPool",
     "adaptive_avg_pool",
     "adaptive_max_pool",
     "avg_pool",
@@ -143,8 +144,35 @@ def max_pool_with_indices(
     return _largest(x, axes)
 
 
-def max_unpool(n: int, x: Tensor, places: Tensor, size: Sequence[int]) -> Tensor:
-    """Elements put where they were taken from, zero elsewhere."""
+class MaxPool:
+    """A rule for maximum pooling without a batch axis, a stride, or with gaps in its windows."""
+
+    def __init__(self, op: Any, n: int) -> None:
+        self.op, self.n = op, n
+
+    def __call__(
+        self,
+        x: Tensor,
+        kernel_size: Any,
+        stride: Any = (),
+        padding: Any = 0,
+        dilation: Any = 1,
+        ceil_mode: bool = False,
+    ) -> Any:
+        """Leave alone what has none of it."""
+        if any(gap != 1 for gap in _tuple(dilation, self.n)):
+            given = (kernel_size, stride, padding, dilation, ceil_mode)
+            return max_pool_with_indices(self.n, x, *given)[0]
+        if x.dim() == self.n + 1:
+            batch = x.unsqueeze(0)
+            return self.op(batch, kernel_size, stride, padding, dilation, ceil_mode).squeeze(0)
+        if not stride:
+            return self.op(x, kernel_size, kernel_size, padding, dilation, ceil_mode)
+        return NotImplemented
+
+
+def max_unpool(n: int, x: Tensor, places: Tensor, size: Sequence[int], *_: Any) -> Tensor:
+    """Elements put where they were taken from, zero elsewhere; the sizes say it all."""
     sizes = list(size)[-n:]
     lead = x.shape[:-n]
     rows = math.prod(lead)

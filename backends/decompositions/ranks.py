@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,9 +13,12 @@ __all__ = [
     "Unbatched",
     "by_scale_factors",
     "matmul_of_vectors",
+    "permute_in_few_axes",
     "same_scalar",
     "transposed_matrix",
 ]
+
+_MOST_AXES = 5
 
 
 class Unbatched:
@@ -39,6 +43,27 @@ def matmul_of_vectors(x: Tensor, y: Tensor) -> Any:
     if y.dim() == 1:
         return torch.matmul(x, y.unsqueeze(-1)).squeeze(-1)
     return NotImplemented
+
+
+def permute_in_few_axes(x: Tensor, dims: Sequence[int]) -> Any:
+    """Axes that stay together move as one; left alone up to five axes."""
+    if not x.dim():
+        return x.clone()
+    if x.dim() <= _MOST_AXES:
+        return NotImplemented
+    order = [dim % x.dim() for dim in dims]
+    runs: list[list[int]] = []
+    for axis in order:
+        if runs and axis == runs[-1][-1] + 1:
+            runs[-1].append(axis)
+        else:
+            runs.append([axis])
+    if len(runs) > _MOST_AXES:
+        return NotImplemented
+    there = sorted(runs)
+    merged = x.reshape([math.prod(x.shape[axis] for axis in run) for run in there])
+    moved = merged.permute([there.index(run) for run in runs])
+    return moved.reshape([x.shape[axis] for axis in order])
 
 
 def same_scalar(x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -140,14 +140,16 @@ def _proportional(x: Tensor, sizes: Sequence[int], scales: Sequence[float | None
 
 
 def nearest(x: Tensor, sizes: Sequence[int], *scales: float | None) -> Any:
-    """The element at or before the place; left alone for whole factors."""
-    if _multiples(x, sizes, scales) and x.dim() == 4:
+    """The element at or before the place; left alone for whole factors of both axes."""
+    scales = scales or (None,) * len(sizes)
+    if len(sizes) == 2 and _multiples(x, sizes, scales):
         return NotImplemented
     return _nearest(x, sizes, scales, 0.0)
 
 
 def nearest_exact(x: Tensor, sizes: Sequence[int], *scales: float | None) -> Tensor:
     """The element nearest to the centre."""
+    scales = scales or (None,) * len(sizes)
     return _nearest(x, sizes, scales, 0.5)
 
 

@@ -21,6 +21,7 @@ __all__ = [
     "nanmedian_along",
     "searchsorted",
     "sort",
+    "topk_of_scalar",
 ]
 
 
@@ -111,6 +112,11 @@ def searchsorted(
     each = values.unsqueeze(-1)
     before = sequence <= each if right or side == "right" else sequence < each
     return before.to(torch.int32 if out_int32 else torch.int64).sum(-1)
+
+
+def topk_of_scalar(x: Tensor, k: int, *args: Any, **kwargs: Any) -> Any:
+    """A scalar is its own; else left alone."""
+    return NotImplemented if x.dim() else (x.clone(), torch.zeros_like(x, dtype=torch.int64))
 
 
 def bucketize(

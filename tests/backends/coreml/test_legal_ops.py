@@ -1,0 +1,161 @@
+"""What coremltools drops, miscomputes or refuses is saved right, and what it takes stays whole."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers.op_calls import counted_ops
+from helpers.op_sweep import sweep
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.errors import LoweringError
+
+LOWEST = torch.finfo(torch.float32).min
+MASK = torch.tensor([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1] * 5, [1] * 5]).bool()
+
+
+class Function(nn.Module):
+    """A function as a model, behind a layer so that it has a weight."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.function = nn.Linear(8, 8), function
+
+    def forward(self, x: Tensor, *rest: Tensor) -> Any:
+        return self.function(self.layer(x), *rest)
+
+
+class Twice(nn.Module):
+    """A recurrent layer that is called twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.lstm(self.lstm(x)[0])[0]
+
+
+def saved(model: nn.Module, args: tuple[Tensor, ...], path: Path, precision: str) -> float:
+    artifact = graphopt.lower(graphopt.capture(model.eval(), args), "coreml", precision=precision)
+    artifact.save(path / "net.mlpackage")
+    outcome = artifact.verify()
+    assert outcome.complete
+    return outcome.max_error
+
+
+def of(*shape: int) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1))
+
+
+KINDS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
+    "scaled sums": (lambda x, y: torch.rsub(x, y, alpha=2) - y.sub(x, alpha=3), (of(3, 8),) * 2),
+    "all at once": (lambda x: x[...].argmax() + x.var() + x.prod(-1).any(), (of(3, 8),)),
+    "crossed bounds": (lambda x, a, b: x.clamp(a, b), (of(3, 8), of(8) + 1, of(8) - 1)),
+    "several places": (lambda x, i: x[i, i].sum(-1) + x[:, i][i, :, None], (of(8, 8), MASK[0] * 1)),
+    "runs": (lambda x: (x.cumprod(-1), *x.cummax(0), x.logcumsumexp(1)), (of(3, 8),)),
+    "pool": (
+        lambda x: F.avg_pool1d(x, 3, 2, 1, ceil_mode=True, count_include_pad=False),
+        (of(3, 8),),
+    ),
+    "places of maxima": (lambda x: F.max_pool1d(x, 3, 2, return_indices=True), (of(1, 3, 8),)),
+    "integer quotients": (
+        lambda x, i: x[:, i // 2 + i % 3 - torch.div(i, 4, rounding_mode="trunc")],
+        (of(3, 8), torch.arange(5)),
+    ),
+    "masked rows": (lambda x, m: F.scaled_dot_product_attention(x, x, x, m), (of(2, 5, 8), MASK)),
+    "shared heads": (
+        lambda x, k: F.scaled_dot_product_attention(x, k, k, enable_gqa=True),
+        (of(1, 4, 5, 8), of(1, 2, 5, 8)),
+    ),
+    "smaller image": (
+        lambda x: F.interpolate(x, (3, 5), mode="bilinear", antialias=True),
+        (of(1, 2, 8, 8),),
+    ),
+}
+
+
+@pytest.mark.coreml
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_the_converter_has_not_right_is_saved_right(kind: str, tmp_path: Path) -> None:
+    function, args = KINDS[kind]
+    assert saved(Function(function), args, tmp_path, "float32") < 1e-4
+
+
+@pytest.mark.coreml
+def test_recurrent_layer_that_is_called_twice_is_saved_right(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    assert saved(Twice(), (of(2, 5, 8),), tmp_path, "float32") < 1e-5
+
+
+@pytest.mark.coreml
+def test_lowest_float_masks_in_float16(tmp_path: Path) -> None:
+    masked = Function(lambda x, m: ((x @ x.mT) + (1 - m) * LOWEST).softmax(-1) @ x)
+    assert saved(masked, (of(1, 5, 8), MASK[:1].float() * 0 + 1), tmp_path, "float16") < 5e-3
+
+
+@pytest.mark.coreml
+def test_what_overflows_in_float16_stays_in_float32(tmp_path: Path) -> None:
+    wide = Function(lambda x: (torch.exp(20 + x) + 1).log())
+    assert saved(wide, (of(3, 8),), tmp_path, "float16") < 5e-3
+
+
+@pytest.mark.coreml
+def test_bfloat16_is_refused_with_the_layer_and_the_way_out() -> None:
+    net = nn.Sequential(nn.Linear(8, 8)).bfloat16()
+    program = graphopt.capture(net, (of(3, 8).bfloat16(),))
+    with pytest.raises(LoweringError, match=r"0\.weight: bfloat16.*\.float\(\)"):
+        graphopt.lower(program, "coreml")
+
+
+@pytest.mark.coreml
+def test_op_that_nothing_can_be_written_in_is_named_with_its_module() -> None:
+    program = graphopt.capture(Function(torch.digamma), (of(3, 8),))
+    with pytest.raises(LoweringError, match=r"aten.digamma.default in"):
+        graphopt.lower(program, "coreml")
+
+
+@pytest.mark.coreml
+def test_what_core_ml_takes_whole_stays_whole() -> None:
+    net = nn.Sequential(
+        nn.Conv2d(3, 8, 3),
+        nn.BatchNorm2d(8),
+        nn.PReLU(8),
+        nn.MaxPool2d(2),
+        nn.AvgPool2d(2),
+        nn.Flatten(2),
+        nn.LayerNorm(9),
+        nn.GELU(),
+        nn.Linear(9, 4),
+        nn.Softmax(-1),
+    )
+    artifact = graphopt.lower(graphopt.capture(net.eval(), (of(1, 3, 14, 14),)), "coreml")
+    ops = [op.op_type for op in artifact.model._mil_program.functions["main"].operations]
+    whole = [
+        "conv",
+        "prelu",
+        "max_pool",
+        "avg_pool",
+        "reshape",
+        "layer_norm",
+        "gelu",
+        "linear",
+        "softmax",
+    ]
+    assert [op for op in ops if op not in ("const", "cast")] == whole
+
+
+@pytest.mark.coreml
+@pytest.mark.slow
+def test_calls_of_torchs_database_are_right_or_refused() -> None:
+    outcomes = list(sweep("coreml", counted_ops()))
+    bad = [f"{o.kind} {o.call}: {o.said}" for o in outcomes if o.kind not in ("right", "refused")]
+    assert not bad, "\n".join(bad)
+    assert sum(o.kind == "right" for o in outcomes) >= 0.85 * len(outcomes)
