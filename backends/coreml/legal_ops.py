@@ -26,6 +26,7 @@ from graphopt.backends.decompositions import (
     resize,
     sampling,
     sorting,
+    special,
     views,
 )
 
@@ -51,6 +52,14 @@ _BY_OP: dict[str, Callable[..., Any]] = {
     "bitwise_or": pointwise.bitwise_or,
     "bitwise_xor": pointwise.bitwise_xor,
     "addbmm": distances.addbmm,
+    "digamma": special.digamma,
+    "erfc": special.erfc,
+    "frexp": special.frexp,
+    "heaviside": special.heaviside,
+    "i0": special.bessel_i0,
+    "lgamma": special.lgamma,
+    "nextafter": special.nextafter,
+    "polygamma": special.polygamma,
     "copysign": pointwise.copysign,
     "elu": pointwise.elu_with_scales,
     "erfinv": pointwise.erfinv,
@@ -241,7 +250,7 @@ def _by_scale_factors() -> Rules:
             packet.default, _spatial_axes(name), corners="nearest" not in name
         )
         for name in _BY_OP
-        if "upsample" in name and "vec" in (packet := getattr(_aten, name)).overloads()
+        if "upsample" in name and hasattr(packet := getattr(_aten, name), "vec")
     }
 
 
@@ -271,26 +280,8 @@ def pool_rules(graph: fx.Graph) -> Rules:
         ]
         rule = partial(pooling.max_pool_with_indices, n)
         always = any(user.target is operator.getitem and user.args[1] == 1 for user in uses)
-        rules[op] = rule if always else partial(_with_gaps, rule, op)
+        rules[op] = rule if always else pooling.MaxPool(op, n, places=True)
     return rules
-
-
-def _with_gaps(
-    rule: Callable[..., Any],
-    op: Any,
-    x: torch.Tensor,
-    kernel_size: Any,
-    stride: Any = (),
-    padding: Any = 0,
-    dilation: Any = 1,
-    ceil_mode: bool = False,
-) -> Any:
-    gaps = dilation if isinstance(dilation, list | tuple) else [dilation]
-    if any(gap != 1 for gap in gaps):
-        return rule(x, kernel_size, stride, padding, dilation, ceil_mode)
-    if not stride:
-        return op(x, kernel_size, kernel_size, padding, dilation, ceil_mode)
-    return NotImplemented
 
 
 def _quantized_halves() -> Rules:

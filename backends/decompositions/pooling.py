@@ -147,28 +147,20 @@ def max_pool_with_indices(
 class MaxPool:
     """A rule for maximum pooling without a batch axis, a stride, or with gaps in its windows."""
 
-    def __init__(self, op: Any, n: int) -> None:
-        self.op, self.n = op, n
+    def __init__(self, op: Any, n: int, *, places: bool = False) -> None:
+        self.op, self.n, self.places = op, n, places
 
-    def __call__(
-        self,
-        x: Tensor,
-        kernel_size: Any,
-        stride: Any = (),
-        padding: Any = 0,
-        dilation: Any = 1,
-        ceil_mode: bool = False,
-    ) -> Any:
+    def __call__(self, x: Tensor, kernel_size: Any, stride: Any = (), *rest: Any) -> Any:
         """Leave alone what has none of it."""
-        if any(gap != 1 for gap in _tuple(dilation, self.n)):
-            given = (kernel_size, stride, padding, dilation, ceil_mode)
-            return max_pool_with_indices(self.n, x, *given)[0]
+        defaults: tuple[Any, ...] = (0, 1, False)
+        given = (*rest, *defaults[len(rest) :])
+        if any(gap != 1 for gap in _tuple(given[1], self.n)):
+            both = max_pool_with_indices(self.n, x, kernel_size, stride, *given)
+            return both if self.places else both[0]
         if x.dim() == self.n + 1:
-            batch = x.unsqueeze(0)
-            return self.op(batch, kernel_size, stride, padding, dilation, ceil_mode).squeeze(0)
-        if not stride:
-            return self.op(x, kernel_size, kernel_size, padding, dilation, ceil_mode)
-        return NotImplemented
+            pooled = self.op(x.unsqueeze(0), kernel_size, stride, *given)
+            return tuple(y.squeeze(0) for y in pooled) if self.places else pooled.squeeze(0)
+        return NotImplemented if stride else self.op(x, kernel_size, kernel_size, *given)
 
 
 def max_unpool(n: int, x: Tensor, places: Tensor, size: Sequence[int], *_: Any) -> Tensor:
