@@ -85,7 +85,8 @@ def mode(x: Tensor, dim: int = -1, keepdim: bool = False) -> tuple[Tensor, Tenso
     equal = (moved.unsqueeze(-1) == moved.unsqueeze(-2)).to(torch.int64)
     counts = equal.sum(-1)
     frequent = counts == counts.amax(-1, keepdim=True)
-    value = torch.where(frequent, moved, torch.full_like(moved, float("inf")))
+    high = float("inf") if x.is_floating_point() else torch.iinfo(x.dtype).max
+    value = torch.where(frequent, moved, torch.full_like(moved, high))
     value = value.amin(-1, keepdim=True)
     turns = torch.arange(x.shape[dim])
     place = torch.where(moved == value, turns, torch.zeros_like(turns)).amax(-1, keepdim=True)

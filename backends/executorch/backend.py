@@ -154,7 +154,7 @@ class ExecuTorchBackend(Backend):
                 f"ExecuTorch has no option {sorted(options)} for {chosen.delegate}; there are"
                 " 'delegate', 'tables'"
             )
-        exported, gm = legal_export(program, chosen.tables)
+        exported, gm = legal_export(program, chosen.tables, _kept_whole(chosen.delegate))
         artifact = self._emit(program, chosen.delegate, _Form(exported, lowered=gm))
         artifact.options = given
         return artifact
@@ -208,6 +208,15 @@ class ExecuTorchBackend(Backend):
             how = "ran the saved program on the ExecuTorch runtime"
         weights = stored_weights(program.graph_module)
         return Evaluation(tuple(outputs), how, weights=weights)
+
+
+def _kept_whole(delegate: str) -> list[Any]:
+    """Ops that a delegate takes as they are."""
+    with silent():
+        require("executorch.exir", "executorch")
+        require("executorch.kernels.quantized", "executorch")
+        rules = [] if delegate == "portable" else [rule() for rule in partition_configs()]
+    return [op for rule in rules if (op := rule.get_original_aten()) is not None]
 
 
 def _partitioners(delegate: str) -> list[Any]:

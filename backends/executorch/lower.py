@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -13,6 +16,7 @@ from graphopt.backends.executorch.constant_operands import (
     OwnNormState,
 )
 from graphopt.backends.executorch.convolutions_as_linear import ConvolutionsAsLinear
+from graphopt.backends.executorch.decompose import decompositions
 from graphopt.backends.executorch.legalize import (
     DuplicateDequantize,
     LegalizeForXNNPACK,
@@ -67,19 +71,23 @@ def legal_passes(tables: Tables) -> tuple[Pass, ...]:
     )
 
 
-def legal_export(program: Program, tables: Tables) -> tuple[ExportedProgram, CapturedModule]:
+def legal_export(
+    program: Program, tables: Tables, kept: Iterable[Any]
+) -> tuple[ExportedProgram, CapturedModule]:
     """The program as ExecuTorch wants it, exported and as the graph that was.
 
     Args:
         program: In our vocabulary.
         tables: What becomes of lookup tables.
+        kept: Ops that the delegate takes whole.
     """
     legal = flat_interface(program, Interface(scalars=True, keeps_copies=False))
     gm = legal.graph_module
     clear_notes(gm)
     run_passes(gm, [RemoveUnused(), *legal_passes(tables)])
     _own_storage(gm)
-    return export_graph(gm, legal.example_args, legal.example_kwargs), gm
+    args, kwargs = legal.example_args, legal.example_kwargs
+    return export_graph(gm, args, kwargs, decompositions=decompositions(kept)), gm
 
 
 def _own_storage(gm: CapturedModule) -> None:

@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from graphopt.backends.capabilities import Capabilities, quantization_refusals
-from graphopt.backends.executorch.kernels import MAX_NDIM
-from graphopt.ir import op_info
+from graphopt.ir.module_frames import module_frames
 from graphopt.ir.program import Program
 
 __all__ = ["refusals"]
@@ -22,16 +21,19 @@ def refusals(program: Program, allowed: Capabilities) -> list[str]:
     """
     gm = program.graph_module
     reasons = quantization_refusals(gm, allowed)
+    halves: dict[str, str] = {}
     for node in gm.graph.nodes:
         value = node.meta.get("val")
         if node.op != "call_function" or not isinstance(value, Tensor):
             continue
-        name = str(node.target)
-        if "dequantize_per" in name and value.dtype != torch.float32:
-            kind = str(value.dtype).removeprefix("torch.")
-            reasons.append(f"{node.name}: integers beside {kind}; quantize a float32 model")
-        info = op_info.info_of(node)
-        places = None if info is None else info.convolution
-        if places is not None and places.ndim > MAX_NDIM:
-            reasons.append(f"{node.name}: there are no kernels of 3-D convolutions")
+        if "dequantize_per" in str(node.target) and value.dtype != torch.float32:
+            for reader in node.users:
+                frames = module_frames(reader)
+                layer = frames[-1].name if frames and frames[-1].name else reader.name
+                halves.setdefault(layer, str(value.dtype).removeprefix("torch."))
+    reasons += [
+        f"{layer}: 8-bit activations beside {kind}; XNNPACK computes with integers beside float32"
+        " only: quantize a float32 model, as `model.float()` is"
+        for layer, kind in halves.items()
+    ]
     return reasons

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -48,6 +49,7 @@ def export_graph(
     kwargs: dict[str, Any] | None = None,
     *,
     dynamic: bool = False,
+    decompositions: Mapping[Any, Any] | None = None,
 ) -> ExportedProgram:
     """Export a captured module again, with the shapes of `args` or with open ones.
 
@@ -56,13 +58,15 @@ def export_graph(
         args: Example inputs.
         kwargs: Example keyword inputs.
         dynamic: Leave every dimension open that the graph leaves open.
+        decompositions: Op → what replaces it; where None, `aten.linear` and the like stay whole.
 
     Returns:
-        An inference program with `aten.linear` and the like kept whole.
+        An inference program.
     """
     kwargs = dict(kwargs or {})
+    table = dict(decompositions or {})
     if not dynamic:
-        return _exported(module, args, kwargs)
+        return _exported(module, args, kwargs, table)
     examples = [(args, kwargs)]
     raised = raised_ones(module, args, kwargs)
     if raised is not None:
@@ -70,7 +74,7 @@ def export_graph(
         examples.insert(0, raised)
     for position, example in enumerate(examples):
         try:
-            exported = _exported(module, *example, dynamic=True)
+            exported = _exported(module, *example, table, dynamic=True)
         except Exception:
             if position == len(examples) - 1:
                 raise
@@ -82,7 +86,12 @@ def export_graph(
 
 
 def _exported(
-    module: CapturedModule, args: tuple[Any, ...], kwargs: dict[str, Any], *, dynamic: bool = False
+    module: CapturedModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    table: dict[Any, Any],
+    *,
+    dynamic: bool = False,
 ) -> ExportedProgram:
     with (
         symbolic_config.patch(  # type: ignore[attr-defined]
@@ -92,7 +101,7 @@ def _exported(
     ):
         shapes: Any = open_shapes(module, args, kwargs) if dynamic else None
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
-        return exported.run_decompositions({})
+        return exported.run_decompositions(table)
 
 
 def _pass_guards_on(

@@ -28,6 +28,8 @@ ALLOWED = {
     "backends/executorch/compress_tables.py": "emits decoders of tables",
     "backends/executorch/constant_operands.py": "emits products for norms, and 2-D convolutions",
     "backends/executorch/convolutions_as_linear.py": "emits linear layers for convolutions",
+    "backends/executorch/decompose.py": "hands torch rules for what has no kernel",
+    "backends/executorch/exact_ops.py": "hands torch its own rule for resizing",
     "backends/executorch/legalize.py": "emits the forms that XNNPACK computes",
     "backends/executorch/weight_forms.py": "emits biases apart from linear layers, and views",
 }

@@ -178,13 +178,10 @@ def test_integers_in_16_bit_models_are_refused(dtype: torch.dtype) -> None:
         graphopt.lower(program, "executorch")
 
 
-def test_layers_without_a_kernel_are_refused() -> None:
-    solid = as_program(nn.Conv3d(2, 2, 3).eval(), torch.randn(1, 2, 4, 4, 4))
-    with pytest.raises(LoweringError, match="3-D convolutions"):
-        graphopt.lower(solid, "executorch")
-    pair = Calls(lambda self, x: self.f(x, x), f=nn.Bilinear(8, 8, 4))
-    with pytest.raises(LoweringError, match="no kernel for aten::_trilinear"):
-        graphopt.lower(as_program(pair.eval(), torch.randn(2, 8)), "executorch")
+def test_ops_without_a_kernel_are_refused_by_name() -> None:
+    net = Calls(lambda self, x: torch.gcd(x, x + self.n), n=torch.tensor(2))
+    with pytest.raises(LoweringError, match="gcd"):
+        graphopt.lower(as_program(net.eval(), torch.arange(8)), "executorch")
 
 
 @pytest.mark.parametrize(

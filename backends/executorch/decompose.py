@@ -1,0 +1,188 @@
+"""Which ops are decomposed before conversion: what neither XNNPACK nor a portable kernel computes."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import decomposition_table
+from torch._ops import OpOverload
+
+from graphopt.backends.decompositions import (
+    comparisons,
+    cumulative,
+    indexing,
+    pointwise,
+    pooling,
+    products,
+    reductions,
+    resize,
+    sampling,
+    sorting,
+    special,
+    views,
+)
+from graphopt.backends.decompositions.whole import Around
+from graphopt.backends.executorch import exact_ops, primitives
+
+__all__ = ["decompositions"]
+
+_aten = torch.ops.aten
+_prims: Any = torch.ops.prims
+Rule = Callable[..., Any]
+Table = dict[Any, Rule]
+
+
+def decompositions(kept: Iterable[Any]) -> Table:
+    """The table for `run_decompositions`.
+
+    Args:
+        kept: Ops that a partitioner takes whole.
+    """
+    table = dict(_all())
+    for op in kept:
+        table.pop(op, None)
+    table.update({op: Around(op, rule) for op, rule in _MISCOMPUTED.items()})
+    experts = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
+    if experts is not None:
+        table[experts.default] = products.grouped_mm
+    return table
+
+
+@functools.cache
+def _all() -> Table:
+    """ExecuTorch's own decompositions, and one for each op that would be left without a kernel."""
+    known = _kernels()
+    table: Table = {
+        op: rule
+        for op, rule in torch.export.default_decompositions().items()
+        if op.namespace == "aten"
+    }
+    for op, rule in decomposition_table.items():
+        if op not in _LEAVE and _is_functional(op) and not _has_kernel(op, known):
+            table.setdefault(op, rule)
+    table.update(primitives.PRIMITIVES)
+    table.update({op: rule for op, rule in _LACKING.items() if not _has_kernel(op, known)})
+    return table
+
+
+def _kernels() -> frozenset[str]:
+    """Names of the ops that the runtime has kernels of, with their overloads."""
+    from executorch.runtime import Runtime
+
+    return frozenset(Runtime.get().operator_registry.operator_names)
+
+
+def _is_functional(op: Any) -> bool:
+    return isinstance(op, OpOverload) and not op._schema.is_mutable
+
+
+def _has_kernel(op: Any, known: frozenset[str]) -> bool:
+    name = str(op._schema.name)
+    if f"{name}.{op._schema.overload_name}_out" in known:
+        return True
+    if any(each.startswith(f"{name}_copy.") for each in known):
+        return True
+    from executorch.exir.operator.convert import to_out_variant
+
+    try:
+        out, _ = to_out_variant(op)
+    except (RuntimeError, AssertionError, AttributeError):
+        return False
+    overload = out._schema.overload_name
+    return (f"{name}.{overload}" if overload else name) in known
+
+
+def _empty(size: list[int], physical_layout: list[int], **options: Any) -> Tensor:
+    del physical_layout
+    return torch.zeros([int(length) for length in size], dtype=options.get("dtype"))
+
+
+def _average_volume(x: Tensor, size: list[int]) -> Any:
+    whole = all(length == 1 for length in size)
+    return torch.mean(x, [-3, -2, -1], True) if whole else pooling.adaptive_avg_pool(3, x, size)
+
+
+def _of(rule: Rule, *first: Any) -> Rule:
+    """A rule of several ops, told which."""
+    return lambda *args, **kwargs: rule(*first, *args, **kwargs)
+
+
+# torch's rules end in primitives that have no kernel either
+_LEAVE = (_aten.gcd.default, _aten.lcm.default, _aten.igamma.default, _aten.igammac.default)
+# what may have no kernel
+_LACKING: Table = {
+    _aten.isposinf.default: lambda x: torch.eq(x, torch.inf),
+    _aten.isneginf.default: lambda x: torch.eq(x, -torch.inf),
+    _aten.fmax.default: lambda x, y: pointwise.extremum_without_nan(x, y, True),
+    _aten.fmin.default: lambda x, y: pointwise.extremum_without_nan(x, y, False),
+    _aten.signbit.default: pointwise.signbit,
+    _aten.copysign.Tensor: pointwise.copysign,
+    _aten.copysign.Scalar: pointwise.copysign,
+    _aten.hypot.default: pointwise.hypot,
+    _aten.heaviside.default: special.heaviside,
+    _aten.frexp.Tensor: special.frexp,
+    _aten.nextafter.default: special.nextafter,
+    _aten.lgamma.default: special.lgamma,
+    _aten.angle.default: special.angle,
+    _aten.digamma.default: special.digamma,
+    _aten.polygamma.default: special.polygamma,
+    _aten.erfc.default: special.erfc,
+    _aten.erfinv.default: pointwise.erfinv,
+    _aten.i0.default: special.bessel_i0,
+    _aten.exp2.default: exact_ops.exp2,
+    _aten.std.correction: reductions.std,
+    _aten.std_mean.correction: reductions.std_mean,
+    _aten.trace.default: views.trace,
+    _aten.cumprod.default: cumulative.cumprod,
+    _aten.cummax.default: cumulative.cummax,
+    _aten.cummin.default: cumulative.cummin,
+    _aten.logcumsumexp.default: cumulative.logcumsumexp,
+    _aten.histc.default: sorting.histc,
+    _aten.sort.default: sorting.sort,
+    _aten.sort.stable: lambda x, stable=None, dim=-1, descending=False: sorting.sort(
+        x, dim, descending
+    ),
+    _aten.kthvalue.default: sorting.kthvalue,
+    _aten.median.default: sorting.median,
+    _aten.median.dim: sorting.median_along,
+    _aten.nanmedian.default: sorting.nanmedian,
+    _aten.nanmedian.dim: sorting.nanmedian_along,
+    _aten.mode.default: sorting.mode,
+    _aten.searchsorted.Tensor: sorting.searchsorted,
+    _aten.searchsorted.Scalar: sorting.searchsorted,
+    _aten.bucketize.Tensor: sorting.bucketize,
+    _aten.bucketize.Scalar: sorting.bucketize,
+    _aten.diagonal_scatter.default: views.diagonal_scatter,
+    _aten.as_strided_scatter.default: comparisons.as_strided_scatter,
+    _aten.scatter_reduce.two: comparisons.scatter_reduce,
+    _aten.index_reduce.default: indexing.index_reduce,
+    _aten.put.default: indexing.put,
+    _aten.take.default: indexing.take,
+    _aten.embedding_renorm.default: comparisons.embedding_renorm,
+    _aten._embedding_bag.default: comparisons.embedding_bag,
+    _aten._embedding_bag_forward_only.default: comparisons.embedding_bag,
+    _aten.max_pool3d_with_indices.default: _of(pooling.max_pool_with_indices, 3),
+    _aten.avg_pool3d.default: exact_ops.average_volumes,
+    _aten._adaptive_avg_pool3d.default: _average_volume,
+    _aten.adaptive_max_pool2d.default: _of(pooling.adaptive_max_pool, 2),
+    _aten.adaptive_max_pool3d.default: _of(pooling.adaptive_max_pool, 3),
+    _aten._upsample_bicubic2d_aa.default: resize.bicubic_antialiased,
+    _aten.addbmm.default: products.addbmm,
+    _aten._trilinear.default: products.trilinear,
+    _aten._grouped_mm.default: products.grouped_mm,
+    _aten.grid_sampler_3d.default: sampling.grid_sample,
+    _aten.empty_permuted.default: _empty,
+}
+# what a kernel or the delegate computes otherwise for some arguments
+_MISCOMPUTED: Table = {
+    _aten.remainder.Tensor: exact_ops.remainder,
+    _aten.remainder.Scalar: exact_ops.remainder,
+    _aten.upsample_bilinear2d.vec: exact_ops.bilinear,
+    _aten.convolution.default: exact_ops.convolution,
+    _aten.prelu.default: exact_ops.prelu,
+    _aten.constant_pad_nd.default: lambda whole, *given: views.pad_or_cut(*given),
+}
