@@ -134,7 +134,7 @@ def test_every_form_of_weight_is_executed_or_refused(
         with pytest.raises(LoweringError, match=r"convolution\.weight: .*; use"):
             saved(program, target, tmp_path)
         return
-    outcome = saved(program, target, tmp_path).verify()
+    outcome = saved(program, target, tmp_path).verification
     assert outcome.complete
     assert outcome.max_error < 2e-6
     assert outcome.weights == 5
@@ -190,7 +190,7 @@ def test_every_form_of_activation_is_executed_or_refused(
     with torch.no_grad():
         wanted = program.graph_module(x)
     step = max(r.scale for r in quantizer.summary().activations if r.name == "conv2d_1")
-    assert artifact.verify().max_error * float(wanted.abs().max()) <= 1.01 * step
+    assert artifact.verification.max_error * float(wanted.abs().max()) <= 1.01 * step
 
 
 @pytest.mark.executorch
@@ -211,7 +211,7 @@ def test_tables_are_expanded_where_the_target_has_none(
     palettizer = KMeansPalettizer(model, KMeansPalettizerConfig(global_config=config))
     palettizer.prepare((torch.randn(1, 3, 8, 8),))
     artifact = saved(palettizer.program(), "executorch", tmp_path)
-    assert artifact.verify().max_error < 1e-5
+    assert artifact.verification.max_error < 1e-5
     assert any("stored as a dense weight" in note for note in artifact.delegation.notes)
 
 
@@ -234,7 +234,7 @@ def test_joint_form_keeps_tables_of_integers(target: str, tmp_path: Path) -> Non
     quantizer.calibrate(calibration.split(64))
     program = quantizer.program()
     artifact = saved(program, target, tmp_path)
-    assert artifact.verify().max_error < 0.02
+    assert artifact.verification.max_error < 0.02
     with torch.no_grad():
         kept = (program.graph_module(images).argmax(1) == model(images).argmax(1)).float().mean()
     assert kept > 0.97
@@ -269,7 +269,7 @@ def test_older_deployment_targets_take_what_they_can(tmp_path: Path) -> None:
     program = quantizer.program()
     artifact = graphopt.lower(program, "coreml", minimum_deployment_target="iOS17")
     artifact.save(tmp_path / "net.mlpackage")
-    assert artifact.verify().max_error < 0.05
+    assert artifact.verification.max_error < 0.05
     with pytest.raises(LoweringError, match="raise minimum_deployment_target to iOS17"):
         graphopt.lower(program, "coreml", minimum_deployment_target="iOS16")
     weights = weight_only("int4 blocks").program()

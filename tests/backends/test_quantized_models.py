@@ -38,7 +38,7 @@ def test_digits_cnn_runs_in_eight_bits(target: str, tmp_path: Path) -> None:
     records = quantizer.summary().activations
     step = [r.scale for r in records if r.status == "quantized"][-1]
     assert step is not None
-    error = artifact.verify().max_error * float(logits.abs().max())
+    error = artifact.verification.max_error * float(logits.abs().max())
     assert error <= 1.01 * max(r.scale for r in records if "linear" in r.name)
 
 
@@ -89,7 +89,7 @@ def test_resnet_runs_in_eight_bits(target: str, tmp_path: Path) -> None:
     artifact = saved(program, target, tmp_path)
     with torch.no_grad():
         wanted = program.graph_module(*x)
-    outcome = artifact.verify()
+    outcome = artifact.verification
     if target == "executorch":
         from graphopt.backends.executorch.backend import run_program
 
@@ -133,7 +133,7 @@ def test_each_layer_on_xnnpack_is_within_one_step(tmp_path: Path) -> None:
         with torch.no_grad():
             wanted = program.graph_module(x)
         steps = [r.scale for r in quantizer.summary().activations if r.scale]
-        error = artifact.verify().max_error * float(wanted.abs().max())
+        error = artifact.verification.max_error * float(wanted.abs().max())
         assert error <= 1.01 * max(steps), name
         assert not artifact.delegation.outside, name  # type: ignore[attr-defined]
 
@@ -146,7 +146,7 @@ def test_activation_that_xnnpack_does_not_fuse_is_rounded_before_too(tmp_path: P
     quantizer.prepare((x,), backend="executorch")
     quantizer.calibrate([x])
     artifact = saved(quantizer.program(), "executorch", tmp_path)
-    assert artifact.verify().max_error < 0.02
+    assert artifact.verification.max_error < 0.02
     assert not outside(artifact)
 
 
@@ -163,7 +163,7 @@ def test_llama_weights_run_on_core_ai(name: str, tmp_path: Path) -> None:
     config = getattr(QuantizerConfig.presets, name)()
     quantizer, args, model = llama(config)
     program = quantizer.program()
-    outcome = saved(program, "coreai", tmp_path).verify()
+    outcome = saved(program, "coreai", tmp_path).verification
     assert outcome.max_error < 1e-5
     assert outcome.weights >= 15
     with torch.no_grad():

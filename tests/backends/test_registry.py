@@ -117,7 +117,7 @@ def test_program_lowers_saves_and_verifies_by_name_and_by_suffix(
     program = palettizer.program()
     artifact = graphopt.lower(program, "toy", layout="columns")
     path = artifact.save(tmp_path / "net.toy")
-    assert artifact.verify().max_error == 0
+    assert artifact.verification.max_error == 0
     assert torch.equal(load_file(path)["0.bias"], program.graph_module.get_parameter("0.bias"))
     assert program.save(tmp_path / "by_suffix.toy").stat().st_size > 0
     with pytest.raises(LoweringError, match=r"net.bin must end in .toy"):

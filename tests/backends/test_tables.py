@@ -39,7 +39,7 @@ def test_every_form_of_table_is_executed_and_equal(name: str, target: str, tmp_p
     options = {"precision": "float32"} if target != "torch" else {}
     artifact = graphopt.lower(palettizer.program(), target, **options)
     artifact.save(tmp_path / f"net{artifact.suffix}")
-    outcome = artifact.verify()
+    outcome = artifact.verification
     assert outcome.complete
     assert outcome.max_error < 1e-6
     assert outcome.weights == 5

@@ -125,7 +125,7 @@ def test_fitted_program_runs_in_core_ai(kind: str, tmp_path: Path) -> None:
     palettizer.calibrate([x[:64]], progress=False)
     artifact = graphopt.lower(palettizer.program(), "coreai", precision="float32")
     artifact.save(tmp_path / "net.aimodel")
-    assert artifact.verify().max_error < 1e-4
+    assert artifact.verification.max_error < 1e-4
     finalized = palettizer.finalize(backend="coreai")
     torch.testing.assert_close(finalized(x[300:303]), prepared(x[300:303]), rtol=1e-5, atol=1e-5)
 

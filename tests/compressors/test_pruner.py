@@ -181,7 +181,7 @@ def test_pruned_weights_run_on_every_target(scheme: Any, target: str, tmp_path: 
     options = {"precision": "float32"} if target == "coreml" else {}
     artifact = graphopt.lower(program, target, **options)
     artifact.save(tmp_path / f"net.{suffix}")
-    outcome = artifact.verify()
+    outcome = artifact.verification
     assert outcome.max_error < 1e-6
     assert outcome.weights == 3
     for row in program.report():
@@ -232,7 +232,7 @@ def test_values_that_stay_are_compressed_and_run(name: str, target: str, tmp_pat
     options = {"precision": "float32"} if target == "coreml" else {}
     artifact = graphopt.lower(program, target, **options)
     artifact.save(tmp_path / f"net.{suffix}")
-    outcome = artifact.verify()
+    outcome = artifact.verification
     # one step of the last scale where XNNPACK computes with integers
     assert outcome.max_error < (0.02 if target == "executorch" else 1e-6)
     assert outcome.weights == 3

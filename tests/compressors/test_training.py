@@ -172,7 +172,7 @@ def test_evaluation_computes_what_the_program_holds(name: str) -> None:
 def test_trained_palettes_run_on_the_target(name: str, tmp_path: object) -> None:
     artifact = graphopt.lower(trained(SPECS[name]).program(), "coreai")
     artifact.save(f"{tmp_path}/m.aimodel")
-    assert artifact.verify().max_error < 1e-5
+    assert artifact.verification.max_error < 1e-5
 
 
 @pytest.mark.parametrize(

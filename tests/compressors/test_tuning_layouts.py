@@ -196,6 +196,6 @@ def test_tuned_program_runs_in_core_ai(kind: str, tmp_path: Path) -> None:
     assert changed(tuned, program) != set()
     artifact = graphopt.lower(tuned, "coreai", precision="float32")
     artifact.save(tmp_path / "net.aimodel")
-    outcome = artifact.verify()
+    outcome = artifact.verification
     assert outcome.max_error < 1e-4
     assert outcome.weights == len(program.report().palettized)

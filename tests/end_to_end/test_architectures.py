@@ -86,7 +86,7 @@ def quantized(name: str) -> tuple[CompressedProgram, tuple[Any, ...]]:
 def check_pte(program: CompressedProgram, tmp_path: Path, **options: Any) -> float:
     artifact = graphopt.lower(program, "executorch", **options)
     artifact.save(tmp_path / "model.pte", overwrite=True)
-    return artifact.verify().max_error
+    return artifact.verification.max_error
 
 
 def check_every_pte(name: str, tmp_path: Path) -> None:

@@ -117,7 +117,7 @@ def test_tables_and_quantized_activations_in_one_config_run_on_the_target(tmp_pa
     program.save(tmp_path / "m.aimodel")
     artifact = graphopt.lower(program, "coreai")
     artifact.save(tmp_path / "n.aimodel")
-    assert artifact.verify().max_error < 0.02
+    assert artifact.verification.max_error < 0.02
 
 
 def test_config_comes_from_python_mappings_and_yaml(tmp_path: Path) -> None:

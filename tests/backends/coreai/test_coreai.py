@@ -43,4 +43,4 @@ def test_core_ai_takes_fp8_tables(tmp_path: Path) -> None:
     spec = PalettizationSpec(lut_qspec=QuantizationSpec(dtype=torch.float8_e4m3fn))
     artifact = graphopt.lower(palettized(spec).program(), "coreai")
     artifact.save(tmp_path / "net.aimodel")
-    assert artifact.verify().max_error < 1e-6
+    assert artifact.verification.max_error < 1e-6

@@ -36,7 +36,7 @@ def error_of(function: Callable[..., Any], args: tuple[Tensor, ...], path: Path)
     module = function if isinstance(function, nn.Module) else Call(function)
     artifact = graphopt.lower(graphopt.capture(module.eval(), args), "coreai")
     artifact.save(path / "net.aimodel")
-    return artifact.verify().max_error
+    return artifact.verification.max_error
 
 
 X, Y = randn(1, 3, 9, 7), randn(4, 6, seed=1)

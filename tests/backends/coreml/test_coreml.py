@@ -48,7 +48,7 @@ def test_older_core_ml_takes_the_packed_form(ios: str, bits: int, tmp_path: Path
     program = palettized(PalettizationSpec(n_bits=bits)).program()
     artifact = graphopt.lower(program, "coreml", minimum_deployment_target=ios, precision="float32")
     artifact.save(tmp_path / "net.mlpackage")
-    outcome = artifact.verify()
+    outcome = artifact.verification
     assert outcome.max_error < 1e-6
     assert outcome.weights == 5
 
@@ -71,7 +71,7 @@ def test_op_that_cannot_be_evaluated_is_named_and_the_check_is_partial(
     artifact.save(tmp_path / "net.mlpackage")
     known = {name: rule for name, rule in mil_ops.OPS.items() if name != "conv"}
     monkeypatch.setattr(evaluate, "OPS", known)
-    outcome = artifact.verify()
+    outcome = artifact.verification
     assert not outcome.complete
     assert outcome.notes == ("no rule for MIL op conv",)
     assert outcome.weights == 5

@@ -47,7 +47,7 @@ def test_codes_are_decoded_on_the_runtime(delegate: str, name: str, tmp_path: Pa
         program = palettized(model, x, SPECS[name])
         (tmp_path / str(number)).mkdir()
         artifact = saved(program, tmp_path / str(number), delegate=delegate, tables="compressed")
-        assert artifact.verify().max_error < 1e-6
+        assert artifact.verification.max_error < 1e-6
         notes = artifact.delegation.notes
         assert all(
             ("outliers" if name == "outliers" else "decoded at every call") in note
@@ -65,7 +65,7 @@ def test_compressed_file_holds_the_codes_only(bits: int, tmp_path: Path) -> None
     codes = 512 * 512 * bits / 8
     # tables of bytes, the bias and the program itself
     assert codes < artifact.size < codes + 15_000
-    assert artifact.verify().max_error < 1e-6
+    assert artifact.verification.max_error < 1e-6
 
 
 def test_embedding_decodes_only_the_rows_it_reads(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_embedding_decodes_only_the_rows_it_reads(tmp_path: Path) -> None:
         artifact = saved(
             palettized(Big(), IDS, spec), tmp_path, delegate="portable", tables="compressed"
         )
-        assert artifact.verify().max_error == 0.0
+        assert artifact.verification.max_error == 0.0
         # 14 rows of 64 floats and what decodes them, not 4096
         assert artifact.planned_memory < 40_000
         (tmp_path / "model.pte").unlink()
@@ -106,7 +106,7 @@ def test_int8_table_becomes_int8_weights_of_the_same_values(tmp_path: Path) -> N
         artifacts[tables] = saved(program, tmp_path / tables, tables=tables)
     small = artifacts["int8"]
     # at most one step of the last scale, the rounding of XNNPACK's requantization
-    assert small.verify().max_error < 0.01
+    assert small.verification.max_error < 0.01
     assert small.delegation.delegates == 1
     assert not small.delegation.outside
     assert not small.delegation.notes
@@ -159,7 +159,7 @@ def test_default_takes_the_fastest_exact_form_of_each_weight(tmp_path: Path) -> 
         Mixed().eval(), (IDS,), config, calibration_data=[IDS], backend="executorch"
     )
     artifact = saved(program, tmp_path)
-    assert artifact.verify().max_error < 0.02
+    assert artifact.verification.max_error < 0.02
     notes = {note.split(":")[0]: note for note in artifact.delegation.notes}
     assert "decoded at every call" in notes["words.weight"]
     assert "first.weight" not in notes  # int8, as XNNPACK computes it
@@ -183,7 +183,7 @@ def test_convolutions_with_decoded_weights_run_as_linear_layers(
 ) -> None:
     program = palettized(nn.Sequential(conv, nn.ReLU()), torch.randn(2, 6, 9, 11), SPECS["4 bits"])
     artifact = saved(program, tmp_path, tables="compressed")
-    assert artifact.verify().max_error < 1e-6
+    assert artifact.verification.max_error < 1e-6
     targets = [str(node.target) for node in artifact.lowered.graph.nodes]
     in_groups = conv.groups > 1
     assert any("conv2d" in target for target in targets) == in_groups

@@ -118,7 +118,7 @@ NETS: dict[str, tuple[Callable[[], nn.Module], tuple[tuple[int, ...], ...]]] = {
 
 def error_on_the_runtime(artifact: Any, folder: Path) -> float:
     artifact.save(folder / "net.pte")
-    found: float = artifact.verify().max_error
+    found: float = artifact.verification.max_error
     return found
 
 

@@ -32,7 +32,7 @@ def test_targets_delegates_hold_every_form(name: str, delegate: str, tmp_path: P
     pytest.importorskip("coremltools" if delegate == "coreml" else "coreai_torch")
     program = palettized(Convolutions(), IMAGE, SPECS[name])
     artifact = saved(program, tmp_path, delegate=delegate, precision="float32")
-    outcome = artifact.verify()
+    outcome = artifact.verification
     assert outcome.max_error < 1e-6
     assert f"evaluated its {delegate} part" in outcome.how
     assert artifact.delegation.delegates == 1
@@ -55,7 +55,7 @@ def test_targets_delegates_take_words_and_two_outputs(delegate: str, tmp_path: P
     pytest.importorskip("coremltools" if delegate == "coreml" else "coreai_torch")
     program = pipelines.palettize().run(Both().eval(), (IDS, torch.randn(16)))
     artifact = saved(program, tmp_path, delegate=delegate, precision="float32")
-    outcome = artifact.verify()
+    outcome = artifact.verification
     assert len(outcome.outputs) == 2
     assert outcome.max_error < 1e-6
 
@@ -69,7 +69,7 @@ def test_quantized_activations_go_through_every_delegate(delegate: str, tmp_path
     quantizer.calibrate([IMAGE])
     options = {} if delegate == "portable" else {"precision": "float32"}
     artifact = saved(quantizer.program(), tmp_path, delegate=delegate, **options)
-    assert artifact.verify().max_error < 1e-6
+    assert artifact.verification.max_error < 1e-6
 
 
 def test_tables_and_activations_go_through_the_core_ml_delegate(tmp_path: Path) -> None:
@@ -81,7 +81,7 @@ def test_tables_and_activations_go_through_the_core_ml_delegate(tmp_path: Path) 
         calibration_data=[IMAGE],
     )
     artifact = saved(program, tmp_path, delegate="coreml")
-    outcome = artifact.verify()
+    outcome = artifact.verification
     assert outcome.max_error < 0.01
     assert outcome.weights == 3
 
@@ -99,7 +99,7 @@ def test_weight_that_two_ops_read_stays_a_table_for_each(tmp_path: Path) -> None
 
     program = palettized(Twice(), torch.randn(1, 128), SPECS["4 bits"])
     artifact = saved(program, tmp_path, delegate="coreml", precision="float32")
-    assert artifact.verify().max_error < 1e-6
+    assert artifact.verification.max_error < 1e-6
     assert artifact.size < 30_000  # the dense weight would be 65,536
 
 
@@ -107,7 +107,7 @@ def test_fp16_of_a_delegate_is_its_targets(tmp_path: Path) -> None:
     pytest.importorskip("coremltools")
     program = palettized(Convolutions(), IMAGE, SPECS["4 bits"])
     half = saved(program, tmp_path, delegate="coreml")
-    assert 1e-6 < half.verify().max_error < 1e-2
+    assert 1e-6 < half.verification.max_error < 1e-2
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ class Calls(nn.Module):
 def error(program: Any, folder: Path, **options: Any) -> float:
     artifact = graphopt.lower(program, "executorch", **options)
     artifact.save(folder / "model.pte", overwrite=True)
-    return artifact.verify().max_error
+    return artifact.verification.max_error
 
 
 def quantized(model: nn.Module, *inputs: Tensor) -> Any:
@@ -131,7 +131,7 @@ def test_general_convolution_is_computed_with_integers(transposed: bool, tmp_pat
     assert artifact.delegation.notes == ()
     assert not artifact.delegation.outside
     artifact.save(tmp_path / "model.pte")
-    assert artifact.verify().max_error < 2e-2
+    assert artifact.verification.max_error < 2e-2
 
 
 @pytest.mark.parametrize("tables", ["auto", "compressed"])

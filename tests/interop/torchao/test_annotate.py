@@ -125,7 +125,7 @@ def test_result_of_a_torchao_quantizer_runs_on_executorch(
     artifact = graphopt.lower(program, "executorch")
     artifact.save(tmp_path / "net.pte")
     # one step of the last scale, at most
-    assert artifact.verify().max_error < 0.02
+    assert artifact.verification.max_error < 0.02
     assert artifact.delegation.delegates == 1  # type: ignore[attr-defined]
     assert not artifact.delegation.outside  # type: ignore[attr-defined]
 

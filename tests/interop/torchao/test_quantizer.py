@@ -127,7 +127,7 @@ def test_converted_model_is_palettized_further(
     for name, suffix in (("coreai", "aimodel"), ("executorch", "pte")):
         artifact = graphopt.lower(program, name)
         artifact.save(tmp_path / f"net.{suffix}")
-        assert artifact.verify().max_error < 0.02
+        assert artifact.verification.max_error < 0.02
 
 
 def test_converted_weights_are_left_alone_unless_asked(net: nn.Module, data: list[Tensor]) -> None:

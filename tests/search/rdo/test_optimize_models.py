@@ -38,7 +38,7 @@ def test_odd_widths_run_on_every_target(suffix: str, mark: str, tmp_path: Path) 
     options = {"precision": "float32"} if mark in ("coreai", "coreml") else {}
     artifact = graphopt.lower(program, target[suffix], **options)
     artifact.save(tmp_path / f"net.{suffix}")
-    assert artifact.verify().max_error < 1e-5
+    assert artifact.verification.max_error < 1e-5
 
 
 @cache
