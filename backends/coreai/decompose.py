@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import fx
 from torch._decomp import decomposition_table
 
 from graphopt.backends.coreai.rules import forms, numbers, places, windows
@@ -27,6 +28,7 @@ from graphopt.backends.decompositions import (
     special,
     views,
 )
+from graphopt.backends.decompositions.experts import grouped_mm
 from graphopt.backends.decompositions.whole import Around
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
@@ -46,8 +48,12 @@ def converted_ops() -> frozenset[str]:
     return frozenset(_aten_to_core_resolver) | frozenset(_higher_order_resolver)
 
 
-def decompositions() -> Table:
-    """The table for `run_decompositions`: ops that coreai-torch takes and gets right stay whole."""
+def decompositions(graph: fx.Graph) -> Table:
+    """The table for `run_decompositions`: ops that coreai-torch takes and gets right stay whole.
+
+    Args:
+        graph: What is to be decomposed.
+    """
     with quiet("coreai_torch"):
         coreai_torch = require("coreai_torch", "coreai")
     table: Table = dict(coreai_torch.get_decomp_table())
@@ -56,7 +62,13 @@ def decompositions() -> Table:
         name = str(op)
         if name.startswith("aten.") and name.removeprefix("aten.") not in converted:
             table.setdefault(op, rule)
-    return table | primitives() | _LACKING | _rules(_MISCOMPUTED)
+    experts = {node.target: grouped_mm for node in graph.nodes if _is_grouped(node)}
+    return table | primitives() | _LACKING | _rules(_MISCOMPUTED) | experts
+
+
+def _is_grouped(node: fx.Node) -> bool:
+    """Whether a node multiplies rows by their group's matrix: torch's op, or transformers' own."""
+    return str(node.target).startswith(("aten._grouped_mm", "transformers.grouped_mm_fallback"))
 
 
 def _rules(wanted: Table) -> Table:
@@ -152,13 +164,39 @@ _LACKING: Table = {
     _aten.grid_sampler_3d.default: sampling.grid_sample,
     _aten.addbmm.default: products.addbmm,
     _aten._trilinear.default: products.trilinear,
-    _aten._grouped_mm.default: products.grouped_mm,
 }
-_OF_BOOLEANS = (
-    *(_aten.amax.default, _aten.amin.default, _aten.max.default, _aten.max.dim),
-    *(_aten.min.default, _aten.min.dim, _aten.argmax.default, _aten.topk.default),
-    *(_aten.maximum.default, _aten.minimum.default, _aten.gt.Tensor, _aten.lt.Tensor),
-)
+# what a tensor without axes gives, and the rule for others
+_REDUCTIONS: Table = {
+    **dict.fromkeys(
+        (_aten.amax.default, _aten.amin.default, _aten.max.default, _aten.min.default),
+        forms.of_scalars(torch.clone, forms.as_numbers),
+    ),
+    **dict.fromkeys(
+        (_aten.max.dim, _aten.min.dim, _aten.topk.default),
+        forms.of_scalars(forms.element, forms.as_numbers),
+    ),
+    _aten.argmax.default: forms.of_scalars(forms.first, forms.as_numbers),
+    **dict.fromkeys(
+        (_aten.mean.default, _aten.mean.dim), forms.of_scalars(torch.clone, forms.whole_op)
+    ),
+    **dict.fromkeys(
+        (_aten.sum.dim_IntList, _aten.prod.default, _aten.prod.dim_int), forms.sum_of_scalar
+    ),
+    _aten._softmax.default: forms.of_scalars(torch.ones_like, forms.whole_op),
+    _aten._log_softmax.default: forms.of_scalars(torch.zeros_like, forms.whole_op),
+    **dict.fromkeys(
+        (_aten.any.default, _aten.any.dim, _aten.any.dims),
+        forms.of_scalars(lambda x: torch.ne(x, 0), forms.whole_op),
+    ),
+    **dict.fromkeys(
+        (_aten.flip.default, _aten.permute.default, _aten.index_select.default),
+        forms.of_scalars(torch.clone, forms.whole_op),
+    ),
+    **dict.fromkeys(
+        (_aten.maximum.default, _aten.minimum.default, _aten.gt.Tensor, _aten.lt.Tensor),
+        forms.as_numbers,
+    ),
+}
 # what it drops, miscomputes or refuses for some arguments
 _MISCOMPUTED: Table = {
     _aten.add.Tensor: forms.plain(numbers.logical_sum),
@@ -195,5 +233,7 @@ _MISCOMPUTED: Table = {
     _aten.scaled_dot_product_attention.default: attention,
     _aten.native_layer_norm.default: forms.layer_norm,
     _aten.native_group_norm.default: forms.group_norm,
-    **dict.fromkeys(_OF_BOOLEANS, forms.as_numbers),
+    _aten.expand.default: forms.plain(forms.expand),
+    _aten.masked_scatter.default: forms.plain(forms.masked_scatter),
+    **_REDUCTIONS,
 }

@@ -96,7 +96,7 @@ def _weight(edit: Editor, weight: QuantizedTensor) -> None:
         like=node,
     )
     readers = [operand for operand in node.args if isinstance(operand, fx.Node)]
-    edit.replace(node, dense)
+    edit.replace(node, _as_type(edit, dense, node.meta["val"].dtype, node))
     for operand in readers:
         edit.drop(operand)
 
@@ -164,9 +164,9 @@ def _quantize(edit: Editor, node: fx.Node, known: dict[tuple[Any, ...], _Scales]
     scale, zero = _scales(edit, node, known)
     axis = (node.args[3],) if "per_channel" in str(node.target) else ()
     extra = (None, *axis) if axis else ()
-    quantized = edit.call(
-        coreai.quantize.default, node.args[0], scale, node.args[-1], zero, *extra, like=node
-    )
+    # Core AI wants the scale's type; in 16 bits a scale would lose digits or vanish
+    x = _as_type(edit, node.args[0], scale.meta["val"].dtype, node)
+    quantized = edit.call(coreai.quantize.default, x, scale, node.args[-1], zero, *extra, like=node)
     edit.replace(node, quantized)
 
 
@@ -174,7 +174,6 @@ def _dequantize(edit: Editor, node: fx.Node, known: dict[tuple[Any, ...], _Scale
     coreai: Any = torch.ops.coreai
     scale, zero = _scales(edit, node, known)
     axis = node.args[3] if "per_channel" in str(node.target) else 0
-    dtype = node.meta["val"].dtype
     dense = edit.call(
         coreai.dequantize.default,
         node.args[0],
@@ -183,10 +182,10 @@ def _dequantize(edit: Editor, node: fx.Node, known: dict[tuple[Any, ...], _Scale
         None,
         axis,
         node.args[-1],
-        dtype,
+        scale.meta["val"].dtype,
         like=node,
     )
-    edit.replace(node, dense)
+    edit.replace(node, _as_type(edit, dense, node.meta["val"].dtype, node))
 
 
 def _round(edit: Editor, node: fx.Node) -> None:
@@ -195,7 +194,8 @@ def _round(edit: Editor, node: fx.Node) -> None:
     assert isinstance(x, fx.Node)
     kind = _FP8[str(storage)]
     factor = edit.constant(f"{x.name}_act_scale", torch.tensor(float(scale)), like=node)  # type: ignore[arg-type]
-    stored = edit.call(coreai.quantize.default, x, factor, kind, like=node)
+    wide = _as_type(edit, x, torch.float32, node)
+    stored = edit.call(coreai.quantize.default, wide, factor, kind, like=node)
     dense = edit.call(
         coreai.dequantize.default,
         stored,
@@ -204,7 +204,15 @@ def _round(edit: Editor, node: fx.Node) -> None:
         None,
         0,
         kind,
-        node.meta["val"].dtype,
+        torch.float32,
         like=node,
     )
-    edit.replace(node, dense)
+    edit.replace(node, _as_type(edit, dense, node.meta["val"].dtype, node))
+
+
+def _as_type(edit: Editor, value: Any, dtype: torch.dtype, like: fx.Node) -> fx.Node:
+    """The value in a type, by a cast where it has another."""
+    assert isinstance(value, fx.Node)
+    if value.meta["val"].dtype is dtype:
+        return value
+    return edit.call(torch.ops.aten._to_copy.default, value, dtype=dtype, like=like)

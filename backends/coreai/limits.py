@@ -76,6 +76,8 @@ def _reason(node: fx.Node, known: frozenset[str]) -> str:
         checks = name.startswith(("_assert", "sym_constrain"))
         if (target.startswith("prims.") or name not in known) and not checks:
             return "Core AI's converter has no such op, and it has no decomposition"
+    elif isinstance(node.target, torch._ops.OpOverload) and not target.startswith("coreai."):
+        return "Core AI's converter does not know the op; register a decomposition of it with torch"
     return ""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
@@ -46,13 +46,19 @@ def legal_export(program: Program, options: CoreAIOptions) -> ExportedProgram:
     legal = as_float32(flat_interface(program, Interface()))
     run_passes(legal.graph_module, [RemoveUnused(), *legal_passes()])
     with torch.no_grad():
-        exported = export_graph(
-            legal.graph_module, legal.example_args, legal.example_kwargs
-        ).run_decompositions(decompositions())
+        exported = export_graph(legal.graph_module, legal.example_args, legal.example_kwargs)
+        _free_views(exported.graph)
+        exported = exported.run_decompositions(decompositions(exported.graph))
         if options.precision == "float32":
             return exported
         calls = [_flat_call(call) for call in options.calibration_data or ()]
         return cast_to_16_bit_precision(exported, options.ignored_ops, calls)
+
+
+def _free_views(graph: fx.Graph) -> None:
+    """Let views be of any memory layout: that of a decomposed op's result may be another one."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
+        node.target = torch.ops.aten.reshape.default
 
 
 def _flat_call(inputs: Any) -> tuple[Tensor, ...]:

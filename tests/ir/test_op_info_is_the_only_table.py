@@ -21,6 +21,8 @@ ALLOWED = {
     "backends/casting.py": "emits casts",
     "backends/interface.py": "emits casts and shapes of inputs and outputs, and copies of outputs",
     "backends/coreai/decompose.py": "names the ops that coreai-torch has not right",
+    "backends/coreai/legalize_quantization.py": "emits casts",
+    "backends/coreai/lower.py": "emits reshapes for views",
     "backends/coreai/rules/places.py": "emits lookups, whose shape says what is put",
     "backends/coreml/decompose.py": "hands torch its own rule for gelu",
     "backends/coreml/legal_ops.py": "hands torch rules for what coremltools has not right",

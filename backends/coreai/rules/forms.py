@@ -8,19 +8,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.backends.decompositions import reductions
+from graphopt.backends.decompositions import indexing, reductions
 
 __all__ = [
     "as_numbers",
     "ceil",
     "divide_rounded",
+    "element",
     "empty_permuted",
+    "expand",
+    "first",
     "floor",
     "group_norm",
     "hardshrink",
     "layer_norm",
+    "masked_scatter",
+    "of_scalars",
     "plain",
+    "sum_of_scalar",
     "trunc",
+    "whole_op",
     "zero_dim_view",
 ]
 
@@ -84,6 +91,50 @@ def _as_number(value: Any) -> Any:
     return value.to(torch.int32) if boolean else value
 
 
+def of_scalars(result: Op, others: Op) -> Op:
+    """A reduction of a tensor without axes, with which the runtime ends the process.
+
+    Args:
+        result: What it gives, from the tensor.
+        others: The rule for tensors with axes, which takes the op first.
+    """
+
+    def rule(whole: Op, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return others(whole, x, *args, **kwargs) if x.ndim else result(x)
+
+    return rule
+
+
+def sum_of_scalar(whole: Op, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """A sum or product, of a tensor without axes the tensor in the type of the result."""
+    if x.ndim:
+        return whole(x, *args, **kwargs)
+    own = x.dtype if x.is_floating_point() else torch.int64
+    return x.to(kwargs.get("dtype") or own, copy=True)
+
+
+def whole_op(whole: Op, *args: Any, **kwargs: Any) -> Any:
+    """The op as it is."""
+    return whole(*args, **kwargs)
+
+
+def first(x: Tensor) -> Tensor:
+    """Where the largest of one element is."""
+    return torch.zeros_like(x, dtype=torch.int64)
+
+
+def element(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The only element, and where it is."""
+    return x.clone(), first(x)
+
+
+def masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Any:
+    """Elements in turn where a mask of another shape is true; others stay."""
+    if x.shape == mask.shape and x.ndim:
+        return NotImplemented
+    return indexing.masked_scatter(x, mask, source)
+
+
 def hardshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
     """0 where the size is at most `lambd`; NaN stays."""
     small = torch.logical_and(torch.ge(x, -lambd), torch.le(x, lambd))
@@ -121,6 +172,12 @@ def zero_dim_view(x: Tensor, size: Sequence[int]) -> Any:
             x = torch.unsqueeze(x, 0)
         return x
     return NotImplemented
+
+
+def expand(x: Tensor, size: Sequence[int], *, implicit: bool = False) -> Any:
+    """An expansion to no axes, with which the converter ends the process; others stay."""
+    del implicit
+    return NotImplemented if len(size) else x.clone()
 
 
 def empty_permuted(size: Sequence[int], physical_layout: Sequence[int], **options: Any) -> Tensor:

@@ -153,11 +153,22 @@ def of_booleans(x: Tensor) -> list[Tensor]:
     return [a & b, a | b, a ^ b, a * b, a + b, ~a, a > b, a >= b, a.amax(1), torch.maximum(a, b)]
 
 
+def without_axes(x: Tensor) -> list[Tensor]:
+    one = x.reshape(())
+    made = [
+        *(one.max(), one.amin(), one.sum(), one.sum(0), one.mean(), one.prod(), one.prod(0)),
+        *((one > 0).any(), one.argmax(), one.max(0).values, one.min(0).indices),
+        *(one.softmax(0), one.log_softmax(0), one.cumsum(0), one.cumprod(0), one.flip(())),
+        *(one.permute(()), one.sort().values, one.topk(1).values, one.expand(())),
+    ]
+    return [value.reshape(1) for value in made]
+
+
 def attentions(q: Tensor, mask: Tensor) -> list[Tensor]:
     attend = F.scaled_dot_product_attention
     return [
         attend(q, q, q, mask),
-        attend(q, q, q, torch.where(mask, 0.0, -INF)),
+        attend(q, q, q, torch.where(mask, 0.0, -INF)).transpose(1, 2).reshape(2, 5, 32),
         attend(q[0], q[0], q[0], mask[0].expand(4, 5, 5)),
         attend(q[0], q[0], q[0], is_causal=True),
         attend(q[None], q[None], q[None], mask[None]),
@@ -195,6 +206,11 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         (torch.zeros(1),),
     ),
     "booleans": (of_booleans, (Y,)),
+    "tensors without axes": (without_axes, (torch.tensor([0.7]),)),
+    "masks of more axes": (
+        lambda x, m, s: torch.masked_scatter(x, m, s),
+        (Y[0], Y > 0, randn(24)),
+    ),
     "special functions": (
         lambda x: (torch.lgamma(x), torch.digamma(x), torch.erfc(x), torch.erfinv(x / 5)),
         (Y,),
@@ -213,8 +229,10 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         (randn(1, 4, 3, 4, 3),),
     ),
     "groups of rows": (
-        lambda x, w: torch._grouped_mm(x, w, offs=torch.tensor([3, 3, 5], dtype=torch.int32)),
-        (randn(5, 8), randn(3, 8, 16)),
+        lambda x, w: F.grouped_mm(
+            x.bfloat16(), w.bfloat16(), offs=torch.tensor([3, 3, 5], dtype=torch.int32)
+        ).float(),
+        (torch.eye(5, 8), torch.arange(384.0).reshape(3, 8, 16) % 7),
     ),
 }
 
