@@ -28,7 +28,6 @@ from graphopt.backends.decompositions import (
     special,
     views,
 )
-from graphopt.backends.decompositions.experts import grouped_mm
 from graphopt.backends.decompositions.whole import Around
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
@@ -62,7 +61,7 @@ def decompositions(graph: fx.Graph) -> Table:
         name = str(op)
         if name.startswith("aten.") and name.removeprefix("aten.") not in converted:
             table.setdefault(op, rule)
-    experts = {node.target: grouped_mm for node in graph.nodes if _is_grouped(node)}
+    experts = {node.target: products.grouped_mm for node in graph.nodes if _is_grouped(node)}
     return table | primitives() | _LACKING | _rules(_MISCOMPUTED) | experts
 
 

@@ -1,4 +1,4 @@
-"""Products of several tensors, and transposed convolutions."""
+"""Products of several matrices, by groups too."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["addbmm", "conv_transpose", "trilinear"]
+__all__ = ["addbmm", "conv_transpose", "grouped_mm", "trilinear"]
 
 
 def addbmm(
@@ -40,6 +40,26 @@ def trilinear(
         c = torch.unsqueeze(c, axis)
     made = a * b * c
     return torch.sum(made, list(sumdim)) if sumdim else made
+
+
+def grouped_mm(
+    a: Tensor,
+    b: Tensor,
+    offs: Tensor | None = None,
+    bias: Tensor | None = None,
+    out_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """Rows times the matrix of their group, as one product in which a row is 0 for other groups."""
+    del out_dtype
+    if a.ndim != 2 or b.ndim != 3 or offs is None or bias is not None:
+        return NotImplemented
+    row = torch.arange(int(a.shape[0]), device=a.device)[None]
+    ends = offs[:, None]
+    before = torch.ge(row, ends).to(torch.int64)
+    group = torch.sum(before, 0)
+    own = torch.eq(group[:, None], torch.arange(int(b.shape[0]), device=a.device)[None])
+    spread = torch.where(own[..., None], a[:, None], torch.zeros_like(a)[:, None])
+    return torch.matmul(spread.flatten(1), b.flatten(0, 1))
 
 
 def conv_transpose(
