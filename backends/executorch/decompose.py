@@ -184,5 +184,7 @@ _MISCOMPUTED: Table = {
     _aten.upsample_bilinear2d.vec: exact_ops.bilinear,
     _aten.convolution.default: exact_ops.convolution,
     _aten.prelu.default: exact_ops.prelu,
+    _aten.avg_pool2d.default: exact_ops.of_a_batch,
+    _aten.max_pool2d.default: exact_ops.of_a_batch,
     _aten.constant_pad_nd.default: lambda whole, *given: views.pad_or_cut(*given),
 }

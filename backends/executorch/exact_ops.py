@@ -12,12 +12,17 @@ from torch._decomp import decomposition_table
 
 from graphopt.backends.decompositions import pooling, products
 
-__all__ = ["average_volumes", "bilinear", "convolution", "exp2", "prelu", "remainder"]
+__all__ = ["average_volumes", "bilinear", "convolution", "exp2", "of_a_batch", "prelu", "remainder"]
 
 
 def exp2(x: Tensor) -> Tensor:
     """`e^(x ln 2)` in the base's own kernel."""
     return torch.pow(2.0, x)
+
+
+def of_a_batch(whole: Callable[..., Tensor], x: Tensor, *given: Any) -> Any:
+    """Pooling of one image as that of a batch of one, which XNNPACK's partitioner takes it for."""
+    return whole(x.unsqueeze(0), *given).squeeze(0) if x.ndim == 3 else NotImplemented
 
 
 def prelu(whole: Callable[..., Tensor], x: Tensor, weight: Tensor) -> Any:

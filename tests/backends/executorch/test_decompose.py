@@ -93,6 +93,7 @@ FAMILIES: dict[str, dict[str, Function]] = {
         "transposed volume": lambda x, i: F.conv_transpose3d(
             volume(x), kernel(2, 3, 2, 2, 2), kernel(3), stride=2, output_padding=1
         ),
+        "one image": lambda x, i: F.avg_pool2d(x[None], 2) + F.max_pool2d(x[None], 2),
         "volume pooling": lambda x, i: F.max_pool3d(volume(x), 2) + F.avg_pool3d(volume(x), 2),
     },
 }
