@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import keyword
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -15,7 +17,14 @@ from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 
-__all__ = ["Interface", "flat_interface", "match_inputs", "named_inputs", "with_outputs"]
+__all__ = [
+    "Interface",
+    "flat_interface",
+    "match_inputs",
+    "named_inputs",
+    "output_names",
+    "with_outputs",
+]
 
 _aten = torch.ops.aten
 
@@ -68,6 +77,36 @@ def flat_interface(program: Program, target: Interface) -> Program:
     edit.gm.graph.set_codegen(fx.graph.CodeGen())
     edit.gm.recompile()
     return replace(legal, example_args=tuple(example), example_kwargs={})
+
+
+def output_names(program: Program) -> list[str] | None:
+    """Names of a program's outputs by the keys of the mapping that it returns; None for other results.
+
+    Args:
+        program: As it was captured. Keys of any depth are joined, what is no name becomes one, and
+            names of inputs and of other outputs are not taken again.
+    """
+    codegen: Any = program.graph_module.graph._codegen
+    (output,) = program.graph_module.graph.find_nodes(op="output")
+    info = getattr(codegen, "pytree_info", None)
+    if info is None:
+        return None
+    result = pytree.tree_unflatten(pytree.tree_leaves(output.args[0]), info.out_spec)
+    taken = {str(node.target) for node in _placeholders(program.graph_module)}
+    names = []
+    for path, leaf in pytree.tree_leaves_with_path(result):
+        if not path or not isinstance(path[0], pytree.MappingKey):
+            return None
+        if not isinstance(leaf, fx.Node) or not _gives_tensor(leaf):
+            continue
+        keys = (str(getattr(part, "key", getattr(part, "idx", ""))) for part in path)
+        name = re.sub(r"\W", "_", "_".join(keys))
+        name = name if name.isidentifier() and not keyword.iskeyword(name) else f"out_{name}"
+        while name in taken:
+            name += "_out"
+        taken.add(name)
+        names.append(name)
+    return names or None
 
 
 def with_outputs(program: Program, nodes: Sequence[str]) -> Program:
@@ -126,6 +165,10 @@ def _placeholders(gm: fx.GraphModule) -> list[fx.Node]:
     return list(gm.graph.find_nodes(op="placeholder"))
 
 
+def _gives_tensor(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val", torch.empty(1)), Tensor)
+
+
 def _contiguous(leaf: Any) -> Any:
     return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
 
@@ -153,9 +196,9 @@ def _separate_outputs(edit: Editor, target: Interface) -> list[fx.Node]:
     leaves = [leaf for leaf in pytree.tree_leaves(output.args[0]) if isinstance(leaf, fx.Node)]
     given: list[fx.Node] = []
     for node in leaves:
-        value = node.meta.get("val", torch.empty(1))
-        if not isinstance(value, Tensor):
+        if not _gives_tensor(node):
             continue
+        value = node.meta.get("val", torch.empty(1))
         own = node
         if value.dtype in target.types:
             kind = target.types[value.dtype]

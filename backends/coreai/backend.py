@@ -19,7 +19,7 @@ from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.coreai.raise_ import RaiseFromCoreAI
 from graphopt.backends.coreai.refusals import refusals
 from graphopt.backends.delegate import Delegate
-from graphopt.backends.interface import named_inputs
+from graphopt.backends.interface import named_inputs, output_names
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
 from graphopt.backends.verification import Evaluation
@@ -102,7 +102,9 @@ class CoreAIBackend(Backend):
             refuse_impossible(exported)
             try:
                 with quiet("coreai_torch"):
-                    converter = coreai_torch.TorchConverter().add_exported_program(exported)
+                    converter = coreai_torch.TorchConverter().add_exported_program(
+                        exported, output_names=output_names(program)
+                    )
                     ai_program = converter.to_coreai()
             except Exception as error:
                 raise explain_failure(exported, error) from error

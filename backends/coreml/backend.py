@@ -23,6 +23,7 @@ from graphopt.backends.coreml.precision import CLAMP, float16, register_clamp
 from graphopt.backends.coreml.refusals import refusals
 from graphopt.backends.coreml.translations import our_translations
 from graphopt.backends.delegate import Delegate
+from graphopt.backends.interface import output_names
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
 from graphopt.backends.verification import Evaluation
@@ -112,10 +113,12 @@ class CoreMLBackend(Backend):
             register_clamp()
             pipeline.insert_pass(pipeline.passes.index("common::add_fp16_cast"), CLAMP)
             precision = float16(exported, program.example_args, program.example_kwargs)
+        names = output_names(program)
         try:
             with quiet("coremltools"), small_constants_once(), our_translations():
                 model = ct.convert(
                     exported,
+                    outputs=None if names is None else [ct.TensorType(name=name) for name in names],
                     minimum_deployment_target=getattr(ct.target, oldest),
                     compute_precision=precision,
                     pass_pipeline=pipeline,

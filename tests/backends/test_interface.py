@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -59,6 +60,34 @@ def test_every_kind_of_input_and_output_comes_out_right(target: str, tmp_path: P
         outcome = artifact.verify(x, torch.tensor(times), torch.tensor(flag), given, 3, None)
         assert len(outcome.outputs) == 11
         assert max(outcome.outputs) < 1e-5
+
+
+@pytest.mark.parametrize("target", TARGETS[:2])
+def test_outputs_have_the_names_of_the_mapping_that_is_returned(
+    target: str, tmp_path: Path
+) -> None:
+    class Named(nn.Module):
+        def forward(self, x: Tensor) -> dict[str, Any]:
+            return {"logits": x * 3, "class": x + 1, "x": x - 1, "a b": [x * 2, None, x * 5]}
+
+    artifact: Any = graphopt.lower(Named(), target, torch.randn(2, 3))
+    artifact.save(tmp_path / f"m{SUFFIXES[target]}")
+    names = ["logits", "out_class", "x_out", "a_b_0", "a_b_2"]
+    if target == "coreml":
+        assert [output.name for output in artifact.model.get_spec().description.output] == names
+    else:
+        assert output_names_of(artifact.path) == names
+    assert artifact.verification.max_error < 2e-3
+
+
+def output_names_of(path: Path) -> list[str]:
+    from coreai.authoring import AIModelAsset
+
+    async def read() -> list[str]:
+        async with AIModelAsset.load(path).executable() as model:
+            return list(model.load_function("main").desc.output_names)
+
+    return asyncio.run(read())
 
 
 @pytest.mark.coreai
