@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._decomp import decomposition_table
 from torch.export import ExportedProgram
 
-from graphopt.backends.coreml.legal_ops import Rules, legal_ops, pool_rules
+from graphopt.backends.coreml.legal_ops import Rules, composite, legal_ops, pool_rules
 from graphopt.backends.coreml.translations import TRANSLATED
 from graphopt.backends.decompositions.experts import grouped_mm
 from graphopt.errors import LoweringError
@@ -102,6 +102,4 @@ def _foreign(op: Any) -> Callable[..., Any] | None:
     """The rule of an op of another library, or of a composite one."""
     if str(op).removesuffix(".default") in _GROUPED:
         return grouped_mm
-    if isinstance(op, torch._ops.OpOverload) and op._can_decompose():
-        return op.decompose
-    return None
+    return composite(op)

@@ -30,7 +30,7 @@ from graphopt.backends.decompositions import (
     views,
 )
 
-__all__ = ["Rules", "legal_ops", "pool_rules"]
+__all__ = ["Rules", "composite", "legal_ops", "pool_rules"]
 
 Rules = dict[Any, Callable[..., Any]]
 _aten = torch.ops.aten
@@ -227,7 +227,7 @@ def legal_ops() -> Rules:
 def _all_rules() -> Rules:
     rules: Rules = {}
     for name in _TORCHS:
-        rules |= {op: decomposition_table.get(op, op.decompose) for op in _overloads(name)}
+        rules |= {op: decomposition_table.get(op) or composite(op) for op in _overloads(name)}
     for name, rule in _BY_OP.items():
         rules |= dict.fromkeys(_overloads(name), rule)
     return rules | _BY_OVERLOAD | _unbatched() | _by_scale_factors() | _quantized_halves()
@@ -247,9 +247,9 @@ def _by_scale_factors() -> Rules:
     """Rules for resizes by factors, which are rewritten as those by sizes."""
     return {
         packet.vec: ranks.by_scale_factors(
-            packet.default, _spatial_axes(name), corners="nearest" not in name
+            packet.default, rule, _spatial_axes(name), corners="nearest" not in name
         )
-        for name in _BY_OP
+        for name, rule in _BY_OP.items()
         if "upsample" in name and hasattr(packet := getattr(_aten, name), "vec")
     }
 
@@ -268,6 +268,15 @@ def _overloads(name: str) -> list[Any]:
         except (AttributeError, RuntimeError):
             continue
     return [op for op in found if any("Tensor" in str(arg.type) for arg in op._schema.arguments)]
+
+
+def composite(op: Any) -> Callable[..., Any] | None:
+    """Torch's own rule for a composite op, None for another."""
+    if not isinstance(op, torch._ops.OpOverload) or not op._can_decompose():
+        return None
+    # `op.decompose` would come back to the table that it is put into
+    rule: Callable[..., Any] = torch._export.utils._get_decomp_for_cia(op)
+    return rule
 
 
 def pool_rules(graph: fx.Graph) -> Rules:

@@ -76,14 +76,17 @@ def transposed_matrix(x: Tensor) -> Any:
     return NotImplemented if x.dim() == 2 else x.clone()
 
 
-def by_scale_factors(op: Callable[..., Any], axes: int, *, corners: bool) -> Callable[..., Any]:
-    """A rule for a resize by factors, in the op by sizes."""
+def by_scale_factors(
+    op: Callable[..., Any], by_sizes: Callable[..., Any], axes: int, *, corners: bool
+) -> Callable[..., Any]:
+    """A rule for a resize by factors: that of the op by sizes, or the op where it leaves that alone."""
 
     def rule(x: Tensor, size: Any, *rest: Any) -> Any:
         *aligned, factors = rest if len(rest) == 1 + corners else (*rest, None)
         if size is None:
             size = [int(n * factor) for n, factor in zip(x.shape[-axes:], factors, strict=True)]
         scales = [None] * axes if factors is None else list(factors)
-        return op(x, list(size), *aligned, *scales)
+        result = by_sizes(x, list(size), *aligned, *scales)
+        return op(x, list(size), *aligned, *scales) if result is NotImplemented else result
 
     return rule
