@@ -36,7 +36,8 @@ NOT_COUNTED: dict[str, str] = {
     "constructors": """arange empty_strided eye full full_like linspace linspace. logspace logspace.
         new_full new_ones new_zeros ones ones_like scalar_tensor zeros zeros_like
         broadcast_shapes""",
-    "random numbers": """nn.functional.dropout nn.functional.dropout2d nn.functional.dropout3d
+    "random numbers": """bernoulli cauchy exponential geometric log_normal multinomial normal normal.
+        rand_like randint_like randn_like uniform nn.functional.dropout nn.functional.dropout2d nn.functional.dropout3d
         nn.functional.alpha_dropout nn.functional.feature_alpha_dropout.
         nn.functional.fractional_max_pool2d nn.functional.fractional_max_pool3d
         nn.functional.rrelu""",
