@@ -15,7 +15,13 @@ _NEEDS = {
     "executorch": ("executorch", "executorch"),
 }
 # files that take longest begin first, so that no worker is left with one of them at the end
-_LONG = ("test_examples", "test_architectures", "test_compressed_tables", "test_analysis")
+_LONG = (
+    "test_examples",
+    "test_op_sweep",
+    "test_architectures",
+    "test_compressed_tables",
+    "test_analysis",
+)
 
 
 def pytest_configure() -> None:

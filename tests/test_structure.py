@@ -15,7 +15,15 @@ _COREAI_OPT = "coreai-opt's documented signature"
 EXEMPT = {
     **dict.fromkeys(
         [
+            ("backends/coreai/rules/attention.py", "attention"),
+            ("backends/coreai/rules/forms.py", "group_norm"),
+            ("backends/coreai/rules/places.py", "embedding_bag"),
+            ("backends/coreai/rules/windows.py", "rule"),
+            ("backends/decompositions/comparisons.py", "embedding_bag"),
             ("backends/decompositions/pooling.py", "avg_pool"),
+            ("backends/decompositions/products.py", "conv_transpose"),
+            ("backends/decompositions/products.py", "trilinear"),
+            ("backends/executorch/exact_ops.py", "convolution"),
             ("backends/decompositions/normalization.py", "instance_norm"),
             ("backends/decompositions/attention.py", "attention_of_equal_heads"),
         ],
