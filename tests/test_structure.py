@@ -17,7 +17,6 @@ EXEMPT = {
         [
             ("backends/coreai/rules/attention.py", "attention"),
             ("backends/coreai/rules/forms.py", "group_norm"),
-            ("backends/coreai/rules/places.py", "embedding_bag"),
             ("backends/coreai/rules/windows.py", "rule"),
             ("backends/decompositions/comparisons.py", "embedding_bag"),
             ("backends/decompositions/pooling.py", "avg_pool"),

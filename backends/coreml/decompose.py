@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 
 from graphopt.backends.coreml.legal_ops import Rules, composite, legal_ops, pool_rules
 from graphopt.backends.coreml.translations import TRANSLATED
-from graphopt.backends.decompositions.experts import grouped_mm
+from graphopt.backends.decompositions.products import grouped_mm
 from graphopt.errors import LoweringError
 
 __all__ = ["decompose_for_coreml"]

@@ -11,12 +11,21 @@ from torch import Tensor
 
 from graphopt.errors import LoweringError
 
-__all__ = ["as_strided_scatter", "embedding_bag", "embedding_renorm", "scatter_reduce"]
+__all__ = [
+    "along",
+    "as_strided_scatter",
+    "cut",
+    "embedding_bag",
+    "embedding_renorm",
+    "put_back",
+    "scatter_reduce",
+]
 
 _ONE_HOT = 2**24
 
 
-def _along(x: Tensor, dim: int) -> int:
+def along(x: Tensor, dim: int) -> int:
+    """An axis counted from the front."""
     return dim % x.ndim if x.ndim else 0
 
 
@@ -33,7 +42,8 @@ def as_strided_scatter(
     return torch.scatter(x.reshape(-1), 0, place, src.reshape(-1)).reshape(x.shape)
 
 
-def _cut(x: Tensor, index: Tensor, but: int | None = None) -> Tensor:
+def cut(x: Tensor, index: Tensor, but: int | None = None) -> Tensor:
+    """A tensor as large as its indices, but for one axis."""
     for axis, size in enumerate(index.shape):
         if axis != but and int(x.shape[axis]) != int(size):
             x = torch.narrow(x, axis, 0, int(size))
@@ -53,7 +63,7 @@ def scatter_reduce(
             x.reshape(1), 0, index.reshape(1), src.reshape(1), reduce, include_self=include_self
         )
         return made.reshape(())
-    axis = _along(x, dim)
+    axis = along(x, dim)
     if index.numel() == 0:
         return x.clone()
     length = int(x.shape[axis])
@@ -62,7 +72,7 @@ def scatter_reduce(
             f"scatter_reduce of {index.numel()} values to {length} places compares all with all;"
             " split the call"
         )
-    src = torch.movedim(_cut(src, index), axis, -1)[..., None, :]
+    src = torch.movedim(cut(src, index), axis, -1)[..., None, :]
     moved = torch.movedim(index, axis, -1)[..., None, :]
     places = torch.arange(length, device=x.device)[:, None]
     met = torch.eq(moved, places)
@@ -73,7 +83,7 @@ def scatter_reduce(
         own = torch.narrow(own, other, 0, int(size))
     made = _reduced(own, met, src, reduce, include_self)
     if own.shape != whole.shape:
-        made = _put_back(whole, made)
+        made = put_back(whole, made)
     return torch.movedim(made, -1, axis)
 
 
@@ -105,7 +115,7 @@ def _reduced(own: Tensor, met: Tensor, src: Tensor, reduce: str, include_self: b
     return result if include_self else torch.where(reached, result, own)
 
 
-def _put_back(whole: Tensor, part: Tensor) -> Tensor:
+def put_back(whole: Tensor, part: Tensor) -> Tensor:
     """A tensor whose first elements on every axis are replaced."""
     for axis in reversed(range(whole.ndim)):
         size, done = int(whole.shape[axis]), int(part.shape[axis])

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphopt.backends.decompositions.reductions import vector_norm
 
-__all__ = ["addbmm", "cdist", "cross", "pdist"]
+__all__ = ["cdist", "cross", "pdist"]
 
 
 def _length(gap: Tensor, order: float) -> Tensor:
@@ -39,10 +39,3 @@ def cross(x: Tensor, y: Tensor, *, dim: int = -1) -> Tensor:
     a, b = (torch.unbind(value, dim) for value in (x, y))
     turns = [(1, 2), (2, 0), (0, 1)]
     return torch.stack([a[i] * b[j] - a[j] * b[i] for i, j in turns], dim)
-
-
-def addbmm(x: Tensor, a: Tensor, b: Tensor, *, beta: Any = 1, alpha: Any = 1) -> Tensor:
-    """The sum of products added to a matrix."""
-    total = torch.bmm(a, b).sum(0)
-    total = total if alpha == 1 else total * alpha
-    return total + (x if beta == 1 else x * beta)

@@ -8,8 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from graphopt.backends.coreai.rules import places
-from graphopt.backends.decompositions import pointwise, reductions, special
+from graphopt.backends.decompositions import comparisons, pointwise, reductions, special
 
 __all__ = ["primitives"]
 
@@ -49,7 +48,7 @@ def primitives() -> dict[Any, Callable[..., Any]]:
         _prims.convert_element_type.default: lambda x, dtype: x.to(dtype),
         _prims.broadcast_in_dim.default: _broadcast_in_dim,
         _prims.scalar_tensor.default: _scalar,
-        _prims.as_strided_scatter.default: places.as_strided_scatter,
+        _prims.as_strided_scatter.default: comparisons.as_strided_scatter,
     }
     return table
 
