@@ -62,7 +62,11 @@ def flat_interface(program: Program, target: Interface) -> Program:
     """
     legal = program.copy()
     edit = Editor(legal.graph_module)
-    _set_outputs(edit, _separate_outputs(edit, target))
+    given = _separate_outputs(edit, target)
+    whole: Any = edit.gm.graph._codegen
+    result = whole.pytree_info.out_spec if hasattr(whole, "pytree_info") else None
+    keeps = target.scalars and result is not None and result.num_leaves == len(given)
+    _set_outputs(edit, given, result if keeps else None)
     leaves, spec = pytree.tree_flatten((program.example_args, program.example_kwargs))
     if target.scalars:
         plain = [_contiguous(leaf) for leaf in leaves]
@@ -226,14 +230,14 @@ def _copy(edit: Editor, node: fx.Node, output: fx.Node, target: Interface) -> fx
     return edit.call(larger, node, node, like=node, before=output)
 
 
-def _set_outputs(edit: Editor, nodes: Sequence[fx.Node]) -> None:
-    """Let a graph give these values as a flat list."""
+def _set_outputs(edit: Editor, nodes: Sequence[fx.Node], spec: Any = None) -> None:
+    """Let a graph give these values, as a flat list or in a structure with as many leaves."""
     gm = edit.gm
     assert isinstance(gm, CapturedModule)
     (output,) = gm.graph.find_nodes(op="output")
     edit.set_args(output, (tuple(nodes),))
     output.meta.pop("val", None)
     codegen: Any = gm.graph._codegen
-    spec = pytree.tree_structure(tuple(nodes))
+    spec = pytree.tree_structure(tuple(nodes)) if spec is None else spec
     codegen.pytree_info = codegen.pytree_info._replace(out_spec=spec)
     gm.recompile()

@@ -62,8 +62,10 @@ class Verification:
         weights: Number of compressed weights that were read back.
         holds: Whether the outputs are as near as rounding lets them be: 1e-3 of an output's peak in
             float32; in 16 bits 4 times the error of the same program in PyTorch, 2e-3 at least;
-            with rounded activations two steps for 99.9 % of the values; integers equal where
-            rounding does not decide them. True where nothing could be compared.
+            with rounded activations two steps for 99.9 % of the values, or as many as stay that near
+            in PyTorch when the last bits of each op change, since a value between two steps may be
+            rounded to either; integers equal where rounding does not decide them. True where nothing
+            could be compared.
     """
 
     max_error: float
@@ -191,12 +193,17 @@ class _Reference:
             return True
         if not math.isfinite(error):
             return False
-        if self._rounds_activations() and _within_steps(output, want):
-            return True
+        if self._rounds_activations():
+            beyond = _beyond_steps(output, want)
+            if beyond <= 1 - _WITHIN:
+                return True
+            own = max(_beyond_steps(run[place], want) for run in self._runs())
+            if beyond <= _TIMES * own:
+                return True
         if not self.is_half:
             return self._decided_by_rounding(place, output)
-        own = [size for size in self._errors(place) if math.isfinite(size)]
-        return error <= _TIMES * max(own, default=0.0)
+        own = max((size for size in self._errors(place) if math.isfinite(size)), default=0.0)
+        return error <= _TIMES * own
 
     def _errors(self, place: int) -> list[float]:
         want = self.outputs[place]
@@ -287,11 +294,11 @@ def _noisy(seed: int) -> Callable[[Tensor], Tensor]:
     return noisy
 
 
-def _within_steps(output: Tensor, want: Tensor) -> bool:
-    """Whether nearly all values are within two steps of 8 bits over the output's range."""
+def _beyond_steps(output: Tensor, want: Tensor) -> float:
+    """Share of the values that are farther than two steps of 8 bits over the output's range."""
     reference = want.to(torch.float64)
     got = output.detach().to(torch.float64).reshape(reference.shape)
     # the range of a rounded value holds zero
     low, high = min(float(reference.min()), 0.0), max(float(reference.max()), 0.0)
-    near = (got - reference).abs() <= _STEPS * (high - low) / _LEVELS
-    return float(near.double().mean()) >= _WITHIN
+    beyond = (got - reference).abs() > _STEPS * (high - low) / _LEVELS
+    return float(beyond.double().mean())

@@ -66,6 +66,7 @@ def test_mnist_example_reads_idx_files(tmp_path: Path) -> None:
 
 
 @pytest.mark.coreai
+@pytest.mark.slow
 def test_edsr_example_quantizes_and_runs(tmp_path: Path) -> None:
     """A network trained for a moment: enough to see that the workflow holds together."""
     out = run(

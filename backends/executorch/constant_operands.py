@@ -57,7 +57,7 @@ class ComputeWeights(Pass):
 
 
 def _is_computed(weight: fx.Node) -> bool:
-    if "dequantize_per" in str(weight.target):
+    if weight.op == "call_function" and "dequantize_per" in str(weight.target):
         weight = operands(weight)[0]
     return weight.op == "call_function"
 

@@ -18,7 +18,7 @@ from graphopt.palettization import KMeansPalettizer
 from graphopt.quantization import Quantizer
 
 # one network of convolutions, one of attention, one that recurs
-FEW = {"edsr", "vit", "lstm"}
+FEW = {"edsr", "lstm"}
 
 
 @pytest.mark.coreai

@@ -20,8 +20,8 @@ pytestmark = pytest.mark.executorch
 
 
 HELD = {
-    *(("coreml", name) for name in ("3 bits", "vectors in groups", "int8 tables", "outliers")),
-    *(("coreai", name) for name in ("1 bit", "groups of columns", "channel scale", "outliers")),
+    *(("coreml", name) for name in ("vectors in groups", "outliers")),
+    *(("coreai", name) for name in ("groups of columns", "channel scale")),
 }
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiers import cases
 from torch import Tensor, nn
 
 import graphopt
@@ -57,8 +58,14 @@ def shared_bias(first: nn.Module, second: nn.Module) -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), second)
 
 
-@pytest.mark.parametrize("delegate", ["xnnpack", "portable"])
-@pytest.mark.parametrize("kind", ["a layer twice", "two linear layers", "two convolutions"])
+@pytest.mark.parametrize(
+    ("delegate", "kind"),
+    cases(
+        ["xnnpack", "portable"],
+        ["a layer twice", "two linear layers", "two convolutions"],
+        default=lambda delegate, _: delegate == "xnnpack",
+    ),
+)
 def test_layers_that_share_a_bias_scale_it_each_for_itself(
     kind: str, delegate: str, tmp_path: Path
 ) -> None:
@@ -75,8 +82,14 @@ def test_layers_that_share_a_bias_scale_it_each_for_itself(
 
 
 # --- layers that need another form ----------------------------------------------------------------
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
-@pytest.mark.parametrize("tables", ["compressed", "int8", "dense"])
+@pytest.mark.parametrize(
+    ("kind", "tables"),
+    cases(
+        [nn.LSTM, nn.GRU],
+        ["compressed", "int8", "dense"],
+        default=lambda kind, tables: (kind, tables) == (nn.LSTM, "int8"),
+    ),
+)
 def test_recurrent_layers_with_biases_run(
     kind: Callable[..., nn.Module], tables: str, tmp_path: Path
 ) -> None:

@@ -271,7 +271,7 @@ def processes() -> Executor:
     return ProcessPoolExecutor(2, mp_context=get_context("spawn"))
 
 
-@pytest.mark.parametrize("pool", [threads, processes])
+@pytest.mark.parametrize("pool", [threads, pytest.param(processes, marks=pytest.mark.slow)])
 def test_results_do_not_depend_on_the_executor(pool: Any, tmp_path: Path) -> None:
     model, x = residual(), pictures()
     options: dict[str, Any] = {"mode": "hybrid", "correction": "statistics"}
