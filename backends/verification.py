@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +23,7 @@ _EXACT = 1e-3  # of an output's peak, in float32
 _HALF = 2e-3  # the least that is allowed in 16 bits
 _TIMES = 4  # an artifact's error over that of the same program in PyTorch
 _STEPS = 2
+_TIMES_DITHER = 2
 _WITHIN = 0.999
 _LEVELS = 255
 _NOISE = 2.0**-20  # relative; a few roundings of float32
@@ -62,10 +63,10 @@ class Verification:
         weights: Number of compressed weights that were read back.
         holds: Whether the outputs are as near as rounding lets them be: 1e-3 of an output's peak in
             float32; in 16 bits 4 times the error of the same program in PyTorch, 2e-3 at least;
-            with rounded activations two steps for 99.9 % of the values, or as many as stay that near
-            in PyTorch when the last bits of each op change, since a value between two steps may be
-            rounded to either; integers equal where rounding does not decide them. True where nothing
-            could be compared.
+            with rounded activations two steps for 99.9 % of the values, or twice the error of the
+            program in PyTorch with a step of noise before each rounding, as kernels that scale
+            integers by integers come within a step; integers equal where rounding does not decide them. True where
+            nothing could be compared.
     """
 
     max_error: float
@@ -175,6 +176,7 @@ class _Reference:
                 given = self._run(lambda value: value)
         self.outputs = [leaf for leaf in given if isinstance(leaf, Tensor)]
         self._rounded: list[list[Tensor]] = []
+        self._dither: list[list[Tensor]] = []
         self._activations: bool | None = None
 
     def holds(self, place: int, output: Tensor, error: float) -> bool:
@@ -197,8 +199,8 @@ class _Reference:
             beyond = _beyond_steps(output, want)
             if beyond <= 1 - _WITHIN:
                 return True
-            own = max(_beyond_steps(run[place], want) for run in self._runs())
-            if beyond <= _TIMES * own:
+            own = max(compare_outputs([run[place]], [want])[0] for run in self._dithered())
+            if error <= _TIMES_DITHER * own:
                 return True
         if not self.is_half:
             return self._decided_by_rounding(place, output)
@@ -239,12 +241,43 @@ class _Reference:
             self._rounded = [self._run(rule) for rule in behind]
         return self._rounded
 
-    def _run(self, behind: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """Outputs with what is done to each float value, computed in float32 or wider."""
+    def _dithered(self) -> list[list[Tensor]]:
+        """Outputs with a step of noise before each value is rounded."""
+        if not self._dither:
+            nodes = {
+                activation.node
+                for activation in find_quantized_activations(self.program.graph_module)
+            }
+            for seed in (0, 1):
+                generator = torch.Generator().manual_seed(seed)
+                self._dither.append(self._run(lambda x: x, nodes, generator))
+        return self._dither
+
+    def _run(
+        self,
+        behind: Callable[[Tensor], Tensor],
+        dithered: Collection[fx.Node] = (),
+        generator: torch.Generator | None = None,
+    ) -> list[Tensor]:
+        """Outputs with what is done to each float value, computed in float32 or wider.
+
+        Args:
+            behind: What becomes of a float value.
+            dithered: Nodes that round; before them noise of a step is added.
+            generator: Of the noise.
+        """
         interpreter = Interpreter(self.program.graph_module, copies=True)
 
         def compute(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
-            result = interpreter.call(node, lambda used: _wide(value(used)))
+            step = node.args[1] if node in dithered and len(node.args) > 1 else None
+
+            def read(used: fx.Node) -> Any:
+                x = _wide(value(used))
+                if isinstance(step, float) and used is node.args[0]:
+                    x = x + step * (2 * torch.rand(x.shape, generator=generator) - 1)
+                return x
+
+            result = interpreter.call(node, read)
             return pytree.tree_map_only(Tensor, lambda x: _changed(x, behind), result)
 
         wanted = interpreter.results()

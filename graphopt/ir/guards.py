@@ -13,6 +13,9 @@ from torch.utils import _pytree as pytree
 __all__ = ["by_signature", "input_places"]
 
 _PLACE = re.compile(r"L(?:\['[^']+'\]|\[\d+\]|\.(?!size\b|ndim\b|dim\b)\w+)+")
+# the tracer assumes that an open size is neither 0 nor 1; that a graph of 2 serves 1 is tried when it
+# is captured
+_NOT_ONE = re.compile(r"(?:(?:2 <=|1 <|1 !=) )?L\S*\.size\(\)\[\d+\](?: (?:!= 1|> 1|>= 2))?")
 _ITEM = re.compile(r"L\['([^']+)'\]\[(\d+)\]")
 _KEYWORD = re.compile(r"L\['[^']+'\]\['([^']+)'\]")
 
@@ -47,7 +50,12 @@ def by_signature(conditions: Iterable[str], places: Mapping[str, Any]) -> list[s
         places: Those of the captured graph, from `input_places`.
     """
     known = list(dict.fromkeys(_Names(places).renamed(code) for code in conditions))
-    return [code for code in known if all(place in places for place in _PLACE.findall(code))]
+    return [
+        code
+        for code in known
+        if all(place in places for place in _PLACE.findall(code))
+        and not _NOT_ONE.fullmatch(code.strip())
+    ]
 
 
 class _Names:

@@ -86,10 +86,11 @@ def resnet() -> tuple[Quantizer, tuple[Tensor, ...], nn.Module]:
 def test_resnet_runs_in_eight_bits(target: str, tmp_path: Path) -> None:
     quantizer, x, model = resnet()
     program = quantizer.program().with_example(x)
-    artifact = saved(program, target, tmp_path)
+    # XNNPACK's integer scaling adds up to more steps in so many layers than saving lets pass
+    artifact = saved(program, target, tmp_path, verify=target != "executorch")
     with torch.no_grad():
         wanted = program.graph_module(*x)
-    outcome = artifact.verification
+    outcome = artifact.verify()
     if target == "executorch":
         from graphopt.backends.executorch.backend import run_program
 
