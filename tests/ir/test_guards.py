@@ -109,7 +109,7 @@ def test_conditions_speak_of_the_places_of_the_signature() -> None:
     told = [
         "L['xs'][0].size()[0] == L['d']['a'][1].size()[0]",
         "L['flat_args'][2].size()[1] == 3",
-        "L['kwargs']['scale'].size()[0] > 1",
+        "L['kwargs']['scale'].size()[0] > 2",
         "L['d_a_0'].size()[1] == 3",
         "L['xs_0'].size()[0] == 2",
         "L['xs'][0].size()[0] == 2",
@@ -117,6 +117,6 @@ def test_conditions_speak_of_the_places_of_the_signature() -> None:
     assert by_signature(told, places) == [
         "L['xs_0'].size()[0] == L['d']['a'][1].size()[0]",
         "L['d']['a'][1].size()[1] == 3",
-        "L['scale'].size()[0] > 1",
+        "L['scale'].size()[0] > 2",
         "L['xs_0'].size()[0] == 2",
     ]
