@@ -17,7 +17,6 @@ _NEEDS = {
 # files that take longest begin first, so that no worker is left with one of them at the end
 _LONG = (
     "test_examples",
-    "test_op_sweep",
     "test_architectures",
     "test_compressed_tables",
     "test_analysis",

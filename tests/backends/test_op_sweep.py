@@ -14,7 +14,7 @@ TARGETS = [
     pytest.param(name, marks=[getattr(pytest.mark, name)] if name != "torch" else [])
     for name in SHARES
 ]
-SAMPLE = counted_ops()[3::40]
+SAMPLE = counted_ops()[3::10]
 
 
 def check(target: str, outcomes: list[Outcome]) -> None:
@@ -24,10 +24,11 @@ def check(target: str, outcomes: list[Outcome]) -> None:
     assert counts["right"] >= SHARES[target] * len(outcomes), counts
 
 
+@pytest.mark.slow  # a call takes seconds on two cores: some minutes a target
 @pytest.mark.parametrize("target", TARGETS[:3])
-def test_every_fortieth_op_is_right_or_refused(target: str) -> None:
+def test_every_tenth_op_is_right_or_refused(target: str) -> None:
     outcomes = list(sweep(target, SAMPLE))
-    assert len(outcomes) > 20
+    assert len(outcomes) > 90
     check(target, outcomes)
 
 
