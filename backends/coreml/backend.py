@@ -112,7 +112,7 @@ class CoreMLBackend(Backend):
         if chosen.precision == "float16":
             register_clamp()
             pipeline.insert_pass(pipeline.passes.index("common::add_fp16_cast"), CLAMP)
-            precision = float16(exported, program.example_args, program.example_kwargs)
+            precision = float16(exported)
         names = output_names(program)
         try:
             with quiet("coremltools"), small_constants_once(), our_translations():

@@ -39,18 +39,17 @@ def _beyond(value: Any) -> bool:
     return bool(((size > _LARGEST) & (size < _INFINITE)).any())
 
 
-def float16(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """Coremltools' precision, with the ops in float32 that overflow on these inputs.
+def float16(exported: ExportedProgram) -> Any:
+    """Coremltools' precision, with the ops in float32 that overflow on the example inputs.
 
     Args:
-        exported: What is to be converted; its nodes are numbered, so that MIL ops know theirs.
-        args: Inputs.
-        kwargs: Keyword inputs.
+        exported: What is to be converted; its nodes are numbered, so that MIL ops know theirs. Its
+            own example has the form of the target's interface, which the model's need not have.
     """
     import coremltools as ct
     from coremltools.converters.mil.mil.scope import ScopeSource
 
-    kept = _overflowing(exported, args, kwargs)
+    kept = _overflowing(exported)
 
     def fits(op: Any) -> bool:
         handles = op.scopes.get(ScopeSource.EXIR_DEBUG_HANDLE) or []
@@ -59,16 +58,14 @@ def float16(exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, 
     return ct.transform.FP16ComputePrecision(op_selector=fits)
 
 
-def _overflowing(
-    exported: ExportedProgram, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> set[int]:
+def _overflowing(exported: ExportedProgram) -> set[int]:
     """Numbers of the nodes that give or read what float16 cannot hold."""
     names = {}
     for number, node in enumerate(exported.graph.nodes, start=1):
         node.meta["debug_handle"] = number
         names[node.name] = number
     recorder = _Recorder(exported.graph_module)
-    given = iter(pytree.tree_leaves((args, kwargs)))
+    given = iter(pytree.tree_leaves(exported.example_inputs))
     state = exported.state_dict | exported.constants
     targets = [spec.target for spec in exported.graph_signature.input_specs]
     feeds = [next(given) if target is None else state[target] for target in targets]

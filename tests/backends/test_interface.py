@@ -90,6 +90,18 @@ def output_names_of(path: Path) -> list[str]:
     return asyncio.run(read())
 
 
+@pytest.mark.coreml
+def test_numbers_and_scalars_are_taken_in_float16_too(tmp_path: Path) -> None:
+    class Scaled(nn.Module):
+        def forward(self, x: Tensor, times: int, scale: Tensor, empty: None, y: Tensor) -> Tensor:
+            return x * times * scale + y
+
+    args = (torch.randn(2, 6), 3, torch.tensor(0.5), None, torch.randn(2, 6))
+    artifact = graphopt.lower(Scaled(), "coreml", args)
+    artifact.save(tmp_path / "m.mlpackage")
+    assert artifact.verify(*args).max_error < 2e-3
+
+
 @pytest.mark.coreai
 def test_a_program_without_tensors_among_its_outputs_is_refused() -> None:
     class Nothing(nn.Module):

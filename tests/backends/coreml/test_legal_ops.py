@@ -9,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers.op_calls import counted_ops
-from helpers.op_sweep import sweep
 from torch import Tensor, nn
 
 import graphopt
@@ -152,12 +150,3 @@ def test_what_core_ml_takes_whole_stays_whole() -> None:
         "softmax",
     ]
     assert [op for op in ops if op not in ("const", "cast")] == whole
-
-
-@pytest.mark.coreml
-@pytest.mark.slow
-def test_calls_of_torchs_database_are_right_or_refused() -> None:
-    outcomes = list(sweep("coreml", counted_ops()))
-    bad = [f"{o.kind} {o.call}: {o.said}" for o in outcomes if o.kind not in ("right", "refused")]
-    assert not bad, "\n".join(bad)
-    assert sum(o.kind == "right" for o in outcomes) >= 0.85 * len(outcomes)
