@@ -20,7 +20,12 @@ from graphopt.backends.precision import (
 )
 from graphopt.ir import op_info
 
-__all__ = ["cast_fp32_to_fp16", "cast_int32_to_int16", "cast_to_16_bit_precision"]
+__all__ = [
+    "cast_fp32_to_fp16",
+    "cast_int32_to_int16",
+    "cast_to_16_bit_precision",
+    "op_predicate",
+]
 
 _log = logging.getLogger(__name__)
 _Ignored = Iterable[Any] | Callable[[fx.Node], bool] | None
@@ -77,7 +82,7 @@ def cast_fp32_to_fp16(
     graph = program.graph_module.graph
     _drop_type_assertions(graph)
     overflowing = overflowing_values(program, calibration_data or ())
-    wide = float32_nodes(graph, _predicate(ignored_ops), overflowing)
+    wide = float32_nodes(graph, op_predicate(ignored_ops), overflowing)
     stored = _stored_names(program)
     for node in graph.nodes:
         if node.op != "placeholder" or node in overflowing:
@@ -154,7 +159,12 @@ def _casts_only(node: fx.Node) -> bool:
     return op_info.cast_type(node) is not None
 
 
-def _predicate(ignored: _Ignored) -> Callable[[fx.Node], bool]:
+def op_predicate(ignored: _Ignored) -> Callable[[fx.Node], bool]:
+    """Which nodes `ignored` means.
+
+    Args:
+        ignored: An op, several, or a predicate on nodes; None for no op.
+    """
     if ignored is None:
         return lambda node: False
     if isinstance(ignored, torch._ops.OpOverload | torch._ops.OpOverloadPacket):

@@ -12,6 +12,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphopt.analysis.quantized import find_quantized_activations
+from graphopt.backends.narrow_sums import NarrowSums
 from graphopt.errors import InputError
 from graphopt.ir.program import Program
 from graphopt.run.batches import Batch
@@ -41,6 +42,8 @@ class Evaluation:
         complete: Whether every op was evaluated.
         notes: What could not be checked.
         weights: Number of compressed weights that were read back.
+        narrow_sums: Families of ops whose terms the target adds up in 16 bits where they are given
+            in 16 bits.
     """
 
     outputs: tuple[Tensor, ...]
@@ -48,6 +51,7 @@ class Evaluation:
     complete: bool = True
     notes: tuple[str, ...] = ()
     weights: int = 0
+    narrow_sums: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,7 @@ def verified(
     }
     if not evaluation.complete:
         return Verification(float("nan"), (), **facts)  # type: ignore[arg-type]
-    reference = _Reference(program, call, precision)
+    reference = _Reference(program, call, precision, evaluation.narrow_sums)
     errors = compare_outputs(evaluation.outputs, reference.outputs)
     pairs = enumerate(zip(evaluation.outputs, errors, strict=True))
     holds = all(reference.holds(place, output, error) for place, (output, error) in pairs)
@@ -165,8 +169,10 @@ class _Reference:
     that holds without looking is the program run again, with rounding behind each op.
     """
 
-    def __init__(self, program: Program, call: Batch, precision: str) -> None:
-        self.program, self.call = program, call
+    def __init__(
+        self, program: Program, call: Batch, precision: str, narrow_sums: Collection[str] = ()
+    ) -> None:
+        self.program, self.call, self.narrow_sums = program, call, narrow_sums
         self.half = next(iter(_half_types(program)), None)
         self.is_half = precision == "float16" or self.half is not None
         with torch.no_grad():
@@ -239,6 +245,10 @@ class _Reference:
             kind = self.half or torch.float16
             behind = [*noise, _to_and_back(kind)] if self.is_half else noise
             self._rounded = [self._run(rule) for rule in behind]
+            if self.is_half and self.narrow_sums:
+                self._rounded.append(
+                    self._run(_to_and_back(kind), sums=NarrowSums(self.narrow_sums))
+                )
         return self._rounded
 
     def _dithered(self) -> list[list[Tensor]]:
@@ -258,6 +268,7 @@ class _Reference:
         behind: Callable[[Tensor], Tensor],
         dithered: Collection[fx.Node] = (),
         generator: torch.Generator | None = None,
+        sums: NarrowSums | None = None,
     ) -> list[Tensor]:
         """Outputs with what is done to each float value, computed in float32 or wider.
 
@@ -265,6 +276,7 @@ class _Reference:
             behind: What becomes of a float value.
             dithered: Nodes that round; before them noise of a step is added.
             generator: Of the noise.
+            sums: What adding up in 16 bits does to the results.
         """
         interpreter = Interpreter(self.program.graph_module, copies=True)
 
@@ -278,6 +290,8 @@ class _Reference:
                 return x
 
             result = interpreter.call(node, read)
+            if sums is not None and sums.concerns(node):
+                result = sums.behind(node, result, read)
             return pytree.tree_map_only(Tensor, lambda x: _changed(x, behind), result)
 
         wanted = interpreter.results()

@@ -30,6 +30,9 @@ from graphopt.run.batches import Batch
 
 __all__ = ["CoreAIArtifact", "CoreAIBackend", "run_asset"]
 
+# the runtime adds up the terms of these in float16, one behind the other
+_NARROW_SUMS = ("linear", "matmul", "addmm", "baddbmm", "scaled_dot_product_attention")
+
 
 class CoreAIArtifact(Artifact):
     """A Core AI program; saves as .aimodel and runs on the Core AI runtime.
@@ -114,4 +117,9 @@ class CoreAIBackend(Backend):
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
         outputs = run_asset(path, named_inputs(program, *call))
         how = "ran the saved asset on the Core AI runtime"
-        return Evaluation(tuple(outputs), how, weights=stored_weights(program.graph_module))
+        return Evaluation(
+            tuple(outputs),
+            how,
+            weights=stored_weights(program.graph_module),
+            narrow_sums=_NARROW_SUMS,
+        )

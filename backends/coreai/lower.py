@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
-from graphopt.backends.casting import cast_to_16_bit_precision
+from graphopt.backends.casting import cast_to_16_bit_precision, op_predicate
 from graphopt.backends.coreai.decompose import decompositions
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
@@ -52,7 +53,16 @@ def legal_export(program: Program, options: CoreAIOptions) -> ExportedProgram:
         if options.precision == "float32":
             return exported
         calls = [_flat_call(call) for call in options.calibration_data or ()]
-        return cast_to_16_bit_precision(exported, options.ignored_ops, calls)
+        return cast_to_16_bit_precision(exported, _wide_ops(options.ignored_ops), calls)
+
+
+def _wide_ops(ignored: Any) -> Callable[[fx.Node], bool]:
+    """What computes in float32: what the user asks for, and running sums.
+
+    The runtime adds up in float16, where a sum of 2048 ones grows no more.
+    """
+    chosen = op_predicate(ignored)
+    return lambda node: node.target is torch.ops.aten.cumsum.default or chosen(node)
 
 
 def _free_views(graph: fx.Graph) -> None:

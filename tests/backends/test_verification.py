@@ -75,6 +75,47 @@ def test_sixteen_bits_may_err_as_much_as_pytorch_does_in_them() -> None:
     assert not judged(program, x, (x * 10,), "float16").holds
 
 
+def added_up_in_float16(x: Tensor, weight: Tensor) -> Tensor:
+    total = torch.zeros(x.shape[0], weight.shape[0], dtype=torch.float16)
+    for place in range(x.shape[1]):
+        total += x[:, place : place + 1].half() * weight[:, place].half()
+    return total.float()
+
+
+@pytest.mark.parametrize("sign", ["both", "positive"])
+@pytest.mark.parametrize("terms", [64, 1024, 4096])
+def test_a_target_may_add_up_in_sixteen_bits_where_it_says_so(sign: str, terms: int) -> None:
+    layer, x = nn.Linear(terms, 32, bias=False), torch.randn(4, terms)
+    x = x.abs() if sign == "positive" else x
+    program = program_of(layer, x)
+    value = added_up_in_float16(x, layer.weight.detach())
+
+    def outcome(value: Tensor, *families: str) -> Verification:
+        evaluation = Evaluation((value,), "by hand", narrow_sums=families)
+        return verified(evaluation, program, ((x,), {}), "float16")
+
+    assert outcome(value, "linear").holds
+    assert not outcome(value + 0.2 * value.abs().max(), "linear").holds
+    if terms > 64:
+        assert not outcome(value).holds
+
+
+@pytest.mark.coreai
+def test_matrices_attention_and_running_sums_save_in_float16(tmp_path: Path) -> None:
+    """The runtime adds up in float16; sums that only grow would stand still at 2048."""
+
+    class Sums(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+            y = torch.nn.functional.scaled_dot_product_attention(x, x, x.square())
+            return y, x @ x.mT, x.abs().cumsum(1)
+
+    program = graphopt.capture(Sums(), (torch.randn(2, 3000, 16),))
+    artifact = graphopt.lower(program, "coreai", precision="float16")
+    artifact.save(tmp_path / "sums.aimodel")
+    assert artifact.verification is not None
+    assert artifact.verification.outputs[-1] < 1e-3
+
+
 def test_integers_are_equal_but_for_ties() -> None:
     x = torch.randn(4, 8)
     program = program_of(Net(), x)
