@@ -16,9 +16,11 @@ from graphopt.errors import InputError, LoweringError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
+from graphopt.run.batches import as_batch
 
 __all__ = [
     "Interface",
+    "flat_call",
     "flat_interface",
     "match_inputs",
     "named_inputs",
@@ -81,6 +83,17 @@ def flat_interface(program: Program, target: Interface) -> Program:
     edit.gm.graph.set_codegen(fx.graph.CodeGen())
     edit.gm.recompile()
     return replace(legal, example_args=tuple(example), example_kwargs={})
+
+
+def flat_call(inputs: Any, target: Interface) -> tuple[Tensor, ...]:
+    """The inputs of a call as a program of `flat_interface` takes them.
+
+    Args:
+        inputs: A tensor, a tuple or list of positional inputs, or a dict of keyword ones.
+        target: What the target has.
+    """
+    leaves = [leaf for leaf in pytree.tree_leaves(as_batch(inputs)) if isinstance(leaf, Tensor)]
+    return tuple(_as_target_has(leaf, target) for leaf in leaves)
 
 
 def output_names(program: Program) -> list[str] | None:
@@ -177,10 +190,14 @@ def _contiguous(leaf: Any) -> Any:
     return leaf.contiguous() if isinstance(leaf, Tensor) else leaf
 
 
+def _as_target_has(leaf: Tensor, target: Interface) -> Tensor:
+    given = leaf.contiguous().reshape(leaf.shape or (1,))
+    return given.to(target.types.get(leaf.dtype, leaf.dtype))
+
+
 def _restated(edit: Editor, node: fx.Node, leaf: Tensor, target: Interface) -> Tensor:
     """The example of an input as the target has it; the graph gets back what it had."""
-    given = leaf.contiguous().reshape(leaf.shape or (1,))
-    given = given.to(target.types.get(leaf.dtype, leaf.dtype))
+    given = _as_target_has(leaf, target)
     if given.shape == leaf.shape and given.dtype == leaf.dtype:
         return given
     readers, value = set(node.users), node

@@ -13,7 +13,6 @@ from torch._decomp import decomposition_table
 
 from graphopt.backends.coreai.rules import forms, numbers, places, windows
 from graphopt.backends.coreai.rules.attention import attention
-from graphopt.backends.coreai.rules.primitives import primitives
 from graphopt.backends.decompositions import (
     comparisons,
     cumulative,
@@ -21,6 +20,7 @@ from graphopt.backends.decompositions import (
     indexing,
     pointwise,
     pooling,
+    primitives,
     products,
     reductions,
     resize,
@@ -63,7 +63,13 @@ def decompositions(graph: fx.Graph) -> Table:
         if name.startswith("aten.") and name.removeprefix("aten.") not in converted:
             table.setdefault(op, rule)
     experts = {node.target: products.grouped_mm for node in graph.nodes if _is_grouped(node)}
-    return table | primitives() | _LACKING | _rules(_MISCOMPUTED) | experts
+    return (
+        table
+        | primitives.primitives(primitives.with_tensors)
+        | _LACKING
+        | _rules(_MISCOMPUTED)
+        | experts
+    )
 
 
 def _is_grouped(node: fx.Node) -> bool:
@@ -182,6 +188,7 @@ _REDUCTIONS: Table = {
     **dict.fromkeys(
         (_aten.sum.dim_IntList, _aten.prod.default, _aten.prod.dim_int), forms.sum_of_scalar
     ),
+    _aten.linalg_vector_norm.default: forms.plain(reductions.vector_norm),
     _aten._softmax.default: forms.of_scalars(torch.ones_like, forms.whole_op),
     _aten._log_softmax.default: forms.of_scalars(torch.zeros_like, forms.whole_op),
     **dict.fromkeys(
@@ -212,11 +219,14 @@ _MISCOMPUTED: Table = {
     _aten.le.Tensor: forms.plain(numbers.without_equality(torch.lt)),
     _aten.le.Scalar: forms.plain(numbers.without_equality(torch.lt)),
     _aten.bitwise_not.default: forms.plain(numbers.bitwise_not),
+    _aten.log1p.default: forms.plain(pointwise.log1p),
+    _aten.expm1.default: forms.plain(pointwise.expm1),
     _aten.floor.default: forms.plain(forms.floor),
     _aten.ceil.default: forms.plain(forms.ceil),
     _aten.trunc.default: forms.plain(forms.trunc),
     _aten.div.Tensor_mode: forms.plain(forms.divide_rounded),
     _aten.view.default: forms.plain(forms.zero_dim_view),
+    _aten.squeeze.dims: forms.squeeze,
     _aten.gather.default: forms.plain(indexing.gather_of_any_shape),
     _aten.scatter.src: forms.plain(places.scatter),
     _aten.scatter.value: forms.plain(places.scatter_value),

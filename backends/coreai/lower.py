@@ -6,9 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
 
 from graphopt.backends.casting import cast_to_16_bit_precision, op_predicate
 from graphopt.backends.coreai.decompose import decompositions
@@ -16,15 +15,15 @@ from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
 from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.double_precision import as_float32
-from graphopt.backends.interface import Interface, flat_interface
+from graphopt.backends.interface import Interface, flat_call, flat_interface
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import IntegersToTables, RemoveUnused
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
-from graphopt.run.batches import as_batch
 
 __all__ = ["TABLE_TYPES", "legal_export", "legal_passes"]
 
+_INTERFACE = Interface()
 TABLE_TYPES = ("uint2", "int3", "uint3", "int6", "uint6")
 
 
@@ -44,7 +43,7 @@ def legal_export(program: Program, options: CoreAIOptions) -> ExportedProgram:
         program: In our vocabulary.
         options: What to compute in.
     """
-    legal = as_float32(flat_interface(program, Interface()))
+    legal = as_float32(flat_interface(program, _INTERFACE))
     run_passes(legal.graph_module, [RemoveUnused(), *legal_passes()])
     with torch.no_grad():
         exported = export_graph(legal.graph_module, legal.example_args, legal.example_kwargs)
@@ -52,7 +51,7 @@ def legal_export(program: Program, options: CoreAIOptions) -> ExportedProgram:
         exported = exported.run_decompositions(decompositions(exported.graph))
         if options.precision == "float32":
             return exported
-        calls = [_flat_call(call) for call in options.calibration_data or ()]
+        calls = [flat_call(call, _INTERFACE) for call in options.calibration_data or ()]
         return cast_to_16_bit_precision(exported, _wide_ops(options.ignored_ops), calls)
 
 
@@ -69,9 +68,3 @@ def _free_views(graph: fx.Graph) -> None:
     """Let views be of any memory layout: that of a decomposed op's result may be another one."""
     for node in graph.find_nodes(op="call_function", target=torch.ops.aten.view.default):
         node.target = torch.ops.aten.reshape.default
-
-
-def _flat_call(inputs: Any) -> tuple[Tensor, ...]:
-    """The tensors of a call as the flat interface has them."""
-    leaves = [leaf for leaf in pytree.tree_leaves(as_batch(inputs)) if isinstance(leaf, Tensor)]
-    return tuple(leaf.reshape(leaf.shape or (1,)) for leaf in leaves)

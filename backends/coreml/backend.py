@@ -10,9 +10,11 @@ from typing_extensions import override
 
 from graphopt.backends.base import Artifact, Backend
 from graphopt.backends.capabilities import Capabilities
+from graphopt.backends.casting import op_predicate
 from graphopt.backends.coreml.check import evaluate_package
 from graphopt.backends.coreml.delegate import CoreMLDelegate
 from graphopt.backends.coreml.lower import (
+    INTERFACE,
     TABLE_TYPES,
     legal_export,
     legal_passes,
@@ -23,7 +25,7 @@ from graphopt.backends.coreml.precision import CLAMP, float16, register_clamp
 from graphopt.backends.coreml.refusals import refusals
 from graphopt.backends.coreml.translations import our_translations
 from graphopt.backends.delegate import Delegate
-from graphopt.backends.interface import output_names
+from graphopt.backends.interface import flat_call, output_names
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
 from graphopt.backends.verification import Evaluation
@@ -112,7 +114,8 @@ class CoreMLBackend(Backend):
         if chosen.precision == "float16":
             register_clamp()
             pipeline.insert_pass(pipeline.passes.index("common::add_fp16_cast"), CLAMP)
-            precision = float16(exported)
+            calls = [flat_call(call, INTERFACE) for call in chosen.calibration_data or ()]
+            precision = float16(exported, op_predicate(chosen.ignored_ops), calls)
         names = output_names(program)
         try:
             with quiet("coremltools"), small_constants_once(), our_translations():

@@ -21,9 +21,9 @@ from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnus
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
-__all__ = ["TABLE_TYPES", "legal_export", "legal_passes", "small_constants_once"]
+__all__ = ["INTERFACE", "TABLE_TYPES", "legal_export", "legal_passes", "small_constants_once"]
 
-_INTERFACE = Interface(
+INTERFACE = Interface(
     types={
         torch.uint8: torch.int32,
         torch.int8: torch.int32,
@@ -62,7 +62,7 @@ def legal_export(program: Program, target: str, *last: Pass) -> ExportedProgram:
             raise LoweringError("Core ML cannot hold this program:\n" + "\n".join(reasons))
     quantized_ops()
     register_lowerings()
-    legal = flat_interface(program, _INTERFACE)
+    legal = flat_interface(program, INTERFACE)
     run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused(), *last])
     with torch.no_grad():
         return decompose_for_coreml(

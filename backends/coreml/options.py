@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from graphopt.backends.options import TargetOptions, check_precision, in_shell
 from graphopt.errors import LoweringError
@@ -22,6 +23,9 @@ class CoreMLOptions(TargetOptions):
         minimum_deployment_target: "iOS16" and "iOS17" take one scalar table per tensor in the older
             packed form; "iOS18" and later everything.
         precision: Type in which Core ML computes; tables are stored in it.
+        ignored_ops: Ops (or a predicate on nodes) that compute in float32 all the same.
+        calibration_data: Inputs of one call each; values that overflow in float16 on them, or on the
+            example, stay float32.
 
     Raises:
         LoweringError: There is no such deployment target or precision.
@@ -35,6 +39,9 @@ class CoreMLOptions(TargetOptions):
             "Float type of the artifact; the target's own default when omitted.",
         ),
     )
+
+    ignored_ops: Any = None
+    calibration_data: Iterable[Any] | None = None
 
     def __post_init__(self) -> None:
         check_precision(self.precision)

@@ -2,77 +2,46 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.utils import _pytree as pytree
+
+from graphopt.backends.precision import FLOAT16_MAX, float32_nodes, overflowing_values
 
 __all__ = ["CLAMP", "clamp_constants", "float16", "register_clamp"]
 
-_LARGEST = float(torch.finfo(torch.float16).max)
 # coremltools takes constants beyond this one for infinities
 _INFINITE = 1e38
 CLAMP = "graphopt::clamp_constants_to_float16"
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph and notes which nodes give what float16 cannot hold."""
-
-    def __init__(self, module: fx.GraphModule) -> None:
-        super().__init__(module)
-        self.beyond: set[fx.Node] = set()
-
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if any(_beyond(leaf) for leaf in pytree.tree_leaves(result)):
-            self.beyond.add(n)
-        return result
-
-
-def _beyond(value: Any) -> bool:
-    if not isinstance(value, Tensor) or value.dtype is not torch.float32 or not value.numel():
-        return False
-    size = value.abs()
-    return bool(((size > _LARGEST) & (size < _INFINITE)).any())
-
-
-def float16(exported: ExportedProgram) -> Any:
-    """Coremltools' precision, with the ops in float32 that overflow on the example inputs.
+def float16(
+    exported: ExportedProgram, keep: Callable[[fx.Node], bool], calls: Iterable[tuple[Tensor, ...]]
+) -> Any:
+    """Coremltools' precision, with the ops in float32 that overflow.
 
     Args:
-        exported: What is to be converted; its nodes are numbered, so that MIL ops know theirs. Its
-            own example has the form of the target's interface, which the model's need not have.
+        exported: What is to be converted; its nodes are numbered, so that MIL ops know theirs.
+        keep: Ops that compute in float32.
+        calls: Inputs to try beside the program's own example.
     """
     import coremltools as ct
     from coremltools.converters.mil.mil.scope import ScopeSource
 
-    kept = _overflowing(exported)
+    numbers = {}
+    for number, node in enumerate(exported.graph.nodes, start=1):
+        node.meta["debug_handle"] = numbers[node] = number
+    overflowing = overflowing_values(exported, [exported.example_inputs[0], *calls])
+    wide = {numbers[node] for node in float32_nodes(exported.graph, keep, overflowing)}
 
     def fits(op: Any) -> bool:
         handles = op.scopes.get(ScopeSource.EXIR_DEBUG_HANDLE) or []
-        return not kept.intersection(handles)
+        return not wide.intersection(handles)
 
     return ct.transform.FP16ComputePrecision(op_selector=fits)
-
-
-def _overflowing(exported: ExportedProgram) -> set[int]:
-    """Numbers of the nodes that give or read what float16 cannot hold."""
-    names = {}
-    for number, node in enumerate(exported.graph.nodes, start=1):
-        node.meta["debug_handle"] = number
-        names[node.name] = number
-    recorder = _Recorder(exported.graph_module)
-    given = iter(pytree.tree_leaves(exported.example_inputs))
-    state = exported.state_dict | exported.constants
-    targets = [spec.target for spec in exported.graph_signature.input_specs]
-    feeds = [next(given) if target is None else state[target] for target in targets]
-    with torch.no_grad():
-        recorder.run(*feeds)
-    readers = {user for node in recorder.beyond for user in node.users}
-    return {names[node.name] for node in recorder.beyond | readers if node.op == "call_function"}
 
 
 def register_clamp() -> None:
@@ -106,7 +75,7 @@ def clamp_constants(function: Any) -> None:
         far = np.isfinite(array) & (np.abs(array) >= _INFINITE)
         if not far.any():
             continue
-        clamped = np.where(far, np.sign(array) * np.float32(_LARGEST), array).astype(np.float32)
+        clamped = np.where(far, np.sign(array) * np.float32(FLOAT16_MAX), array).astype(np.float32)
         with function:
             new = Builder.const(val=clamped, name=f"{op.name}_clamped", before_op=op)
         function.replace_uses_of_var_after_op(anchor_op=op, old_var=op.outputs[0], new_var=new)

@@ -21,10 +21,12 @@ __all__ = [
     "copysign",
     "elu_with_scales",
     "erfinv",
+    "expm1",
     "extremum_without_nan",
     "fmod",
     "hypot",
     "isinf",
+    "log1p",
     "logaddexp",
     "nan_to_num",
     "round_to_decimals",
@@ -35,6 +37,9 @@ __all__ = [
     "trunc",
     "where_with_numbers",
 ]
+
+# below, the series' four terms are exact in float32
+_SMALL = 1 / 64
 
 
 def add_scaled(x: Any, other: Any, *, alpha: Any = 1) -> Any:
@@ -155,6 +160,20 @@ def softplus_with_threshold(x: Tensor, beta: Any = 1, threshold: Any = 20) -> An
     scaled = x * beta
     soft = torch.nn.functional.softplus(scaled) / beta
     return soft if threshold >= 18 else torch.where(scaled > threshold, x, soft)
+
+
+def log1p(x: Tensor) -> Tensor:
+    """Where 1 + x would round x away, by its series."""
+    x = x if x.is_floating_point() else x.float()
+    series = x * (1 - x * (1 / 2 - x * (1 / 3 - x / 4)))
+    return torch.where(x.abs() < _SMALL, series, torch.log(1 + x))
+
+
+def expm1(x: Tensor) -> Tensor:
+    """Where exp(x) would round x away, by its series."""
+    x = x if x.is_floating_point() else x.float()
+    series = x * (1 + x * (1 / 2 + x * (1 / 6 + x / 24)))
+    return torch.where(x.abs() < _SMALL, series, torch.exp(x) - 1)
 
 
 def trunc(x: Tensor) -> Tensor:

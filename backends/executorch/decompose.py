@@ -17,6 +17,7 @@ from graphopt.backends.decompositions import (
     indexing,
     pointwise,
     pooling,
+    primitives,
     products,
     reductions,
     resize,
@@ -26,7 +27,7 @@ from graphopt.backends.decompositions import (
     views,
 )
 from graphopt.backends.decompositions.whole import Around
-from graphopt.backends.executorch import exact_ops, primitives
+from graphopt.backends.executorch import exact_ops
 
 __all__ = ["decompositions"]
 
@@ -64,7 +65,7 @@ def _all() -> Table:
     for op, rule in decomposition_table.items():
         if op not in _LEAVE and _is_functional(op) and not _has_kernel(op, known):
             table.setdefault(op, rule)
-    table.update(primitives.PRIMITIVES)
+    table.update(primitives.primitives(others={"exp2": exact_ops.exp2, "var": _variance}))
     table.update({op: rule for op, rule in _LACKING.items() if not _has_kernel(op, known)})
     return table
 
@@ -94,6 +95,10 @@ def _has_kernel(op: Any, known: frozenset[str]) -> bool:
         return False
     overload = out._schema.overload_name
     return (f"{name}.{overload}" if overload else name) in known
+
+
+def _variance(x: Tensor, dims: list[int], correction: float = 1, **_: Any) -> Tensor:
+    return torch.var(x, dims, correction=correction)
 
 
 def _empty(size: list[int], physical_layout: list[int], **options: Any) -> Tensor:

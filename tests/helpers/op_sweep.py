@@ -1,22 +1,38 @@
 """Try calls on a target, each outcome on its own: `python op_sweep.py coreai [op …]`.
 
-Calls run in a process of their own that is started again when one of them ends it.
+Calls run in a process of their own that is started again when one of them ends it. Several are one
+program, as most of the time is that of a program; where it is not right, its halves are tried.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
+import itertools
 import json
 import multiprocessing
 import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import graphopt
+from graphopt.errors import GraphOptError
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+    sys.modules["helpers.op_sweep"] = sys.modules["__main__"]
+
+from helpers.op_calls import OpCall, calls_of, counted_ops
 
 __all__ = ["Outcome", "sweep"]
 
@@ -41,14 +57,8 @@ class Outcome:
     said: str = ""
 
 
-def try_call(call: Any, target: str) -> Outcome:
+def try_call(call: OpCall, target: str) -> Outcome:
     """Capture, lower, save and evaluate; the right value comes from PyTorch in eager mode."""
-    import torch
-    from torch.utils import _pytree as pytree
-
-    import graphopt
-    from graphopt.errors import GraphOptError
-
     try:
         with torch.no_grad():
             want = pytree.tree_leaves(call.module(*(x.clone() for x in call.inputs)))
@@ -76,8 +86,6 @@ def _line(error: Exception) -> str:
 
 
 def _close(ours: list[Any], want: list[Any]) -> bool:
-    import torch
-
     tensors = [x for x in ours if isinstance(x, torch.Tensor)]
     return len(tensors) == len(want) and all(
         a.shape == b.shape
@@ -87,20 +95,39 @@ def _close(ours: list[Any], want: list[Any]) -> bool:
     )
 
 
+class _Together(nn.Module):
+    """Several calls as one program."""
+
+    def __init__(self, calls: Sequence[OpCall]) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(call.module for call in calls)
+        self.lengths = [len(call.inputs) for call in calls]
+
+    def forward(self, *tensors: torch.Tensor) -> Any:
+        given = iter(tensors)
+        pairs = zip(self.parts, self.lengths, strict=True)
+        return [part(*itertools.islice(given, length)) for part, length in pairs]
+
+
+def _together(calls: Sequence[OpCall]) -> OpCall:
+    if len(calls) == 1:
+        return calls[0]
+    inputs = tuple(x for call in calls for x in call.inputs)
+    return OpCall(" ".join(call.name for call in calls), _Together(calls).eval(), inputs)
+
+
 def _serve(pipe: Any, target: str) -> None:
     warnings.simplefilter("ignore")
-    import torch
-
     torch.set_num_threads(1)
-    from helpers.op_calls import calls_of
-
+    made = functools.lru_cache(maxsize=16)(calls_of)
     while True:
-        op, done = pipe.recv()
-        for call in calls_of(op):
-            if call.name not in done:
-                pipe.send(call.name)
-                pipe.send(try_call(call, target))
-        pipe.send(None)
+        names = pipe.recv()
+        calls = [call for name in names for call in made(name.split("#")[0]) if call.name == name]
+        outcome = try_call(_together(calls), target)
+        if len(calls) > 1 and outcome.kind == "right":
+            pipe.send([Outcome(call.name, "right", outcome.said) for call in calls])
+        else:
+            pipe.send([outcome])
 
 
 class _Worker:
@@ -111,58 +138,62 @@ class _Worker:
         self.process.start()
         theirs.close()
 
-    def receive(self) -> Any:
-        """The next message.
+    def ask(self, names: Sequence[str]) -> list[Outcome]:
+        """Outcomes of calls, one alone or several as one program.
 
         Raises:
             EOFError: The process ended, or took too long.
         """
+        self.pipe.send(names)
         if not self.pipe.poll(_SECONDS):
             self.process.kill()
             raise EOFError
-        return self.pipe.recv()
+        outcomes: list[Outcome] = self.pipe.recv()
+        return outcomes
 
 
-def sweep(target: str, ops: Iterable[str]) -> Iterator[Outcome]:
-    """Outcomes of every call of these ops on a target."""
+def sweep(target: str, ops: Iterable[str], together: int = 8) -> Iterator[Outcome]:
+    """Outcomes of every call of these ops on a target.
+
+    Args:
+        target: Name of the target.
+        ops: Names of ops.
+        together: Calls that are tried as one program; where that is not right, its halves are.
+    """
+    names = [call.name for op in ops for call in calls_of(op)]
+    groups = [names[first : first + together] for first in range(0, len(names), together)]
+    groups.reverse()
     worker = _Worker(target)
-    for op in ops:
-        done: list[str] = []
-        while True:
-            current = None
-            try:
-                worker.pipe.send((op, done))
-                while (message := worker.receive()) is not None:
-                    if isinstance(message, str):
-                        current = message
-                    else:
-                        done.append(message.call)
-                        current = None
-                        yield message
-                break
-            except (EOFError, ConnectionError):
-                worker = _Worker(target)
-                if current is None:
-                    break
-                done.append(current)
-                yield Outcome(current, "died")
+    while groups:
+        group = groups.pop()
+        try:
+            outcomes = worker.ask(group)
+        except (EOFError, ConnectionError):
+            worker = _Worker(target)
+            outcomes = [Outcome(group[0], "died")]
+        if len(outcomes) == len(group):
+            yield from outcomes
+        else:
+            half = len(group) // 2
+            groups += [group[half:], group[:half]]
     with contextlib.suppress(Exception):
         worker.process.kill()
 
 
 def main() -> None:
     """Print each outcome that is not right and the counts; write all of them as JSON."""
-    from helpers.op_calls import counted_ops
-
     parser = argparse.ArgumentParser()
     parser.add_argument("target")
     parser.add_argument("ops", nargs="*")
     parser.add_argument("--every", type=int, default=1)
+    parser.add_argument("--together", type=int, default=8)
     parser.add_argument("--json", type=Path)
     parser.add_argument("--all", action="store_true", help="print what is right too")
     chosen = parser.parse_args()
     outcomes = []
-    for outcome in sweep(chosen.target, chosen.ops or counted_ops()[:: chosen.every]):
+    for outcome in sweep(
+        chosen.target, chosen.ops or counted_ops()[:: chosen.every], chosen.together
+    ):
         outcomes.append(outcome)
         if outcome.kind != "right" or chosen.all:
             print(f"{outcome.kind:8} {outcome.call}: {outcome.said}", flush=True)
@@ -174,6 +205,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[1]))
-    sys.modules["helpers.op_sweep"] = sys.modules["__main__"]
     main()

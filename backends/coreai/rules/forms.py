@@ -25,6 +25,7 @@ __all__ = [
     "masked_scatter",
     "of_scalars",
     "plain",
+    "squeeze",
     "sum_of_scalar",
     "trunc",
     "whole_op",
@@ -111,6 +112,12 @@ def sum_of_scalar(whole: Op, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         return whole(x, *args, **kwargs)
     own = x.dtype if x.is_floating_point() else torch.int64
     return x.to(kwargs.get("dtype") or own, copy=True)
+
+
+def squeeze(whole: Op, x: Tensor, dims: Sequence[int]) -> Any:
+    """Without axes that are to stay: coreai-torch takes none for all."""
+    dropped = [axis for axis in dims if x.ndim and x.shape[axis] == 1]
+    return whole(x, dropped) if dropped else torch.clone(x)
 
 
 def whole_op(whole: Op, *args: Any, **kwargs: Any) -> Any:

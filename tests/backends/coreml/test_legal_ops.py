@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.errors import LoweringError
+from graphopt.errors import LoweringError, VerificationError
 
 LOWEST = torch.finfo(torch.float32).min
 MASK = torch.tensor([[0, 0, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1] * 5, [1] * 5]).bool()
@@ -103,6 +103,25 @@ def test_lowest_float_masks_in_float16(tmp_path: Path) -> None:
 def test_what_overflows_in_float16_stays_in_float32(tmp_path: Path) -> None:
     wide = Function(lambda x: (torch.exp(20 + x) + 1).log())
     assert saved(wide, (of(3, 8),), tmp_path, "float16") < 5e-3
+
+
+@pytest.mark.coreml
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"calibration_data": [(50.0 * of(3, 8).abs(),)]},
+        {"ignored_ops": lambda node: node.name in ("exp", "add", "log")},
+    ],
+    ids=["calibration", "ignored"],
+)
+def test_other_calls_than_the_example_say_what_stays_in_float32(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    program = graphopt.capture(Function(lambda x: (torch.exp(x) + 1).log()), (of(3, 8),))
+    large = (50.0 * of(3, 8).abs(),)
+    graphopt.lower(program, "coreml", **options).save(tmp_path / "kept.mlpackage", verify=[large])
+    with pytest.raises(VerificationError, match="exp"):
+        graphopt.lower(program, "coreml").save(tmp_path / "narrow.mlpackage", verify=[large])
 
 
 @pytest.mark.coreml

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 from graphopt.backends.decompositions import comparisons, pointwise, reductions, special
 
-__all__ = ["primitives"]
+__all__ = ["primitives", "with_tensors"]
 
 _prims: Any = torch.ops.prims
 _SAME_NAME = (
@@ -23,10 +23,18 @@ _SAME_NAME = (
 )
 
 
-def primitives() -> dict[Any, Callable[..., Any]]:
-    """Primitive → rule."""
+def primitives(
+    form: Callable[[Callable[..., Any]], Callable[..., Any]] = lambda op: op,
+    others: Mapping[str, Callable[..., Any]] | None = None,
+) -> dict[Any, Callable[..., Any]]:
+    """Primitive → rule.
+
+    Args:
+        form: What becomes of torch's function of a primitive's name.
+        others: Rules of a target's own, by the primitive's name.
+    """
     table: dict[Any, Callable[..., Any]] = {
-        getattr(_prims, name).default: _with_tensors(getattr(torch, name)) for name in _SAME_NAME
+        getattr(_prims, name).default: form(getattr(torch, name)) for name in _SAME_NAME
     }
     table |= {
         _prims.fmax.default: lambda x, y: pointwise.extremum_without_nan(x, y, True),
@@ -50,10 +58,10 @@ def primitives() -> dict[Any, Callable[..., Any]]:
         _prims.scalar_tensor.default: _scalar,
         _prims.as_strided_scatter.default: comparisons.as_strided_scatter,
     }
-    return table
+    return table | {getattr(_prims, name).default: rule for name, rule in (others or {}).items()}
 
 
-def _with_tensors(op: Callable[..., Any]) -> Callable[..., Any]:
+def with_tensors(op: Callable[..., Any]) -> Callable[..., Any]:
     """The op of tensors alone: what torch decomposes for numbers would come back as a primitive."""
 
     def rule(*args: Any) -> Any:
