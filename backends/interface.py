@@ -68,6 +68,7 @@ def flat_interface(program: Program, target: Interface) -> Program:
     whole: Any = edit.gm.graph._codegen
     result = whole.pytree_info.out_spec if hasattr(whole, "pytree_info") else None
     keeps = target.scalars and result is not None and result.num_leaves == len(given)
+    keeps = keeps and _is_plain(result)
     _set_outputs(edit, given, result if keeps else None)
     leaves, spec = pytree.tree_flatten((program.example_args, program.example_kwargs))
     if target.scalars:
@@ -209,6 +210,12 @@ def _restated(edit: Editor, node: fx.Node, leaf: Tensor, target: Interface) -> T
         value = edit.call(_aten.squeeze.dims, value, [0], like=node, before=behind)
     edit.redirect(node, value, lambda reader: reader not in readers)
     return given
+
+
+def _is_plain(spec: Any) -> bool:
+    """Whether a structure is made of tuples, lists and mappings, which files can name."""
+    children = spec.children()
+    return (not children or spec.type in (tuple, list, dict)) and all(map(_is_plain, children))
 
 
 def _separate_outputs(edit: Editor, target: Interface) -> list[fx.Node]:

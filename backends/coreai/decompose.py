@@ -25,6 +25,7 @@ from graphopt.backends.decompositions import (
     reductions,
     resize,
     sampling,
+    scalars,
     sorting,
     special,
     views,
@@ -33,7 +34,7 @@ from graphopt.backends.decompositions.whole import Around
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
 
-__all__ = ["converted_ops", "decompositions"]
+__all__ = ["converted_ops", "decompositions", "rewritten_ops"]
 
 _aten = torch.ops.aten
 Table = dict[Any, Callable[..., Any]]
@@ -70,6 +71,11 @@ def decompositions(graph: fx.Graph) -> Table:
         | _rules(_MISCOMPUTED)
         | experts
     )
+
+
+def rewritten_ops() -> frozenset[Any]:
+    """Ops that this module has rules for, beside torch's own; some for certain arguments only."""
+    return frozenset(_LACKING) | frozenset(_MISCOMPUTED)
 
 
 def _is_grouped(node: fx.Node) -> bool:
@@ -171,34 +177,20 @@ _LACKING: Table = {
     _aten.addbmm.default: products.addbmm,
     _aten._trilinear.default: products.trilinear,
 }
-# what a tensor without axes gives, and the rule for others
+_AS_NUMBERS = (
+    *(_aten.amax.default, _aten.amin.default, _aten.max.default, _aten.min.default),
+    *(_aten.max.dim, _aten.min.dim, _aten.topk.default, _aten.argmax.default),
+)
 _REDUCTIONS: Table = {
+    **{
+        op: scalars.of_scalars(result, forms.as_numbers if op in _AS_NUMBERS else scalars.whole_op)
+        for op, result in scalars.REDUCTIONS.items()
+        if op is not _aten.argmin.default
+    },
     **dict.fromkeys(
-        (_aten.amax.default, _aten.amin.default, _aten.max.default, _aten.min.default),
-        forms.of_scalars(torch.clone, forms.as_numbers),
-    ),
-    **dict.fromkeys(
-        (_aten.max.dim, _aten.min.dim, _aten.topk.default),
-        forms.of_scalars(forms.element, forms.as_numbers),
-    ),
-    _aten.argmax.default: forms.of_scalars(forms.first, forms.as_numbers),
-    **dict.fromkeys(
-        (_aten.mean.default, _aten.mean.dim), forms.of_scalars(torch.clone, forms.whole_op)
-    ),
-    **dict.fromkeys(
-        (_aten.sum.dim_IntList, _aten.prod.default, _aten.prod.dim_int), forms.sum_of_scalar
+        (_aten.sum.dim_IntList, _aten.prod.default, _aten.prod.dim_int), scalars.sum_of_scalar
     ),
     _aten.linalg_vector_norm.default: forms.plain(reductions.vector_norm),
-    _aten._softmax.default: forms.of_scalars(torch.ones_like, forms.whole_op),
-    _aten._log_softmax.default: forms.of_scalars(torch.zeros_like, forms.whole_op),
-    **dict.fromkeys(
-        (_aten.any.default, _aten.any.dim, _aten.any.dims),
-        forms.of_scalars(lambda x: torch.ne(x, 0), forms.whole_op),
-    ),
-    **dict.fromkeys(
-        (_aten.flip.default, _aten.permute.default, _aten.index_select.default),
-        forms.of_scalars(torch.clone, forms.whole_op),
-    ),
     **dict.fromkeys(
         (_aten.maximum.default, _aten.minimum.default, _aten.gt.Tensor, _aten.lt.Tensor),
         forms.as_numbers,

@@ -16,7 +16,7 @@ from graphopt.backends.coreml.translations import TRANSLATED
 from graphopt.backends.decompositions.products import grouped_mm
 from graphopt.errors import LoweringError
 
-__all__ = ["decompose_for_coreml"]
+__all__ = ["decompose_for_coreml", "rewritten_ops"]
 
 _aten = torch.ops.aten
 _ROUNDS = 4
@@ -45,6 +45,11 @@ def decompose_for_coreml(exported: ExportedProgram) -> ExportedProgram:
             break
     _refuse_unknown(exported)
     return exported
+
+
+def rewritten_ops() -> frozenset[Any]:
+    """Ops that this module has rules for, beside torch's own; some for certain arguments only."""
+    return frozenset(legal_ops()) | {_aten.gelu.default}
 
 
 def _refuse_unknown(exported: ExportedProgram) -> None:

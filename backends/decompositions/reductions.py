@@ -26,11 +26,13 @@ __all__ = [
 
 
 def axes_of(x: Tensor, dim: Any) -> list[int]:
-    """Axes that are not negative; all of them where none is given."""
+    """Axes that are not negative; all of them where none is given, none of a tensor without axes."""
+    if not x.dim():
+        return []
     if dim is None or (isinstance(dim, Sequence) and not dim):
         return list(range(x.dim()))
     given = dim if isinstance(dim, Sequence) else [dim]
-    return [axis % max(x.dim(), 1) for axis in given]
+    return [axis % x.dim() for axis in given]
 
 
 def var_mean(

@@ -133,13 +133,25 @@ def pad_in_turn(x: Tensor, pad: Sequence[int], mode: str = "constant", value: An
     """Negative paddings cut, circular ones from the other end; else left alone."""
     if mode == "constant":
         return pad_or_cut(x, pad, 0 if value is None else value)
-    if mode != "circular":
+    if mode != "circular" and all(width >= 0 for width in pad):
         return NotImplemented
     for i in range(len(pad) // 2):
         axis, (before, after) = x.dim() - 1 - i, pad[2 * i : 2 * i + 2]
         start, size = max(-before, 0), x.shape[axis]
         kept = x.narrow(axis, start, size - start - max(-after, 0))
-        parts = [x.narrow(axis, size - before, before)] if before > 0 else []
-        parts += [kept, *([x.narrow(axis, 0, after)] if after > 0 else [])]
+        source = kept if mode == "circular" else x
+        parts = [_border(source, axis, before, mode, first=True)] if before > 0 else []
+        parts += [kept, *([_border(source, axis, after, mode, first=False)] if after > 0 else [])]
         x = torch.cat(parts, axis) if len(parts) > 1 else kept
     return x
+
+
+def _border(x: Tensor, axis: int, width: int, mode: str, first: bool) -> Tensor:
+    """What stands before or behind `x` along an axis."""
+    size = x.shape[axis]
+    if mode == "circular":
+        return x.narrow(axis, size - width if first else 0, width)
+    if mode == "reflect":
+        return x.narrow(axis, 1 if first else size - 1 - width, width).flip(axis)
+    edge = x.narrow(axis, 0 if first else size - 1, 1)
+    return torch.cat([edge] * width, axis)

@@ -22,6 +22,7 @@ from graphopt.backends.decompositions import (
     reductions,
     resize,
     sampling,
+    scalars,
     sorting,
     special,
     views,
@@ -29,7 +30,7 @@ from graphopt.backends.decompositions import (
 from graphopt.backends.decompositions.whole import Around
 from graphopt.backends.executorch import exact_ops
 
-__all__ = ["decompositions"]
+__all__ = ["decompositions", "rewritten_ops"]
 
 _aten = torch.ops.aten
 _prims: Any = torch.ops.prims
@@ -51,6 +52,11 @@ def decompositions(kept: Iterable[Any]) -> Table:
     if experts is not None:
         table[experts.default] = products.grouped_mm
     return table
+
+
+def rewritten_ops() -> frozenset[Any]:
+    """Ops that this module has rules for, beside torch's own; some for certain arguments only."""
+    return frozenset(_LACKING) | frozenset(_MISCOMPUTED)
 
 
 @functools.cache
@@ -189,6 +195,19 @@ _MISCOMPUTED: Table = {
     _aten.upsample_bilinear2d.vec: exact_ops.bilinear,
     _aten.convolution.default: exact_ops.convolution,
     _aten.prelu.default: exact_ops.prelu,
+    **{
+        op: scalars.of_scalars(result, scalars.whole_op)
+        for op, result in scalars.REDUCTIONS.items()
+    },
+    **dict.fromkeys(
+        (_aten.sum.dim_IntList, _aten.prod.default, _aten.prod.dim_int), scalars.sum_of_scalar
+    ),
+    _aten.var.correction: lambda whole, x, *args, **kwargs: (
+        whole(x, *args, **kwargs) if x.dim() else reductions.var(x, *args, **kwargs)
+    ),
+    _aten.linalg_vector_norm.default: lambda whole, x, *args, **kwargs: (
+        whole(x, *args, **kwargs) if x.dim() else reductions.vector_norm(x, *args, **kwargs)
+    ),
     _aten.avg_pool2d.default: exact_ops.of_a_batch,
     _aten.max_pool2d.default: exact_ops.of_a_batch,
     _aten.constant_pad_nd.default: lambda whole, *given: views.pad_or_cut(*given),

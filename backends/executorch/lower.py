@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 
 from graphopt.backends.executorch.compress_tables import CompressTables
 from graphopt.backends.executorch.constant_operands import (
@@ -87,7 +88,26 @@ def legal_export(
     run_passes(gm, [RemoveUnused(), *legal_passes(tables)])
     _own_storage(gm)
     args, kwargs = legal.example_args, legal.example_kwargs
-    return export_graph(gm, args, kwargs, decompositions=decompositions(kept)), gm
+    exported = export_graph(gm, args, kwargs, decompositions=decompositions(kept))
+    _drop_written_inputs(exported)
+    return exported, gm
+
+
+def _drop_written_inputs(exported: ExportedProgram) -> None:
+    """Inputs that the program writes to are none of its outputs; the runtime gives them as such."""
+    signature = exported.graph_signature
+    kept = [
+        place
+        for place, spec in enumerate(signature.output_specs)
+        if spec.kind is not OutputKind.USER_INPUT_MUTATION
+    ]
+    if len(kept) == len(signature.output_specs):
+        return
+    (output,) = exported.graph.find_nodes(op="output")
+    output.args = (tuple(output.args[0][place] for place in kept),)
+    signature.output_specs = [signature.output_specs[place] for place in kept]
+    exported.graph.eliminate_dead_code()
+    exported.graph_module.recompile()
 
 
 def _own_storage(gm: CapturedModule) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import importlib
 import itertools
 import json
 import multiprocessing
@@ -50,15 +51,51 @@ class Outcome:
         kind: "right", "refused", "wrong", "raw" (an exception that is not of graphopt.errors) or
             "died" (the process ended).
         said: The first line of the message, or the error's size.
+        rewritten: Whether an op of it is one that the target's table of rules has.
     """
 
     call: str
     kind: str
     said: str = ""
+    rewritten: bool = False
 
 
-def try_call(call: OpCall, target: str) -> Outcome:
+@functools.cache
+def _rewritten_ops(target: str) -> frozenset[Any]:
+    if target == "torch":
+        return frozenset()
+    found = importlib.import_module(f"graphopt.backends.{target}.decompose").rewritten_ops()
+    return frozenset(found)
+
+
+def _rewritten_parts(program: graphopt.Program, target: str) -> set[int]:
+    """Places of the calls, in a program of several, with an op that the target has a rule for."""
+    rules = _rewritten_ops(target)
+    found = set()
+    for node in program.export().run_decompositions({}).graph.nodes:
+        if node.target in rules:
+            paths = [path for path, _ in (node.meta.get("nn_module_stack") or {}).values()]
+            places = [path.split(".")[1] for path in paths if path.startswith("parts.")]
+            found.add(int(places[0]) if places else 0)
+    return found
+
+
+def try_calls(calls: Sequence[OpCall], target: str) -> list[Outcome]:
+    """Outcomes of calls that are one program: of each if all are right, else one for all of them."""
+    call = _together(calls)
+    outcome, program = _try_call(call, target)
+    if outcome.kind != "right" or program is None:
+        return [outcome]
+    parts = _rewritten_parts(program, target)
+    return [
+        Outcome(call.name, "right", outcome.said, place in parts)
+        for place, call in enumerate(calls)
+    ]
+
+
+def _try_call(call: OpCall, target: str) -> tuple[Outcome, graphopt.Program | None]:
     """Capture, lower, save and evaluate; the right value comes from PyTorch in eager mode."""
+    program = None
     try:
         with torch.no_grad():
             want = pytree.tree_leaves(call.module(*(x.clone() for x in call.inputs)))
@@ -66,19 +103,19 @@ def try_call(call: OpCall, target: str) -> Outcome:
         with torch.no_grad():
             ours = pytree.tree_leaves(program.module()(*(x.clone() for x in call.inputs)))
         if not _close(ours, want):
-            return Outcome(call.name, "wrong", "captured program differs")
+            return Outcome(call.name, "wrong", "captured program differs"), program
         artifact = graphopt.lower(program, target, **_OPTIONS.get(target, {}))
         with tempfile.TemporaryDirectory() as folder:
             artifact.save(Path(folder) / f"m{_SUFFIXES[target]}", verify=False)
             found = artifact.verify()
     except GraphOptError as error:
-        return Outcome(call.name, "refused", f"{type(error).__name__}: {_line(error)}")
+        return Outcome(call.name, "refused", f"{type(error).__name__}: {_line(error)}"), program
     except Exception as error:
-        return Outcome(call.name, "raw", f"{type(error).__name__}: {_line(error)}")
+        return Outcome(call.name, "raw", f"{type(error).__name__}: {_line(error)}"), program
     if not found.complete:
-        return Outcome(call.name, "refused", f"not evaluable: {'; '.join(found.notes)}")
+        return Outcome(call.name, "refused", f"not evaluable: {'; '.join(found.notes)}"), program
     kind = "right" if found.holds else "wrong"
-    return Outcome(call.name, kind, f"{found.max_error:.2g}")
+    return Outcome(call.name, kind, f"{found.max_error:.2g}"), program
 
 
 def _line(error: Exception) -> str:
@@ -123,11 +160,7 @@ def _serve(pipe: Any, target: str) -> None:
     while True:
         names = pipe.recv()
         calls = [call for name in names for call in made(name.split("#")[0]) if call.name == name]
-        outcome = try_call(_together(calls), target)
-        if len(calls) > 1 and outcome.kind == "right":
-            pipe.send([Outcome(call.name, "right", outcome.said) for call in calls])
-        else:
-            pipe.send([outcome])
+        pipe.send(try_calls(calls, target))
 
 
 class _Worker:

@@ -14,21 +14,16 @@ __all__ = [
     "as_numbers",
     "ceil",
     "divide_rounded",
-    "element",
     "empty_permuted",
     "expand",
-    "first",
     "floor",
     "group_norm",
     "hardshrink",
     "layer_norm",
     "masked_scatter",
-    "of_scalars",
     "plain",
     "squeeze",
-    "sum_of_scalar",
     "trunc",
-    "whole_op",
     "zero_dim_view",
 ]
 
@@ -92,47 +87,10 @@ def _as_number(value: Any) -> Any:
     return value.to(torch.int32) if boolean else value
 
 
-def of_scalars(result: Op, others: Op) -> Op:
-    """A reduction of a tensor without axes, with which the runtime ends the process.
-
-    Args:
-        result: What it gives, from the tensor.
-        others: The rule for tensors with axes, which takes the op first.
-    """
-
-    def rule(whole: Op, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return others(whole, x, *args, **kwargs) if x.ndim else result(x)
-
-    return rule
-
-
-def sum_of_scalar(whole: Op, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A sum or product, of a tensor without axes the tensor in the type of the result."""
-    if x.ndim:
-        return whole(x, *args, **kwargs)
-    own = x.dtype if x.is_floating_point() else torch.int64
-    return x.to(kwargs.get("dtype") or own, copy=True)
-
-
 def squeeze(whole: Op, x: Tensor, dims: Sequence[int]) -> Any:
     """Without axes that are to stay: coreai-torch takes none for all."""
     dropped = [axis for axis in dims if x.ndim and x.shape[axis] == 1]
     return whole(x, dropped) if dropped else torch.clone(x)
-
-
-def whole_op(whole: Op, *args: Any, **kwargs: Any) -> Any:
-    """The op as it is."""
-    return whole(*args, **kwargs)
-
-
-def first(x: Tensor) -> Tensor:
-    """Where the largest of one element is."""
-    return torch.zeros_like(x, dtype=torch.int64)
-
-
-def element(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The only element, and where it is."""
-    return x.clone(), first(x)
 
 
 def masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Any:
