@@ -16,6 +16,7 @@ from torch import fx
 from graphopt.analysis.stored_values import stored_values
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.delegate import Delegate
+from graphopt.backends.double_precision import as_float32
 from graphopt.backends.first_difference import first_difference
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.registry import Target, target_of_class
@@ -315,6 +316,8 @@ class Backend(ABC):
             LoweringError: There is something.
         """
         del options
+        if not self.capabilities.doubles:
+            program = as_float32(program.copy(), quiet=True)
         reasons = self.unsupported(program)
         if reasons:
             raise LoweringError(f"{self.name} cannot hold this program:\n" + "\n".join(reasons))

@@ -33,6 +33,7 @@ class Capabilities:
         activation_channels: Whether activations may have one scale per channel.
         fused_activations: Activation functions that are computed together with the quantized op
             before them; None for all.
+        doubles: Whether the target computes in float64; else float32 takes its place.
     """
 
     index_bits: tuple[int, ...]
@@ -49,6 +50,7 @@ class Capabilities:
     activation_types: tuple[str, ...] = ()
     activation_channels: bool = True
     fused_activations: frozenset[str] | None = None
+    doubles: bool = True
 
     @property
     def storage(self) -> StorageRules:

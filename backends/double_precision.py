@@ -54,17 +54,19 @@ class DoubleToSingle(Pass):
                 edit.changed = True
 
 
-def as_float32(program: Program) -> Program:
+def as_float32(program: Program, *, quiet: bool = False) -> Program:
     """The program in float32 if some of it is in float64, which a warning of the logger says.
 
     Args:
         program: It is changed.
+        quiet: Without the warning.
     """
     nodes: list[fx.Node] = list(program.graph_module.graph.nodes)
     found = [node.name for node in nodes if _is_double(node.meta.get("val"))]
     if not found:
         return program
-    _log.warning("float64 is cast to float32: %s and %d other values", found[0], len(found) - 1)
+    if not quiet:
+        _log.warning("float64 is cast to float32: %s and %d other values", found[0], len(found) - 1)
     run_passes(program.graph_module, [DoubleToSingle()])
     return replace(
         program,

@@ -35,6 +35,7 @@ from graphopt.specs import PerChannelGranularity, QuantizationSpec
 __all__ = ["ConvertQuantization", "Scales", "emit_rounding"]
 
 _ops = torch.ops.graphopt
+_to_copy = torch.ops.aten._to_copy.default
 Scales = tuple[Tensor, Tensor | None]
 
 
@@ -140,6 +141,11 @@ def emit_rounding(
     def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
         return edit.call(target, *args, like=operand, before=place, **kwargs)
 
+    if dtype is torch.float64:
+        # the ecosystem's ops round float32 and narrower
+        single = call(_to_copy, operand, dtype=torch.float32)
+        rounded = emit_rounding(edit, single, group, spec, scales, before=before)
+        return call(_to_copy, rounded, dtype=torch.float64)
     if grid.is_float:
         return call(_ops.round_to_float.default, operand, float(scale), grid.storage)
     ops = quantized_ops()

@@ -233,6 +233,7 @@ _MISCOMPUTED: Table = {
     _aten.upsample_bilinear2d.vec: forms.plain(windows.bilinear2d),
     _aten.convolution.default: forms.plain(products.conv_transpose),
     _aten.scaled_dot_product_attention.default: attention,
+    _aten._native_batch_norm_legit_no_training.default: forms.plain(forms.batch_norm),
     _aten.native_layer_norm.default: forms.layer_norm,
     _aten.native_group_norm.default: forms.group_norm,
     _aten.expand.default: forms.plain(forms.expand),

@@ -76,6 +76,7 @@ class CoreMLBackend(Backend):
         weight_types=("int4", "uint4", "int8", "uint8"),
         table_types=TABLE_TYPES,
         minimum=False,
+        doubles=False,
         activation_types=("int8", "uint8"),
         activation_channels=False,
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import Iterator
 
 import torch
@@ -13,6 +12,7 @@ from graphopt.analysis.quantized import quantized_ops
 from graphopt.backends.coreml.decompose import decompose_for_coreml
 from graphopt.backends.coreml.lowerings import register_lowerings
 from graphopt.backends.coreml.refusals import PACKED, refusals
+from graphopt.backends.double_precision import as_float32
 from graphopt.backends.interface import Interface, flat_interface
 from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError
@@ -33,7 +33,6 @@ INTERFACE = Interface(
     },
     keeps_copies=False,
 )
-_log = logging.getLogger(__name__)
 TABLE_TYPES = ("int2", "uint2", "int3", "uint3", "int6", "uint6")
 
 
@@ -62,18 +61,12 @@ def legal_export(program: Program, target: str, *last: Pass) -> ExportedProgram:
             raise LoweringError("Core ML cannot hold this program:\n" + "\n".join(reasons))
     quantized_ops()
     register_lowerings()
-    legal = flat_interface(program, INTERFACE)
+    legal = as_float32(flat_interface(program, INTERFACE))
     run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused(), *last])
     with torch.no_grad():
         return decompose_for_coreml(
             export_graph(legal.graph_module, legal.example_args, legal.example_kwargs)
         )
-
-
-def _warn_of_doubles(program: Program) -> None:
-    values = [node.meta.get("val") for node in program.graph_module.graph.nodes]
-    if any(getattr(value, "dtype", None) is torch.float64 for value in values):
-        _log.warning("float64 is computed in float32: Core ML has no such type")
 
 
 @contextlib.contextmanager

@@ -35,10 +35,10 @@ if __name__ == "__main__":
 
 from helpers.op_calls import OpCall, calls_of, counted_ops
 
-__all__ = ["Outcome", "sweep"]
+__all__ = ["SUFFIXES", "Outcome", "sweep"]
 
 _SECONDS = 120
-_SUFFIXES = {"coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte", "torch": ".pt2"}
+SUFFIXES = {"coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte", "torch": ".pt2"}
 _OPTIONS: dict[str, dict[str, Any]] = {"coreml": {"precision": "float32"}}
 
 
@@ -106,7 +106,7 @@ def _try_call(call: OpCall, target: str) -> tuple[Outcome, graphopt.Program | No
             return Outcome(call.name, "wrong", "captured program differs"), program
         artifact = graphopt.lower(program, target, **_OPTIONS.get(target, {}))
         with tempfile.TemporaryDirectory() as folder:
-            artifact.save(Path(folder) / f"m{_SUFFIXES[target]}", verify=False)
+            artifact.save(Path(folder) / f"m{SUFFIXES[target]}", verify=False)
             found = artifact.verify()
     except GraphOptError as error:
         return Outcome(call.name, "refused", f"{type(error).__name__}: {_line(error)}"), program

@@ -21,10 +21,10 @@ EXECUTED = [
 ]
 
 
-def saved(program: object, target: str, folder: Path, *, verify: bool = True) -> Artifact:
+def saved(program: object, target: str, folder: Path) -> Artifact:
     options = {"precision": "float32"} if target in ("coreai", "coreml") else {}
     artifact = graphopt.lower(program, target, **options)  # type: ignore[arg-type]
-    artifact.save(folder / f"net{artifact.suffix}", verify=verify)
+    artifact.save(folder / f"net{artifact.suffix}")
     return artifact
 
 

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
+from helpers.op_sweep import SUFFIXES, Outcome
 from torch import Tensor, nn
 
-__all__ = ["NETS", "built"]
+import graphopt
+from graphopt.errors import GraphOptError, VerificationError
+from graphopt.ir.program import Program
+
+__all__ = ["FORMS", "NETS", "built", "try_net"]
 
 Inputs = tuple[Tensor, ...]
 _TEXT = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -260,3 +268,59 @@ def built(name: str) -> tuple[nn.Module, Inputs]:
                 parameter.copy_(noise * max(fan, 1) ** -0.5)
     call: Callable[..., Any] = _Call(model, names, output, fixed).eval()
     return call, inputs()  # type: ignore[return-value]
+
+
+BLOCKS = {
+    "op_state_spec": {
+        "weight": {
+            "dtype": "int4",
+            "granularity": {"type": "per_block", "block_size": 8, "axis": 1},
+        }
+    },
+    "op_input_spec": None,
+    "op_output_spec": None,
+}
+FORMS: dict[str, dict[str, Any]] = {
+    "tables": {"palettization": {}},
+    "W8A8": {"quantization": {}},
+    "int4 blocks": {"quantization": {"global_config": BLOCKS}},
+}
+
+
+@functools.lru_cache(maxsize=1)
+def _compressed(name: str, form: str) -> Program:
+    model, args = built(name)
+    return graphopt.compress(model, args, FORMS[form], calibration_data=[args], progress=False)
+
+
+def try_net(name: str, form: str, target: str) -> Outcome:
+    """What becomes of a compressed network on a target, in the target's own float type.
+
+    "refused" is what the target refuses without compression, too; other refusals are "lacking".
+    """
+    call = f"{name}, {form}"
+    try:
+        program = _compressed(name, form)
+        artifact = graphopt.lower(program, target)
+        with tempfile.TemporaryDirectory() as folder:
+            artifact.save(Path(folder) / f"net{SUFFIXES[target]}")
+    except VerificationError as error:
+        return Outcome(call, "wrong", str(error))
+    except GraphOptError as error:
+        return Outcome(call, _refusal(name, target), f"{type(error).__name__}: {error}")
+    except Exception as error:
+        return Outcome(call, "raw", f"{type(error).__name__}: {error}")
+    found = artifact.verification
+    assert found is not None
+    if not found.complete:
+        return Outcome(call, "unknown", "; ".join(found.notes))
+    return Outcome(call, "right", f"{found.max_error:.2g}")
+
+
+def _refusal(name: str, target: str) -> str:
+    model, args = built(name)
+    try:
+        graphopt.lower(graphopt.capture(model, args), target)
+    except GraphOptError:
+        return "refused"
+    return "lacking"

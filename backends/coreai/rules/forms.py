@@ -12,6 +12,7 @@ from graphopt.backends.decompositions import indexing, reductions
 
 __all__ = [
     "as_numbers",
+    "batch_norm",
     "ceil",
     "divide_rounded",
     "empty_permuted",
@@ -104,6 +105,22 @@ def hardshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
     """0 where the size is at most `lambd`; NaN stays."""
     small = torch.logical_and(torch.ge(x, -lambd), torch.le(x, lambd))
     return torch.where(small, torch.zeros_like(x), x)
+
+
+def batch_norm(
+    x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, momentum: float, eps: float
+) -> Any:
+    """In bfloat16, whose statistics the converter expects in float32; others stay."""
+    del momentum
+    if x.dtype is not torch.bfloat16:
+        return NotImplemented
+    shape = [1, -1] + [1] * (x.ndim - 2)
+    gain = torch.rsqrt(var.float() + eps)
+    gain = gain if weight is None else gain * weight.float()
+    shift = -mean.float() * gain
+    shift = shift if bias is None else shift + bias.float()
+    result = x.float() * gain.reshape(shape) + shift.reshape(shape)
+    return result.to(x.dtype), mean.new_zeros(0), mean.new_zeros(0)
 
 
 def layer_norm(

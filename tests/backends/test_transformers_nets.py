@@ -1,0 +1,39 @@
+"""Whole networks of transformers, compressed, on every target: right, or refused as uncompressed."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from helpers.op_sweep import Outcome
+from helpers.transformers_nets import FORMS, NETS, try_net
+
+# share of the networks and forms that come out right, at least
+SHARES = {"coreai": 0.9, "coreml": 0.8, "executorch": 0.9, "torch": 0.9}
+TARGETS = [
+    pytest.param(name, marks=[getattr(pytest.mark, name)] if name != "torch" else [])
+    for name in SHARES
+]
+FEW = ("bert", "llama", "whisper", "mobilenet_v2")
+
+
+def check(target: str, outcomes: list[Outcome]) -> None:
+    counts = Counter(outcome.kind for outcome in outcomes)
+    lapses = [outcome for outcome in outcomes if outcome.kind not in ("right", "refused")]
+    assert not lapses, "\n".join(f"{o.kind}: {o.call}: {o.said}" for o in lapses)
+    assert counts["right"] >= SHARES[target] * len(outcomes), counts
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", FEW)
+def test_a_network_is_right(name: str, form: str, target: str) -> None:
+    outcome = try_net(name, form, target)
+    assert outcome.kind == "right", outcome.said
+
+
+@pytest.mark.slow  # some seconds a network and form
+@pytest.mark.parametrize("target", TARGETS)
+def test_every_network_is_right_or_refused_as_it_is_uncompressed(target: str) -> None:
+    check(target, [try_net(name, form, target) for name in NETS for form in FORMS])

@@ -1,0 +1,77 @@
+"""Models in other float types than float32 on every target: right, or refused with what to do."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.tiers import cases
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.errors import LoweringError
+
+INT4 = {
+    "op_state_spec": {"weight": {"dtype": "int4"}},
+    "op_input_spec": None,
+    "op_output_spec": None,
+}
+CONFIGS: dict[str, Any] = {
+    "tables": {"palettization": {}},
+    "W8A8": {"quantization": {}},
+    "int4": {"quantization": {"global_config": INT4}},
+}
+TYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
+TARGETS = ("coreai", "coreml", "executorch", "torch")
+# what a target has no form of: type, config, target → what the refusal says
+NO_FORM: dict[tuple[str, str, str], str] = {
+    ("bfloat16", "tables", "coreai"): r"fc\.weight: tables of bfloat16; use one of",
+    ("half", "W8A8", "executorch"): r"conv: 8-bit activations beside float16.*model\.float\(\)",
+    ("bfloat16", "W8A8", "executorch"): r"conv: 8-bit .* beside bfloat16.*model\.float\(\)",
+    **{
+        ("bfloat16", config, "coreml"): r"bfloat16.*\.float\(\) or \.half\(\)" for config in CONFIGS
+    },
+}
+
+
+class Net(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 8, 3)
+        self.batch, self.norm = nn.BatchNorm2d(8), nn.LayerNorm(36)
+        self.fc = nn.Linear(36, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.batch(torch.sigmoid(self.conv(x)))).flatten(2)
+        return self.fc(self.norm(y))
+
+
+def by_default(kind: str, config: str, target: str) -> bool:
+    return (kind, config, target) in (("half", "tables", "coreai"), ("double", "W8A8", "torch"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "config", "target"), cases(TYPES, CONFIGS, TARGETS, default=by_default)
+)
+def test_other_float_types_are_right_or_refused_with_the_way_out(
+    kind: str, config: str, target: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(1, 3, 8, 8).to(TYPES[kind])
+    model = Net().to(TYPES[kind]).eval()
+    program = graphopt.compress(model, (x,), CONFIGS[config], calibration_data=[x])
+    refusal = NO_FORM.get((kind, config, target))
+    if refusal is not None:
+        with pytest.raises(LoweringError, match=f"(?s){refusal}"):
+            graphopt.lower(program, target)
+        return
+    with caplog.at_level(logging.WARNING, "graphopt"):
+        artifact = graphopt.lower(program, target)
+        artifact.save(tmp_path / f"net{artifact.suffix}")
+    assert artifact.verification is not None
+    assert artifact.verification.complete
+    casts = kind == "double" and target in ("coreai", "coreml")
+    assert ("float64 is cast to float32" in caplog.text) == casts
