@@ -59,6 +59,7 @@ def test_private_names_stay_in_their_file(path: Path) -> None:
     assert private == set()
 
 
+@pytest.mark.integration
 def test_importing_the_package_loads_no_heavy_dependency() -> None:
     code = f"import sys, graphopt; print([name for name in {HEAVY!r} if name in sys.modules])"
     words = [sys.executable, "-W", "ignore", "-c", code]

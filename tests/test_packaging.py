@@ -69,6 +69,7 @@ def run_in(target: Path, code: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(words, cwd=target, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.integration
 def test_wheel_holds_every_module_and_they_import(installed: Path) -> None:
     modules = sorted(
         str(path.relative_to(installed).with_suffix("")).replace("/", ".").removesuffix(".__init__")
@@ -105,6 +106,7 @@ def test_bare_folder_names_are_refused_in_the_checkout(name: str) -> None:
     assert f"import graphopt.{name}, not {name}" in done.stderr
 
 
+@pytest.mark.integration
 def test_core_imports_no_extra() -> None:
     extras = (
         "coreai",

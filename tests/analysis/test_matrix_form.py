@@ -298,6 +298,7 @@ class Batched(nn.Module):
         return torch.bmm(self.first(x), self.w)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", [Recurrent, Batched])
 def test_weights_of_other_ops_are_left_out(kind: type[nn.Module]) -> None:
     gm, found = uses_of(kind(), torch.randn(3, 7, 5))
@@ -318,6 +319,7 @@ def test_weight_with_one_other_use_is_left_out(name: str) -> None:
     assert set(found) == {"first.weight"}
 
 
+@pytest.mark.integration
 def test_weight_that_no_state_op_reads_as_well_is_left_out() -> None:
     model = Mixed(lambda y, w: y * w.square().sum(), torch.randn(5, 5))
     _, found = uses_of(model, torch.randn(3, 7, 5))

@@ -34,6 +34,7 @@ def zoo_graph(name: str) -> fx.Graph:
 NAMES = ["resnet", "edsr", "llama", "lstm"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", NAMES)
 def test_cuts_of_models_are_the_dominators(name: str) -> None:
     graph = zoo_graph(name)

@@ -91,6 +91,7 @@ def test_operands_of_cat_share_one_scale_with_its_output() -> None:
     assert len(shared) == 6  # x too, for each of its readers
 
 
+@pytest.mark.integration
 def test_views_and_pools_hand_the_scale_on() -> None:
     def chain(m: Function, x: Tensor) -> Tensor:
         y = F.max_pool2d(m.conv(x), 2).transpose(1, 2).flatten(1)[:, 4:].reshape(2, -1, 4)
@@ -194,6 +195,7 @@ def test_integers_are_never_rounded() -> None:
     assert not found.inputs
 
 
+@pytest.mark.integration
 def test_plan_is_the_same_every_time() -> None:
     model, args = zoo.MODELS["mobilenet_v3_small"]()
     program = graphopt.capture(model, args)
@@ -204,6 +206,7 @@ def test_plan_is_the_same_every_time() -> None:
     assert first == second
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "name", cases(["resnet", "bert", "llama"], default=lambda name: name == "bert")
 )

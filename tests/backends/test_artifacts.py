@@ -18,6 +18,7 @@ from graphopt.palettization import (
 )
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("target", TARGETS)
 def test_saving_refuses_to_overwrite_and_leaves_nothing_behind(
     target: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -47,6 +48,7 @@ def test_saving_refuses_to_overwrite_and_leaves_nothing_behind(
         artifact.save(tmp_path / "net.bin")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("target", TARGETS)
 def test_verification_notices_another_models_weights(target: str, tmp_path: Path) -> None:
     program = palettized(PalettizationSpec()).program()
@@ -75,6 +77,7 @@ def test_backends_load_by_name(target: graphopt.ExportBackend) -> None:
     assert isinstance(load_backend(target), Backend)
 
 
+@pytest.mark.integration
 def test_compressed_program_saves_by_suffix(tmp_path: Path) -> None:
     program = palettized(PalettizationSpec()).program()
     assert program.report()["fc.weight"].n_bits == 4

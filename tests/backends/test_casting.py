@@ -52,6 +52,7 @@ def test_constant_beyond_float16_stays_wide_and_is_reported(
     assert program.state_dict["fc.weight"].dtype is torch.float16
 
 
+@pytest.mark.integration
 def test_constant_that_would_vanish_stays_wide() -> None:
     class Small(Net):
         def __init__(self) -> None:
@@ -184,6 +185,7 @@ def test_calibration_data_of_another_call_is_refused() -> None:
         cast_fp32_to_fp16(exported(Net(), torch.randn(2, 6)), calibration_data=[(1, 2)])
 
 
+@pytest.mark.integration
 def test_lowest_floats_of_a_constant_are_clamped() -> None:
     class Causal(nn.Module):
         def __init__(self) -> None:

@@ -46,6 +46,7 @@ class Interfaces(nn.Module):
         }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_kind_of_input_and_output_comes_out_right(target: str, tmp_path: Path) -> None:
     x = torch.randn(6, 2).t()  # not contiguous
@@ -62,6 +63,7 @@ def test_every_kind_of_input_and_output_comes_out_right(target: str, tmp_path: P
         assert max(outcome.outputs) < 1e-5
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("target", TARGETS[:2])
 def test_outputs_have_the_names_of_the_mapping_that_is_returned(
     target: str, tmp_path: Path
@@ -90,6 +92,7 @@ def output_names_of(path: Path) -> list[str]:
     return asyncio.run(read())
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
 def test_numbers_and_scalars_are_taken_in_float16_too(tmp_path: Path) -> None:
     class Scaled(nn.Module):

@@ -24,7 +24,7 @@ def check(target: str, outcomes: list[Outcome]) -> None:
     assert counts["right"] >= SHARES[target] * len(outcomes), counts
 
 
-@pytest.mark.slow  # a call takes seconds on two cores: some minutes a target
+@pytest.mark.integration
 @pytest.mark.parametrize("target", TARGETS[:3])
 def test_every_tenth_op_is_right_or_refused(target: str) -> None:
     outcomes = list(sweep(target, SAMPLE))

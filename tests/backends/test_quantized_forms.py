@@ -113,17 +113,17 @@ def weight_only(name: str) -> Quantizer:
 
 
 # in torch every form; the targets take turns, and each refuses what it cannot hold
-TURNS = {name: ("coreai", "coreml", "executorch")[place % 3] for place, name in enumerate(SPECS)}
+TARGETS = ("coreai", "coreml", "executorch", "torch")
+TURNS = {name: TARGETS[place % 4] for place, name in enumerate(SPECS)}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "target"),
     cases(
         SPECS,
-        ("coreai", "coreml", "executorch", "torch"),
-        default=lambda name, target: (
-            target == "torch" or name in REFUSED.get(target, ()) or TURNS[name] == target
-        ),
+        TARGETS,
+        default=lambda name, target: name in REFUSED.get(target, ()) or TURNS[name] == target,
     ),
 )
 def test_every_form_of_weight_is_executed_or_refused(
@@ -140,6 +140,7 @@ def test_every_form_of_weight_is_executed_or_refused(
     assert outcome.weights == 5
 
 
+@pytest.mark.integration
 @pytest.mark.coreai
 @pytest.mark.parametrize("name", SPECS)
 def test_weights_finalized_for_core_ai_are_raised_back(name: str) -> None:
@@ -166,8 +167,17 @@ ACTIVATIONS = {
 NOT_HELD = {"coreml": {"fp8", "int4"}, "executorch": {"fp8"}, "coreai": {"int4"}}
 
 
-@pytest.mark.parametrize("target", ALL)
-@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("name", "target"),
+    cases(
+        ACTIVATIONS,
+        TARGETS,
+        default=lambda name, target: (
+            name in NOT_HELD.get(target, ()) or TARGETS[list(ACTIVATIONS).index(name) % 4] == target
+        ),
+    ),
+)
 def test_every_form_of_activation_is_executed_or_refused(
     name: str, target: str, tmp_path: Path
 ) -> None:
@@ -193,6 +203,7 @@ def test_every_form_of_activation_is_executed_or_refused(
     assert artifact.verification.max_error * float(wanted.abs().max()) <= 1.01 * step
 
 
+@pytest.mark.integration
 @pytest.mark.executorch
 @pytest.mark.parametrize(
     "spec",
@@ -215,7 +226,10 @@ def test_tables_are_expanded_where_the_target_has_none(
     assert any("stored as a dense weight" in note for note in artifact.delegation.notes)
 
 
-@pytest.mark.parametrize("target", [EXECUTED[0], EXECUTED[1], "torch"])
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "target", cases(("coreai", "coreml", "torch"), default=lambda target: target == "coreml")
+)
 def test_joint_form_keeps_tables_of_integers(target: str, tmp_path: Path) -> None:
     """4-bit tables of int8 entries with int8 activations, in two steps."""
     model, (images, _), calibration = digits()
@@ -263,6 +277,7 @@ def spec_count(module: torch.fx.GraphModule) -> int:
     return sum("lut_to_dense" in str(node.target) for node in module.graph.nodes)
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
 def test_older_deployment_targets_take_what_they_can(tmp_path: Path) -> None:
     quantizer = quantized_digits()
@@ -277,6 +292,7 @@ def test_older_deployment_targets_take_what_they_can(tmp_path: Path) -> None:
         graphopt.lower(weights, "coreml", minimum_deployment_target="iOS16")
 
 
+@pytest.mark.slow
 def test_sizes_follow_the_bits(tmp_path: Path) -> None:
     x = (torch.randn(1, 512),)
     sizes = {}

@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 import zoo
-from helpers.quantized_targets import EXECUTED, digits, quantized_digits, saved
+from helpers.quantized_targets import digits, quantized_digits, saved
+from helpers.tiers import cases
+from helpers.together import together
 from torch import Tensor, nn
 
 from graphopt.backends.base import Artifact
@@ -23,7 +25,10 @@ def psnr(found: Tensor, wanted: Tensor) -> float:
     return float(10 * torch.log10(wanted.double().abs().max() ** 2 / error.clamp(min=1e-30)))
 
 
-@pytest.mark.parametrize("target", EXECUTED)
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "target", cases(("coreai", "coreml", "executorch"), default=lambda target: target == "coreml")
+)
 def test_digits_cnn_runs_in_eight_bits(target: str, tmp_path: Path) -> None:
     model, (images, labels), _ = digits()
     quantizer = quantized_digits()
@@ -48,6 +53,7 @@ def outside(artifact: Artifact) -> set[str]:
     return {op for op in left if any(name in op for name in ("conv", "linear", "addmm", "mm"))}
 
 
+@pytest.mark.integration
 @pytest.mark.executorch
 def test_xnnpack_takes_the_whole_digits_cnn(tmp_path: Path) -> None:
     artifact = saved(quantized_digits().program(), "executorch", tmp_path)
@@ -82,7 +88,11 @@ def resnet() -> tuple[Quantizer, tuple[Tensor, ...], nn.Module]:
     return quantizer, (crops[34:42],), model
 
 
-@pytest.mark.parametrize("target", EXECUTED)
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "target",
+    cases(("coreai", "coreml", "executorch"), default=lambda target: target == "executorch"),
+)
 def test_resnet_runs_in_eight_bits(target: str, tmp_path: Path) -> None:
     quantizer, x, model = resnet()
     program = quantizer.program().with_example(x)
@@ -108,9 +118,10 @@ def test_resnet_runs_in_eight_bits(target: str, tmp_path: Path) -> None:
         assert psnr(wanted, model(*x)) > 20
 
 
+@pytest.mark.integration
 @pytest.mark.executorch
 def test_each_layer_on_xnnpack_is_within_one_step(tmp_path: Path) -> None:
-    """Layer by layer there is nothing that rounding differences could amplify."""
+    """Side by side: there is nothing that rounding differences could amplify."""
     torch.manual_seed(0)
     layers = {
         "conv": nn.Sequential(nn.Conv2d(8, 16, 3, padding=1), nn.ReLU()),
@@ -123,21 +134,25 @@ def test_each_layer_on_xnnpack_is_within_one_step(tmp_path: Path) -> None:
         "averaged": nn.Sequential(nn.Conv2d(8, 8, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         "linear": nn.Linear(10, 7),
     }
-    for name, layer in layers.items():
-        x = torch.randn(2, 8, 10, 10)
-        quantizer = Quantizer(layer.eval())
-        quantizer.prepare((x,), backend="executorch")
-        quantizer.calibrate([x])
-        program = quantizer.program()
-        artifact = saved(program, "executorch", tmp_path / name)
-        with torch.no_grad():
-            wanted = program.graph_module(x)
-        steps = [r.scale for r in quantizer.summary().activations if r.scale]
-        error = artifact.verification.max_error * float(wanted.abs().max())
+    model, x = together(
+        {name: (layer, (torch.randn(2, 8, 10, 10),)) for name, layer in layers.items()}, layers
+    )
+    quantizer = Quantizer(model)
+    quantizer.prepare(x, backend="executorch")
+    quantizer.calibrate([x])
+    program = quantizer.program()
+    artifact = saved(program, "executorch", tmp_path)
+    with torch.no_grad():
+        wanted = program.graph_module(*x)
+    scales = {r.name: r.scale for r in quantizer.summary().activations if r.scale}
+    for place, name in enumerate(layers):
+        steps = [scale for key, scale in scales.items() if f"parts.{place}" in key]
+        error = artifact.verification.outputs[place] * float(wanted[place].abs().max())
         assert error <= 1.01 * max(steps), name
-        assert not artifact.delegation.outside, name  # type: ignore[attr-defined]
+    assert not artifact.delegation.outside  # type: ignore[attr-defined]
 
 
+@pytest.mark.integration
 @pytest.mark.executorch
 def test_activation_that_xnnpack_does_not_fuse_is_rounded_before_too(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.GELU(), nn.Linear(8, 4)).eval()
@@ -157,6 +172,7 @@ def llama(config: QuantizerConfig) -> tuple[Quantizer, tuple[Tensor, ...], nn.Mo
     return quantizer, args, model
 
 
+@pytest.mark.slow
 @pytest.mark.coreai
 @pytest.mark.parametrize("name", ["w4_per_block", "fp8", "mxfp4"])
 def test_llama_weights_run_on_core_ai(name: str, tmp_path: Path) -> None:

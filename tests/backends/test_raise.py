@@ -147,6 +147,7 @@ def test_program_in_our_ops_is_itself(palettizer: KMeansPalettizer) -> None:
     assert passes.RaiseToVocabulary is RaiseToVocabulary
 
 
+@pytest.mark.integration
 def test_raising_imports_no_toolchain() -> None:
     code = (
         "import sys\n"

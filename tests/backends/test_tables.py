@@ -20,18 +20,16 @@ from graphopt.palettization import (
 )
 
 # in torch every form; Core AI and Core ML take turns, and both get what holds all at once
-EVERY_OTHER = {name: ("coreai", "coreml")[place % 2] for place, name in enumerate(SPECS)}
-BOTH = {"everything", "outliers, scales and int8 tables", "vectors in groups"}
+TURNS = {name: ("coreai", "coreml", "torch")[place % 3] for place, name in enumerate(SPECS)}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "target"),
     cases(
         SPECS,
         ("coreai", "coreml", "torch"),
-        default=lambda name, target: (
-            target == "torch" or name in BOTH or EVERY_OTHER[name] == target
-        ),
+        default=lambda name, target: TURNS[name] == target,
     ),
 )
 def test_every_form_of_table_is_executed_and_equal(name: str, target: str, tmp_path: Path) -> None:
@@ -45,6 +43,7 @@ def test_every_form_of_table_is_executed_and_equal(name: str, target: str, tmp_p
     assert outcome.weights == 5
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("target", TARGETS)
 def test_size_follows_the_bits(target: str, tmp_path: Path) -> None:
     class Big(nn.Module):

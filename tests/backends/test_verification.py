@@ -100,16 +100,18 @@ def test_a_target_may_add_up_in_sixteen_bits_where_it_says_so(sign: str, terms: 
         assert not outcome(value).holds
 
 
+@pytest.mark.integration
 @pytest.mark.coreai
 def test_matrices_attention_and_running_sums_save_in_float16(tmp_path: Path) -> None:
     """The runtime adds up in float16; sums that only grow would stand still at 2048."""
 
     class Sums(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-            y = torch.nn.functional.scaled_dot_product_attention(x, x, x.square())
-            return y, x @ x.mT, x.abs().cumsum(1)
+            few = x[:, :40]
+            y = torch.nn.functional.scaled_dot_product_attention(few, x, x.square())
+            return y, x.mT @ x, x.abs().cumsum(1)
 
-    program = graphopt.capture(Sums(), (torch.randn(2, 3000, 16),))
+    program = graphopt.capture(Sums(), (torch.randn(1, 3000, 8),))
     artifact = graphopt.lower(program, "coreai", precision="float16")
     artifact.save(tmp_path / "sums.aimodel")
     assert artifact.verification is not None
@@ -178,6 +180,7 @@ def sigmoid_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TorchArtifact, "_write", broken)
 
 
+@pytest.mark.integration
 @pytest.mark.usefixtures("sigmoid_is_wrong")
 def test_a_wrong_artifact_is_not_written_and_its_first_wrong_op_is_named(tmp_path: Path) -> None:
     x = torch.randn(4, 8)

@@ -29,6 +29,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.integration
 def test_compress_writes_verifies_and_reports(folder: Path) -> None:
     words = ("compress", "m.pt2", "--config", "c.yaml", "-o", "o.pt2", "--json")
     done = command(folder, *words, "--max-error", "1e-6")
@@ -82,6 +83,7 @@ def test_mistakes_have_exit_codes_and_write_nothing(
     assert (folder / "c.yaml.pt2").read_text() == "mine"
 
 
+@pytest.mark.integration
 def test_file_that_is_no_program_has_its_exit_code(folder: Path) -> None:
     (folder / "broken.pt2").write_bytes(b"nothing")
     # in a process of its own, as the entry point is called
@@ -110,6 +112,7 @@ def with_data(folder: Path) -> Path:
     return folder
 
 
+@pytest.mark.integration
 def test_stages_compose_through_standard_streams(with_data: Path) -> None:
     source = (with_data / "m.pt2").read_bytes()
     first = command(with_data, "compress", "-", "--config", "c.yaml", "-o", "-", stdin=source)
@@ -159,6 +162,7 @@ def test_missing_data_are_named(with_data: Path) -> None:
     assert not (with_data / "o.pt2").exists()
 
 
+@pytest.mark.integration
 def test_differences_and_pages_are_written(with_data: Path) -> None:
     command(with_data, "compress", "m.pt2", "--config", "c.yaml", "-o", "o.pt2")
     words = ("diff", "m.pt2", "o.pt2", "--data", "d.pt", "--json")
@@ -173,6 +177,7 @@ def test_differences_and_pages_are_written(with_data: Path) -> None:
     assert command(with_data, *page).returncode == 7
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
@@ -219,6 +224,7 @@ def test_report_that_exists_is_kept_and_nothing_else_is_written(folder: Path) ->
     assert json.loads((folder / "r.json").read_text())["output"] == "o.pt2"
 
 
+@pytest.mark.integration
 def test_parameters_of_quantized_programs_are_counted(with_data: Path) -> None:
     options = ("--config", "q.yaml", "--data", "d.pt", "--batch-size", "2")
     done = command(with_data, "compress", "m.pt2", *options, "-o", "q.pt2")

@@ -208,6 +208,7 @@ FORMS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("form", "algorithm", "target"),
     cases(

@@ -76,6 +76,7 @@ CASES: dict[str, tuple[type[nn.Module], Tensor, int]] = {  # …, batch size
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "reduction"), [("linear", "none"), *((name, "mean") for name in CASES)]
 )

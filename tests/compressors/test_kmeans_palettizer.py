@@ -43,6 +43,7 @@ WEIGHTS = {
 }
 
 
+@pytest.mark.integration
 def test_every_kind_of_weight_is_palettized_once() -> None:
     palettizer = KMeansPalettizer(EveryOp().eval())
     prepared = palettizer.prepare(ARGS)
@@ -53,6 +54,7 @@ def test_every_kind_of_weight_is_palettized_once() -> None:
         assert prepared.state_dict()[name].unique().numel() <= 16, name
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("backend", ["torch", "coreai"])
 def test_finalized_module_computes_what_the_prepared_one_shows(backend: str) -> None:
     if backend == "coreai":
@@ -76,6 +78,7 @@ def test_prepared_weights_are_the_optimal_palettes_of_the_model() -> None:
     assert torch.equal(prepared.state_dict()["0.bias"], model.state_dict()["0.bias"])
 
 
+@pytest.mark.integration
 def test_names_and_signature_are_the_models() -> None:
     model = EveryOp().eval()
     prepared = KMeansPalettizer(model).prepare(ARGS)
@@ -151,6 +154,7 @@ def palettized_and_exported() -> tuple[KMeansPalettizer, torch.export.ExportedPr
     return palettizer, torch.export.export(model, ARGS)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("form", ["exported", "decomposed", "file", "unlifted"])
 def test_exported_models_give_the_same_palettes_as_the_module(form: str, tmp_path: Path) -> None:
     direct, exported = palettized_and_exported()
@@ -215,6 +219,7 @@ def test_sizes_are_counted_as_the_target_stores_them() -> None:
     assert palettizer.summary("coreml")["0.weight"] == neutral
 
 
+@pytest.mark.integration
 def test_same_seed_gives_the_same_tensors_on_any_number_of_threads() -> None:
     model = EveryOp().eval()
     spec = PalettizationSpec(cluster_dim=2, n_bits=2)

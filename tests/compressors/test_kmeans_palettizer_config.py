@@ -22,6 +22,7 @@ from graphopt.palettization import (
 from graphopt.palettization.spec import PerGroupedChannelGranularity, PerTensorGranularity
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("form", ["module", "file"])
 def test_configs_by_name_and_type_hold_for_exported_models(form: str, tmp_path: Path) -> None:
     model: object = EveryOp().eval()
@@ -69,6 +70,7 @@ def test_one_layer_in_isolation_as_in_the_mixed_precision_workflow() -> None:
     assert "global_config is None" in palettizer.summary()["2.weight"].detail
 
 
+@pytest.mark.integration
 def test_ops_and_states_can_be_named() -> None:
     six, one = PalettizationSpec(n_bits=6), PalettizationSpec(n_bits=1)
     config = KMeansPalettizerConfig(

@@ -88,6 +88,7 @@ def named(data: list[Tensor]) -> dict[str, Pipeline]:
     }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", ["palettize", "quantize", "joint", "rdo"])
 def test_torch_fx_manager_runs_a_pipeline_pass_by_pass_like_ours(
     net: nn.Module, data: list[Tensor], name: str
@@ -137,6 +138,7 @@ def test_pipeline_gives_what_compress_gives(
     assert found.report().rows == want.report().rows
 
 
+@pytest.mark.integration
 def test_rdo_pipeline_gives_what_optimize_gives(net: nn.Module, data: list[Tensor]) -> None:
     found = named(data)["rdo"].run(net, (X,))
     want = graphopt.rdo.optimize(net, (X,), data, {"target_bits": 6.0, "candidates": [4, 8]})

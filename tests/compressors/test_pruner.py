@@ -163,6 +163,7 @@ def test_masks_are_chosen_from_the_weights_of_the_time() -> None:
 SUFFIXES = {"coreai": "aimodel", "coreml": "mlpackage", "executorch": "pte", "torch": "pt2"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("scheme", "target"),
     cases(
@@ -222,6 +223,7 @@ RUN = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "target"),
     cases(JOINT, ("coreai", "coreml", "executorch"), default=lambda *case: case in RUN),
@@ -243,6 +245,7 @@ def test_values_that_stay_are_compressed_and_run(name: str, target: str, tmp_pat
     assert rows["conv.weight"].bits_per_weight == pytest.approx(bits, abs=0.5)
 
 
+@pytest.mark.integration
 def test_pruned_int8_weights_are_computed_as_int8_by_xnnpack(tmp_path: Path) -> None:
     pytest.importorskip("executorch")
     program = pipelines.joint(JOINT["W8A8"], [X], backend="executorch").run(Net().eval(), (X,))

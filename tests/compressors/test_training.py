@@ -167,6 +167,7 @@ def test_evaluation_computes_what_the_program_holds(name: str) -> None:
     )
 
 
+@pytest.mark.integration
 @pytest.mark.coreai
 @pytest.mark.parametrize("name", ["int8 table", "channel scale"])
 def test_trained_palettes_run_on_the_target(name: str, tmp_path: object) -> None:

@@ -16,6 +16,7 @@ from graphopt.passes.tune import tune
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize(("kind", "share"), [("mlp", 0.92), ("cnn", 0.85), ("embedding", 0.4)])
 def test_error_on_the_data_falls(kind: str, share: float, blocks: Literal["auto", "whole"]) -> None:
@@ -27,6 +28,7 @@ def test_error_on_the_data_falls(kind: str, share: float, blocks: Literal["auto"
     assert output_error(tuned, reference, data) < share * before
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_new_data_gain_as_well(kind: str) -> None:
     model, data = example(kind)

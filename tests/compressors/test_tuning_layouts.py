@@ -56,6 +56,7 @@ class Layered(nn.Module):
         return self.up(y).relu().mean(2) @ self.right
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", LAYOUTS)
 def test_tuning_computes_with_the_weights_that_the_program_has(
     name: str, caplog: pytest.LogCaptureFixture
@@ -166,6 +167,7 @@ class Recurrent(nn.Module):
         return self.head(y).relu(), h
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("blocks", BLOCKS)
 def test_recurrent_layers_are_tuned(blocks: Literal["auto", "whole"]) -> None:
     torch.manual_seed(0)
@@ -187,6 +189,7 @@ def test_half_precision_programs_keep_their_type() -> None:
     assert output_error(tuned, reference, data) < output_error(program, reference, data)
 
 
+@pytest.mark.integration
 @pytest.mark.coreai
 @pytest.mark.parametrize("kind", ["mlp", "cnn"])
 def test_tuned_program_runs_in_core_ai(kind: str, tmp_path: Path) -> None:

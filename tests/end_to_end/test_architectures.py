@@ -21,6 +21,7 @@ from graphopt.quantization import Quantizer
 FEW = {"edsr", "lstm"}
 
 
+@pytest.mark.slow
 @pytest.mark.coreai
 @pytest.mark.parametrize("name", cases(zoo.MODELS, default=lambda name: name in FEW))
 def test_runs_on_the_core_ai_runtime_as_in_pytorch(name: str, tmp_path: Path) -> None:
@@ -35,6 +36,7 @@ def test_runs_on_the_core_ai_runtime_as_in_pytorch(name: str, tmp_path: Path) ->
     assert outcome.weights == len(palettizer.summary().palettized) > 0
 
 
+@pytest.mark.slow
 @pytest.mark.coreml
 @pytest.mark.parametrize(
     "name",
@@ -102,6 +104,7 @@ def check_every_pte(name: str, tmp_path: Path) -> None:
     assert check_pte(program, tmp_path, delegate="coreai") < 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.executorch
 @pytest.mark.coreml
 @pytest.mark.coreai
@@ -119,6 +122,7 @@ def test_executorch_programs_run_as_pytorch_everywhere(name: str, tmp_path: Path
     check_every_pte(name, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", cases(["resnet", "bert", "lstm_bi2"], default=lambda name: name != "resnet")
 )

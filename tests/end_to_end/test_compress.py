@@ -102,6 +102,7 @@ def test_labels_go_to_the_loss_function() -> None:
     assert len(program.report().palettized) == 2
 
 
+@pytest.mark.integration
 @pytest.mark.coreai
 def test_tables_and_quantized_activations_in_one_config_run_on_the_target(tmp_path: Path) -> None:
     model, data = example()

@@ -26,6 +26,7 @@ from graphopt.palettization.spec import PerGroupedChannelGranularity
 ROOT = Path(__file__).parent.parent.parent
 
 
+@pytest.mark.integration
 @pytest.mark.coreai
 def test_readme_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
@@ -39,6 +40,7 @@ def test_readme_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     assert names["artifact"].verify().max_error < 1e-5  # type: ignore[attr-defined]
 
 
+@pytest.mark.integration
 @pytest.mark.coreai
 def test_readme_shell_pipe_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
@@ -64,6 +66,7 @@ def test_readme_shell_pipe_runs(tmp_path: Path) -> None:
     assert (tmp_path / "small.aimodel").exists()
 
 
+@pytest.mark.integration
 @pytest.mark.coreai
 @pytest.mark.parametrize("name", ["resnet", "bert"])
 def test_core_ai_tutorial_steps_work_on_the_finalized_module(name: str, tmp_path: Path) -> None:
@@ -92,6 +95,7 @@ def test_core_ai_tutorial_steps_work_on_the_finalized_module(name: str, tmp_path
     assert float((found.float() - expected).abs().max() / expected.abs().max()) < 2e-2
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
 def test_coremltools_converts_the_finalized_module_to_lookups(tmp_path: Path) -> None:
     import coremltools
@@ -136,6 +140,7 @@ def test_compressed_program_round_trips_and_is_as_small_as_its_bits() -> None:
         torch.testing.assert_close(loaded(*x), finalized(*x), rtol=0, atol=0)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("target", ["coreai", "coreml", "torch"])
 def test_module_of_any_kind_is_lowered_in_one_call(target: str, tmp_path: Path) -> None:
     pytest.importorskip({"coreai": "coreai_torch", "coreml": "coremltools"}.get(target, "torch"))

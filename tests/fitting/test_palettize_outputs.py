@@ -105,6 +105,7 @@ def output_error(name: str, dense: Tensor) -> float:
     return float((exact - found).square().sum() / exact.square().sum())
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("spec", SPECS)
 @pytest.mark.parametrize("name", OPS)
 def test_outputs_come_closer_than_with_kmeans(name: str, spec: str) -> None:

@@ -10,7 +10,6 @@ import argparse
 import contextlib
 import functools
 import importlib
-import itertools
 import json
 import multiprocessing
 import sys
@@ -23,7 +22,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from torch.utils import _pytree as pytree
 
 import graphopt
@@ -34,6 +32,7 @@ if __name__ == "__main__":
     sys.modules["helpers.op_sweep"] = sys.modules["__main__"]
 
 from helpers.op_calls import OpCall, calls_of, counted_ops
+from helpers.together import Together
 
 __all__ = ["SUFFIXES", "Outcome", "sweep"]
 
@@ -132,25 +131,12 @@ def _close(ours: list[Any], want: list[Any]) -> bool:
     )
 
 
-class _Together(nn.Module):
-    """Several calls as one program."""
-
-    def __init__(self, calls: Sequence[OpCall]) -> None:
-        super().__init__()
-        self.parts = nn.ModuleList(call.module for call in calls)
-        self.lengths = [len(call.inputs) for call in calls]
-
-    def forward(self, *tensors: torch.Tensor) -> Any:
-        given = iter(tensors)
-        pairs = zip(self.parts, self.lengths, strict=True)
-        return [part(*itertools.islice(given, length)) for part, length in pairs]
-
-
 def _together(calls: Sequence[OpCall]) -> OpCall:
     if len(calls) == 1:
         return calls[0]
     inputs = tuple(x for call in calls for x in call.inputs)
-    return OpCall(" ".join(call.name for call in calls), _Together(calls).eval(), inputs)
+    module = Together((call.module for call in calls), (len(call.inputs) for call in calls)).eval()
+    return OpCall(" ".join(call.name for call in calls), module, inputs)
 
 
 def _serve(pipe: Any, target: str) -> None:

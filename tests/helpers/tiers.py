@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-__all__ = ["cases"]
+__all__ = ["cases", "some"]
 
 EXTRAS = ("coreai", "coreml", "executorch")
 
@@ -29,3 +29,10 @@ def cases(*axes: Iterable[Any], default: Callable[..., bool]) -> list[Any]:
         made.append(pytest.param(*values, marks=marks))
     assert any(pytest.mark.slow not in each.marks for each in made), "nothing runs by default"
     return made
+
+
+def some(values: Iterable[Any], default: Callable[[Any], bool]) -> list[Any]:
+    """Values as parameter sets, marked slow where `default` says no."""
+    return [
+        pytest.param(value, marks=[] if default(value) else [pytest.mark.slow]) for value in values
+    ]

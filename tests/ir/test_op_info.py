@@ -107,6 +107,7 @@ def test_every_op_of_the_table_with_a_weight_has_a_case() -> None:
     assert known == {*CASES, "aten.convolution.default"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", EVERY)
 def test_weight_is_found_palettized_and_priced(name: str) -> None:
     net, x = Net(name).eval(), batch(name)
@@ -125,6 +126,7 @@ def test_weight_is_found_palettized_and_priced(name: str) -> None:
     torch.testing.assert_close(made(x), prepared(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", EVERY)
 def test_weight_is_quantized(name: str) -> None:
     net, x = Net(name).eval(), batch(name)
@@ -188,6 +190,7 @@ def test_batch_norm_is_folded_into_every_convolution(name: str) -> None:
     torch.testing.assert_close(gm(x), net(x), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", [*CONVOLUTIONS, "aten.linear.default", "aten.addmm.default"])
 def test_bias_takes_up_the_mean_error(name: str) -> None:
     net, x = Net(name).eval(), batch(name)
@@ -240,6 +243,7 @@ def roles(net: nn.Module, x: Tensor) -> list[str]:
     return [use.role for weight in find_weights(gm) for use in weight.uses]
 
 
+@pytest.mark.integration
 def test_own_op_is_compressed_and_stored_after_one_registration(
     toy: OpInfo, tmp_path: Path
 ) -> None:

@@ -121,6 +121,7 @@ def test_ops_are_recognised_in_code(code: str, names: bool, compares: bool) -> N
     assert bool(compared_ops(tree)) is compares
 
 
+@pytest.mark.integration
 def test_only_files_that_emit_ops_name_them() -> None:
     naming = {path for path, tree in sources().items() if any(map(is_aten, ast.walk(tree)))}
     naming = {path for path in naming if not path.startswith(TABLE)}
@@ -128,11 +129,13 @@ def test_only_files_that_emit_ops_name_them() -> None:
     assert set(ALLOWED) - naming == set(), "no longer needs a place in the table"
 
 
+@pytest.mark.integration
 def test_no_file_asks_which_op_a_node_calls_by_naming_it() -> None:
     asked = {path: compared_ops(tree) for path, tree in sources().items()}
     assert {path: ops for path, ops in asked.items() if ops} == {}
 
 
+@pytest.mark.integration
 def test_the_op_of_batch_norms_is_spelled_in_the_table_only() -> None:
     spelled = {
         path

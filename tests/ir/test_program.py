@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 from torch import nn
 
@@ -25,6 +26,7 @@ def test_inputs_that_are_no_slices_are_kept_as_they_are() -> None:
     assert graphopt.capture(nn.Linear(16, 4), (x,)).example_args[0] is x
 
 
+@pytest.mark.integration
 def test_saved_programs_load_in_a_process_that_only_imports_the_library(tmp_path: Path) -> None:
     x = torch.randn(2, 16)
     files = []

@@ -49,6 +49,7 @@ def test_error_is_within_a_thousandth_of_the_exact_optimum(name: str, k: int) ->
     assert sse(values[None], found) <= 1.001 * optimum(values, k) + rounding
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("name", "k"),
     cases(

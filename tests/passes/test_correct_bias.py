@@ -102,6 +102,7 @@ NETS: dict[str, tuple[type[nn.Module], list[Tensor], int]] = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", NETS)
 def test_every_layer_gets_the_mean_output_of_the_reference(kind: str) -> None:
     make, data, axis = NETS[kind]

@@ -46,6 +46,7 @@ def test_without_a_reference_norms_get_what_a_training_step_of_pytorch_measures(
         )
 
 
+@pytest.mark.integration
 def test_batches_of_any_size_and_order_are_pooled() -> None:
     model, x = conv_norm(), images(12)
     pooled = graph_of(model, x)
@@ -167,6 +168,7 @@ class Residual(nn.Module):
         return (x + self.body(x)).relu()
 
 
+@pytest.mark.integration
 def test_two_bit_residual_network_recovers_on_digits() -> None:
     sklearn = pytest.importorskip("sklearn.datasets")
     digits = sklearn.load_digits()

@@ -166,6 +166,7 @@ class Recurrent(nn.Module):
         return self.head(self.lstm(x)[0])
 
 
+@pytest.mark.integration
 def test_recurrent_weights_are_compared_gate_by_gate() -> None:
     model, x = Recurrent().eval(), torch.randn(2, 5, 16)
     palettizer = KMeansPalettizer(model)

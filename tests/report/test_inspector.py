@@ -117,6 +117,7 @@ def test_summary_names_everything(net: nn.Module) -> None:
     assert "\x1b[" in ModelInspector(net, (X,)).format_summary(True)
 
 
+@pytest.mark.integration
 def test_exported_programs_are_inspected_by_the_same_names(net: nn.Module, tmp_path: Path) -> None:
     exported = torch.export.export(net, (X,))
     torch.export.save(exported, tmp_path / "net.pt2")

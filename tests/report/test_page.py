@@ -60,6 +60,7 @@ def page(
     )
 
 
+@pytest.mark.integration
 def test_page_holds_all_parts_and_no_address(page: Path, compressed: CompressedProgram) -> None:
     text = page.read_text()
     for part in (
@@ -167,6 +168,7 @@ def test_graph_is_written_for_viewers(compressed: CompressedProgram, tmp_path: P
         save_graph(compressed, tmp_path / "graph.onnx")
 
 
+@pytest.mark.integration
 def test_ids_of_a_page_are_unique_and_references_are_met(tmp_path: Path) -> None:
     model, x = Net().eval(), torch.randn(2, 16)
     palettizer = KMeansPalettizer(model)

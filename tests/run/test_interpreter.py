@@ -136,6 +136,7 @@ def test_what_depends_on_constants_alone_is_constant(net: Net) -> None:
     assert not constant_value(gm, scaled).requires_grad
 
 
+@pytest.mark.integration
 @torch.no_grad()
 @pytest.mark.parametrize("copies", [False, True])
 def test_a_graph_that_writes_into_its_input_leaves_the_batch_as_it_is(copies: bool) -> None:

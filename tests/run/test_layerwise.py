@@ -113,6 +113,7 @@ def assert_same_outputs(run: LayerwiseRun, model: nn.Module, batches: list[Batch
             torch.testing.assert_close(left, right, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", MODELS)
 def test_steps_through_all_nodes_compute_the_module(name: str) -> None:
     model, gm, batches = captured(name)
@@ -138,6 +139,7 @@ def test_values_live_until_their_last_reader_has_run(name: str) -> None:
     assert set(run._values) == {output_node(gm)}
 
 
+@pytest.mark.integration
 def test_a_value_with_readers_left_can_be_read_and_one_without_cannot() -> None:
     model, gm, batches = captured("residual")
     run = LayerwiseRun(gm, batches)

@@ -166,6 +166,7 @@ def test_entry_length_that_does_not_divide_is_refused() -> None:
         palettize(torch.randn(7, 4), PalettizationSpec(cluster_dim=2))
 
 
+@pytest.mark.integration
 def test_vector_tables_are_the_same_for_the_same_seed() -> None:
     weight = torch.randn(32, 32)
     spec = PalettizationSpec(cluster_dim=4, n_bits=4)

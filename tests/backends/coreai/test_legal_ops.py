@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.together import in_groups, together
 from torch import Tensor, nn
 
 import graphopt
@@ -237,10 +238,10 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 }
 
 
-@pytest.mark.parametrize("name", CASES)
-def test_right_on_the_runtime(name: str, tmp_path: Path) -> None:
-    function, args = CASES[name]
-    assert error_of(function, args, tmp_path) < 1e-3
+@pytest.mark.integration
+@pytest.mark.parametrize("names", in_groups(CASES, 5))
+def test_right_on_the_runtime(names: list[str], tmp_path: Path) -> None:
+    assert error_of(*together(CASES, names), tmp_path) < 1e-3
 
 
 def test_float64_is_cast_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -249,6 +250,7 @@ def test_float64_is_cast_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptur
     assert "float64 is cast to float32" in caplog.text
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("function", "said"),
     [
@@ -269,6 +271,7 @@ def test_what_core_ai_cannot_compute_is_refused_by_name(
         error_of(function, (randn(3, 2),), tmp_path)
 
 
+@pytest.mark.integration
 def test_ordinary_networks_keep_their_fused_ops(tmp_path: Path) -> None:
     class Net(nn.Module):
         def __init__(self) -> None:

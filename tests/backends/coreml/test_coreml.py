@@ -17,6 +17,7 @@ from graphopt.palettization import (
 from graphopt.quantization import QuantizationSpec
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
 @pytest.mark.parametrize(
     ("name", "message"),
@@ -35,6 +36,7 @@ def test_older_core_ml_refuses_what_it_cannot_hold(name: str, message: str) -> N
         graphopt.lower(program, "coreml", minimum_deployment_target="iOS16")
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
 @pytest.mark.parametrize(
     ("ios", "bits"),
@@ -61,6 +63,7 @@ def test_core_ml_refuses_fp8_tables_and_names_layer_feature_and_way_out() -> Non
         palettizer.finalize(backend="coreml")
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
 def test_op_that_cannot_be_evaluated_is_named_and_the_check_is_partial(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.together import in_groups, together
 from torch import Tensor, nn
 
 import graphopt
@@ -80,25 +81,29 @@ KINDS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
-@pytest.mark.parametrize("kind", KINDS)
-def test_what_the_converter_has_not_right_is_saved_right(kind: str, tmp_path: Path) -> None:
-    function, args = KINDS[kind]
-    assert saved(Function(function), args, tmp_path, "float32") < 1e-4
+@pytest.mark.parametrize("kinds", in_groups(KINDS, 4))
+def test_what_the_converter_has_not_right_is_saved_right(kinds: list[str], tmp_path: Path) -> None:
+    functions = {kind: (Function(KINDS[kind][0]), KINDS[kind][1]) for kind in kinds}
+    assert saved(*together(functions, kinds), tmp_path, "float32") < 1e-4
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
 def test_recurrent_layer_that_is_called_twice_is_saved_right(tmp_path: Path) -> None:
     torch.manual_seed(0)
     assert saved(Twice(), (of(2, 5, 8),), tmp_path, "float32") < 1e-5
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
 def test_lowest_float_masks_in_float16(tmp_path: Path) -> None:
     masked = Function(lambda x, m: ((x @ x.mT) + (1 - m) * LOWEST).softmax(-1) @ x)
     assert saved(masked, (of(1, 5, 8), MASK[:1].float() * 0 + 1), tmp_path, "float16") < 5e-3
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
 def test_what_overflows_in_float16_stays_in_float32(tmp_path: Path) -> None:
     wide = Function(lambda x: (torch.exp(20 + x) + 1).log())
@@ -132,6 +137,7 @@ def test_bfloat16_is_refused_with_the_layer_and_the_way_out() -> None:
         graphopt.lower(program, "coreml")
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
 def test_op_that_nothing_can_be_written_in_is_named_with_its_module() -> None:
     program = graphopt.capture(Function(lambda x: x.long() << 1), (of(3, 8),))
@@ -139,6 +145,7 @@ def test_op_that_nothing_can_be_written_in_is_named_with_its_module() -> None:
         graphopt.lower(program, "coreml")
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
 def test_what_core_ml_takes_whole_stays_whole() -> None:
     net = nn.Sequential(

@@ -46,6 +46,7 @@ def tensors(value: Any) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
 
 
+@pytest.mark.slow
 @pytest.mark.coreml
 @pytest.mark.parametrize(
     "op", [pytest.param(op, marks=[] if op in FEW else [pytest.mark.slow]) for op in OPS]

@@ -31,6 +31,7 @@ pytestmark = pytest.mark.executorch
 DECODED = {"3 bits in groups", "outliers"}
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("delegate", "name"),
     [
@@ -56,6 +57,7 @@ def test_codes_are_decoded_on_the_runtime(delegate: str, name: str, tmp_path: Pa
         assert len(notes) == len(program.report().palettized)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("bits", cases((1, 2, 3, 4, 6, 8), default=lambda bits: bits in (1, 3, 6)))
 def test_compressed_file_holds_the_codes_only(bits: int, tmp_path: Path) -> None:
     model, x = nn.Sequential(nn.Linear(512, 512)), torch.randn(1, 512)
@@ -68,6 +70,7 @@ def test_compressed_file_holds_the_codes_only(bits: int, tmp_path: Path) -> None
     assert artifact.verification.max_error < 1e-6
 
 
+@pytest.mark.integration
 def test_embedding_decodes_only_the_rows_it_reads(tmp_path: Path) -> None:
     class Big(nn.Module):
         def __init__(self) -> None:
@@ -87,6 +90,7 @@ def test_embedding_decodes_only_the_rows_it_reads(tmp_path: Path) -> None:
         (tmp_path / "model.pte").unlink()
 
 
+@pytest.mark.integration
 def test_int8_table_becomes_int8_weights_of_the_same_values(tmp_path: Path) -> None:
     config = {
         "palettization": {
@@ -117,6 +121,7 @@ def test_int8_table_becomes_int8_weights_of_the_same_values(tmp_path: Path) -> N
     assert torch.equal(small.lowered(IMAGE), artifacts["dense"].lowered(IMAGE))
 
 
+@pytest.mark.integration
 def test_passes_run_inside_executorch() -> None:
     """ExecuTorch runs `transform_passes` on its own dialect; ours are callables like any."""
     from executorch.exir import to_edge_transform_and_lower
@@ -139,6 +144,7 @@ def test_passes_run_inside_executorch() -> None:
     assert torch.allclose(edge.exported_program().module()(IMAGE), want, atol=1e-6)
 
 
+@pytest.mark.integration
 def test_default_takes_the_fastest_exact_form_of_each_weight(tmp_path: Path) -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:
@@ -166,6 +172,7 @@ def test_default_takes_the_fastest_exact_form_of_each_weight(tmp_path: Path) -> 
     assert "stored as a dense weight" in notes["second.weight"]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "conv",
     [

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.together import in_groups, together
 from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
@@ -122,12 +123,15 @@ def error_on_the_runtime(artifact: Any, folder: Path) -> float:
     return found
 
 
-@pytest.mark.parametrize("name", NETS)
-def test_runs_as_in_pytorch(name: str, tmp_path: Path) -> None:
+@pytest.mark.integration
+@pytest.mark.parametrize("names", in_groups(NETS, 5))
+def test_runs_as_in_pytorch(names: list[str], tmp_path: Path) -> None:
     torch.manual_seed(0)
-    build, shapes = NETS[name]
-    args = tuple(torch.randn(shape) for shape in shapes)
-    artifact = graphopt.lower(graphopt.capture(build().eval(), args), "executorch")
+    nets = {}
+    for name in names:
+        build, shapes = NETS[name]
+        nets[name] = (build(), tuple(torch.randn(shape) for shape in shapes))
+    artifact = graphopt.lower(graphopt.capture(*together(nets, names)), "executorch")
     assert error_on_the_runtime(artifact, tmp_path) < 1e-5
 
 
@@ -143,12 +147,13 @@ ROUNDED: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-@pytest.mark.parametrize("name", ROUNDED)
-def test_one_dimensional_convolutions_run_after_quantization(name: str, tmp_path: Path) -> None:
+@pytest.mark.integration
+def test_one_dimensional_convolutions_run_after_quantization(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    model, x = ROUNDED[name]().eval(), torch.randn(WAVE)
+    nets = {name: (build(), (torch.randn(WAVE),)) for name, build in ROUNDED.items()}
+    model, x = together(nets, nets)
     quantizer = Quantizer(model)
-    quantizer.prepare((x,), backend="executorch")
+    quantizer.prepare(x, backend="executorch")
     quantizer.calibrate([x])
     artifact = graphopt.lower(quantizer.program(), "executorch")
     assert error_on_the_runtime(artifact, tmp_path) < 1e-2

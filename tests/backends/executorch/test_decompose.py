@@ -100,6 +100,7 @@ FAMILIES: dict[str, dict[str, Function]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "family", cases(FAMILIES, default=lambda name: name not in ("images", "functions"))
 )
@@ -113,6 +114,7 @@ def test_what_has_no_kernel_runs_as_in_pytorch(family: str, tmp_path: Path) -> N
     assert not {name: error for name, error in errors.items() if error > 1e-4}
 
 
+@pytest.mark.integration
 def test_what_xnnpack_takes_whole_stays_whole() -> None:
     model = nn.Sequential(nn.Linear(8, 8), nn.Hardswish(), nn.Linear(8, 8)).eval()
     artifact: Any = graphopt.lower(graphopt.capture(model, (torch.randn(2, 8),)), "executorch")

@@ -25,6 +25,7 @@ HELD = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("delegate", "name"), cases(("coreml", "coreai"), SPECS, default=lambda *case: case in HELD)
 )
@@ -41,6 +42,7 @@ def test_targets_delegates_hold_every_form(name: str, delegate: str, tmp_path: P
     assert artifact.size < dense if name != "8 bits" else True
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("delegate", ["coreml", "coreai"])
 def test_targets_delegates_take_words_and_two_outputs(delegate: str, tmp_path: Path) -> None:
     class Both(nn.Module):
@@ -60,6 +62,7 @@ def test_targets_delegates_take_words_and_two_outputs(delegate: str, tmp_path: P
     assert outcome.max_error < 1e-6
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("delegate", ["portable", "coreml", "coreai"])
 def test_quantized_activations_go_through_every_delegate(delegate: str, tmp_path: Path) -> None:
     if delegate != "portable":
@@ -72,6 +75,7 @@ def test_quantized_activations_go_through_every_delegate(delegate: str, tmp_path
     assert artifact.verification.max_error < 1e-6
 
 
+@pytest.mark.integration
 def test_tables_and_activations_go_through_the_core_ml_delegate(tmp_path: Path) -> None:
     pytest.importorskip("coremltools")
     program = graphopt.compress(
@@ -86,6 +90,7 @@ def test_tables_and_activations_go_through_the_core_ml_delegate(tmp_path: Path) 
     assert outcome.weights == 3
 
 
+@pytest.mark.integration
 def test_weight_that_two_ops_read_stays_a_table_for_each(tmp_path: Path) -> None:
     pytest.importorskip("coremltools")
 
@@ -103,6 +108,7 @@ def test_weight_that_two_ops_read_stays_a_table_for_each(tmp_path: Path) -> None
     assert artifact.size < 30_000  # the dense weight would be 65,536
 
 
+@pytest.mark.integration
 def test_fp16_of_a_delegate_is_its_targets(tmp_path: Path) -> None:
     pytest.importorskip("coremltools")
     program = palettized(Convolutions(), IMAGE, SPECS["4 bits"])

@@ -58,12 +58,13 @@ def shared_bias(first: nn.Module, second: nn.Module) -> nn.Module:
     return nn.Sequential(first, nn.ReLU(), second)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("delegate", "kind"),
     cases(
         ["xnnpack", "portable"],
         ["a layer twice", "two linear layers", "two convolutions"],
-        default=lambda delegate, _: delegate == "xnnpack",
+        default=lambda delegate, kind: (delegate, kind) == ("xnnpack", "a layer twice"),
     ),
 )
 def test_layers_that_share_a_bias_scale_it_each_for_itself(
@@ -82,6 +83,7 @@ def test_layers_that_share_a_bias_scale_it_each_for_itself(
 
 
 # --- layers that need another form ----------------------------------------------------------------
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("kind", "tables"),
     cases(
@@ -98,12 +100,14 @@ def test_recurrent_layers_with_biases_run(
     assert error(program, tmp_path, tables=tables) < 1e-5
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("tables", ["compressed", "auto"])
 def test_convolution_of_one_image_without_a_batch_runs(tables: str, tmp_path: Path) -> None:
     program = palettized(nn.Conv2d(16, 32, 3, padding=1), torch.randn(16, 9, 9))
     assert error(program, tmp_path, delegate="portable", tables=tables) < 1e-5
 
 
+@pytest.mark.integration
 def test_layout_of_decoded_convolutions_is_that_of_convolutions(tmp_path: Path) -> None:
     # pixel_shuffle is exported to other ops for other strides
     model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(4, 4, 3))
@@ -112,6 +116,7 @@ def test_layout_of_decoded_convolutions_is_that_of_convolutions(tmp_path: Path) 
         assert error(program, tmp_path, delegate=delegate, tables="compressed") < 1e-5
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("groups", [1, 4])
 @pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d])
 def test_transposed_convolutions_of_integers_run(
@@ -137,6 +142,7 @@ class GeneralConvolution(nn.Module):
         return torch.ops.aten.convolution(x, self.weight, self.bias, *places)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("transposed", [False, True])
 def test_general_convolution_is_computed_with_integers(transposed: bool, tmp_path: Path) -> None:
     program = quantized(GeneralConvolution(transposed=transposed), torch.randn(2, 16, 9, 9))
@@ -147,6 +153,7 @@ def test_general_convolution_is_computed_with_integers(transposed: bool, tmp_pat
     assert artifact.verification.max_error < 2e-2
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("tables", ["auto", "compressed"])
 def test_tables_of_the_general_convolution_run(tables: str, tmp_path: Path) -> None:
     program = palettized(GeneralConvolution(transposed=False), torch.randn(2, 16, 9, 9))
@@ -154,6 +161,7 @@ def test_tables_of_the_general_convolution_run(tables: str, tmp_path: Path) -> N
 
 
 # --- values and types -----------------------------------------------------------------------------
+@pytest.mark.integration
 @pytest.mark.parametrize("delegate", ["xnnpack", "portable"])
 def test_clamps_keep_their_types_and_ends(delegate: str, tmp_path: Path) -> None:
     model = Calls(
@@ -164,6 +172,7 @@ def test_clamps_keep_their_types_and_ends(delegate: str, tmp_path: Path) -> None
     assert error(program, tmp_path, delegate=delegate) < 1e-5
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("delegate", ["xnnpack", "portable"])
 def test_examples_in_another_layout_are_read_in_order(delegate: str, tmp_path: Path) -> None:
     image = torch.randn(2, 8, 9, 9).to(memory_format=torch.channels_last)
@@ -172,11 +181,13 @@ def test_examples_in_another_layout_are_read_in_order(delegate: str, tmp_path: P
     assert error(as_program(nn.Linear(32, 8), turned), tmp_path, delegate=delegate) < 1e-5
 
 
+@pytest.mark.integration
 def test_weight_that_is_an_output_too_is_stored_apart(tmp_path: Path) -> None:
     model = Calls(lambda self, x: (self.f(x), self.f.bias), f=nn.Linear(8, 8))
     assert error(as_program(model.eval(), torch.randn(2, 8)), tmp_path) < 1e-5
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("tables", ["int8", "compressed", "dense"])
 def test_tables_of_16_bit_models_run(tables: str, tmp_path: Path) -> None:
     program = palettized(nn.Linear(32, 48).half(), torch.randn(2, 32).half())
@@ -191,6 +202,7 @@ def test_integers_in_16_bit_models_are_refused(dtype: torch.dtype) -> None:
         graphopt.lower(program, "executorch")
 
 
+@pytest.mark.integration
 def test_ops_without_a_kernel_are_refused_by_name() -> None:
     net = Calls(lambda self, x: torch.gcd(x, x + self.n), n=torch.tensor(2))
     with pytest.raises(LoweringError, match="gcd"):

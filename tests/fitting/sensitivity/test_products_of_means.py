@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from helpers.sensitivity_models import (
@@ -55,6 +56,7 @@ def test_without_samples_a_linear_layer_takes_the_product_of_two_means() -> None
     assert_close(found, expected)
 
 
+@pytest.mark.integration
 def test_without_samples_a_convolution_sums_both_over_its_positions() -> None:
     model, data, program = example("convolutions")
     found = collect(program, data, [4, 2], GradientCollector(per_sample=False))
@@ -96,6 +98,7 @@ def facade(
     return load_sensitivities(path, shapes)
 
 
+@pytest.mark.integration
 def test_a_mean_loss_and_one_per_sample_give_the_same_numbers(tmp_path: Path) -> None:
     model, data, _ = example("sequences")
     single = facade(model, data, [4, 2], tmp_path / "single", loss_fn=losses)

@@ -233,6 +233,7 @@ def test_small_constants_stay(program: Any, tmp_path: Path) -> None:
     assert whole - 8 * 4 * 64 * 32 * 9 < size(saved(all_but_large, tmp_path)) < whole
 
 
+@pytest.mark.integration
 def test_half_precision_weights_keep_their_type(net: nn.Module, tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(64, 64)).half().eval()
     x = torch.randn(2, 64).half()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,12 @@ def built(target: str, precision: str) -> Any:
     )
 
 
+@functools.cache
+def built_once() -> Any:
+    """For tests that do not change it."""
+    return built("iOS18", "float16")
+
+
 @pytest.fixture(scope="module", params=[("iOS16", "float32"), ("iOS18", "float16")], ids=str)
 def package(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("built") / "net.mlpackage"
@@ -116,6 +123,7 @@ SPECS = {
 }
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", SPECS)
 def test_what_is_on_disk_are_our_tables(name: str, package: Path, tmp_path: Path) -> None:
     spec = SPECS[name]
@@ -163,6 +171,7 @@ def test_quantized_weights_are_read_back(
     outputs(small)
 
 
+@pytest.mark.integration
 def test_tables_are_at_least_as_good_as_coremltools_own(package: Path, tmp_path: Path) -> None:
     from coremltools.optimize import coreml as cto
 
@@ -206,6 +215,7 @@ def test_compressed_weights_are_left_alone(package: Path, tmp_path: Path) -> Non
     assert all(np.array_equal(a, b) for a, b in zip(outputs(small), outputs(again), strict=True))
 
 
+@pytest.mark.integration
 def test_model_in_memory_is_not_changed(tmp_path: Path) -> None:
     model = built("iOS18", "float16")
     model.short_description = "kept"
@@ -217,6 +227,7 @@ def test_model_in_memory_is_not_changed(tmp_path: Path) -> None:
     outputs(tmp_path / "small.mlpackage")
 
 
+@pytest.mark.integration
 def test_functions_of_one_model_are_kept_and_share_weights(tmp_path: Path) -> None:
     first, both = tmp_path / "one.mlpackage", tmp_path / "both.mlpackage"
     built("iOS18", "float16").save(str(first))
@@ -236,6 +247,7 @@ def test_functions_of_one_model_are_kept_and_share_weights(tmp_path: Path) -> No
     assert sizes[0] < 1.1 * sizes[1]
 
 
+@pytest.mark.integration
 def test_tables_of_an_old_model_are_not_mixed_with_forms_that_it_cannot_hold(
     tmp_path: Path,
 ) -> None:
@@ -247,6 +259,7 @@ def test_tables_of_an_old_model_are_not_mixed_with_forms_that_it_cannot_hold(
         coreml_utils.quantize_weights(opened(small), blocks)
 
 
+@pytest.mark.integration
 def test_scales_of_channel_groups_raise_an_old_model(tmp_path: Path) -> None:
     path, exact = tmp_path / "small.mlpackage", tmp_path / "exact.mlpackage"
     model = built("iOS16", "float32")
@@ -272,6 +285,7 @@ class Recurrent(nn.Module):
         return self.layer(x, first)[0]
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU])
 def test_recurrent_weights_are_found_and_read_back(kind: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
@@ -298,6 +312,7 @@ def test_recurrent_weights_are_found_and_read_back(kind: Any, tmp_path: Path) ->
         assert np.abs(found - model(x).detach().numpy()).max() < 1e-5
 
 
+@pytest.mark.integration
 def test_weights_that_are_not_finite_are_named() -> None:
     class Broken(nn.Module):
         def __init__(self) -> None:
@@ -314,6 +329,7 @@ def test_weights_that_are_not_finite_are_named() -> None:
         coreml_utils.palettize_weights(model)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
@@ -365,4 +381,4 @@ def test_weights_that_are_not_finite_are_named() -> None:
 )
 def test_wrong_requests_are_refused(call: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
-        call(built("iOS18", "float16"))
+        call(built_once())

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.tiers import some
 from helpers.torchao_nets import X, aten, converted, rounding_ops, xnnpack
 from torch import Tensor, nn
 from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
@@ -76,6 +77,7 @@ def test_tables_and_activations_of_one_config_go_together(
     assert sum("quantize_per_tensor" in target for target in targets) > 6
 
 
+@pytest.mark.integration
 def test_our_weights_over_another_quantizers_activations(
     net: nn.Module, data: list[Tensor]
 ) -> None:
@@ -87,6 +89,7 @@ def test_our_weights_over_another_quantizers_activations(
     assert sum("lut_to_dense" in str(node.target) for node in both.graph.nodes) == 3
 
 
+@pytest.mark.integration
 def test_composable_quantizer_takes_ours_beside_another(net: nn.Module, data: list[Tensor]) -> None:
     linear = KMeansPalettizerConfig(global_config=None).set_module_name(
         "fc", KMeansPalettizerConfig().global_config
@@ -99,6 +102,7 @@ def test_composable_quantizer_takes_ours_beside_another(net: nn.Module, data: li
     assert all("dequantize_per_channel" in str(node.args[1].target) for node in convs)
 
 
+@pytest.mark.integration
 def test_what_our_quantizer_made_survives_export(
     net: nn.Module, data: list[Tensor], tmp_path: Path
 ) -> None:
@@ -112,7 +116,8 @@ def test_what_our_quantizer_made_survives_export(
 
 
 # --- models that PT2E has converted -----------------------------------------------------------------
-@pytest.mark.parametrize("fold", [True, False])
+@pytest.mark.integration
+@pytest.mark.parametrize("fold", some([True, False], lambda fold: fold))
 def test_converted_model_is_palettized_further(
     net: nn.Module, data: list[Tensor], tmp_path: Path, fold: bool
 ) -> None:
@@ -130,6 +135,7 @@ def test_converted_model_is_palettized_further(
         assert artifact.verification.max_error < 0.02
 
 
+@pytest.mark.integration
 def test_converted_weights_are_left_alone_unless_asked(net: nn.Module, data: list[Tensor]) -> None:
     gm = converted(net, xnnpack(), data)
     report = pipelines.palettize().run(gm, (X,)).report()

@@ -55,6 +55,7 @@ def loops(
     return found
 
 
+@pytest.mark.integration
 def test_exact_values_are_those_of_the_loop() -> None:
     model, x, metrics = residual(), pictures(), ["psnr", "kl", "top1"]
     table = analyze(model, (x[0],), [2, "3 g4", 6, "int8"], x, metrics)
@@ -64,6 +65,7 @@ def test_exact_values_are_those_of_the_loop() -> None:
             assert own == pytest.approx(expected[metric][layer], rel=1e-4, abs=1e-6), metric
 
 
+@pytest.mark.integration
 def test_exact_values_of_tied_weights_and_two_outputs() -> None:
     model, ids = encoder(), sentences()
     table = analyze(model, (ids[0],), [2, 4], ids)
@@ -72,6 +74,7 @@ def test_exact_values_of_tied_weights_and_two_outputs() -> None:
         assert own == pytest.approx(expected[layer], abs=1e-3)
 
 
+@pytest.mark.integration
 def test_activations_are_rounded_over_the_range_of_all_data() -> None:
     model, x = residual(), pictures()
     act = {
@@ -112,6 +115,7 @@ class OneNorm(nn.Module):
         return self.head(torch.relu(self.norm(self.conv(x))).mean((2, 3)))
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("correction", ["statistics", "batch_norm", "bias"])
 def test_corrections_of_one_layer_are_those_of_compress(correction: Any) -> None:
     torch.manual_seed(0)
@@ -137,6 +141,7 @@ class Interrupt(Exception):
     pass
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("mode", ["exact", "fast", "hybrid"])
 def test_an_interrupted_run_goes_on_where_it_stopped(
     mode: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -172,6 +177,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     assert SensitivityTable.load(path).values() == whole.values()
 
 
+@pytest.mark.integration
 def test_other_models_data_or_settings_do_not_mix(tmp_path: Path) -> None:
     x = pictures()
     path = tmp_path / "table.jsonl"
@@ -192,6 +198,7 @@ def test_other_models_data_or_settings_do_not_mix(tmp_path: Path) -> None:
     assert SensitivityTable.load(path, residual(1), (x[0],)).values() == restarted.values()
 
 
+@pytest.mark.integration
 def test_more_data_extend_a_table(tmp_path: Path) -> None:
     x = pictures()
     path = tmp_path / "table.jsonl"
@@ -201,6 +208,7 @@ def test_more_data_extend_a_table(tmp_path: Path) -> None:
     assert table.values() == analyze(residual(), (x[0],), [2], x).values()
 
 
+@pytest.mark.integration
 def test_exports_hold_every_row(tmp_path: Path) -> None:
     import pandas as pd
 
@@ -217,6 +225,7 @@ def test_exports_hold_every_row(tmp_path: Path) -> None:
     assert [line.get_label() for line in drawn.get_lines()] == ["2-bit", "4-bit"]
 
 
+@pytest.mark.integration
 def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
     path = tmp_path / "other.jsonl"
     for text in ("", "no line end", "no json\n", '{"a": 1}\n', "[]\n"):
@@ -304,6 +313,7 @@ def test_dask_measures_batches_on_a_cluster() -> None:
         assert there.values()[layer] == pytest.approx(own, rel=1e-5)
 
 
+@pytest.mark.integration
 def test_a_metric_of_ones_own_travels_if_it_can_be_imported() -> None:
     model, x = residual(), pictures(2)
     with threads() as executor:
@@ -313,6 +323,7 @@ def test_a_metric_of_ones_own_travels_if_it_can_be_imported() -> None:
             analyze(model, (x[0],), [2], x, lambda a, b: 0.0, executor=executor)
 
 
+@pytest.mark.integration
 def test_table_that_got_no_further_than_its_first_line_is_begun_anew(tmp_path: Path) -> None:
     path, x = tmp_path / "table.jsonl", pictures(1)
     analyze(residual(1), (x[0],), [2], x, path=path)

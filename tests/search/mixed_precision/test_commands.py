@@ -37,6 +37,7 @@ def call(*words: object) -> Any:
     return done
 
 
+@pytest.mark.integration
 def test_analyze_recipe_sweep_and_compress_follow_each_other(files: Path, tmp_path: Path) -> None:
     table, recipe = tmp_path / "table.jsonl", tmp_path / "recipe.yaml"
     model, data = files / "model.pt2", files / "data.pt"
@@ -117,6 +118,7 @@ def test_analyze_recipe_sweep_and_compress_follow_each_other(files: Path, tmp_pa
     assert not (tmp_path / "none.yaml").exists()
 
 
+@pytest.mark.integration
 def test_analyze_resumes_and_restarts(files: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.jsonl"
     words = (

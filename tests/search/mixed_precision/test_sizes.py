@@ -96,6 +96,7 @@ def test_padding_of_the_target_is_priced() -> None:
     )
 
 
+@pytest.mark.integration
 @pytest.mark.coreai
 @pytest.mark.parametrize("name", ["3-bit", "4-bit", "int8"])
 def test_a_saved_artifact_differs_by_the_predicted_bytes(name: str, tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ def brute_force(problem: Problem, budget: float) -> float | None:
     return min((loss for loss, size in found if size <= budget), default=None)
 
 
+@pytest.mark.integration
 @settings(deadline=None, derandomize=True, max_examples=60)
 @given(st.integers(0, 10**6), st.integers(1, 5), st.integers(1, 4), st.floats(0.0, 1.0))
 def test_exact_solution_is_the_best_of_all_choices(
@@ -99,6 +100,7 @@ def test_greedy_walk_overrides_earlier_choices_and_stops_at_the_budget() -> None
         solve_greedily(scores, sizes, kept, 5.0)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("layers", "limit"), [(100, 5.0), (2000, 60.0)])
 def test_large_problems_are_solved_within_a_small_gap(layers: int, limit: float) -> None:
     problem = random_problem(0, layers, 8)

@@ -38,6 +38,7 @@ def call(*words: object) -> Any:
     return done
 
 
+@pytest.mark.integration
 def test_config_and_options_give_a_folder(files: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     done = call(

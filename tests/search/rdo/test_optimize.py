@@ -26,6 +26,7 @@ def kl(model: nn.Module) -> float:
 
 
 # --- sizes ----------------------------------------------------------------------------------------
+@pytest.mark.integration
 @pytest.mark.parametrize("target", [3.0, 4.19, 6.5])
 def test_bits_reported_are_bits_stored_and_within_the_target(target: float) -> None:
     program, report = run(
@@ -50,6 +51,7 @@ def test_result_is_closer_than_uniform_quantization_at_its_size() -> None:
     assert report["rate-distortion"].bits_per_weight <= 5.0
 
 
+@pytest.mark.integration
 def test_rate_weight_decides_the_bits() -> None:
     sizes = [
         run(
@@ -61,6 +63,7 @@ def test_rate_weight_decides_the_bits() -> None:
     assert sizes[0] > 8 > 4 > sizes[-1]
 
 
+@pytest.mark.integration
 def test_entropy_rate_meets_its_target_in_coded_bits() -> None:
     config = {
         "target_bits": 4.0,
@@ -75,6 +78,7 @@ def test_entropy_rate_meets_its_target_in_coded_bits() -> None:
     assert report["rate-distortion"].distance < fixed["rate-distortion"].distance
 
 
+@pytest.mark.integration
 def test_activations_are_rounded_in_the_result() -> None:
     program, report = run({"target_bits": 5, "activations": "int8"})
     assert len(find_quantized_activations(program.graph_module)) >= 4
@@ -83,6 +87,7 @@ def test_activations_are_rounded_in_the_result() -> None:
     assert len(with_weights) == len(report.layers)
 
 
+@pytest.mark.integration
 def test_palettes_go_through_the_same_stages() -> None:
     program, report = run(
         {
@@ -99,6 +104,7 @@ def test_palettes_go_through_the_same_stages() -> None:
     assert any(layer.how == "adaptive rounding" for layer in report.layers)
 
 
+@pytest.mark.integration
 def test_integers_and_palettes_compete_for_the_same_bits() -> None:
     config = {
         "target_bits": 5.1,
@@ -116,6 +122,7 @@ def test_integers_and_palettes_compete_for_the_same_bits() -> None:
     assert kl(program.module()) < 0.2 * report["uniform 4-bit"].distance
 
 
+@pytest.mark.integration
 def test_model_is_not_changed_and_results_repeat() -> None:
     model = copy.deepcopy(trained())
     before = {name: value.clone() for name, value in model.state_dict().items()}

@@ -24,6 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- targets --------------------------------------------------------------------------------------
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("suffix", "mark"),
     [("aimodel", "coreai"), ("mlpackage", "coreml"), ("pte", "executorch"), ("pt2", "")],
@@ -51,6 +52,7 @@ def odd_widths() -> graphopt.CompressedProgram:
     return run(config).program
 
 
+@pytest.mark.integration
 def test_sizes_of_a_target_count_its_padding() -> None:
     config = {"target_bits": 4.4, "candidates": [3, 4], "rounding": {"blocks": "none"}}
     own = run(config).report
@@ -135,6 +137,7 @@ def test_grouped_convolutions_and_unfolded_norms() -> None:
         assert report["rate-distortion"].distance < 0.5 * report["uniform 4-bit"].distance
 
 
+@pytest.mark.integration
 def test_outputs_that_are_no_floats_are_left_out_of_the_loss() -> None:
     class Labelled(nn.Module):
         def __init__(self) -> None:
@@ -153,6 +156,7 @@ def test_outputs_that_are_no_floats_are_left_out_of_the_loss() -> None:
     assert report["rate-distortion"].distance < 0.2 * report["uniform 4-bit"].distance
 
 
+@pytest.mark.integration
 def test_keyword_inputs_and_exported_programs() -> None:
     data = pictures(2)
     exported = torch.export.export(residual(), (data[0],), strict=False)

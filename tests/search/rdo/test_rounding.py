@@ -46,6 +46,7 @@ def rounded(
     return run, block, outcome
 
 
+@pytest.mark.integration
 def test_roundings_of_a_layer_come_near_the_best_of_all() -> None:
     """All 2⁸ ways to round a layer of eight weights up or down are tried."""
     found = [roundings_of_a_layer(seed) for seed in range(8)]

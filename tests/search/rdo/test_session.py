@@ -25,6 +25,7 @@ from graphopt.rdo import RDOConfig, Session, optimize
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
+@pytest.mark.integration
 def test_folder_holds_report_config_bits_picture_and_program(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     out = tmp_path / "results"
@@ -60,6 +61,7 @@ class Stopped(KeyboardInterrupt):
     pass
 
 
+@pytest.mark.integration
 def test_interrupted_run_goes_on_at_the_last_finished_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -137,6 +139,7 @@ def test_finished_blocks_survive_being_stored(family: str, tmp_path: Path) -> No
     assert known[0].rounded.before == fits[0].rounded.before  # type: ignore[union-attr]
 
 
+@pytest.mark.integration
 def test_report_prints_and_draws() -> None:
     pytest.importorskip("matplotlib")
     report = plain().report

@@ -18,6 +18,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- the session's stages -------------------------------------------------------------------------
+@pytest.mark.integration
 def test_stages_alone_give_what_the_whole_gives() -> None:
     config = RDOConfig.from_dict({"target_bits": 5.0, **QUICK})
     session = Session.open(trained(), EXAMPLE, calibration(), config, progress=False)
@@ -91,6 +92,7 @@ def test_a_choice_that_is_no_candidate_is_refused() -> None:
 
 
 # --- reports, files, resuming ---------------------------------------------------------------------
+@pytest.mark.integration
 def test_scores_are_compared_sample_by_sample() -> None:
     report = plain().report
     base = right(trained()).double()
@@ -104,6 +106,7 @@ def test_scores_are_compared_sample_by_sample() -> None:
     assert single["float"].error is None
 
 
+@pytest.mark.integration
 def test_scores_of_different_length_are_refused() -> None:
     lengths = iter([3, 4, 4, 4])
     with pytest.raises(InputError, match="scores of shape"):
