@@ -33,8 +33,9 @@ from graphopt.backends.decompositions import (
 from graphopt.backends.decompositions.whole import Around
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
+from graphopt.ir import op_info
 
-__all__ = ["converted_ops", "decompositions", "rewritten_ops"]
+__all__ = ["RUNNING_SUMS", "converted_ops", "decompositions", "rewritten_ops"]
 
 _aten = torch.ops.aten
 Table = dict[Any, Callable[..., Any]]
@@ -87,6 +88,13 @@ def _rules(wanted: Table) -> Table:
     return {op: Around(op, rule) for op, rule in wanted.items()}
 
 
+def _overload(name: str) -> Any:
+    packet, overload = name.split(".")
+    return getattr(getattr(_aten, packet), overload)
+
+
+# sums that only grow: in float16 they would stand still at 2048
+RUNNING_SUMS = (_aten.cumsum.default,)
 # what coreai-torch has no translation of
 _LACKING: Table = {
     _aten.isnan.default: numbers.isnan,
@@ -178,18 +186,15 @@ _LACKING: Table = {
     _aten._trilinear.default: products.trilinear,
 }
 _AS_NUMBERS = (
-    *(_aten.amax.default, _aten.amin.default, _aten.max.default, _aten.min.default),
-    *(_aten.max.dim, _aten.min.dim, _aten.topk.default, _aten.argmax.default),
+    *("amax.default", "amin.default", "max.default", "min.default"),
+    *("max.dim", "min.dim", "topk.default", "argmax.default"),
 )
 _REDUCTIONS: Table = {
     **{
-        op: scalars.of_scalars(result, forms.as_numbers if op in _AS_NUMBERS else scalars.whole_op)
-        for op, result in scalars.REDUCTIONS.items()
-        if op is not _aten.argmin.default
+        _overload(name): rule
+        for name, rule in scalars.reductions(dict.fromkeys(_AS_NUMBERS, forms.as_numbers)).items()
+        if not name.startswith("argmin")
     },
-    **dict.fromkeys(
-        (_aten.sum.dim_IntList, _aten.prod.default, _aten.prod.dim_int), scalars.sum_of_scalar
-    ),
     _aten.linalg_vector_norm.default: forms.plain(reductions.vector_norm),
     **dict.fromkeys(
         (_aten.maximum.default, _aten.minimum.default, _aten.gt.Tensor, _aten.lt.Tensor),
@@ -233,7 +238,7 @@ _MISCOMPUTED: Table = {
     _aten.upsample_bilinear2d.vec: forms.plain(windows.bilinear2d),
     _aten.convolution.default: forms.plain(products.conv_transpose),
     _aten.scaled_dot_product_attention.default: attention,
-    _aten._native_batch_norm_legit_no_training.default: forms.plain(forms.batch_norm),
+    op_info.BATCH_NORM: forms.plain(forms.batch_norm),
     _aten.native_layer_norm.default: forms.layer_norm,
     _aten.native_group_norm.default: forms.group_norm,
     _aten.expand.default: forms.plain(forms.expand),

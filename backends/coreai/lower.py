@@ -10,7 +10,7 @@ from torch import fx
 from torch.export import ExportedProgram
 
 from graphopt.backends.casting import cast_to_16_bit_precision, op_predicate
-from graphopt.backends.coreai.decompose import decompositions
+from graphopt.backends.coreai.decompose import RUNNING_SUMS, decompositions
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
 from graphopt.backends.coreai.options import CoreAIOptions
@@ -56,12 +56,9 @@ def legal_export(program: Program, options: CoreAIOptions) -> ExportedProgram:
 
 
 def _wide_ops(ignored: Any) -> Callable[[fx.Node], bool]:
-    """What computes in float32: what the user asks for, and running sums.
-
-    The runtime adds up in float16, where a sum of 2048 ones grows no more.
-    """
+    """What computes in float32: what the user asks for, and running sums."""
     chosen = op_predicate(ignored)
-    return lambda node: node.target is torch.ops.aten.cumsum.default or chosen(node)
+    return lambda node: node.target in RUNNING_SUMS or chosen(node)
 
 
 def _free_views(graph: fx.Graph) -> None:

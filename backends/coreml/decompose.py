@@ -31,7 +31,7 @@ def decompose_for_coreml(exported: ExportedProgram) -> ExportedProgram:
     keyword argument and turns the tanh form into the exact one, and `rms_norm` refuses a default
     epsilon.
     """
-    rules = _torchs_rules() | legal_ops() | {_aten.gelu.default: _tanh_gelu}
+    rules = _torchs_rules() | _rules()
     rules |= pool_rules(exported.graph)
     for _ in range(_ROUNDS):
         # composite ops keep whole unless they are named
@@ -49,7 +49,11 @@ def decompose_for_coreml(exported: ExportedProgram) -> ExportedProgram:
 
 def rewritten_ops() -> frozenset[Any]:
     """Ops that this module has rules for, beside torch's own; some for certain arguments only."""
-    return frozenset(legal_ops()) | {_aten.gelu.default}
+    return frozenset(_rules())
+
+
+def _rules() -> Rules:
+    return legal_ops() | {_aten.gelu.default: _tanh_gelu}
 
 
 def _refuse_unknown(exported: ExportedProgram) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["REDUCTIONS", "of_scalars", "sum_of_scalar", "whole_op"]
+__all__ = ["of_scalars", "reductions", "sum_of_scalar", "whole_op"]
 
 Op = Callable[..., Any]
-_aten = torch.ops.aten
 
 
 def of_scalars(result: Op, others: Op) -> Op:
@@ -55,18 +54,28 @@ def _not_zero(x: Tensor) -> Tensor:
     return torch.ne(x, 0)
 
 
-# op → what it gives of a tensor without axes
-REDUCTIONS: dict[Any, Op] = {
-    **dict.fromkeys(
-        (_aten.amax.default, _aten.amin.default, _aten.max.default, _aten.min.default), torch.clone
-    ),
-    **dict.fromkeys((_aten.max.dim, _aten.min.dim, _aten.topk.default), _element),
-    **dict.fromkeys((_aten.argmax.default, _aten.argmin.default), _first),
-    **dict.fromkeys((_aten.mean.default, _aten.mean.dim), torch.clone),
-    _aten._softmax.default: torch.ones_like,
-    _aten._log_softmax.default: torch.zeros_like,
-    **dict.fromkeys((_aten.any.default, _aten.any.dim, _aten.any.dims), _not_zero),
-    **dict.fromkeys(
-        (_aten.flip.default, _aten.permute.default, _aten.index_select.default), torch.clone
-    ),
+# op and overload → what it gives of a tensor without axes
+_REDUCTIONS: dict[str, Op] = {
+    **dict.fromkeys(("amax.default", "amin.default", "max.default", "min.default"), torch.clone),
+    **dict.fromkeys(("max.dim", "min.dim", "topk.default"), _element),
+    **dict.fromkeys(("argmax.default", "argmin.default"), _first),
+    **dict.fromkeys(("mean.default", "mean.dim"), torch.clone),
+    "_softmax.default": torch.ones_like,
+    "_log_softmax.default": torch.zeros_like,
+    **dict.fromkeys(("any.default", "any.dim", "any.dims"), _not_zero),
+    **dict.fromkeys(("flip.default", "permute.default", "index_select.default"), torch.clone),
 }
+
+
+def reductions(forms: Mapping[str, Op] | None = None) -> dict[str, Op]:
+    """Rules by op and overload, as "amax.default"; they take the op first.
+
+    Args:
+        forms: The rule for tensors with axes; the op as it is where there is none.
+    """
+    given = forms or {}
+    rules = {
+        name: of_scalars(result, given.get(name, whole_op)) for name, result in _REDUCTIONS.items()
+    }
+    sums = dict.fromkeys(("sum.dim_IntList", "prod.default", "prod.dim_int"), sum_of_scalar)
+    return rules | sums

@@ -122,6 +122,11 @@ def _of(rule: Rule, *first: Any) -> Rule:
     return lambda *args, **kwargs: rule(*first, *args, **kwargs)
 
 
+def _overload(name: str) -> Any:
+    packet, overload = name.split(".")
+    return getattr(getattr(_aten, packet), overload)
+
+
 # torch's rules end in primitives that have no kernel either
 _LEAVE = (_aten.gcd.default, _aten.lcm.default, _aten.igamma.default, _aten.igammac.default)
 # what may have no kernel
@@ -195,13 +200,7 @@ _MISCOMPUTED: Table = {
     _aten.upsample_bilinear2d.vec: exact_ops.bilinear,
     _aten.convolution.default: exact_ops.convolution,
     _aten.prelu.default: exact_ops.prelu,
-    **{
-        op: scalars.of_scalars(result, scalars.whole_op)
-        for op, result in scalars.REDUCTIONS.items()
-    },
-    **dict.fromkeys(
-        (_aten.sum.dim_IntList, _aten.prod.default, _aten.prod.dim_int), scalars.sum_of_scalar
-    ),
+    **{_overload(name): rule for name, rule in scalars.reductions().items()},
     _aten.var.correction: lambda whole, x, *args, **kwargs: (
         whole(x, *args, **kwargs) if x.dim() else reductions.var(x, *args, **kwargs)
     ),
