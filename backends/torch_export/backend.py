@@ -14,6 +14,7 @@ from typing_extensions import override
 from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.options import TargetOptions, read_options
+from graphopt.backends.torch_export.archive import deflate_texts
 from graphopt.backends.torch_export.options import TorchOptions
 from graphopt.backends.verification import Evaluation
 from graphopt.errors import VerificationError
@@ -46,7 +47,12 @@ class TorchArtifact(Artifact):
 
     @override
     def _write(self, path: Path) -> None:
-        torch.export.save(self.exported, path)
+        plain = path.with_name(f".plain-{path.name}")
+        try:
+            torch.export.save(self.exported, plain)
+            deflate_texts(plain, path)
+        finally:
+            plain.unlink(missing_ok=True)
 
 
 class TorchBackend(Backend):
@@ -99,6 +105,9 @@ class TorchBackend(Backend):
             program.example_kwargs,
             dynamic=chosen.dynamic,
         )
+        if not chosen.stack_traces:
+            for node in exported.graph.nodes:
+                node.meta.pop("stack_trace", None)
         return TorchArtifact(self, program, exported, chosen)
 
     @override

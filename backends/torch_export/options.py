@@ -15,6 +15,8 @@ class TorchOptions(TargetOptions):
 
     Attributes:
         dynamic: Leave the dimensions open that the graph leaves open.
+        stack_traces: Keep the lines of the model's source that each op comes from.
     """
 
     dynamic: bool = True
+    stack_traces: bool = False

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from helpers.op_calls import counted_ops
-from helpers.op_sweep import Outcome, sweep
+from helpers.op_sweep import Outcome, sweep, write_table
 
 # share of the calls that come out right, at least
 SHARES = {"coreai": 0.9, "coreml": 0.85, "executorch": 0.9, "torch": 0.95}
@@ -35,4 +36,6 @@ def test_every_tenth_op_is_right_or_refused(target: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_op_is_right_or_refused(target: str) -> None:
-    check(target, list(sweep(target, counted_ops())))
+    outcomes = list(sweep(target, counted_ops()))
+    write_table(outcomes, Path(__file__).parents[2] / f"out/ops/{target}.csv")
+    check(target, outcomes)

@@ -8,16 +8,16 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import csv
 import functools
 import importlib
-import json
 import multiprocessing
 import sys
 import tempfile
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ if __name__ == "__main__":
 from helpers.op_calls import OpCall, calls_of, counted_ops
 from helpers.together import Together
 
-__all__ = ["SUFFIXES", "Outcome", "sweep"]
+__all__ = ["SUFFIXES", "Outcome", "sweep", "write_table"]
 
 _SECONDS = 120
 SUFFIXES = {"coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte", "torch": ".pt2"}
@@ -199,14 +199,25 @@ def sweep(target: str, ops: Iterable[str], together: int = 8) -> Iterator[Outcom
         worker.process.kill()
 
 
+def write_table(outcomes: Iterable[Outcome], path: Path) -> None:
+    """Write outcomes as CSV, one row a call."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(("call", "outcome", "rewritten", "said"))
+        for outcome in outcomes:
+            rewritten = "yes" if outcome.rewritten else ""
+            table.writerow((outcome.call, outcome.kind, rewritten, outcome.said))
+
+
 def main() -> None:
-    """Print each outcome that is not right and the counts; write all of them as JSON."""
+    """Print each outcome that is not right and the counts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("target")
     parser.add_argument("ops", nargs="*")
     parser.add_argument("--every", type=int, default=1)
     parser.add_argument("--together", type=int, default=8)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--table", type=Path, help="a CSV file of the outcomes")
     parser.add_argument("--all", action="store_true", help="print what is right too")
     chosen = parser.parse_args()
     outcomes = []
@@ -219,8 +230,8 @@ def main() -> None:
     counts = Counter(outcome.kind for outcome in outcomes)
     tried = {outcome.call.split("#")[0] for outcome in outcomes}
     print(f"{len(outcomes)} calls of {len(tried)} ops: {dict(counts)}")
-    if chosen.json:
-        chosen.json.write_text(json.dumps([asdict(outcome) for outcome in outcomes], indent=1))
+    if chosen.table:
+        write_table(outcomes, chosen.table)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""Archives of `torch.export.save`, with their texts deflated."""
+
+from __future__ import annotations
+
+import shutil
+import zipfile
+from pathlib import Path
+
+__all__ = ["deflate_texts"]
+
+_ALIGNED = 64  # bytes; torch maps tensors from files at such places
+_HEADER = 30  # bytes of a member's header, before its name
+_TEXTS = (".json", ".py", ".txt")
+
+
+def deflate_texts(archive: Path, result: Path) -> None:
+    """Write an archive again with its JSON deflated; tensors stay as they are, and aligned.
+
+    `torch.export.load` reads both. The graph's JSON is several times the size of small weights.
+
+    Args:
+        archive: What `torch.export.save` wrote.
+        result: Where to write to.
+    """
+    with zipfile.ZipFile(archive) as given, zipfile.ZipFile(result, "w") as written:
+        for member in given.infolist():
+            info = zipfile.ZipInfo(member.filename, member.date_time)
+            info.external_attr = member.external_attr
+            if member.filename.endswith(_TEXTS):
+                info.compress_type = zipfile.ZIP_DEFLATED
+            else:
+                info.extra = _padding(written, info.filename)
+            info.file_size = member.file_size
+            with given.open(member) as source, written.open(info, "w") as target:
+                shutil.copyfileobj(source, target)
+
+
+def _padding(written: zipfile.ZipFile, name: str) -> bytes:
+    """An extra field behind which the member's bytes are aligned."""
+    assert written.fp is not None
+    start = written.fp.tell() + _HEADER + len(name.encode()) + 4
+    return b"FB" + (gap := -start % _ALIGNED).to_bytes(2, "little") + b"Z" * gap
