@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -34,9 +36,39 @@ def register_lowerings() -> None:
         name = function.__name__.removeprefix("graphopt_")
         aliases = [f"graphopt::{name}", f"graphopt.{name}"]
         register_torch_op(function, torch_alias=aliases)
+    for name, count in _TRACED.items():
+        _TORCH_OPS_REGISTRY.set_func_by_name(
+            _as_exported(_TORCH_OPS_REGISTRY.get_func(f"quantized_decomposed.{name}"), count),
+            f"quantized_decomposed::{name}",
+        )
     for name, translation in TRANSLATED.items():
         if name not in _TORCH_OPS_REGISTRY.name_to_func_mapping:
             _TORCH_OPS_REGISTRY.set_func_by_name(translation, name)
+
+
+# op in traces of torch.jit → number of operands that its translation takes
+_TRACED = {
+    "quantize_per_tensor": 6,
+    "dequantize_per_tensor": 6,
+    "dequantize_per_channel": 7,
+}
+
+
+def _as_exported(translation: Callable[..., None], count: int) -> Callable[..., None]:
+    """A translation of exported ops for traced ones, which coremltools takes for others of the name."""
+
+    def translate(context: Any, node: Any) -> None:
+        from coremltools.converters.mil.frontend.torch.utils import TorchFrontend
+
+        plain, before = copy.copy(node), context.frontend
+        plain.inputs = list(node.inputs)[:count]
+        context.frontend = TorchFrontend.TORCHEXPORT
+        try:
+            translation(context, plain)
+        finally:
+            context.frontend = before
+
+    return translate
 
 
 def _inputs(context: Any, node: Any) -> list[Any]:

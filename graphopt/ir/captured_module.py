@@ -70,8 +70,11 @@ class InputGuards:
         return InputGuards(self.names, [c for c in self.conditions if c not in conditions])
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Check the inputs of a call; under torch.export the conditions become the program's own."""
-        if torch.compiler.is_dynamo_compiling():
+        """Check the inputs of a call; under torch.export the conditions become the program's own.
+
+        Traces of torch.jit have sizes that are tensors.
+        """
+        if torch.compiler.is_dynamo_compiling() or torch.jit.is_tracing():  # type: ignore[attr-defined]
             return
         failed = self.violated(args, kwargs)
         if failed:
