@@ -122,6 +122,7 @@ _LACKING: Table = {
     _aten.std.correction: reductions.std,
     _aten.var_mean.correction: reductions.var_mean,
     _aten.std_mean.correction: reductions.std_mean,
+    _aten.aminmax.default: reductions.aminmax,
     _aten.argmin.default: numbers.argmin,
     _aten.cumprod.default: cumulative.cumprod,
     _aten.cummax.default: cumulative.cummax,

@@ -11,6 +11,7 @@ from torch import Tensor
 
 __all__ = [
     "all_true",
+    "aminmax",
     "any_true",
     "argmax_of_all",
     "argmin_of_all",
@@ -106,6 +107,12 @@ def count_nonzero(x: Tensor, dim: Any = None) -> Tensor:
     hit = (x != 0).to(torch.int64)
     axes = axes_of(x, dim)
     return hit.sum(axes) if axes else hit
+
+
+def aminmax(x: Tensor, *, dim: int | None = None, keepdim: bool = False) -> tuple[Tensor, Tensor]:
+    """The least and the largest, of all or along an axis."""
+    axes = axes_of(x, dim)
+    return (x.amin(axes, keepdim), x.amax(axes, keepdim)) if axes else (x.clone(), x.clone())
 
 
 def argmax_of_all(x: Tensor, dim: int | None = None, keepdim: bool = False) -> Any:

@@ -212,6 +212,8 @@ def max_pool3d(
 
 def adaptive_avg_pool2d(x: Tensor, output_size: Sequence[int]) -> Any:
     """Means over adaptive windows where there are more of them than rows; others stay."""
+    if x.ndim == 3:
+        return torch.nn.functional.adaptive_avg_pool2d(x[None], list(output_size))[0]
     pairs = zip(x.shape[-2:], output_size, strict=True)
     if all(int(size) >= count for size, count in pairs):
         return NotImplemented
