@@ -225,6 +225,13 @@ _MISCOMPUTED: Table = {
     _aten.div.Tensor_mode: forms.plain(forms.divide_rounded),
     _aten.view.default: forms.plain(forms.zero_dim_view),
     _aten.squeeze.dims: forms.squeeze,
+    **{
+        getattr(_aten, f"{kind}_pad{n}d").default: forms.plain(
+            partial(views.pad_in_turn, mode=mode)
+        )
+        for kind, mode in (("reflection", "reflect"), ("replication", "replicate"))
+        for n in (1, 2, 3)
+    },
     _aten.gather.default: forms.plain(indexing.gather_of_any_shape),
     _aten.scatter.src: forms.plain(places.scatter),
     _aten.scatter.value: forms.plain(places.scatter_value),
