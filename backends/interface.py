@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.export import ExportedProgram
+from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import InputError, LoweringError
@@ -20,6 +22,7 @@ from graphopt.run.batches import as_batch
 
 __all__ = [
     "Interface",
+    "drop_written_inputs",
     "flat_call",
     "flat_interface",
     "match_inputs",
@@ -84,6 +87,27 @@ def flat_interface(program: Program, target: Interface) -> Program:
     edit.gm.graph.set_codegen(fx.graph.CodeGen())
     edit.gm.recompile()
     return replace(legal, example_args=tuple(example), example_kwargs={})
+
+
+def drop_written_inputs(exported: ExportedProgram) -> None:
+    """Take the inputs that a program writes to out of its outputs: targets' programs have none such.
+
+    Args:
+        exported: It is changed.
+    """
+    signature = exported.graph_signature
+    kept = [
+        place
+        for place, spec in enumerate(signature.output_specs)
+        if spec.kind is not OutputKind.USER_INPUT_MUTATION
+    ]
+    if len(kept) == len(signature.output_specs):
+        return
+    (output,) = exported.graph.find_nodes(op="output")
+    output.args = (tuple(output.args[0][place] for place in kept),)
+    signature.output_specs = [signature.output_specs[place] for place in kept]
+    exported.graph.eliminate_dead_code()
+    exported.graph_module.recompile()
 
 
 def flat_call(inputs: Any, target: Interface) -> tuple[Tensor, ...]:

@@ -236,6 +236,7 @@ _MISCOMPUTED: Table = {
     _aten.scatter.src: forms.plain(places.scatter),
     _aten.scatter.value: forms.plain(places.scatter_value),
     _aten.scatter.reduce: forms.plain(places.scatter_onto),
+    _aten.scatter.value_reduce: forms.plain(places.scatter_value),
     _aten.index_put.default: places.index_put,
     _aten.cumsum.default: forms.plain(cumulative.cumsum),
     _aten.avg_pool2d.default: windows.avg_pool(2),

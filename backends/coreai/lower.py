@@ -15,7 +15,7 @@ from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
 from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.double_precision import as_float32
-from graphopt.backends.interface import Interface, flat_call, flat_interface
+from graphopt.backends.interface import Interface, drop_written_inputs, flat_call, flat_interface
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import IntegersToTables, RemoveUnused
 from graphopt.passes.pass_base import Pass
@@ -49,6 +49,7 @@ def legal_export(program: Program, options: CoreAIOptions) -> ExportedProgram:
         exported = export_graph(legal.graph_module, legal.example_args, legal.example_kwargs)
         _free_views(exported.graph)
         exported = exported.run_decompositions(decompositions(exported.graph))
+        drop_written_inputs(exported)
         if options.precision == "float32":
             return exported
         calls = [flat_call(call, _INTERFACE) for call in options.calibration_data or ()]

@@ -13,7 +13,7 @@ from graphopt.backends.coreml.decompose import decompose_for_coreml
 from graphopt.backends.coreml.lowerings import register_lowerings
 from graphopt.backends.coreml.refusals import PACKED, refusals
 from graphopt.backends.double_precision import as_float32
-from graphopt.backends.interface import Interface, flat_interface
+from graphopt.backends.interface import Interface, drop_written_inputs, flat_interface
 from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError
 from graphopt.ir.program import Program, export_graph
@@ -64,9 +64,11 @@ def legal_export(program: Program, target: str, *last: Pass) -> ExportedProgram:
     legal = as_float32(flat_interface(program, INTERFACE))
     run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused(), *last])
     with torch.no_grad():
-        return decompose_for_coreml(
+        exported = decompose_for_coreml(
             export_graph(legal.graph_module, legal.example_args, legal.example_kwargs)
         )
+    drop_written_inputs(exported)
+    return exported
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
 
 from graphopt.backends.executorch.compress_tables import CompressTables
 from graphopt.backends.executorch.constant_operands import (
@@ -24,7 +23,7 @@ from graphopt.backends.executorch.legalize import (
 )
 from graphopt.backends.executorch.options import Tables
 from graphopt.backends.executorch.weight_forms import why_not_integers
-from graphopt.backends.interface import Interface, flat_interface
+from graphopt.backends.interface import Interface, drop_written_inputs, flat_interface
 from graphopt.ir.annotations import clear_notes
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program, export_graph
@@ -89,25 +88,8 @@ def legal_export(
     _own_storage(gm)
     args, kwargs = legal.example_args, legal.example_kwargs
     exported = export_graph(gm, args, kwargs, decompositions=decompositions(kept))
-    _drop_written_inputs(exported)
+    drop_written_inputs(exported)
     return exported, gm
-
-
-def _drop_written_inputs(exported: ExportedProgram) -> None:
-    """Inputs that the program writes to are none of its outputs; the runtime gives them as such."""
-    signature = exported.graph_signature
-    kept = [
-        place
-        for place, spec in enumerate(signature.output_specs)
-        if spec.kind is not OutputKind.USER_INPUT_MUTATION
-    ]
-    if len(kept) == len(signature.output_specs):
-        return
-    (output,) = exported.graph.find_nodes(op="output")
-    output.args = (tuple(output.args[0][place] for place in kept),)
-    signature.output_specs = [signature.output_specs[place] for place in kept]
-    exported.graph.eliminate_dead_code()
-    exported.graph_module.recompile()
 
 
 def _own_storage(gm: CapturedModule) -> None:

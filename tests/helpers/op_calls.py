@@ -33,7 +33,9 @@ NOT_COUNTED: dict[str, str] = {
     "complex numbers": "fft. cdouble cfloat chalf complex polar stft view_as_complex",
     "shapes or results that depend on data": """allclose argwhere equal item masked_select nonzero
         nonzero_static unique unique_consecutive histogram histogramdd hash_tensor""",
-    "constructors": """arange empty_strided eye full full_like linspace linspace. logspace logspace.
+    "values that nobody has written": """empty empty_like empty_permuted empty_strided new_empty
+        new_empty_strided""",
+    "constructors": """arange eye full full_like linspace linspace. logspace logspace.
         new_full new_ones new_zeros ones ones_like scalar_tensor zeros zeros_like
         broadcast_shapes""",
     "random numbers": """bernoulli cauchy exponential geometric log_normal multinomial normal normal.

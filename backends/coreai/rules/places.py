@@ -32,9 +32,14 @@ def scatter(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:
     return _scatter(x, dim, index, src, None)
 
 
-def scatter_value(x: Tensor, dim: int, index: Tensor, value: float) -> Tensor:
+def scatter_value(
+    x: Tensor, dim: int, index: Tensor, value: float, *, reduce: str | None = None
+) -> Tensor:
     """A scatter of one number."""
-    return torch.scatter(x, dim, index, torch.full_like(index, value, dtype=x.dtype))
+    src = torch.full_like(index, value, dtype=x.dtype)
+    if reduce is None:
+        return torch.scatter(x, dim, index, src)
+    return torch.scatter(x, dim, index, src, reduce=reduce)
 
 
 def scatter_add(x: Tensor, dim: int, index: Tensor, src: Tensor) -> Tensor:

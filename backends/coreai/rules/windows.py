@@ -213,7 +213,7 @@ def max_pool3d(
 def adaptive_avg_pool2d(x: Tensor, output_size: Sequence[int]) -> Any:
     """Means over adaptive windows where there are more of them than rows; others stay."""
     if x.ndim == 3:
-        return torch.nn.functional.adaptive_avg_pool2d(x[None], list(output_size))[0]
+        return torch.nn.functional.adaptive_avg_pool2d(x[None], tuple(output_size))[0]  # type: ignore[arg-type]
     pairs = zip(x.shape[-2:], output_size, strict=True)
     if all(int(size) >= count for size, count in pairs):
         return NotImplemented
