@@ -25,7 +25,7 @@ def run(*words: str, cwd: Path) -> str:
     return done.stdout
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.coreai
 @pytest.mark.coreml
 def test_digits_example_trains_palettizes_and_runs(tmp_path: Path) -> None:
@@ -181,7 +181,7 @@ def test_mixed_precision_example_beats_uniform_and_greedy(tmp_path: Path) -> Non
         assert (tmp_path / name).exists()
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_mixed_precision_example_reads_imagenet_folders(tmp_path: Path) -> None:
     from PIL import Image
 

@@ -218,8 +218,8 @@ JOINT = {
 
 # each target once with tables and once with integers
 RUN = {
-    *(("tables", "coreai"), ("W8A8", "coreai"), ("int8 tables", "coreml"), ("int4", "coreml")),
-    *(("tables", "executorch"), ("W8A8", "executorch"), ("tables and activations", "coreai")),
+    *(("W8A8", "coreai"), ("int4", "coreml"), ("tables", "executorch")),
+    ("tables and activations", "coreai"),
 }
 
 

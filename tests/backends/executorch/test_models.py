@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.tiers import cases
+from helpers.tiers import cases, some
 from torch import Tensor, nn
 
 import graphopt
@@ -83,7 +83,7 @@ def test_layers_that_share_a_bias_scale_it_each_for_itself(
 
 
 # --- layers that need another form ----------------------------------------------------------------
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "tables"),
     cases(
@@ -107,7 +107,7 @@ def test_convolution_of_one_image_without_a_batch_runs(tables: str, tmp_path: Pa
     assert error(program, tmp_path, delegate="portable", tables=tables) < 1e-5
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_layout_of_decoded_convolutions_is_that_of_convolutions(tmp_path: Path) -> None:
     # pixel_shuffle is exported to other ops for other strides
     model = nn.Sequential(nn.Conv2d(4, 16, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(4, 4, 3))
@@ -117,8 +117,10 @@ def test_layout_of_decoded_convolutions_is_that_of_convolutions(tmp_path: Path) 
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("groups", [1, 4])
-@pytest.mark.parametrize("kind", [nn.ConvTranspose1d, nn.ConvTranspose2d])
+@pytest.mark.parametrize("groups", some([1, 4], lambda groups: groups == 4))
+@pytest.mark.parametrize(
+    "kind", some([nn.ConvTranspose1d, nn.ConvTranspose2d], lambda kind: kind is nn.ConvTranspose2d)
+)
 def test_transposed_convolutions_of_integers_run(
     kind: Callable[..., nn.Module], groups: int, tmp_path: Path
 ) -> None:
@@ -154,7 +156,7 @@ def test_general_convolution_is_computed_with_integers(transposed: bool, tmp_pat
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("tables", ["auto", "compressed"])
+@pytest.mark.parametrize("tables", some(["auto", "compressed"], lambda form: form == "compressed"))
 def test_tables_of_the_general_convolution_run(tables: str, tmp_path: Path) -> None:
     program = palettized(GeneralConvolution(transposed=False), torch.randn(2, 16, 9, 9))
     assert error(program, tmp_path, tables=tables) < 1e-4
@@ -162,7 +164,7 @@ def test_tables_of_the_general_convolution_run(tables: str, tmp_path: Path) -> N
 
 # --- values and types -----------------------------------------------------------------------------
 @pytest.mark.integration
-@pytest.mark.parametrize("delegate", ["xnnpack", "portable"])
+@pytest.mark.parametrize("delegate", some(["xnnpack", "portable"], lambda name: name == "xnnpack"))
 def test_clamps_keep_their_types_and_ends(delegate: str, tmp_path: Path) -> None:
     model = Calls(
         lambda self, x, i: (self.f(x) * i.clamp(0.5, 20.5), self.f(x).clamp(1.0, -1.0)),
@@ -173,7 +175,7 @@ def test_clamps_keep_their_types_and_ends(delegate: str, tmp_path: Path) -> None
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("delegate", ["xnnpack", "portable"])
+@pytest.mark.parametrize("delegate", some(["xnnpack", "portable"], lambda name: name == "xnnpack"))
 def test_examples_in_another_layout_are_read_in_order(delegate: str, tmp_path: Path) -> None:
     image = torch.randn(2, 8, 9, 9).to(memory_format=torch.channels_last)
     assert error(as_program(nn.Conv2d(8, 8, 3), image), tmp_path, delegate=delegate) < 1e-5
@@ -188,7 +190,9 @@ def test_weight_that_is_an_output_too_is_stored_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("tables", ["int8", "compressed", "dense"])
+@pytest.mark.parametrize(
+    "tables", some(["int8", "compressed", "dense"], lambda form: form == "compressed")
+)
 def test_tables_of_16_bit_models_run(tables: str, tmp_path: Path) -> None:
     program = palettized(nn.Linear(32, 48).half(), torch.randn(2, 32).half())
     assert error(program, tmp_path, tables=tables) < 5e-3

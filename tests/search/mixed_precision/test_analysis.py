@@ -65,7 +65,7 @@ def test_exact_values_are_those_of_the_loop() -> None:
             assert own == pytest.approx(expected[metric][layer], rel=1e-4, abs=1e-6), metric
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_exact_values_of_tied_weights_and_two_outputs() -> None:
     model, ids = encoder(), sentences()
     table = analyze(model, (ids[0],), [2, 4], ids)
