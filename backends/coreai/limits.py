@@ -10,8 +10,8 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphopt.backends.coreai.decompose import converted_ops
+from graphopt.backends.data_sizes import has_data_size, place_of
 from graphopt.errors import LoweringError
-from graphopt.ir.module_frames import module_frames
 
 __all__ = ["explain_failure", "refuse_impossible"]
 
@@ -30,7 +30,7 @@ def refuse_impossible(exported: ExportedProgram) -> None:
     for node in exported.graph.nodes:
         reason = _reason(node, known)
         if reason:
-            reasons.setdefault(f"{_place(node)}: {reason}")
+            reasons.setdefault(f"{place_of(node)}: {reason}")
     if reasons:
         raise LoweringError("Core AI cannot hold this program:\n" + "\n".join(reasons))
 
@@ -40,18 +40,11 @@ def explain_failure(exported: ExportedProgram, error: Exception) -> LoweringErro
     text = " ".join(str(error).split())
     found = _NAMED.search(text)
     nodes = {node.name: node for node in exported.graph.nodes}
-    place = _place(nodes[found[1]]) if found and found[1] in nodes else ""
+    place = place_of(nodes[found[1]]) if found and found[1] in nodes else ""
     said = text.split(" metadata = ")[0] if place else text
     return LoweringError(
         f"coreai-torch cannot convert the program: {place + ': ' if place else ''}{said}"
     )
-
-
-def _place(node: fx.Node) -> str:
-    """The op and the module that called it."""
-    frames = [frame.name for frame in module_frames(node) if frame.name]
-    op = str(node.target) if node.op == "call_function" else f"input {node.name}"
-    return f"{op} in {frames[-1]}" if frames else op
 
 
 def _reason(node: fx.Node, known: frozenset[str]) -> str:
@@ -63,7 +56,7 @@ def _reason(node: fx.Node, known: frozenset[str]) -> str:
         )
     if node.op != "call_function":
         return ""
-    if any(_unknown_size(size) for value in values for size in value.shape):
+    if has_data_size(node):
         return (
             "the size of its result depends on data, and Core AI's programs have fixed shapes;"
             " use a mask (torch.where) instead of selecting"
@@ -79,10 +72,3 @@ def _reason(node: fx.Node, known: frozenset[str]) -> str:
     elif isinstance(node.target, torch._ops.OpOverload) and not target.startswith("coreai."):
         return "Core AI's converter does not know the op; register a decomposition of it with torch"
     return ""
-
-
-def _unknown_size(size: object) -> bool:
-    if not isinstance(size, torch.SymInt):
-        return False
-    symbols = getattr(size.node.expr, "free_symbols", ())
-    return any(str(symbol).startswith("u") for symbol in symbols)

@@ -15,6 +15,7 @@ from typing_extensions import override
 from graphopt.backends import load_backend
 from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
+from graphopt.backends.data_sizes import refuse_data_sizes
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.executorch.check import lacking_kernels, run_program
 from graphopt.backends.executorch.delegation import Delegation, delegation_of
@@ -182,6 +183,8 @@ class ExecuTorchBackend(Backend):
                 buffer = bytes(manager.buffer)
                 plan = manager.executorch_program.execution_plan[0]
             except Exception as error:
+                # sizes with an upper bound are taken
+                refuse_data_sizes(form.exported, self.name)
                 raise LoweringError(
                     f"ExecuTorch cannot convert the program for {name}: {error}\n{said()}"
                 ) from error
