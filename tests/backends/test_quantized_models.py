@@ -53,7 +53,7 @@ def outside(artifact: Artifact) -> set[str]:
     return {op for op in left if any(name in op for name in ("conv", "linear", "addmm", "mm"))}
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.executorch
 def test_xnnpack_takes_the_whole_digits_cnn(tmp_path: Path) -> None:
     artifact = saved(quantized_digits().program(), "executorch", tmp_path)

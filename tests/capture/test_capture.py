@@ -41,7 +41,7 @@ def test_graph_from_a_batch_of_one_takes_other_batches_and_sizes(batch: int, siz
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("length", some([1, 4, 12, 30], lambda length: length in (1, 30)))
+@pytest.mark.parametrize("length", some([1, 4, 12, 30], lambda length: length == 30))
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_language_models_take_other_lengths(name: str, length: int) -> None:
     model, args = zoo.MODELS[name]()
@@ -143,7 +143,7 @@ def test_all_forms_of_a_model_give_the_same_program(form: str, tmp_path: Path) -
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("name", ["resnet", "llama", "lstm"])
+@pytest.mark.parametrize("name", some(["resnet", "llama", "lstm"], lambda name: name == "llama"))
 def test_copies_and_saved_modules_compute_the_same_and_keep_metadata(name: str) -> None:
     model, args = zoo.MODELS[name]()
     module = graphopt.capture(model, args).graph_module

@@ -97,7 +97,7 @@ class Recurrent(nn.Module):
         return self.head(last[0])
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_weights_of_ops_with_several_outputs_are_predicted() -> None:
     torch.manual_seed(0)
     model = Recurrent().eval()

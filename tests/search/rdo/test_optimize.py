@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 import torch
+from helpers.tiers import some
 from search.rdo.nets import calibration, held_out, trained
 from search.rdo.runs import EXAMPLE, QUICK, plain, run
 from torch import nn
@@ -27,7 +28,7 @@ def kl(model: nn.Module) -> float:
 
 # --- sizes ----------------------------------------------------------------------------------------
 @pytest.mark.integration
-@pytest.mark.parametrize("target", [3.0, 4.19, 6.5])
+@pytest.mark.parametrize("target", some([3.0, 4.19, 6.5], lambda bits: bits == 4.19))
 def test_bits_reported_are_bits_stored_and_within_the_target(target: float) -> None:
     program, report = run(
         {"target_bits": target, "candidates": [2, 3, 4, 6, 8], "rounding": {"blocks": "none"}}
