@@ -201,6 +201,8 @@ _MISCOMPUTED: Table = {
     _aten.convolution.default: exact_ops.convolution,
     _aten.prelu.default: exact_ops.prelu,
     **{_overload(name): rule for name, rule in scalars.reductions().items()},
+    _aten._to_copy.default: lambda whole, x, *, non_blocking=False, **options: whole(x, **options),
+    _aten.permute_copy.default: scalars.of_scalars(torch.clone, scalars.whole_op),
     _aten.cumsum.default: lambda whole, *args, **kwargs: cumulative.cumsum(*args, **kwargs),
     _aten.var.correction: lambda whole, x, *args, **kwargs: (
         whole(x, *args, **kwargs) if x.dim() else reductions.var(x, *args, **kwargs)
