@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch._decomp import decomposition_table
 from torch.export import ExportedProgram
 
-from graphopt.backends.coreml.legal_ops import Rules, composite, legal_ops, pool_rules
+from graphopt.backends.coreml.legal_ops import Rules, composite, legal_ops, rules_by_use
 from graphopt.backends.coreml.translations import TRANSLATED
 from graphopt.backends.decompositions.products import grouped_mm
 from graphopt.errors import LoweringError
@@ -32,7 +32,7 @@ def decompose_for_coreml(exported: ExportedProgram) -> ExportedProgram:
     epsilon.
     """
     rules = _torchs_rules() | _rules()
-    rules |= pool_rules(exported.graph)
+    rules |= rules_by_use(exported.graph)
     for _ in range(_ROUNDS):
         # composite ops keep whole unless they are named
         unknown = [op for op in _unknown(exported) if op not in rules]

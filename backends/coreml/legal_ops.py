@@ -31,7 +31,7 @@ from graphopt.backends.decompositions import (
     views,
 )
 
-__all__ = ["Rules", "composite", "legal_ops", "pool_rules"]
+__all__ = ["Rules", "composite", "legal_ops", "rules_by_use"]
 
 Rules = dict[Any, Callable[..., Any]]
 _aten = torch.ops.aten
@@ -46,6 +46,7 @@ _BY_OP: dict[str, Callable[..., Any]] = {
     "new_zeros": creation.new_full,
     "new_empty": creation.new_full,
     "new_ones": lambda x, size, **options: creation.new_full(x, size, 1, **options),
+    "meshgrid": creation.meshgrid,
     "acosh": pointwise.acosh,
     "asinh": pointwise.asinh,
     "bitwise_and": pointwise.bitwise_and,
@@ -81,6 +82,7 @@ _BY_OP: dict[str, Callable[..., Any]] = {
     "sub": pointwise.sub_scaled,
     "clamp_max": lambda x, high: pointwise.clamp_by_tensors(x, None, high),
     "clamp_min": lambda x, low: pointwise.clamp_by_tensors(x, low, None),
+    "aminmax": reductions.aminmax,
     "argmax": reductions.argmax_of_all,
     "argmin": reductions.argmin_of_all,
     "count_nonzero": reductions.count_nonzero,
@@ -218,6 +220,7 @@ _TORCHS = (
     *("mse_loss", "nll_loss", "nll_loss_forward", "nll_loss2d_forward", "huber_loss"),
     *("smooth_l1_loss", "addmv", "addr", "renorm", "lerp", "log_sigmoid_forward"),
     *("im2col", "col2im", "nll_loss_nd", "cosine_similarity", "norm", "frobenius_norm"),
+    "cross",
 )
 
 
@@ -282,8 +285,8 @@ def composite(op: Any) -> Callable[..., Any] | None:
     return rule
 
 
-def pool_rules(graph: fx.Graph) -> Rules:
-    """Rules for maximum pooling, where its indices are read or its windows have gaps."""
+def rules_by_use(graph: fx.Graph) -> Rules:
+    """Rules by use: of pooling whose indices are read or windows have gaps, norms whose moments are."""
     rules: Rules = {}
     for n in (1, 2, 3):
         op = getattr(_aten, f"max_pool{n}d_with_indices").default
@@ -293,6 +296,17 @@ def pool_rules(graph: fx.Graph) -> Rules:
         rule = partial(pooling.max_pool_with_indices, n)
         always = any(user.target is operator.getitem and user.args[1] == 1 for user in uses)
         rules[op] = rule if always else pooling.MaxPool(op, n, places=True)
+    return rules | _norm_rules(graph)
+
+
+def _norm_rules(graph: fx.Graph) -> Rules:
+    """Torch's rules for norms whose moments are read."""
+    rules: Rules = {}
+    for op in (_aten.native_layer_norm.default, _aten.native_group_norm.default):
+        nodes = graph.find_nodes(op="call_function", target=op)
+        reads = [user.args[1] for node in nodes for user in node.users if user.users]
+        if any(place != 0 for place in reads):
+            rules[op] = decomposition_table[op]
     return rules
 
 

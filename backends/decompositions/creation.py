@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["arange", "full_like", "new_full", "ones_like", "zeros", "zeros_like"]
+__all__ = ["arange", "full_like", "meshgrid", "new_full", "ones_like", "zeros", "zeros_like"]
 
 
 def full_like(x: Tensor, value: Any, *, dtype: Any = None, **_: Any) -> Any:
@@ -51,3 +51,16 @@ def arange(start: Any, end: Any = None, step: Any = 1, *, dtype: Any = None, **_
     if wanted.is_floating_point:
         return torch.arange(*map(float, given), dtype=wanted)
     return torch.arange(*given, dtype=torch.float32).to(wanted)
+
+
+def meshgrid(tensors: Sequence[Tensor], *, indexing: str = "ij") -> list[Tensor]:
+    """Each vector along an axis of its own, as often as the others are long."""
+    turned = indexing == "xy" and len(tensors) > 1
+    order = [tensors[1], tensors[0], *tensors[2:]] if turned else list(tensors)
+    sizes = [vector.numel() for vector in order]
+    grids = []
+    for axis, vector in enumerate(order):
+        shape = [1] * len(order)
+        shape[axis] = sizes[axis]
+        grids.append(vector.reshape(shape).expand(sizes))
+    return [grids[1], grids[0], *grids[2:]] if turned else grids

@@ -127,6 +127,15 @@ def _overload(name: str) -> Any:
     return getattr(getattr(_aten, packet), overload)
 
 
+def _scatter_onto(x: Tensor, dim: int, index: Tensor, src: Tensor, *, reduce: str) -> Tensor:
+    kind = {"add": "sum", "multiply": "prod"}[reduce]
+    return comparisons.scatter_reduce(x, dim, index, src, kind)
+
+
+def _scatter_value_onto(x: Tensor, dim: int, index: Tensor, value: float, *, reduce: str) -> Tensor:
+    return _scatter_onto(x, dim, index, torch.full_like(index, value, dtype=x.dtype), reduce=reduce)
+
+
 # torch's rules end in primitives that have no kernel either
 _LEAVE = (_aten.gcd.default, _aten.lcm.default, _aten.igamma.default, _aten.igammac.default)
 # what may have no kernel
@@ -175,6 +184,8 @@ _LACKING: Table = {
     _aten.diagonal_scatter.default: views.diagonal_scatter,
     _aten.as_strided_scatter.default: comparisons.as_strided_scatter,
     _aten.scatter_reduce.two: comparisons.scatter_reduce,
+    _aten.scatter.reduce: _scatter_onto,
+    _aten.scatter.value_reduce: _scatter_value_onto,
     _aten.index_reduce.default: indexing.index_reduce,
     _aten.put.default: indexing.put,
     _aten.take.default: indexing.take,
