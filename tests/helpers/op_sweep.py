@@ -36,7 +36,7 @@ from helpers.together import Together
 
 __all__ = ["SUFFIXES", "Outcome", "sweep", "write_table"]
 
-_SECONDS = 120
+_SECONDS = 300
 SUFFIXES = {"coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte", "torch": ".pt2"}
 _OPTIONS: dict[str, dict[str, Any]] = {"coreml": {"precision": "float32"}}
 
