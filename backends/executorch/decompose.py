@@ -127,6 +127,16 @@ def _overload(name: str) -> Any:
     return getattr(getattr(_aten, packet), overload)
 
 
+def _log_softmax(whole: Rule, x: Tensor, dim: int, half_to_float: bool) -> Tensor:
+    """Of float64, which the kernel refuses, and of scalars."""
+    if not x.dim():
+        return torch.zeros_like(x)
+    if x.dtype is not torch.float64:
+        return whole(x, dim, half_to_float)
+    below = x - x.amax(dim, True)
+    return below - below.exp().sum(dim, True).log()
+
+
 def _scatter_onto(x: Tensor, dim: int, index: Tensor, src: Tensor, *, reduce: str) -> Tensor:
     kind = {"add": "sum", "multiply": "prod"}[reduce]
     return comparisons.scatter_reduce(x, dim, index, src, kind)
@@ -212,6 +222,11 @@ _MISCOMPUTED: Table = {
     _aten.convolution.default: exact_ops.convolution,
     _aten.prelu.default: exact_ops.prelu,
     **{_overload(name): rule for name, rule in scalars.reductions().items()},
+    _aten._log_softmax.default: _log_softmax,
+    **dict.fromkeys(
+        (_aten.unfold.default, _aten.unfold_copy.default),
+        scalars.of_scalars(lambda x: x.reshape(1), scalars.whole_op),
+    ),
     _aten._to_copy.default: lambda whole, x, *, non_blocking=False, **options: whole(x, **options),
     _aten.permute_copy.default: scalars.of_scalars(torch.clone, scalars.whole_op),
     _aten.cumsum.default: lambda whole, *args, **kwargs: cumulative.cumsum(*args, **kwargs),
