@@ -16,6 +16,7 @@ _NEEDS = {
 }
 # files that take longest begin first, so that no worker is left with one of them at the end
 _LONG = (
+    "test_op_sweep",
     "test_examples",
     "test_architectures",
     "test_compressed_tables",

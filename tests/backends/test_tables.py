@@ -43,7 +43,7 @@ def test_every_form_of_table_is_executed_and_equal(name: str, target: str, tmp_p
     assert outcome.weights == 5
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_size_follows_the_bits(target: str, tmp_path: Path) -> None:
     class Big(nn.Module):

@@ -154,7 +154,7 @@ def palettized_and_exported() -> tuple[KMeansPalettizer, torch.export.ExportedPr
     return palettizer, torch.export.export(model, ARGS)
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["exported", "decomposed", "file", "unlifted"])
 def test_exported_models_give_the_same_palettes_as_the_module(form: str, tmp_path: Path) -> None:
     direct, exported = palettized_and_exported()

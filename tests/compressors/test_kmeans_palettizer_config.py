@@ -22,7 +22,7 @@ from graphopt.palettization import (
 from graphopt.palettization.spec import PerGroupedChannelGranularity, PerTensorGranularity
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["module", "file"])
 def test_configs_by_name_and_type_hold_for_exported_models(form: str, tmp_path: Path) -> None:
     model: object = EveryOp().eval()

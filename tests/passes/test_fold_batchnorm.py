@@ -122,7 +122,7 @@ def test_norms_that_cannot_be_folded_are_left_alone(kind: type[nn.Module]) -> No
     torch.testing.assert_close(gm(x), model(x))
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
     cases(

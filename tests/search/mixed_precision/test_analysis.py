@@ -55,7 +55,7 @@ def loops(
     return found
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_exact_values_are_those_of_the_loop() -> None:
     model, x, metrics = residual(), pictures(), ["psnr", "kl", "top1"]
     table = analyze(model, (x[0],), [2, "3 g4", 6, "int8"], x, metrics)
