@@ -238,8 +238,13 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 }
 
 
+GROUPS = in_groups(CASES, 5)
+# the sample of the op database has resizes and pooling, too
+SLOW = [pytest.param(*each.values, id=each.id, marks=pytest.mark.slow) for each in GROUPS[:2]]
+
+
 @pytest.mark.integration
-@pytest.mark.parametrize("names", in_groups(CASES, 5))
+@pytest.mark.parametrize("names", [*SLOW, *GROUPS[2:]])
 def test_right_on_the_runtime(names: list[str], tmp_path: Path) -> None:
     assert error_of(*together(CASES, names), tmp_path) < 1e-3
 
