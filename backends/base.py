@@ -16,7 +16,7 @@ from torch import fx
 from graphopt.analysis.stored_values import stored_values
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.delegate import Delegate
-from graphopt.backends.double_precision import as_float32
+from graphopt.backends.double_precision import as_float32, has_doubles
 from graphopt.backends.first_difference import first_difference
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.registry import Target, target_of_class
@@ -316,7 +316,7 @@ class Backend(ABC):
             LoweringError: There is something.
         """
         del options
-        if not self.capabilities.doubles:
+        if not self.capabilities.doubles and has_doubles(program):
             program = as_float32(program.copy(), quiet=True)
         reasons = self.unsupported(program)
         if reasons:

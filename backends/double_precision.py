@@ -16,7 +16,7 @@ from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
-__all__ = ["DoubleToSingle", "as_float32"]
+__all__ = ["DoubleToSingle", "as_float32", "has_doubles"]
 
 _log = logging.getLogger(__name__)
 
@@ -73,6 +73,11 @@ def as_float32(program: Program, *, quiet: bool = False) -> Program:
         example_args=pytree.tree_map(_single, program.example_args),
         example_kwargs=pytree.tree_map(_single, program.example_kwargs),
     )
+
+
+def has_doubles(program: Program) -> bool:
+    """Whether some of a program is in float64."""
+    return any(_is_double(node.meta.get("val")) for node in program.graph_module.graph.nodes)
 
 
 def _is_double(value: object) -> bool:

@@ -30,7 +30,7 @@ from graphopt.backends.decompositions import (
     special,
     views,
 )
-from graphopt.backends.decompositions.whole import Around
+from graphopt.backends.decompositions.whole import Around, plain
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
 from graphopt.ir import op_info
@@ -88,11 +88,6 @@ def _rules(wanted: Table) -> Table:
     return {op: Around(op, rule) for op, rule in wanted.items()}
 
 
-def _overload(name: str) -> Any:
-    packet, overload = name.split(".")
-    return getattr(getattr(_aten, packet), overload)
-
-
 # sums that only grow: in float16 they would stand still at 2048
 RUNNING_SUMS = (_aten.cumsum.default,)
 # what coreai-torch has no translation of
@@ -123,7 +118,6 @@ _LACKING: Table = {
     _aten.var_mean.correction: reductions.var_mean,
     _aten.std_mean.correction: reductions.std_mean,
     _aten.aminmax.default: reductions.aminmax,
-    _aten.argmin.default: numbers.argmin,
     _aten.cumprod.default: cumulative.cumprod,
     _aten.cummax.default: cumulative.cummax,
     _aten.cummin.default: cumulative.cummin,
@@ -191,12 +185,14 @@ _AS_NUMBERS = (
     *("max.dim", "min.dim", "topk.default", "argmax.default"),
 )
 _REDUCTIONS: Table = {
-    **{
-        _overload(name): rule
-        for name, rule in scalars.reductions(dict.fromkeys(_AS_NUMBERS, forms.as_numbers)).items()
-        if not name.startswith("argmin")
-    },
-    _aten.linalg_vector_norm.default: forms.plain(reductions.vector_norm),
+    **scalars.reductions(
+        _aten,
+        {
+            **dict.fromkeys(_AS_NUMBERS, forms.as_numbers),
+            "argmin.default": plain(numbers.argmin),
+        },
+    ),
+    _aten.linalg_vector_norm.default: plain(reductions.vector_norm),
     **dict.fromkeys(
         (_aten.maximum.default, _aten.minimum.default, _aten.gt.Tensor, _aten.lt.Tensor),
         forms.as_numbers,
@@ -204,53 +200,51 @@ _REDUCTIONS: Table = {
 }
 # what it drops, miscomputes or refuses for some arguments
 _MISCOMPUTED: Table = {
-    _aten.add.Tensor: forms.plain(numbers.logical_sum),
-    _aten.add.Scalar: forms.plain(numbers.scaled_add),
-    _aten.sub.Tensor: forms.plain(numbers.scaled_sub),
-    _aten.sub.Scalar: forms.plain(numbers.scaled_sub),
-    _aten.mul.Tensor: forms.plain(numbers.logical_product),
-    _aten.bitwise_and.Tensor: forms.plain(numbers.of_booleans(torch.logical_and)),
-    _aten.bitwise_or.Tensor: forms.plain(numbers.of_booleans(torch.logical_or)),
-    _aten.bitwise_xor.Tensor: forms.plain(numbers.of_booleans(torch.logical_xor)),
-    _aten.ge.Tensor: forms.plain(numbers.without_equality(torch.gt)),
-    _aten.ge.Scalar: forms.plain(numbers.without_equality(torch.gt)),
-    _aten.le.Tensor: forms.plain(numbers.without_equality(torch.lt)),
-    _aten.le.Scalar: forms.plain(numbers.without_equality(torch.lt)),
-    _aten.bitwise_not.default: forms.plain(numbers.bitwise_not),
-    _aten.log1p.default: forms.plain(pointwise.log1p),
-    _aten.expm1.default: forms.plain(pointwise.expm1),
-    _aten.floor.default: forms.plain(forms.floor),
-    _aten.ceil.default: forms.plain(forms.ceil),
-    _aten.trunc.default: forms.plain(forms.trunc),
-    _aten.div.Tensor_mode: forms.plain(forms.divide_rounded),
-    _aten.view.default: forms.plain(forms.zero_dim_view),
+    _aten.add.Tensor: plain(numbers.logical_sum),
+    _aten.add.Scalar: plain(numbers.scaled_add),
+    _aten.sub.Tensor: plain(numbers.scaled_sub),
+    _aten.sub.Scalar: plain(numbers.scaled_sub),
+    _aten.mul.Tensor: plain(numbers.logical_product),
+    _aten.bitwise_and.Tensor: plain(numbers.of_booleans(torch.logical_and)),
+    _aten.bitwise_or.Tensor: plain(numbers.of_booleans(torch.logical_or)),
+    _aten.bitwise_xor.Tensor: plain(numbers.of_booleans(torch.logical_xor)),
+    _aten.ge.Tensor: plain(numbers.without_equality(torch.gt)),
+    _aten.ge.Scalar: plain(numbers.without_equality(torch.gt)),
+    _aten.le.Tensor: plain(numbers.without_equality(torch.lt)),
+    _aten.le.Scalar: plain(numbers.without_equality(torch.lt)),
+    _aten.bitwise_not.default: plain(numbers.bitwise_not),
+    _aten.log1p.default: plain(pointwise.log1p),
+    _aten.expm1.default: plain(pointwise.expm1),
+    _aten.floor.default: plain(forms.floor),
+    _aten.ceil.default: plain(forms.ceil),
+    _aten.trunc.default: plain(forms.trunc),
+    _aten.div.Tensor_mode: plain(forms.divide_rounded),
+    _aten.view.default: plain(forms.zero_dim_view),
     _aten.squeeze.dims: forms.squeeze,
     **{
-        getattr(_aten, f"{kind}_pad{n}d").default: forms.plain(
-            partial(views.pad_in_turn, mode=mode)
-        )
+        getattr(_aten, f"{kind}_pad{n}d").default: plain(partial(views.pad_in_turn, mode=mode))
         for kind, mode in (("reflection", "reflect"), ("replication", "replicate"))
         for n in (1, 2, 3)
     },
-    _aten.gather.default: forms.plain(indexing.gather_of_any_shape),
-    _aten.scatter.src: forms.plain(places.scatter),
-    _aten.scatter.value: forms.plain(places.scatter_value),
-    _aten.scatter.reduce: forms.plain(places.scatter_onto),
-    _aten.scatter.value_reduce: forms.plain(places.scatter_value),
+    _aten.gather.default: plain(indexing.gather_of_any_shape),
+    _aten.scatter.src: plain(places.scatter),
+    _aten.scatter.value: plain(places.scatter_value),
+    _aten.scatter.reduce: plain(places.scatter_onto),
+    _aten.scatter.value_reduce: plain(places.scatter_value),
     _aten.index_put.default: places.index_put,
-    _aten.cumsum.default: forms.plain(cumulative.cumsum),
+    _aten.cumsum.default: plain(cumulative.cumsum),
     _aten.avg_pool2d.default: windows.avg_pool(2),
     _aten.avg_pool3d.default: windows.avg_pool(3),
     _aten.max_pool2d_with_indices.default: windows.max_pool2d,
-    _aten._adaptive_avg_pool2d.default: forms.plain(windows.adaptive_avg_pool2d),
-    _aten.upsample_nearest2d.vec: forms.plain(windows.nearest2d),
-    _aten.upsample_bilinear2d.vec: forms.plain(windows.bilinear2d),
-    _aten.convolution.default: forms.plain(products.conv_transpose),
+    _aten._adaptive_avg_pool2d.default: plain(windows.adaptive_avg_pool2d),
+    _aten.upsample_nearest2d.vec: plain(windows.nearest2d),
+    _aten.upsample_bilinear2d.vec: plain(windows.bilinear2d),
+    _aten.convolution.default: plain(products.conv_transpose),
     _aten.scaled_dot_product_attention.default: attention,
-    op_info.BATCH_NORM: forms.plain(forms.batch_norm),
+    op_info.BATCH_NORM: plain(forms.batch_norm),
     _aten.native_layer_norm.default: forms.layer_norm,
     _aten.native_group_norm.default: forms.group_norm,
-    _aten.expand.default: forms.plain(forms.expand),
-    _aten.masked_scatter.default: forms.plain(forms.masked_scatter),
+    _aten.expand.default: plain(forms.expand),
+    _aten.masked_scatter.default: plain(forms.masked_scatter),
     **_REDUCTIONS,
 }

@@ -28,7 +28,7 @@ def of_scalars(result: Op, others: Op) -> Op:
 
 
 def sum_of_scalar(whole: Op, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A sum or product, of a tensor without axes the tensor in the type of the result."""
+    """A sum, product or mean, of a tensor without axes the tensor in the type of the result."""
     if x.ndim:
         return whole(x, *args, **kwargs)
     own = x.dtype if x.is_floating_point() else torch.int64
@@ -58,24 +58,29 @@ def _not_zero(x: Tensor) -> Tensor:
 _REDUCTIONS: dict[str, Op] = {
     **dict.fromkeys(("amax.default", "amin.default", "max.default", "min.default"), torch.clone),
     **dict.fromkeys(("max.dim", "min.dim", "topk.default"), _element),
-    **dict.fromkeys(("argmax.default", "argmin.default"), _first),
-    **dict.fromkeys(("mean.default", "mean.dim"), torch.clone),
+    "argmax.default": _first,
+    "argmin.default": _first,
     "_softmax.default": torch.ones_like,
     "_log_softmax.default": torch.zeros_like,
     **dict.fromkeys(("any.default", "any.dim", "any.dims"), _not_zero),
     **dict.fromkeys(("flip.default", "permute.default", "index_select.default"), torch.clone),
 }
+# of a type that may be asked for
+_SUMS = ("sum.dim_IntList", "prod.default", "prod.dim_int", "mean.default", "mean.dim")
 
 
-def reductions(forms: Mapping[str, Op] | None = None) -> dict[str, Op]:
-    """Rules by op and overload, as "amax.default"; they take the op first.
+def reductions(ops: Any, forms: Mapping[str, Op] | None = None) -> dict[Any, Op]:
+    """Op → rule, which takes the op first.
 
     Args:
-        forms: The rule for tensors with axes; the op as it is where there is none.
+        ops: The namespace of torch's ops.
+        forms: By op and overload, as "amax.default", the rule for tensors with axes; the op as it is
+            where there is none.
     """
     given = forms or {}
     rules = {
         name: of_scalars(result, given.get(name, whole_op)) for name, result in _REDUCTIONS.items()
     }
-    sums = dict.fromkeys(("sum.dim_IntList", "prod.default", "prod.dim_int"), sum_of_scalar)
-    return rules | sums
+    rules |= dict.fromkeys(_SUMS, sum_of_scalar)
+    pairs = ((name.split("."), rule) for name, rule in rules.items())
+    return {getattr(getattr(ops, op), overload): rule for (op, overload), rule in pairs}

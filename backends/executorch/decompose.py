@@ -27,7 +27,7 @@ from graphopt.backends.decompositions import (
     special,
     views,
 )
-from graphopt.backends.decompositions.whole import Around
+from graphopt.backends.decompositions.whole import Around, plain
 from graphopt.backends.executorch import exact_ops
 
 __all__ = ["decompositions", "rewritten_ops"]
@@ -120,11 +120,6 @@ def _average_volume(x: Tensor, size: list[int]) -> Any:
 def _of(rule: Rule, *first: Any) -> Rule:
     """A rule of several ops, told which."""
     return lambda *args, **kwargs: rule(*first, *args, **kwargs)
-
-
-def _overload(name: str) -> Any:
-    packet, overload = name.split(".")
-    return getattr(getattr(_aten, packet), overload)
 
 
 def _log_softmax(whole: Rule, x: Tensor, dim: int, half_to_float: bool) -> Tensor:
@@ -221,7 +216,7 @@ _MISCOMPUTED: Table = {
     _aten.upsample_bilinear2d.vec: exact_ops.bilinear,
     _aten.convolution.default: exact_ops.convolution,
     _aten.prelu.default: exact_ops.prelu,
-    **{_overload(name): rule for name, rule in scalars.reductions().items()},
+    **scalars.reductions(_aten),
     _aten._log_softmax.default: _log_softmax,
     **dict.fromkeys(
         (_aten.unfold.default, _aten.unfold_copy.default),
@@ -229,7 +224,7 @@ _MISCOMPUTED: Table = {
     ),
     _aten._to_copy.default: lambda whole, x, *, non_blocking=False, **options: whole(x, **options),
     _aten.permute_copy.default: scalars.of_scalars(torch.clone, scalars.whole_op),
-    _aten.cumsum.default: lambda whole, *args, **kwargs: cumulative.cumsum(*args, **kwargs),
+    _aten.cumsum.default: plain(cumulative.cumsum),
     _aten.var.correction: lambda whole, x, *args, **kwargs: (
         whole(x, *args, **kwargs) if x.dim() else reductions.var(x, *args, **kwargs)
     ),
@@ -238,5 +233,5 @@ _MISCOMPUTED: Table = {
     ),
     _aten.avg_pool2d.default: exact_ops.of_a_batch,
     _aten.max_pool2d.default: exact_ops.of_a_batch,
-    _aten.constant_pad_nd.default: lambda whole, *given: views.pad_or_cut(*given),
+    _aten.constant_pad_nd.default: plain(views.pad_or_cut),
 }

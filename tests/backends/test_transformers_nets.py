@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 import pytest
-from helpers.op_sweep import Outcome
+from helpers.op_sweep import check_share
 from helpers.transformers_nets import FORMS, NETS, try_net
 
 # share of the networks and forms that come out right, at least
@@ -15,13 +13,6 @@ TARGETS = [
     for name in SHARES
 ]
 FEW = [("bert", "tables"), ("llama", "W8A8"), ("whisper", "int4 blocks"), ("mobilenet_v2", "W8A8")]
-
-
-def check(target: str, outcomes: list[Outcome]) -> None:
-    counts = Counter(outcome.kind for outcome in outcomes)
-    lapses = [outcome for outcome in outcomes if outcome.kind not in ("right", "refused")]
-    assert not lapses, "\n".join(f"{o.kind}: {o.call}: {o.said}" for o in lapses)
-    assert counts["right"] >= SHARES[target] * len(outcomes), counts
 
 
 @pytest.mark.integration
@@ -35,4 +26,4 @@ def test_a_network_is_right(name: str, form: str, target: str) -> None:
 @pytest.mark.slow  # some seconds a network and form
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_network_is_right_or_refused_as_it_is_uncompressed(target: str) -> None:
-    check(target, [try_net(name, form, target) for name in NETS for form in FORMS])
+    check_share([try_net(name, form, target) for name in NETS for form in FORMS], SHARES[target])

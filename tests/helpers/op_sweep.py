@@ -34,7 +34,7 @@ if __name__ == "__main__":
 from helpers.op_calls import OpCall, calls_of, counted_ops
 from helpers.together import Together
 
-__all__ = ["SUFFIXES", "Outcome", "sweep", "write_table"]
+__all__ = ["SUFFIXES", "Outcome", "check_share", "sweep", "write_table"]
 
 _SECONDS = 300
 SUFFIXES = {"coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte", "torch": ".pt2"}
@@ -197,6 +197,14 @@ def sweep(target: str, ops: Iterable[str], together: int = 8) -> Iterator[Outcom
             groups += [group[half:], group[:half]]
     with contextlib.suppress(Exception):
         worker.process.kill()
+
+
+def check_share(outcomes: Sequence[Outcome], share: float) -> None:
+    """Each is right or refused, and at least this share is right."""
+    counts = Counter(outcome.kind for outcome in outcomes)
+    lapses = [outcome for outcome in outcomes if outcome.kind not in ("right", "refused")]
+    assert not lapses, "\n".join(f"{o.kind}: {o.call}: {o.said}" for o in lapses)
+    assert counts["right"] >= share * len(outcomes), counts
 
 
 def write_table(outcomes: Iterable[Outcome], path: Path) -> None:

@@ -110,6 +110,7 @@ def test_what_overflows_in_float16_stays_in_float32(tmp_path: Path) -> None:
     assert saved(wide, (of(3, 8),), tmp_path, "float16") < 5e-3
 
 
+@pytest.mark.integration
 @pytest.mark.coreml
 @pytest.mark.parametrize(
     "options",
