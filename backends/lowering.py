@@ -18,7 +18,7 @@ from graphopt.capture import capture
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.neutral_form import neutral_form, with_neutral_form
 from graphopt.ir.program import Program, share_graph
-from graphopt.passes import RemoveUnused
+from graphopt.passes import FoldComputedWeights, RemoveUnused
 from graphopt.passes.pass_manager import run_passes
 
 __all__ = ["as_program", "convert_for", "lower", "lower_by_suffix"]
@@ -32,7 +32,7 @@ def as_program(
     """A program in our vocabulary, from whatever is at hand.
 
     A module that was finalized for a backend is the program that it was made from, where it is as it
-    was then; else its ops are raised back.
+    was then; else its ops are raised back. Weights that it computes from constants are stored.
 
     Raises:
         CaptureError: It cannot be exported.
@@ -48,7 +48,7 @@ def as_program(
     neutral = neutral_form(program.graph_module)
     if neutral is not None:
         program = replace(program, graph_module=share_graph(neutral))
-    run_passes(program.graph_module, [RaiseToVocabulary()])
+    run_passes(program.graph_module, [RaiseToVocabulary(), FoldComputedWeights()])
     return program
 
 

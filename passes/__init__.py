@@ -26,6 +26,7 @@ from graphopt.passes.expand_tables import ExpandTables
 from graphopt.passes.fake_palettize import FakePalettize
 from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
+from graphopt.passes.fold_computed_weights import FoldComputedWeights
 from graphopt.passes.insert_fake_quantize import InsertFakeQuantize
 from graphopt.passes.insert_palettizers import InsertPalettizers
 from graphopt.passes.insert_pruners import InsertPruners
@@ -54,6 +55,7 @@ __all__ = [
     "FakePalettize",
     "FitPalettes",
     "FoldBatchNorm",
+    "FoldComputedWeights",
     "ForgetReference",
     "InsertFakeQuantize",
     "InsertPalettizers",

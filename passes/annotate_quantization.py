@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import ClassVar, Literal
 
+from torch import fx
 from typing_extensions import override
 
 from graphopt.analysis.quantization_plan import ActivationPlan, plan_activations
@@ -21,6 +22,7 @@ from graphopt.analysis.weights import WeightTensor, find_weights
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.config.selection import Selector
 from graphopt.errors import CompressionError, ConfigWarning
+from graphopt.ir import op_info
 from graphopt.ir.annotations import (
     WeightAnnotation,
     annotate_input,
@@ -33,7 +35,12 @@ from graphopt.ir.records import ActivationRecord
 from graphopt.passes.fold_batchnorm import is_foldable
 from graphopt.passes.pass_base import Pass
 from graphopt.schemes.quantize import plan_blocks
-from graphopt.specs import PerTensorGranularity, QuantizationSpec
+from graphopt.specs import (
+    PerBlockGranularity,
+    PerChannelGranularity,
+    PerTensorGranularity,
+    QuantizationSpec,
+)
 
 __all__ = ["AnnotateQuantization"]
 
@@ -71,6 +78,9 @@ class AnnotateQuantization(Pass):
                 if weight.sparse is not None:
                     # the values of a pruned weight know no channels
                     spec = spec.model_copy(update={"granularity": PerTensorGranularity()})
+                elif spec.granularity == PerChannelGranularity():
+                    channels = _channels(weight)
+                    spec = spec.model_copy(update={"granularity": channels})
                 annotation = WeightAnnotation(spec, weight.output_axis, decision.path)
                 for node in weight.nodes:
                     annotate_weight(node, annotation)
@@ -118,3 +128,27 @@ class AnnotateQuantization(Pass):
         if note:
             warnings.warn(f"{weight.name}: {note}", ConfigWarning, stacklevel=2)
         return ""
+
+
+def _channels(weight: WeightTensor) -> PerChannelGranularity | PerBlockGranularity:
+    """Granularity of one scale per output channel.
+
+    A transposed convolution in groups keeps output channels on two axes: that of its inputs, which
+    the groups divide, and that of the outputs of each group.
+    """
+    groups = max(
+        (_transposed_groups(user) for node in weight.nodes for user in node.users), default=1
+    )
+    if groups == 1:
+        return PerChannelGranularity()
+    inputs, outputs, *others = weight.tensor.shape
+    if inputs == groups and outputs == 1:
+        return PerChannelGranularity(axis=0)
+    return PerBlockGranularity(block_size=(inputs // groups, 1, *others))
+
+
+def _transposed_groups(node: fx.Node) -> int:
+    info = op_info.info_of(node)
+    if info is None or info.convolution is None or not info.convolution.transposed:
+        return 1
+    return int(op_info.argument(node, info.convolution.groups, 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sized
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ import torch
 from typing_extensions import override
 
 from graphopt.errors import InputError
-from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.captured_module import CapturedModule, callable_graph
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import share_graph
+from graphopt.ir.state import restored_state
 from graphopt.passes import AnnotateQuantization, InsertFakeQuantize
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
@@ -21,7 +23,7 @@ from graphopt.prepared.conversion import activation_records, scales_of
 from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.prepared.state import parts_of
 from graphopt.progress import track
-from graphopt.run.batches import as_batch
+from graphopt.run.calibration_data import read_calls, refuse_non_finite
 
 __all__ = ["CalibrateActivations", "calibrate", "observing", "with_quantizers"]
 
@@ -39,17 +41,26 @@ def with_quantizers(gm: CapturedModule) -> CapturedModule:
 
 @contextmanager
 def observing(prepared: CapturedModule) -> Iterator[CapturedModule]:
-    """Observe the activations of every call; statistics start empty, ranges hold from the end on."""
+    """Observe the activations of every call; statistics start empty, ranges hold from the end on.
+
+    A call with NaN or Inf among its inputs is refused before it is seen.
+    """
     training = prepared.training
     prepared.eval()
     quantizers = parts_of(prepared, ActivationQuantizer)
     for quantizer in quantizers:
         quantizer.reset()
         quantizer.observing, quantizer.rounding = True, False
+    numbers = itertools.count()
+    watch = prepared.register_forward_pre_hook(
+        lambda module, args, kwargs: refuse_non_finite(prepared, (args, kwargs), next(numbers)),
+        with_kwargs=True,
+    )
     try:
-        with torch.no_grad():
+        with torch.no_grad(), restored_state(prepared):
             yield prepared
     finally:
+        watch.remove()
         for quantizer in quantizers:
             quantizer.settle()
             quantizer.observing, quantizer.rounding = False, True
@@ -57,12 +68,19 @@ def observing(prepared: CapturedModule) -> Iterator[CapturedModule]:
 
 
 def calibrate(prepared: CapturedModule, data: Iterable[Any], progress: bool | None) -> None:
-    """Run a prepared module on data, inputs of one call each, while its activations are observed."""
-    total = len(data) if isinstance(data, Sized) else 0
+    """Run a prepared module on data, inputs of one call each, while its activations are observed.
+
+    Raises:
+        InputError: There are no data, they do not fit, or they hold NaN or Inf.
+    """
+    total, number = len(data) if isinstance(data, Sized) else 0, 0
     with observing(prepared):
-        for inputs in track(data, "calibrating", total, enabled=progress):
-            args, kwargs = as_batch(inputs)
+        calls = read_calls(prepared, data)
+        for args, kwargs in track(calls, "calibrating", total, enabled=progress):
             prepared(*args, **kwargs)
+            number += 1
+    if not number:
+        raise InputError("there are no data: activations are calibrated by at least one call")
 
 
 @dataclass(frozen=True)
@@ -90,9 +108,7 @@ class CalibrateActivations(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        gm = edit.gm
-        if not isinstance(gm, CapturedModule):
-            raise InputError("activations are calibrated in graphs that graphopt.capture made")
+        gm = callable_graph(edit.gm)
         prepared = findings_of(gm).prepared
         if prepared is None:
             prepared = with_quantizers(share_graph(gm))

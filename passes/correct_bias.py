@@ -13,12 +13,12 @@ from typing_extensions import override
 from graphopt.analysis.weights import source_of
 from graphopt.errors import CalibrationError
 from graphopt.ir import op_info
-from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.captured_module import CapturedModule, callable_graph
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor, operands
 from graphopt.ir.op_info import OpInfo, WeightSlot
 from graphopt.passes.pass_base import Pass
-from graphopt.run.batches import as_batch
+from graphopt.run.calibration_data import read_calls
 from graphopt.run.layerwise import LayerwiseRun
 
 __all__ = ["CorrectBias", "channel_axis"]
@@ -46,8 +46,7 @@ class CorrectBias(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        gm = edit.gm
-        assert isinstance(gm, CapturedModule)
+        gm = callable_graph(edit.gm)
         partners = Correspondence.by_name(gm, self.reference)
         layers = [
             node
@@ -58,7 +57,7 @@ class CorrectBias(Pass):
             return
         if not self.data:
             raise CalibrationError("no data: biases cannot be corrected")
-        batches = [as_batch(call) for call in self.data]
+        batches = list(read_calls(gm, self.data))
         exact = LayerwiseRun(self.reference, batches)
         wanted: dict[fx.Node, Tensor] = {}
         measured = {partners[node] for node in layers}

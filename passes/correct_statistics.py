@@ -10,7 +10,7 @@ from torch import fx
 from typing_extensions import override
 
 from graphopt.errors import InputError
-from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.captured_module import CapturedModule, callable_graph
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import share_graph
 from graphopt.passes.correct_bias import CorrectBias
@@ -55,9 +55,9 @@ def reference_of(gm: fx.GraphModule) -> CapturedModule:
         InputError: It kept none, or one that cannot be run batch by batch.
     """
     reference = findings_of(gm).reference
-    if not isinstance(reference, CapturedModule):
-        raise InputError("statistics are corrected in graphs that graphopt.capture made")
-    return reference
+    if reference is None:
+        raise InputError("KeepReference has kept no graph to compare with")
+    return callable_graph(reference)
 
 
 @dataclass(frozen=True)

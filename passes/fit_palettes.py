@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from typing_extensions import override
 
-from graphopt.errors import CalibrationError, InputError
+from graphopt.errors import CalibrationError
 from graphopt.fitting.algorithms import ALGORITHMS
 from graphopt.fitting.calibration import (
     Calibrator,
@@ -20,14 +20,14 @@ from graphopt.fitting.calibration import (
 )
 from graphopt.fitting.clustering import cluster_annotated
 from graphopt.fitting.sensitivity import LossFn, load_sensitivities
-from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.captured_module import callable_graph
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared.findings import keep_findings
 from graphopt.progress import track
-from graphopt.run.batches import as_batch
+from graphopt.run.calibration_data import inputs_of_pairs, read_calls
 
 __all__ = ["FitPalettes"]
 
@@ -65,9 +65,7 @@ class FitPalettes(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        gm = edit.gm
-        if not isinstance(gm, CapturedModule):
-            raise InputError("palettes are fitted in graphs that graphopt.capture made")
+        gm = callable_graph(edit.gm)
         annotated = Program(gm, ())
         calibrator = Calibrator(annotated, loss_fn=self.loss_fn, seed=self.seed)
         if not self.data or not any(map(needs_gradients, calibrator.algorithms.values())):
@@ -75,9 +73,12 @@ class FitPalettes(Pass):
             return
         module = calibrator.annotated.copy().graph_module
         with calibrator.watching(module):
-            for sample in track(self.data, "gradients", len(self.data), enabled=self.progress):
-                inputs, target = sample if self.loss_fn is not None else (sample, None)
-                args, kwargs = as_batch(inputs)
+            inputs = self.data if self.loss_fn is None else inputs_of_pairs(self.data)
+            calls = track(
+                read_calls(module, inputs), "gradients", len(inputs), enabled=self.progress
+            )
+            for sample, (args, kwargs) in zip(self.data, calls, strict=True):
+                target = None if self.loss_fn is None else sample[1]
                 calibrator.step(module(*args, **kwargs), target)
         fit = calibrator.palettes(self.seed, self.progress, correct_bias=True)
         set_biases(gm, fit.biases)

@@ -25,7 +25,7 @@ from graphopt.ir.module_frames import module_frames
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.fold_batchnorm import conv_state
 from graphopt.passes.pass_base import Pass
-from graphopt.passes.restore_training import RestoreTraining
+from graphopt.passes.restore_training import RestoreTraining, norm_momentum
 from graphopt.prepared import (
     QUANTIZERS,
     ActivationQuantizer,
@@ -172,7 +172,7 @@ def _insert_norm(
     norm: fx.Node,
     weights: dict[fx.Node, tuple[WeightQuantizer, str]],
 ) -> None:
-    momentum, eps = op_info.momentum_of(norm), op_info.eps_of(norm)
+    eps = op_info.eps_of(norm)
     conv = norm.args[0]
     item = next((u for u in norm.users if u.target is operator.getitem and u.args[1] == 0), None)
     if item is None:
@@ -184,6 +184,7 @@ def _insert_norm(
     bias = conv.args[2] if len(conv.args) > 2 else None
     assert isinstance(weight, fx.Node)
     quantizer = weights[weight][0] if weight in weights else None
+    momentum, tracked = norm_momentum(edit, norm)
     module = ConvNorm(conv.target, tuple(conv.args[3:]), groups, momentum, eps, quantizer)  # type: ignore[arg-type]
     module.eval()
     if quantizer is not None:
@@ -193,7 +194,8 @@ def _insert_norm(
             quantizer.start(module.folded(edit.value(weight), stored_bias, state)[0])
         weights.pop(weight)
     path = edit.module(f"{QUANTIZERS}.norm_{conv.name}", module)
-    made = edit.run_module(path, x, weight, bias, *norm.args[1:5], place=norm, like=item)
+    given = (x, weight, bias, *norm.args[1:5], *tracked)
+    made = edit.run_module(path, *given, place=norm, like=item)
     edit.replace(item, made)
     _erase(edit, norm)
     edit.erase(conv)

@@ -12,11 +12,11 @@ from typing_extensions import override
 
 from graphopt.errors import CalibrationError
 from graphopt.ir import op_info
-from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.captured_module import CapturedModule, callable_graph
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
 from graphopt.passes.pass_base import Pass
-from graphopt.run.batches import as_batch
+from graphopt.run.calibration_data import read_calls
 from graphopt.run.layerwise import LayerwiseRun
 
 __all__ = ["ReestimateBatchNorm"]
@@ -50,9 +50,8 @@ class ReestimateBatchNorm(Pass):
             return
         if not self.data:
             raise CalibrationError("no data: batch norms cannot be estimated again")
-        batches = [as_batch(call) for call in self.data]
-        gm = edit.gm
-        assert isinstance(gm, CapturedModule)
+        gm = callable_graph(edit.gm)
+        batches = list(read_calls(gm, self.data))
         run = LayerwiseRun(gm, batches)
         exact = None if self.reference is None else LayerwiseRun(self.reference, batches)
         partners: Mapping[fx.Node, fx.Node] = (

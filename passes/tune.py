@@ -12,14 +12,14 @@ from typing_extensions import Unpack, override
 from graphopt.errors import CalibrationError
 from graphopt.fitting.tuning import TuningKeywords, TuningOptions, tune_graph
 from graphopt.ir import op_info
-from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.captured_module import callable_graph
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes.correct_statistics import KeepReference, reference_of
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
-from graphopt.run.batches import as_batch
+from graphopt.run.calibration_data import read_calls
 
 __all__ = ["Tune", "tune"]
 
@@ -47,8 +47,8 @@ class Tune(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        assert isinstance(edit.gm, CapturedModule)
-        programs = (Program(edit.gm, ()), Program(reference_of(edit.gm), ()))
+        gm = callable_graph(edit.gm)
+        programs = (Program(gm, ()), Program(reference_of(edit.gm), ()))
         tuned = tune(*programs, self.data, steps=self.steps, seed=self.seed, progress=self.progress)
         edit.adopt(tuned.graph_module)
 
@@ -82,7 +82,7 @@ def tune(
     if not data:
         raise CalibrationError("no data: there is nothing to tune on")
     gm, exact = tuned.graph_module, reference.graph_module
-    batches = [as_batch(call) for call in data]
+    batches = list(read_calls(gm, data))
     if len(list(Editor(gm).calls(op_info.BATCH_NORM))) < len(
         list(Editor(exact).calls(op_info.BATCH_NORM))
     ):

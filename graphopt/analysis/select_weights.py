@@ -12,7 +12,8 @@ from torch import fx
 
 from graphopt.analysis.weights import WeightTensor
 from graphopt.config.selection import OpUse, Selector, StateUse, closest
-from graphopt.errors import ConfigError, ConfigWarning
+from graphopt.errors import CompressionError, ConfigError, ConfigWarning
+from graphopt.ir.captured_module import callable_graph
 from graphopt.ir.module_frames import module_frames
 from graphopt.ir.records import TensorRecord
 from graphopt.specs.model import SpecModel
@@ -43,7 +44,14 @@ class Decision(Generic[SpecT]):
 
 
 def touch_modules(gm: fx.GraphModule, selector: Selector, weights: Iterable[WeightTensor]) -> None:
-    """Mark the config keys that name a module of the graph."""
+    """Mark the config keys that name a module of the graph.
+
+    Raises:
+        InputError: The graph takes its weights as inputs, or keeps them in modules.
+    """
+    weights = list(weights)
+    if not weights:
+        callable_graph(gm)
     for node in gm.graph.nodes:
         if node.op == "call_function":
             selector.touch(module_frames(node))
@@ -67,6 +75,9 @@ def decide(
         kind: Type of spec.
         refusal: Why a weight cannot have a spec, or "".
         verb: "palettize" or "quantize", for messages.
+
+    Raises:
+        CompressionError: The weight contains NaN or Inf.
     """
     chosen: SpecT | None = None
     path, reason, conflict, off = "", "", "", ""
@@ -98,6 +109,11 @@ def decide(
     against = refusal(chosen)
     if against:
         return Decision(None, reason=against, conflict=conflict, chosen=True)
+    if not bool(torch.isfinite(weight.tensor).all()):
+        raise CompressionError(
+            f"{weight.name}: contains NaN or Inf; exclude it in the config ({path} asks for it) or"
+            " repair the model"
+        )
     return Decision(chosen, path, conflict=conflict)
 
 

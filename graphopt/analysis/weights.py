@@ -19,6 +19,7 @@ __all__ = [
     "WeightTensor",
     "find_weights",
     "identity_of",
+    "is_decoded",
     "source_of",
     "state_operands",
 ]
@@ -248,6 +249,11 @@ def source_of(node: fx.Node, axis: int) -> Source | None:
     known = place is not None and 0 <= place < max(rank, 1)
     axis = place if known and place is not None else 0
     return Source(node, axis, compressed, tuple(reversed(chain)), sparse)
+
+
+def is_decoded(node: fx.Node) -> bool:
+    """Whether a node decodes a compressed weight."""
+    return str(node.target).rpartition(".")[0] in _LOOKUPS
 
 
 def is_with_outliers(node: fx.Node) -> bool:

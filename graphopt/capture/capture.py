@@ -25,7 +25,7 @@ from graphopt.ir.captured_module import CapturedModule, InputGuards, holder_of
 from graphopt.ir.guards import by_signature, input_places
 from graphopt.ir.program import Program, Provenance, share_graph
 
-__all__ = ["capture"]
+__all__ = ["buffers_restored", "capture", "run_on_copies"]
 
 _log = logging.getLogger(__name__)
 _Args = tuple[Any, ...]
@@ -72,7 +72,7 @@ def capture(
     if isinstance(model, CapturedModule):
         # it is a captured graph already; its metadata would only suffer from another export
         return Program(share_graph(model), args, kwargs, Provenance(type(model).__name__))
-    with _evaluation_mode(model), _buffers_restored(model), torch.no_grad():
+    with _evaluation_mode(model), buffers_restored(model), torch.no_grad():
         exported = _export(model, args, kwargs, dynamic_shapes)
     return _to_program(exported, type(model).__name__, args, kwargs)
 
@@ -136,7 +136,7 @@ def _evaluation_mode(model: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def _buffers_restored(model: nn.Module) -> Iterator[None]:
+def buffers_restored(model: nn.Module) -> Iterator[None]:
     """Undo what a forward pass writes into buffers, such as caches and counters."""
     saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
     places = [
@@ -154,7 +154,7 @@ def _buffers_restored(model: nn.Module) -> Iterator[None]:
                 buffer.copy_(value)
 
 
-def _run(model: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
+def run_on_copies(model: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
     """Outputs on copies of the inputs, with the same random numbers every time."""
     copies = pytree.tree_map(
         lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
@@ -174,8 +174,8 @@ def _export(
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
         return _attempt(model, args, kwargs, dynamic_shapes, oblivious=True)
     try:
-        with _buffers_restored(model):
-            expected = _run(model, args, kwargs)
+        with buffers_restored(model):
+            expected = run_on_copies(model, args, kwargs)
     except Exception as error:
         raise InputError(
             f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
@@ -190,8 +190,8 @@ def _export(
     for attempt in attempts[:-1]:
         try:
             exported = attempt()
-            with _buffers_restored(model):
-                outputs = _run(exported.module(check_guards=False), args, kwargs)
+            with buffers_restored(model):
+                outputs = run_on_copies(exported.module(check_guards=False), args, kwargs)
         except Exception as error:
             _log.debug("open shapes refused: %s: %s", type(error).__name__, error)
             continue

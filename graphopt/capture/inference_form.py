@@ -5,14 +5,13 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import fx
 from torch.export import ExportedProgram
 
 from graphopt.ir import op_info
-from graphopt.ir.annotations import annotate_dropout
+from graphopt.ir.annotations import annotate_dropout, annotate_noise
 
 __all__ = ["dropout_kept", "is_plain", "to_inference_form"]
 
@@ -43,17 +42,39 @@ def _is_dropout(node: fx.Node) -> bool:
 
 @contextmanager
 def dropout_kept(exported: ExportedProgram) -> Iterator[None]:
-    """Let dropouts pass decomposition, which would turn them into copies without a rate."""
-    kept: list[tuple[fx.Node, Any, Any]] = []
+    """Let dropouts and noise pass decomposition, which would turn them into copies without a rate."""
+    before = [(node, node.target, node.args, node.kwargs) for node in exported.graph.nodes]
     for node in exported.graph.nodes:
         if _is_dropout(node):
-            kept.append((node, node.target, node.args))
-            node.target, node.args = _dropout, node.args[:2]
+            _not_in_place(node)
+            kind = op_info.info_of(node).names[0]  # type: ignore[union-attr]
+            node.target, node.args = _dropout, (*node.args[:2], kind)
+        elif _is_noise(node):
+            _not_in_place(node)
+            node.target = op_info.RRELU
     try:
         yield
     finally:
-        for node, target, args in kept:
-            node.target, node.args = target, args
+        for node, target, args, kwargs in before:
+            node.target, node.args, node.kwargs = target, args, kwargs
+
+
+def _is_noise(node: fx.Node) -> bool:
+    info = op_info.info_of(node)
+    return info is not None and info.noise and not op_info.is_training(node)
+
+
+def _not_in_place(node: fx.Node) -> None:
+    """Let what is behind an op that writes into its operand read the op instead."""
+    schema = getattr(node.target, "_schema", None)
+    operand = node.args[0]
+    if schema is None or not schema.is_mutable or not isinstance(operand, fx.Node):
+        return
+    behind = False
+    for other in list(node.graph.nodes):
+        if behind and operand in other.all_input_nodes:
+            other.replace_input_with(operand, node)
+        behind |= other is node
 
 
 def to_inference_form(graph: fx.Graph) -> None:
@@ -61,9 +82,18 @@ def to_inference_form(graph: fx.Graph) -> None:
     for node in list(graph.nodes):
         info = op_info.info_of(node)
         if _is_dropout(node):
+            _not_in_place(node)
+            assert info is not None
             rate = float(node.args[1])
+            kind = str(node.args[2]) if node.target is _dropout else info.names[0]
             node.target, node.args = _clone, node.args[:1]
-            annotate_dropout(node, rate)
+            annotate_dropout(node, rate, kind)
+        elif _is_noise(node):
+            _not_in_place(node)
+            low, high = op_info.noise_range(node)
+            node.target, node.args = op_info.LEAKY_RELU, (node.args[0], (low + high) / 2)
+            node.kwargs = {}
+            annotate_noise(node, low, high)
         elif (
             info is not None
             and info.batch_norm is not None

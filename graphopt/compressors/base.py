@@ -18,6 +18,7 @@ from graphopt.errors import InputError, StateError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
 from graphopt.prepared.state import parts_of
+from graphopt.prepared.training_form import train_as_model
 from graphopt.report.stored import as_stored
 from graphopt.report.table import CompressionTable
 
@@ -44,6 +45,7 @@ class Compressor(ABC):
         self._model = model
         self._run: PausedRun | None = None
         self._prepared: CapturedModule | None = None
+        self._trains_as_model = False
 
     @abstractmethod
     def prepare(
@@ -139,6 +141,16 @@ class Compressor(ABC):
         if self._prepared is None:
             raise StateError("call prepare(example_inputs) first")
         return self._prepared
+
+    def _start_training(self) -> CapturedModule:
+        """The prepared module in training, with the model's dropout of attention."""
+        prepared, program = self._ready(), self._waiting().program
+        model = getattr(self._model, "_orig_mod", self._model)  # what torch.compile wraps
+        if not self._trains_as_model and isinstance(model, nn.Module):
+            if not isinstance(model, CapturedModule):
+                train_as_model(prepared, model, program.example_args, program.example_kwargs)
+            self._trains_as_model = True
+        return prepared.train()
 
     def _waiting(self) -> PausedRun:
         """The run that waits for `program`."""

@@ -21,6 +21,7 @@ from graphopt.passes import (
     ConvertQuantization,
     CorrectStatistics,
     FoldBatchNorm,
+    FoldComputedWeights,
     ForgetReference,
     KeepReference,
     PalettizeWeights,
@@ -31,6 +32,7 @@ from graphopt.passes.calibrate_activations import CalibrateActivations
 from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.tune import Tune
+from graphopt.run.calibration_data import data_list, inputs_of_pairs
 
 __all__ = ["joint_pipeline"]
 
@@ -54,13 +56,16 @@ def joint_pipeline(
         data: Calibration inputs of one call each; pairs (inputs, target) with `loss_fn`.
         loss_fn: `loss_fn(output, target)`; None needs no labels.
         options: How it runs; the defaults of `CompressOptions` when None.
+
+    Raises:
+        InputError: The data hold no call, or no pairs where there is a `loss_fn`.
     """
     how = CompressOptions() if options is None else options
-    given = None if data is None else list(data)
-    inputs = given if given is None or loss_fn is None else [pair[0] for pair in given]
+    given = data_list(data)
+    inputs = given if given is None or loss_fn is None else inputs_of_pairs(given)
     shifting = joint.palettization is not None or joint.pruning is not None
     quantization = joint.quantization
-    passes: list[Pass] = [RaiseToVocabulary()]
+    passes: list[Pass] = [RaiseToVocabulary(), FoldComputedWeights()]
     fold = how.fold_batch_norm
     if fold is None:
         # targets fuse a convolution with its activation, not with a norm between them

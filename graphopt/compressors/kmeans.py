@@ -37,7 +37,7 @@ from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.passes.pass_manager import run_passes
 from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.progress import track
-from graphopt.run.batches import as_batch
+from graphopt.run.calibration_data import read_calls
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.specs import DKMTrainingSpec
 
@@ -225,8 +225,8 @@ class KMeansPalettizer(Compressor):
         prepared = self._ready()
         with self.calibration_mode(progress=progress, **options) as calibrator:
             total = len(data) if isinstance(data, Sized) else 0
-            for inputs in track(data, "gradients", total, enabled=progress):
-                args, kwargs = as_batch(inputs)
+            calls = read_calls(prepared, data)
+            for args, kwargs in track(calls, "gradients", total, enabled=progress):
                 calibrator.step(prepared(*args, **kwargs))
         return prepared
 
@@ -243,11 +243,12 @@ class KMeansPalettizer(Compressor):
             model: Accepted for compatibility: None, or what `prepare` returned.
 
         Raises:
-            StateError: `prepare` was not called.
+            StateError: `prepare` was not called, or the model drops something in training for which
+                the graph has no place.
         """
         del model
         training = self._train()
-        training.prepared.train()
+        self._start_training()
         training.follow()
         try:
             yield training.prepared

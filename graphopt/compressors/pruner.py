@@ -116,11 +116,11 @@ class MagnitudePruner(Compressor):
             model: Accepted for compatibility: None, or what `prepare` returned.
 
         Raises:
-            StateError: `prepare` was not called.
+            StateError: `prepare` was not called, or the model drops something in training for which
+                the graph has no place.
         """
         del model
-        prepared = self._ready()
-        prepared.train()
+        prepared = self._start_training()
         try:
             yield prepared
         finally:

@@ -35,6 +35,7 @@ from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 from graphopt.prepared.state import parts_of, take_state
 from graphopt.report.stored import as_stored
 from graphopt.report.table import CompressionTable
+from graphopt.run.calibration_data import data_list
 
 __all__ = ["Quantizer"]
 
@@ -136,7 +137,7 @@ class Quantizer(Compressor):
             on_unmatched=on_unmatched,
             fold_batch_norm=self._palettization is not None,
         )
-        data = None if calibration_data is None else list(calibration_data)
+        data = data_list(calibration_data)
         pipeline = joint_pipeline("quantize", joint, data, loss_fn, how)
         run = self._pause(
             pipeline, "calibrate-activations", example_inputs, example_kwargs, dynamic_shapes
@@ -194,11 +195,11 @@ class Quantizer(Compressor):
             model: Accepted for compatibility: None, or what `prepare` returned.
 
         Raises:
-            StateError: `prepare` was not called.
+            StateError: `prepare` was not called, or the model drops something in training for which
+                the graph has no place.
         """
         del model
-        prepared = self._ready()
-        prepared.train()
+        prepared = self._start_training()
         if not self._by_hand:
             self._follow_schedule()
         try:

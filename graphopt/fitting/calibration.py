@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -21,8 +21,10 @@ from graphopt.ir.annotations import palette_annotation
 from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program, share_graph
+from graphopt.ir.state import writes
 from graphopt.progress import track
 from graphopt.run.batches import Batch
+from graphopt.run.calibration_data import refuse_non_finite
 
 __all__ = [
     "Calibrator",
@@ -118,6 +120,7 @@ class Calibrator:
         self.algorithms = algorithms_of(annotated)
         self.batches: list[Batch] = []
         self.steps = 0
+        self._calls = 0
         self._loss_fn = loss_fn
         self._label_free = label_free
         self._generator = torch.Generator().manual_seed(seed)
@@ -170,7 +173,11 @@ class Calibrator:
     def watching(self, prepared: CapturedModule) -> Iterator[None]:
         """Let a prepared module run with its original weights, watched."""
         tapped = share_graph(self.annotated.graph_module)
-        insert_taps(Editor(tapped), self.collector, self._watched)
+        edit = Editor(tapped)
+        edit.relax_views()
+        insert_taps(edit, self.collector, self._watched)
+        for node in [node for node in tapped.graph.nodes if writes(node) and not node.users]:
+            edit.erase(node)  # gradients need the state as it was read
         before, graph = _state(prepared), prepared.graph
         hook = prepared.register_forward_pre_hook(self._remember, with_kwargs=True)
         try:
@@ -194,7 +201,8 @@ class Calibrator:
                 restored.requires_grad_(trained)
 
     def _remember(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        del module
+        refuse_non_finite(cast("CapturedModule", module), (args, kwargs), self._calls)
+        self._calls += 1
         if self._layerwise or self.steps == 0:
             self.batches.append(pytree.tree_map(_detached, (args, kwargs)))
         else:

@@ -37,7 +37,7 @@ _POSITIONS_PER_COLUMN = 8
 
 @dataclass(frozen=True)
 class LayerMoments:
-    """Means over sampled positions, per channel group, float32.
+    """Means over sampled positions, per channel group; second moments float32, means float64.
 
     Attributes:
         hessian: E[x̂x̂ᵀ], [groups, columns, columns]; of centred columns where a bias takes the mean.
@@ -119,8 +119,10 @@ def collect_moments(
     *,
     centred: bool,
     seed: int,
-) -> LayerMoments:
-    """Moments of a layer's inputs.
+) -> LayerMoments | None:
+    """Moments of a layer's inputs; None where calibration never reached the layer.
+
+    Columns are counted from near their mean, so that features far from 0 keep their variance.
 
     Args:
         use: The op.
@@ -131,10 +133,12 @@ def collect_moments(
         centred: Whether a bias takes the mean.
         seed: Seed of the sample of positions.
     """
-    hessian = shift = mean = aim = beside = beside_mean = torch.zeros(())
-    total = 0.0
+    hessian = shift = mean = lost = beside = beside_mean = torch.zeros(())
+    total, origin = 0.0, None
     generator = torch.Generator().manual_seed(seed)
     for number, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
+        if not x.numel() or x.shape != y.shape:
+            continue  # nothing was routed to the layer, or not the same as in the exact program
         columns, exact = use.form.columns(x.float()), use.form.columns(y.float())
         weight = torch.ones(columns.shape[0], columns.shape[2])
         if saliency is not None and saliency[number].shape == weight.shape:
@@ -148,25 +152,35 @@ def collect_moments(
         columns, exact = columns[:, used], exact[:, used]
         flat = weight.reshape(-1)[used].reshape(1, -1, 1)
         total += float(flat.double().sum())
+        error = exact - columns
+        if origin is None:
+            origin = columns.double().mean(1, keepdim=True)
+        columns = (columns.double() - origin).float()
         weighted = columns * flat
         hessian = hessian + weighted.mT @ columns
-        shift = shift + (exact - columns).mT @ weighted
+        shift = shift + error.mT @ weighted
         mean = mean + weighted.sum(1)
-        aim = aim + (exact * flat).sum(1)
+        lost = lost + (error * flat).sum(1)
         if missing is not None:
             lacks = missing[number][0].float() - missing[number][1].float()
             rest = use.form.rows(lacks, x).transpose(0, 1).flatten(1, 2)[:, used]
             beside = beside + rest.mT @ weighted
             beside_mean = beside_mean + (rest * flat).sum(1)
-    scale = max(total, 1e-30)
-    hessian, shift, mean, aim = hessian / scale, shift / scale, mean / scale, aim / scale
-    beside, beside_mean = beside / scale, beside_mean / scale
-    if centred:
-        hessian = hessian - mean[:, :, None] * mean[:, None, :]
-        shift = shift - (aim - mean)[:, :, None] * mean[:, None, :]
-        if missing is not None:
-            beside = beside - beside_mean[:, :, None] * mean[:, None, :]
-    return LayerMoments(hessian, shift, mean, aim, beside, beside_mean)
+    if origin is None or total <= 0:
+        return None
+    mean, lost, beside_mean = (summed.double() / total for summed in (mean, lost, beside_mean))
+    # the moments about the mean, or about 0
+    base = -mean if centred else origin[:, 0]
+    hessian = hessian / total + _outer(mean, base) + _outer(base, mean + base)
+    shift, beside = shift / total + _outer(lost, base), beside / total
+    if missing is not None:
+        beside = beside + _outer(beside_mean, base)
+    centre = mean + origin[:, 0]
+    return LayerMoments(hessian, shift, centre, centre + lost, beside, beside_mean)
+
+
+def _outer(left: Tensor, right: Tensor) -> Tensor:
+    return (left[:, :, None] * right[:, None, :]).float()
 
 
 def compensated_weight(use: WeightUse, weight: Tensor, moments: LayerMoments) -> Tensor:

@@ -128,6 +128,10 @@ class _Layers:
             centred=bias is not None,
             seed=seed,
         )
+        if moments is None:
+            self.result.fallbacks[weight.name] = "calibration never reached it"
+            self.keep(weight, _plain(weight, None, seed))
+            return
         target = LayerTarget.of(use, original, moments)
         axis, spec = annotation.output_axis, annotation.spec
         palettized = palettize_to_outputs(

@@ -22,6 +22,7 @@ __all__ = [
     "WeightAnnotation",
     "annotate_dropout",
     "annotate_input",
+    "annotate_noise",
     "annotate_norm",
     "annotate_output",
     "annotate_pruning",
@@ -29,6 +30,7 @@ __all__ = [
     "clear_annotations",
     "clear_notes",
     "describe_annotations",
+    "dropout_of",
     "dropout_rate",
     "forget_record",
     "hand_on",
@@ -56,7 +58,7 @@ _KEY = "graphopt"
 # not saved with a module
 _FINDINGS, _NEUTRAL = "graphopt_findings", "graphopt_neutral"
 _WEIGHT, _OUTPUT, _INPUTS, _NORM = "weight", "output", "inputs", "norm"
-_PRUNING, _DROPOUT = "pruning", "dropout"
+_PRUNING, _DROPOUT, _NOISE = "pruning", "dropout", "noise"
 _RECORD, _NOTES = "graphopt.table", "graphopt.notes"
 _RUN, _PROVIDED = "graphopt.passes", "graphopt.passes_provided"
 
@@ -176,14 +178,30 @@ def is_fused_norm(node: fx.Node) -> bool:
     return bool(node.meta.get(_KEY, {}).get(_NORM))
 
 
-def annotate_dropout(node: fx.Node, rate: float) -> None:
-    """Remember that a copy was a dropout of this rate."""
-    _put(node, _DROPOUT, rate)
+def annotate_dropout(node: fx.Node, rate: float, kind: str = "dropout") -> None:
+    """Remember that a copy was a dropout of this rate and kind, an op's name."""
+    _put(node, _DROPOUT, (rate, kind))
+
+
+def dropout_of(node: fx.Node) -> tuple[float, str] | None:
+    """Rate and kind of the dropout that a node was, if it was one."""
+    return cast("tuple[float, str] | None", node.meta.get(_KEY, {}).get(_DROPOUT))
 
 
 def dropout_rate(node: fx.Node) -> float | None:
     """The rate of the dropout that a node was, if it was one."""
-    return cast("float | None", node.meta.get(_KEY, {}).get(_DROPOUT))
+    known = dropout_of(node)
+    return None if known is None else known[0]
+
+
+def annotate_noise(node: fx.Node, low: float, high: float) -> None:
+    """Remember that a leaky ReLU draws its slope between two values in training."""
+    _put(node, _NOISE, (low, high))
+
+
+def noise_of(node: fx.Node) -> tuple[float, float] | None:
+    """Between which values a leaky ReLU draws its slope in training, if it does."""
+    return cast("tuple[float, float] | None", node.meta.get(_KEY, {}).get(_NOISE))
 
 
 def clear_annotations(node: fx.Node) -> None:

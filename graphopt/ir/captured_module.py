@@ -7,7 +7,7 @@ import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
@@ -15,7 +15,21 @@ from torch._ops import HigherOrderOperator, OpOverload
 
 from graphopt.errors import InputError
 
-__all__ = ["CapturedModule", "InputGuards", "KeptGraph", "holder_of", "set_tensor"]
+__all__ = [
+    "CapturedModule",
+    "InputGuards",
+    "KeptGraph",
+    "callable_graph",
+    "holder_of",
+    "set_tensor",
+]
+
+_NO_CALL = (
+    "the graph is no module that can be called: it takes its weights as inputs, as the graph_module of"
+    " an ExportedProgram and the graphs in ExecuTorch's transform_passes do, or was not made by"
+    " torch.export; run the passes on `exported_program.module()`, or give the program itself to"
+    " graphopt.compress or Pipeline.run"
+)
 
 _ALLOWED = (
     *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare),
@@ -220,6 +234,17 @@ def _restore(
     module.__dict__.update({key: tree.__dict__[key] for key in _TREE})
     module.meta.update(meta)
     return module
+
+
+def callable_graph(gm: fx.GraphModule) -> CapturedModule:
+    """The graph, of which calls can be made: a captured one, or what `ExportedProgram.module()` gives.
+
+    Raises:
+        InputError: It has not the signature of a call.
+    """
+    if hasattr(gm.graph._codegen, "pytree_info"):
+        return cast("CapturedModule", gm)
+    raise InputError(_NO_CALL)
 
 
 def holder_of(module: nn.Module, path: str, *, create: bool = False) -> tuple[nn.Module, str]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from graphopt.ir import op_info
 from graphopt.ir.annotations import note, record
 from graphopt.ir.captured_module import holder_of
 from graphopt.ir.records import ActivationRecord, TensorRecord
@@ -66,7 +67,13 @@ class Editor:
         return tensor
 
     def constant(
-        self, name: str, value: Tensor, *, like: fx.Node, before: fx.Node | None = None
+        self,
+        name: str,
+        value: Tensor,
+        *,
+        like: fx.Node,
+        before: fx.Node | None = None,
+        trained: bool = False,
     ) -> fx.Node:
         """Add a persistent buffer under dotted `name` (made unique) and its node before `like`.
 
@@ -75,17 +82,32 @@ class Editor:
             value: Its value.
             like: Node whose place and origin the new one takes.
             before: Another place.
+            trained: Add a parameter instead.
         """
         path, number = name, 0
         while self._exists(path):
             number += 1
             path = f"{name}_{number}"
         holder, attribute = holder_of(self.gm, path, create=True)
-        holder.register_buffer(attribute, value)
+        if trained:
+            holder.register_parameter(attribute, nn.Parameter(value))
+        else:
+            holder.register_buffer(attribute, value)
         with self.gm.graph.inserting_before(before or like):
             node = self.gm.graph.get_attr(path)
         self._inherit(node, like)
         node.meta["val"] = self.fake(value)
+        self.changed = True
+        return node
+
+    def stored(self, path: str, *, like: fx.Node) -> fx.Node | None:
+        """A node before `like` for a tensor that the module has already; None where it has none."""
+        if not self._exists(path):
+            return None
+        with self.gm.graph.inserting_before(like):
+            node = self.gm.graph.get_attr(path)
+        self._inherit(node, like)
+        node.meta["val"] = self.fake(self.value(node))
         self.changed = True
         return node
 
@@ -132,10 +154,17 @@ class Editor:
             self.changed = True
         return path
 
-    def run_module(self, path: str, *args: Any, place: fx.Node, like: fx.Node) -> fx.Node:
+    def run_module(
+        self,
+        path: str,
+        *args: Any,
+        place: fx.Node,
+        like: fx.Node,
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> fx.Node:
         """Insert a call of a submodule before `place`; its value is described as that of `like`."""
         with self.gm.graph.inserting_before(place):
-            node = self.gm.graph.call_module(path, args)
+            node = self.gm.graph.call_module(path, args, dict(kwargs or {}))
         self._inherit(node, like)
         if "val" in like.meta:
             node.meta["val"] = like.meta["val"]
@@ -172,6 +201,13 @@ class Editor:
         old.replace_all_uses_with(new, delete_user_cb=lambda user: user is not new)
         self.gm.graph.erase_node(old)
         self.changed = True
+
+    def relax_views(self) -> None:
+        """Let views take operands in any order of memory, for graphs that are trained."""
+        for node in self.gm.graph.nodes:
+            relaxed = op_info.without_memory_order(node.target)
+            self.changed |= relaxed is not node.target
+            node.target = relaxed
 
     def set_args(self, node: fx.Node, args: tuple[Any, ...]) -> None:
         """Give a call other positional arguments."""

@@ -43,7 +43,7 @@ _library.define(
 )
 _library.define("sparse_to_dense(Tensor values, Tensor mask, int[] shape) -> Tensor")
 _library.define("round_to_float(Tensor x, float scale, str storage) -> Tensor")
-_library.define("dropout(Tensor x, float p) -> Tensor")
+_library.define("dropout(Tensor x, float p, str kind) -> Tensor")
 
 
 def lut_to_dense(
@@ -192,8 +192,8 @@ def round_to_float(x: Tensor, scale: float, storage: str) -> Tensor:
     return (scaled.to(kind).to(torch.float32) * scale).to(x.dtype)
 
 
-def _dropout(x: Tensor, p: float) -> Tensor:
-    """A dropout in evaluation: its rate survives capture, which turns it into a copy."""
+def _dropout(x: Tensor, p: float, kind: str) -> Tensor:
+    """A dropout in evaluation: rate and kind survive capture, which turns it into a copy."""
     return x.clone()
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from graphopt.numerics.batchnorm import NormState, broadcast, fold_norm, gains, scale_outputs
+from graphopt.prepared.norm import batch_weight
 from graphopt.prepared.weight import WeightQuantizer
 
 __all__ = ["ConvNorm"]
@@ -36,7 +37,7 @@ class ConvNorm(nn.Module):
         op: Callable[..., Tensor],
         rest: tuple[Any, ...],
         transposed_groups: int | None,
-        momentum: float,
+        momentum: float | None,
         eps: float,
         quantizer: WeightQuantizer | None,
     ) -> None:
@@ -70,20 +71,29 @@ class ConvNorm(nn.Module):
         x: Tensor,
         weight: Tensor,
         bias: Tensor | None,
-        gamma: Tensor | None,
-        beta: Tensor | None,
-        mean: Tensor,
-        variance: Tensor,
+        *state: Any,
     ) -> Tensor:
-        """Convolution and norm of `x`."""
+        """Convolution and norm of `x`.
+
+        Args:
+            x: Input.
+            weight: Weight of the convolution.
+            bias: Its bias.
+            state: Gain, shift, mean and variance of the norm, and where it counts the batches that
+                it has seen, their number.
+        """
+        gamma, beta, mean, variance, *counted = state
+        tracked = counted[0] if counted else None
         norm: NormState = (gamma, beta, mean, variance, self.eps)
         if self.training:
-            return self._train(x, weight, bias, norm)
+            return self._train(x, weight, bias, norm, batch_weight(self.momentum, tracked))
         folded, shift = self.folded(weight, bias, norm)
         rounded = folded if self.quantizer is None else self.quantizer(folded)
         return self.op(x, rounded, shift, *self.rest)
 
-    def _train(self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: NormState) -> Tensor:
+    def _train(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, norm: NormState, momentum: float
+    ) -> Tensor:
         gamma, beta, mean, variance, _ = norm
         gain = gains(norm)
         # a channel whose gain is zero is rounded unscaled, and zero after the norm
@@ -94,7 +104,7 @@ class ConvNorm(nn.Module):
         y = y / broadcast(gain, y.ndim)
         if bias is not None:
             y = y + broadcast(bias, y.ndim)
-        return F.batch_norm(y, mean, variance, gamma, beta, True, self.momentum, self.eps)
+        return F.batch_norm(y, mean, variance, gamma, beta, True, momentum, self.eps)
 
     def folded(self, weight: Tensor, bias: Tensor | None, norm: NormState) -> tuple[Tensor, Tensor]:
         """Weight and bias with the norm folded in, kept until one of the tensors changes."""

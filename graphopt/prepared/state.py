@@ -8,6 +8,7 @@ from typing import Any
 from torch import fx, nn
 
 from graphopt.ir.captured_module import CapturedModule, holder_of
+from graphopt.ir.state import state_of
 from graphopt.prepared import QUANTIZERS
 
 __all__ = ["is_read_by", "parts_of", "take_state"]
@@ -25,13 +26,17 @@ def is_read_by(gm: fx.GraphModule, constants: Sequence[fx.Node], kind: type[nn.M
 
 
 def take_state(gm: CapturedModule, prepared: CapturedModule) -> None:
-    """Let a graph compute with the tensors of the prepared one, which has the same names."""
+    """Let a graph compute with the tensors of the prepared one, which has the same names.
+
+    What calls have made of the state that the graph writes stays behind.
+    """
+    state = set(state_of(prepared))
     stored = [
         *prepared.named_parameters(remove_duplicate=False),
         *prepared.named_buffers(remove_duplicate=False),
     ]
     for path, tensor in stored:
-        if path.startswith(f"{QUANTIZERS}."):
+        if path.startswith(f"{QUANTIZERS}.") or path in state:
             continue
         holder, name = holder_of(gm, path)
         if isinstance(tensor, nn.Parameter):

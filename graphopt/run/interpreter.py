@@ -14,8 +14,10 @@ from typing import Any
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
+from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.editor import operands
+from graphopt.ir.state import writes
 from graphopt.run.batches import Batch, explained, flat_inputs
 
 __all__ = [
@@ -57,7 +59,8 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, value: Value, *, copies: bool = 
         gm: Holds tensors and submodules.
         node: The node.
         value: Values of what it reads.
-        copies: An op that writes into what it reads gets copies, so that it may run again.
+        copies: An op that writes into what it reads gets copies, so that it may run again; of stored
+            tensors it always does.
     """
     if node.op == "get_attr":
         holder, name = holder_of(gm, str(node.target))
@@ -65,12 +68,12 @@ def evaluate(gm: fx.GraphModule, node: fx.Node, value: Value, *, copies: bool = 
     args, kwargs = fx.map_arg(node.args, value), fx.map_arg(node.kwargs, value)
     if node.op == "output":
         return args[0]
-    target: Any = node.target
+    target: Any = op_info.without_memory_order(node.target)
     if node.op == "call_module":
         target = gm.get_submodule(str(target))
     elif node.op == "call_method":
         return getattr(args[0], str(target))(*args[1:], **kwargs)
-    if copies and _writes(node):
+    if writes(node) and (copies or any(used.op == "get_attr" for used in operands(node))):
         args = pytree.tree_map_only(Tensor, Tensor.clone, args)
     return target(*args, **kwargs)
 
@@ -79,11 +82,6 @@ def constant_value(gm: fx.GraphModule, node: fx.Node) -> Any:
     """What a node computes from constants alone, from the tensors as they are now."""
     value = evaluate(gm, node, lambda used: constant_value(gm, used))
     return value.detach() if isinstance(value, Tensor) else value
-
-
-def _writes(node: fx.Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and bool(schema.is_mutable)
 
 
 class Interpreter:
@@ -130,7 +128,7 @@ class Interpreter:
         placeholders = self.gm.graph.find_nodes(op="placeholder")
         given = dict(zip(placeholders, flat_inputs(self.gm, batch), strict=True))
         for node in placeholders:
-            if not self.copies and any(_writes(user) for user in node.users):
+            if not self.copies and any(writes(user) for user in node.users):
                 given[node] = given[node].clone()
         return given
 

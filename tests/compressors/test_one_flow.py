@@ -90,7 +90,7 @@ def by_pipeline(net: graphopt.Program, config: KMeansPalettizerConfig) -> object
 
 def by_joint_pipeline(net: graphopt.Program, config: KMeansPalettizerConfig) -> object:
     joint = graphopt.JointConfig(palettization=config, quantization=activations_only())
-    return pipelines.joint(joint, []).run(net)
+    return pipelines.joint(joint).run(net)
 
 
 def by_quantizer(net: graphopt.Program, config: KMeansPalettizerConfig) -> object:

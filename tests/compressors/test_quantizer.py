@@ -139,10 +139,9 @@ def test_finalize_names_what_was_never_observed() -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_finalize_names_what_saw_nan_or_inf(bad: float) -> None:
     quantizer = Quantizer(Branches().eval())
-    quantizer.prepare((torch.randn(2, 4), torch.randn(2, 4)))
-    y = torch.randn(2, 4)
-    y[0, 0] = bad
-    quantizer.calibrate([(torch.randn(2, 4), y)])
+    prepared = quantizer.prepare((torch.randn(2, 4), torch.randn(2, 4)))
+    prepared.rare.bias.data[0] = bad
+    quantizer.calibrate([(torch.randn(2, 4), torch.randn(2, 4))])
     with pytest.raises(CalibrationError, match="'rare'.* saw NaN or Inf") as caught:
         quantizer.finalize(backend="torch")
     assert "'used'" not in str(caught.value)

@@ -1,8 +1,9 @@
-"""The calls of torch's own op database that every target is tried on.
+"""The calls of torch's own databases of ops and modules that every target is tried on.
 
-Counted are the functional ops whose samples are real and finite, of rank 5 at most and with 20,000
-elements at most, and whose outputs are deterministic: of each the first, the middle and the last
-sample in float32. What is not counted stands in `NOT_COUNTED`, with the reason.
+Counted are the functional ops and the modules (`nn.Linear`) whose samples are real and finite, of
+rank 5 at most and with 20,000 elements at most, and whose outputs are deterministic: of each the
+first, the middle and the last sample in float32. What is not counted stands in `NOT_COUNTED`, with
+the reason.
 """
 
 from __future__ import annotations
@@ -100,29 +101,55 @@ def _counted(name: str) -> bool:
     )
 
 
+@functools.cache
+def _modules() -> dict[str, Any]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from torch.testing._internal.common_modules import module_db
+    return {info.name: info for info in module_db}
+
+
 def counted_ops() -> list[str]:
-    """Names of the ops, in the database's order; some have no call that fits."""
-    return [name for name in _database() if _counted(name)]
+    """Names of the ops and modules, in the databases' order; some have no call that fits."""
+    return [name for name in (*_database(), *_modules()) if _counted(name)]
 
 
 def calls_of(name: str) -> list[OpCall]:
-    """First, middle and last sample of an op, those that count."""
-    op = _database()[name]
+    """First, middle and last sample of an op or a module, those that count."""
     torch.manual_seed(0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        samples = list(op.sample_inputs("cpu", torch.float32, requires_grad=False))
-        chosen = sorted({0, len(samples) // 2, len(samples) - 1}) if samples else []
-        made = ((position, samples[position]) for position in chosen)
-        return [call for position, sample in made for call in _call(name, op, position, sample)]
+        made = _module_samples(name) if name in _modules() else _op_samples(name)
+        chosen = sorted({0, len(made) // 2, len(made) - 1}) if made else []
+        return [call for n in chosen for call in _call(f"{name}#{n}", *made[n])]
 
 
-def _call(name: str, op: Any, position: int, sample: Any) -> Iterator[OpCall]:
-    leaves, spec = pytree.tree_flatten(((sample.input, *sample.args), dict(sample.kwargs)))
+def _op_samples(name: str) -> list[tuple[Any, Any]]:
+    op = _database()[name]
+    samples = op.sample_inputs("cpu", torch.float32, requires_grad=False)
+    return [(op.op, ((sample.input, *sample.args), dict(sample.kwargs))) for sample in samples]
+
+
+def _module_samples(name: str) -> list[tuple[Any, Any]]:
+    info = _modules()[name]
+    options = {"device": "cpu", "dtype": torch.float32, "requires_grad": False}
+    samples = info.module_inputs_func(info, training=False, **options)
+    made = []
+    for sample in samples:
+        if sample.forward_input is None:
+            continue
+        module = info.module_cls(*sample.constructor_input.args, **sample.constructor_input.kwargs)
+        given = (sample.forward_input.args, dict(sample.forward_input.kwargs))
+        made.append((module.eval(), given))
+    return made
+
+
+def _call(name: str, op: Any, given: Any) -> Iterator[OpCall]:
+    leaves, spec = pytree.tree_flatten(given)
     inputs = tuple(leaf.detach().clone() for leaf in leaves if isinstance(leaf, Tensor))
     if not inputs or any(callable(leaf) and not isinstance(leaf, Tensor) for leaf in leaves):
         return
-    module = _Call(op.op, leaves, spec).eval()
+    module = _Call(op, leaves, spec).eval()
     try:
         with torch.no_grad():
             first, *others = (_results(module, inputs, seed) for seed in range(_RUNS))
@@ -133,7 +160,7 @@ def _call(name: str, op: Any, position: int, sample: Any) -> Iterator[OpCall]:
     if not all(torch.equal(a, b) for again in others for a, b in zip(first, again, strict=True)):
         return
     if all(_fits(x) for x in (*inputs, *first)):
-        yield OpCall(f"{name}#{position}", module, inputs)
+        yield OpCall(name, module, inputs)
 
 
 def _results(module: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> list[Any]:

@@ -38,6 +38,12 @@ def bias_last(op: Callable[..., Tensor]) -> _Call:
     return lambda x, w, b: op(x, w, b)
 
 
+def bags(x: Tensor, w: Tensor, *padding: None) -> Tensor:
+    starts = torch.arange(len(x)) * x.shape[1]
+    options = (False, 0, False, None, False, *padding)
+    return aten.embedding_bag(w, x.long().flatten(), starts, *options)[0]
+
+
 # overload → (call with input, weight and bias, shape of the input, of the weight, of the bias)
 CASES: dict[str, tuple[_Call, list[int], list[int], int]] = {
     "aten.linear.default": (bias_last(aten.linear), [3, 8], [6, 8], 6),
@@ -51,6 +57,8 @@ CASES: dict[str, tuple[_Call, list[int], list[int], int]] = {
         [2, 8, 6],
         6,
     ),
+    "aten.embedding_bag.padding_idx": (lambda x, w, b: bags(x, w, None) + b, [3, 4], [8, 6], 6),
+    "aten.embedding_bag.default": (lambda x, w, b: bags(x, w) + b, [3, 4], [8, 6], 6),
     "aten.embedding.default": (lambda x, w, b: aten.embedding(w, x.long()) + b, [3, 4], [8, 6], 6),
 }
 for _n in (1, 2, 3):
@@ -98,6 +106,7 @@ class Net(nn.Module):
         return self.behind(self.call(x, self.weight, self.bias))
 
 
+WITHOUT_MATRIX = {name for name in EVERY if any(kind in name for kind in ("bmm", "embedding_bag"))}
 # of each kind one: the others are in the slow tier
 SOME = set(list(EVERY)[::3])
 
@@ -120,7 +129,7 @@ def test_weight_is_found_palettized_and_priced(name: str) -> None:
     found = {weight.name: weight for weight in find_weights(program.graph_module)}
     assert [use.role for use in found["weight"].uses] == ["weight"]
     is_matrix = bool(weight_uses(program.graph_module, [found["weight"]]))
-    assert is_matrix == (name not in ("aten.bmm.default", "aten.baddbmm.default"))
+    assert is_matrix == (name not in WITHOUT_MATRIX)
     palettizer = KMeansPalettizer(net, KMeansPalettizerConfig())
     prepared = palettizer.prepare((x,))
     (row,) = palettizer.summary().palettized

@@ -80,9 +80,9 @@ def test_pass_that_needs_another_first_says_so() -> None:
 
 def test_error_in_a_pass_names_the_pass() -> None:
     model = Net().eval()
-    model.fc.weight.data[0, 0] = float("nan")
     gm = graphopt.capture(model, (X,)).graph_module
     annotate()(gm)
+    gm.fc.weight.data[0, 0] = float("nan")
     with pytest.raises(CompressionError, match="fc.weight") as caught:
         PalettizeWeights()(gm)
     assert "in pass 'palettize-weights'" in caught.value.__notes__[0]

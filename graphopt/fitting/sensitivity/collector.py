@@ -65,6 +65,10 @@ class GradientCollector:
             x: Its input.
             gradient: Gradient of the loss at its output.
         """
+        if not x.numel():  # nothing was routed to the op
+            if self.positions:
+                self.saliency.setdefault(use.node.name, []).append(x.new_zeros(0, 0))
+            return
         rows = use.form.rows(gradient.float() * self.scale, x)  # batch, groups, positions, rows
         if self.positions:
             squared = rows.square().mean((1, 3))

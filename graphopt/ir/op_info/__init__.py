@@ -29,6 +29,7 @@ For the rest of the process, best where the op itself is defined:
 promises `x @ wᵀ`, which fits of whole layers rely on; without it they fit the weight's values alone.
 """
 
+from graphopt.ir.op_info.activations_table import LEAKY_RELU
 from graphopt.ir.op_info.model import (
     Activation,
     BatchNormArguments,
@@ -41,7 +42,7 @@ from graphopt.ir.op_info.model import (
     View,
     WeightSlot,
 )
-from graphopt.ir.op_info.norms_table import BATCH_NORM
+from graphopt.ir.op_info.norms_table import BATCH_NORM, RRELU, TRACKED
 from graphopt.ir.op_info.questions import (
     cast_type,
     eps_of,
@@ -49,6 +50,7 @@ from graphopt.ir.op_info.questions import (
     is_cast,
     is_training,
     momentum_of,
+    noise_range,
     op_names,
     view_of,
 )
@@ -61,9 +63,13 @@ from graphopt.ir.op_info.registry import (
     register,
     targets,
 )
+from graphopt.ir.op_info.views_table import without_memory_order
 
 __all__ = [
     "BATCH_NORM",
+    "LEAKY_RELU",
+    "RRELU",
+    "TRACKED",
     "Activation",
     "BatchNormArguments",
     "BiasSlot",
@@ -85,8 +91,10 @@ __all__ = [
     "known_ops",
     "momentum_of",
     "named",
+    "noise_range",
     "op_names",
     "register",
     "targets",
     "view_of",
+    "without_memory_order",
 ]

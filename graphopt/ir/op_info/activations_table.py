@@ -5,7 +5,9 @@ from __future__ import annotations
 from graphopt.ir.op_info.model import Activation, OpInfo, Scales
 from graphopt.ir.op_info.overloads import aten
 
-__all__ = ["ACTIVATION_OPS", "ARITHMETIC_OPS"]
+__all__ = ["ACTIVATION_OPS", "ARITHMETIC_OPS", "LEAKY_RELU"]
+
+LEAKY_RELU = aten("leaky_relu")[0]
 
 ACTIVATION_OPS: tuple[OpInfo, ...] = (
     OpInfo(
@@ -162,6 +164,7 @@ ARITHMETIC_OPS: tuple[OpInfo, ...] = (
         aten("scaled_dot_product_attention"),
         scales=Scales.COMPUTE,
         data=(0, 1, 2),
+        inner_rate=4,
     ),
     OpInfo(
         ("softmax",),

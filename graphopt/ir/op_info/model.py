@@ -186,6 +186,8 @@ class OpInfo:
         norm: Places of a norm's gain and shift.
         batch_norm: Set where it is a batch norm.
         dropout: Whether it is a dropout, called with (x, rate, …).
+        noise: Whether it is a leaky ReLU of random slope in training, called with (x, low, high, …).
+        inner_rate: Place of the rate of a dropout inside it.
         training: Place of the switch to training.
         composite: Whether captures break it up, as its weight would be out of sight otherwise.
         check: What it checks of its operand, where it does nothing else.
@@ -222,6 +224,8 @@ class OpInfo:
     norm: NormArguments | None = None
     batch_norm: BatchNormArguments | None = None
     dropout: bool = False
+    noise: bool = False
+    inner_rate: int | None = None
     training: int | None = None
     composite: bool = False
     check: Literal["type", "value"] | None = None

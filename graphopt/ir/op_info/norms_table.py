@@ -1,4 +1,4 @@
-"""Norms and dropouts."""
+"""Norms, dropouts and noise."""
 
 from __future__ import annotations
 
@@ -8,10 +8,12 @@ import graphopt.ir.ops  # noqa: F401 - registers the stand-in of dropouts
 from graphopt.ir.op_info.model import BatchNormArguments, NormArguments, OpInfo, Scales
 from graphopt.ir.op_info.overloads import aten
 
-__all__ = ["BATCH_NORM", "NORM_OPS"]
+__all__ = ["BATCH_NORM", "NORM_OPS", "RRELU", "TRACKED"]
 
 # the batch norm of captured graphs: it always uses its stored statistics
 BATCH_NORM = aten("_native_batch_norm_legit_no_training")[0]
+RRELU = aten("rrelu")[0]
+TRACKED = "num_batches_tracked"  # name of the buffer in which norms count batches
 
 NORM_OPS: tuple[OpInfo, ...] = (
     OpInfo(
@@ -47,6 +49,10 @@ NORM_OPS: tuple[OpInfo, ...] = (
     OpInfo(
         ("instance_norm",), aten("instance_norm"), scales=Scales.FLOAT, norm=NormArguments(1, 2)
     ),
-    OpInfo(("dropout",), aten("dropout"), dropout=True, training=2, kept_whole=True),
+    *(
+        OpInfo((name,), aten(f"{name} {name}_"), dropout=True, training=2, kept_whole=True)
+        for name in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout")
+    ),
+    OpInfo(("rrelu",), aten("rrelu rrelu_"), noise=True, training=3, kept_whole=True),
     OpInfo(("dropout",), (torch.ops.graphopt.dropout.default,), dropout=True, copies=True),
 )

@@ -18,6 +18,7 @@ __all__ = [
     "is_cast",
     "is_training",
     "momentum_of",
+    "noise_range",
     "op_names",
     "view_of",
 ]
@@ -54,6 +55,13 @@ def is_training(node: fx.Node) -> bool:
     """Whether a norm or a dropout is switched to training."""
     info = info_of(node)
     return info is not None and bool(argument(node, info.training))
+
+
+def noise_range(node: fx.Node) -> tuple[float, float]:
+    """Between which values an op of random slope draws it in training."""
+    low, high = (argument(node, place) for place in (1, 2))
+    defaults = [each.default_value for each in node.target._schema.arguments[1:3]]  # type: ignore[union-attr]
+    return float(defaults[0] if low is None else low), float(defaults[1] if high is None else high)
 
 
 def eps_of(norm: fx.Node) -> float:

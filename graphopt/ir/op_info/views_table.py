@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from graphopt.ir.op_info.model import OpInfo, Scales, View
 from graphopt.ir.op_info.overloads import aten
 
-__all__ = ["VIEW_OPS"]
+__all__ = ["VIEW_OPS", "without_memory_order"]
 
 _PASS = Scales.PASS
+_RESHAPE = aten("reshape")[0]
+_STRICT = aten("view")[0]
 
 VIEW_OPS: tuple[OpInfo, ...] = (
-    OpInfo(("reshape",), aten("view"), scales=_PASS, view=View.RESHAPE, attention="between"),
+    OpInfo(("reshape",), (_STRICT,), scales=_PASS, view=View.RESHAPE, attention="between"),
     OpInfo(
         ("reshape",),
         aten("reshape _unsafe_view unflatten.int"),
@@ -85,3 +89,12 @@ VIEW_OPS: tuple[OpInfo, ...] = (
         shape_query=True,
     ),
 )
+
+
+def without_memory_order(target: Any) -> Any:
+    """An op that does the same for operands in any order of memory.
+
+    A captured view counts on the order that the kernel in front of it gave. With gradients or dropout
+    other kernels run, attention's for one, that give another.
+    """
+    return _RESHAPE if target is _STRICT else target

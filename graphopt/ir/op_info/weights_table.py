@@ -115,6 +115,13 @@ WEIGHT_OPS: tuple[OpInfo, ...] = (
         quantizes_output=False,
         kept_whole=True,
     ),
+    OpInfo(
+        ("embedding_bag",),
+        aten("embedding_bag.padding_idx embedding_bag"),
+        weights=(WeightSlot(0, 0),),
+        data=(),
+        quantizes_output=False,
+    ),
     _PRODUCT,
     replace(_PRODUCT, targets=aten("mm"), linear_if_turned=True),
     replace(_PRODUCT, targets=aten("bmm"), weights=_BATCHED),
@@ -139,9 +146,14 @@ WEIGHT_OPS: tuple[OpInfo, ...] = (
         attention="product",
     ),
     OpInfo(("einsum",), aten("einsum"), composite=True),
+    OpInfo(
+        ("recurrent_cell",),
+        aten("lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell"),
+        composite=True,
+    ),
     OpInfo(("tensordot",), aten("tensordot"), composite=True),
     *(
-        OpInfo((name,), aten(f"{name}.input"), weight_list=2)
+        OpInfo((name,), aten(f"{name}.input"), weight_list=2, inner_rate=5, training=6)
         for name in ("lstm", "gru", "rnn_tanh", "rnn_relu")
     ),
 )

@@ -5,11 +5,13 @@ from __future__ import annotations
 import functools
 import io
 import itertools
+import logging
 import math
 import pickle
 import threading
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future, as_completed
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,8 @@ from graphopt.backends.lowering import as_program
 from graphopt.errors import InputError
 from graphopt.ir.program import Program
 from graphopt.progress import track
-from graphopt.run.batches import Batch, as_batch
+from graphopt.run.batches import Batch
+from graphopt.run.calibration_data import data_list, read_calls
 from graphopt.search.mixed_precision.candidates import as_candidates
 from graphopt.search.mixed_precision.exact import Bench, Values, make_bench, measure_batch
 from graphopt.search.mixed_precision.fast import FAST_METRICS, draw_vectors
@@ -32,6 +35,7 @@ from graphopt.search.mixed_precision.layers import (
     refuse_unsupported,
     weights_of,
 )
+from graphopt.search.mixed_precision.measurements import Measurements
 from graphopt.search.mixed_precision.metrics import Compare, Metric, as_metric
 from graphopt.search.mixed_precision.options import AnalysisKeywords, AnalysisOptions, Candidates
 from graphopt.search.mixed_precision.records import (
@@ -46,6 +50,8 @@ from graphopt.search.mixed_precision.sizes import SizeModel
 from graphopt.specs.dtypes import bits_of
 
 __all__ = ["analyze"]
+
+_log = logging.getLogger(__name__)
 
 
 def analyze(
@@ -97,8 +103,8 @@ def analyze(
     metrics = tuple(as_metric(given) for given in wanted)
     if how.mode != "exact" and metrics[0].name not in FAST_METRICS:
         raise InputError(f"the fast mode predicts {list(FAST_METRICS)}, not {metrics[0].name!r}")
-    batches = [as_batch(inputs) for inputs in data]
-    if not batches:
+    calls = data_list(data)
+    if calls is None:
         raise InputError("there are no data to measure on; give `data`, inputs of one call each")
     general = as_candidates(candidates)
     special = {
@@ -107,6 +113,7 @@ def analyze(
     sizes = SizeModel.of(how.backend, how.float_dtype, how.lut_dtype)
     program = as_program(model, example_inputs, example_kwargs)
     gm = program.graph_module
+    batches = list(read_calls(gm, calls))
     layers, known = find_layers(gm, general, special, sizes, how.weight_threshold)
     if sizes.backend is not None:
         refuse_unsupported(tuple(known.values()), sizes.backend)
@@ -133,7 +140,9 @@ def analyze(
     if _missing(records, len(batches)):
         bench = make_bench(program, header, metrics, batches, progress=how.progress)
         _run(bench, program, records, batches, how.executor, how.progress)
-    return SensitivityTable(records, program, metrics[0])
+    table = SensitivityTable(records, program, metrics[0])
+    _say_unreached(table)
+    return table
 
 
 def _group(batches: Sequence[Batch], draws: int, most: int) -> int:
@@ -162,6 +171,7 @@ def _drop_beyond(records: Records, count: int) -> None:
     """Fewer data than the file has measured: only those given count."""
     records.values = {key: value for key, value in records.values.items() if key[0] < count}
     records.vectors = {key: value for key, value in records.vectors.items() if key < count}
+    records.missed = {key for key in records.missed if key[0] < count}
 
 
 def _missing(records: Records, count: int) -> list[int]:
@@ -193,7 +203,7 @@ def _run(
     missing = _missing(records, len(batches))
     if executor is None:
         for number in track(missing, "measuring", len(missing), enabled=progress):
-            for layer, values, vectors in _one_batch(
+            for result in _one_batch(
                 bench,
                 header,
                 batches[number],
@@ -201,7 +211,7 @@ def _run(
                 _known(records, number),
                 number in records.vectors,
             ):
-                _take(records, number, layer, values, vectors)
+                _take(records, number, result)
         return
     payload = _payload(program, header, bench)
     futures: dict[Future[Any], int] = {}
@@ -218,32 +228,68 @@ def _run(
             futures[future] = number
         done = track(as_completed(futures), "measuring", len(futures), enabled=progress)
         for future in done:
-            for layer, values, vectors in future.result():
-                _take(records, futures[future], layer, values, vectors)
+            for result in future.result():
+                _take(records, futures[future], result)
     finally:
         for future in futures:
             future.cancel()
 
 
-def _take(
-    records: Records, number: int, layer: str, values: Values, vectors: Vectors | None
-) -> None:
-    if vectors is not None:
-        records.add_vectors(number, vectors)
+@dataclass(frozen=True)
+class _Result:
+    """What one batch says of one layer, or, in vectors, of all."""
+
+    layer: str = ""
+    values: Values = field(default_factory=dict)
+    missed: bool = False
+    vectors: Vectors | None = None
+
+
+def _take(records: Records, number: int, result: _Result) -> None:
+    if result.vectors is not None:
+        records.add_vectors(number, result.vectors)
     else:
-        records.add(number, layer, values)
+        records.add(number, result.layer, result.values, missed=result.missed)
 
 
 def _one_batch(
     bench: Bench, header: Header, batch: Batch, number: int, skip: Sequence[str], drawn: bool
-) -> Iterator[tuple[str, Values, Vectors | None]]:
+) -> Iterator[_Result]:
+    known = set(skip)
     if header.mode != "exact" and not drawn:
         seed = header.seed * 1_000_003 + number
         vectors = draw_vectors(bench, batch, draws=header.draws, seed=seed, group=header.group)
-        yield "", {}, vectors
+        if header.mode == "fast":
+            known |= _with_gradient(header, vectors)
+            for measured in measure_batch(bench, batch, known):
+                yield _Result(*measured)
+        yield _Result(vectors=vectors)
     if header.mode != "fast":
-        for layer, values in measure_batch(bench, batch, skip):
-            yield layer, values, None
+        for measured in measure_batch(bench, batch, known):
+            yield _Result(*measured)
+
+
+def _with_gradient(header: Header, vectors: Vectors) -> set[str]:
+    """Layers of which the vectors of a batch say anything."""
+    ends = itertools.accumulate(len(layer.candidates) for layer in header.layers)
+    parts = zip(header.layers, ends, strict=True)
+    return {
+        layer.name
+        for layer, end in parts
+        if bool(vectors[:, end - len(layer.candidates) : end].any())
+    }
+
+
+def _say_unreached(table: Measurements) -> None:
+    """Warn of layers about which the data or the gradients say nothing."""
+    blind, lost = table.without_gradient, table.missed
+    if blind:
+        _log.warning("no gradient reaches %s: measured on the outputs instead", ", ".join(blind))
+    if lost:
+        _log.warning(
+            "no batch reaches %s: its candidates count as without loss; add data that do",
+            ", ".join(lost),
+        )
 
 
 def _payload(program: Program, header: Header, bench: Bench) -> bytes:
@@ -268,7 +314,7 @@ def _named(name: str) -> Metric | None:
 
 def _remote(
     payload: bytes, batch: Batch, number: int, skip: Sequence[str], drawn: bool
-) -> list[tuple[str, Values, Vectors | None]]:
+) -> list[_Result]:
     bench, header = _received(payload)
     return list(_one_batch(bench, header, batch, number, skip, drawn))
 

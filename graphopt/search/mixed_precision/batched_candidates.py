@@ -49,8 +49,9 @@ class CandidateBatcher:
             return 1
         rest = self._rest(below, op)
         bindings = _bindings(self.plan, run)
-        largest = max((_size(node, bindings) for node in (op, *rest)), default=0)
-        if not all(self._in_front(node) for node in (op, *rest)):
+        sizes = [_size(node, bindings) for node in (op, *rest)]
+        largest = max((size for size in sizes if size is not None), default=0)
+        if None in sizes or not all(self._in_front(node) for node in (op, *rest)):
             self._refused.add(op)
             return 1
         return max(1, min(count, _ELEMENTS // max(largest, 1)))
@@ -212,14 +213,17 @@ def _bindings(plan: RerunPlan, run: PartialRerun) -> dict[Any, int]:
     return bindings
 
 
-def _size(node: fx.Node, bindings: Mapping[Any, int]) -> int:
-    """Elements of a node's largest tensor."""
+def _size(node: fx.Node, bindings: Mapping[Any, int]) -> int | None:
+    """Elements of a node's largest tensor; None where that depends on the data."""
     largest = 0
     for leaf in pytree.tree_leaves(node.meta.get("val")):
         if isinstance(leaf, Tensor):
             count = 1
             for size in leaf.shape:
                 expression = _symbols(size)
-                count *= int(size if expression is None else expression.subs(bindings))
+                known = size if expression is None else expression.subs(bindings)
+                if getattr(known, "free_symbols", None):
+                    return None
+                count *= int(known)
             largest = max(largest, count)
     return largest

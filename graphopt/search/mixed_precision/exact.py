@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from graphopt.ir.program import Program
@@ -88,7 +89,7 @@ def make_bench(
 
 def measure_batch(
     bench: Bench, batch: Batch, skip: Collection[str] = ()
-) -> Iterator[tuple[str, Values]]:
+) -> Iterator[tuple[str, Values, bool]]:
     """Measure every layer on one batch.
 
     The result is that of compressing the layer in a copy of the model and running it all; only what
@@ -100,7 +101,8 @@ def measure_batch(
         skip: Layers that are known already.
 
     Yields:
-        Layer, and candidate → metric → value.
+        Layer, candidate → metric → value, and whether the batch misses the layer: no output changes
+        with any candidate's weight, as where nothing is routed to an expert.
     """
     layers: Sequence[Layer] = [layer for layer in bench.layers if layer.name not in skip]
     if not layers:
@@ -131,13 +133,19 @@ def measure_batch(
                 pairs = zip(weights, hooks, strict=True)
                 outputs = [run.outputs(below, weight, **own) for weight, own in pairs]
             by_candidate |= zip(names, outputs, strict=True)
-        yield (
-            layer.name,
-            {
-                name: {
-                    metric.name: measure(metric, by_candidate.get(name, reference), reference)
-                    for metric in bench.metrics
-                }
-                for name in layer.candidates
-            },
-        )
+        values = {
+            name: {
+                metric.name: measure(metric, by_candidate.get(name, reference), reference)
+                for metric in bench.metrics
+            }
+            for name in layer.candidates
+        }
+        missed = all(_equal(outputs, reference) for outputs in by_candidate.values())
+        yield layer.name, values, bool(changed) and missed
+
+
+def _equal(outputs: Sequence[Tensor], reference: Sequence[Tensor]) -> bool:
+    return all(
+        torch.equal(got, want) or bool(((got == want) | (got.isnan() & want.isnan())).all())
+        for got, want in zip(outputs, reference, strict=True)
+    )

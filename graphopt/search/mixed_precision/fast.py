@@ -142,6 +142,11 @@ def project(outputs: Sequence[Tensor], metric: str, generator: torch.Generator) 
 def _direction(y: Tensor, metric: str, generator: torch.Generator) -> Tensor:
     """A draw u for which ½E[⟨u, Δy⟩²] is the metric's loss of a sample for small Δy."""
     y = y.float()
+    masked = ~torch.isfinite(y)
+    if bool(masked.any()):
+        # what is masked, by -inf for instance, does not move with the weights
+        held = y.masked_fill(masked, -1e30 if metric == "kl" else 0.0)
+        return _direction(held, metric, generator).masked_fill(masked, 0.0)
     if metric == "kl":
         # covariance diag(p) − ppᵀ like onehot(y) − p, but confident samples have their say too
         p = y.softmax(-1)

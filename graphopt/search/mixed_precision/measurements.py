@@ -54,9 +54,11 @@ def cross_terms(
     """
     mean_squares = np.square(vectors).mean(0)
     scale = np.sqrt(mean_squares)
-    scale[scale == 0] = 1.0
+    still = scale == 0  # of a layer that no gradient reaches, or a candidate that changes nothing
+    scale[still] = 1.0
     scaled = vectors / scale
     correlations = scaled.T @ scaled / len(vectors)
+    correlations[still, still] = 1.0
     place = np.asarray(owners)
     across = place[:, None] != place[None, :]
     if len(vectors) > 1 and bool(across.any()):
@@ -122,7 +124,7 @@ class Measurements:
         Raises:
             InputError: It is another one: other ops, shapes or weights.
         """
-        header = self.header
+        program, header = as_program(program), self.header
         names = {layer.name for layer in header.layers}
         own = [weight.tensor for weight in weights_of(program.graph_module) if weight.name in names]
         if weights_hash(own) != header.weights:
@@ -213,21 +215,76 @@ class Measurements:
             return self._predicted()
         means: dict[str, dict[str, float]] = {}
         for layer in self.layers:
-            rows = [self._records.values[batch, layer.name] for batch in batches]
-            means[layer.name] = {
-                candidate: math.fsum(row[candidate][name] for row in rows) / len(rows)
-                if all(math.isfinite(row[candidate][name]) for row in rows)
-                else float(np.mean([row[candidate][name] for row in rows]))
-                for candidate in layer.candidates
-            }
+            means[layer.name] = self._mean(layer, name)
         return means
 
-    def _predicted(self) -> dict[str, dict[str, float]]:
-        losses = iter(0.5 * np.mean(self._stacked().astype(np.float64) ** 2, axis=0))
+    def _mean(self, layer: Layer, metric: str) -> dict[str, float]:
+        """Candidate → mean of a measured metric over the batches that reach the layer."""
+        rows = [self._records.values[batch, layer.name] for batch in self._reached(layer.name)]
         return {
-            layer.name: {name: self.metric.value(float(next(losses))) for name in layer.candidates}
-            for layer in self.layers
+            candidate: math.fsum(row[candidate][metric] for row in rows) / len(rows)
+            if all(math.isfinite(row[candidate][metric]) for row in rows)
+            else float(np.mean([row[candidate][metric] for row in rows]))
+            for candidate in layer.candidates
         }
+
+    def _reached(self, layer: str) -> list[int]:
+        """The batches that reach a layer; all of them where none does."""
+        done, missed = self._batches(), self._records.missed
+        if layer not in self.without_gradient and not self.is_measured:
+            own = self._columns_of(layer)
+            reaching = [b for b in done if bool(self._records.vectors[b][:, own].any())]
+        else:
+            reaching = [batch for batch in done if (batch, layer) not in missed]
+        return reaching or done
+
+    @property
+    def without_gradient(self) -> list[str]:
+        """Layers that no gradient reaches in the fast mode; their values are measured instead."""
+        if self.is_measured:
+            return []
+        measured = {layer for _, layer in self._records.values}
+        vectors = [self._records.vectors[batch] for batch in self._batches()]
+        return [
+            layer.name
+            for layer in self.layers
+            if layer.name in measured
+            and not any(bool(own[:, self._columns_of(layer.name)].any()) for own in vectors)
+        ]
+
+    @property
+    def missed(self) -> list[str]:
+        """Layers that no batch reaches, as experts to which nothing is routed: of no known loss."""
+        done, missed = self._batches(), self._records.missed
+        return [
+            layer.name
+            for layer in self.layers
+            if done and all((batch, layer.name) in missed for batch in done)
+        ]
+
+    def _columns_of(self, layer: str) -> slice:
+        """The columns of a layer's candidates in the vectors."""
+        start = 0
+        for other in self.layers:
+            if other.name == layer:
+                return slice(start, start + len(other.candidates))
+            start += len(other.candidates)
+        raise InputError(f"the table has no layer {layer!r}")
+
+    def _predicted(self) -> dict[str, dict[str, float]]:
+        measured, predicted = self.without_gradient, {}
+        for layer in self.layers:
+            if layer.name in measured:
+                predicted[layer.name] = self._mean(layer, self.header.metrics[0])
+                continue
+            own = [self._records.vectors[b] for b in self._reached(layer.name)]
+            vectors = np.concatenate(own)[:, self._columns_of(layer.name)].astype(np.float64)
+            losses = 0.5 * np.mean(vectors**2, axis=0)
+            predicted[layer.name] = {
+                name: self.metric.value(float(loss))
+                for name, loss in zip(layer.candidates, losses, strict=True)
+            }
+        return predicted
 
     def losses(self) -> list[list[float]]:
         """For each layer in order, the loss of each candidate: 0 for none, adding up over layers."""
@@ -239,11 +296,12 @@ class Measurements:
 
     def _loss(self, layer: str, candidate: str, value: float) -> float:
         """Loss of a mean value, or the mean loss where a batch without any error is in it."""
-        if math.isfinite(value) or not self.is_measured:
+        known = self.is_measured or layer in self.without_gradient
+        if math.isfinite(value) or not known:
             return self.metric.loss(value)
         name = self.header.metrics[0]
         values = self._records.values
-        measured = [values[batch, layer][candidate][name] for batch in self._batches()]
+        measured = [values[batch, layer][candidate][name] for batch in self._reached(layer)]
         return float(np.mean([self.metric.loss(single) for single in measured]))
 
     def problem(self) -> Problem:
@@ -273,7 +331,8 @@ class Measurements:
             raise StateError("cross terms need mode='fast' or mode='hybrid'")
         vectors = self._stacked().astype(np.float64)
         flat = [loss for layer in self.losses() for loss in layer]
-        return cross_terms(vectors, self.owners(), flat if self.is_measured else None)
+        known = self.is_measured or bool(self.without_gradient)
+        return cross_terms(vectors, self.owners(), flat if known else None)
 
     def owners(self) -> list[int]:
         """Number of the layer of each row and column of `interactions`."""

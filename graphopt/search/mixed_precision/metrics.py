@@ -37,33 +37,53 @@ class Metric:
     value: Callable[[float], float]
 
 
+_LOWEST = -1e30  # a logit of no weight
+
+
+def _held(output: Tensor, reference: Tensor, fill: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Both in float64, with a number where they agree on a value that is not finite.
+
+    A mask puts -inf there; where they do not agree the error stays infinite.
+    """
+    output, reference = output.double(), reference.double()
+    masked = ~torch.isfinite(reference)
+    if not bool(masked.any()):
+        return output, reference
+    agreed = masked & ((output == reference) | (output.isnan() & reference.isnan()))
+    return output.masked_fill(agreed, fill), reference.masked_fill(agreed, fill)
+
+
 def _psnr(output: Tensor, reference: Tensor) -> float:
     """10·log10(max(reference²) / mean((reference − output)²)), in dB; the peak is the reference's."""
-    error = float((output.double() - reference.double()).square().mean())
-    peak = float(reference.double().square().max())
+    output, reference = _held(output, reference)
+    error = float((output - reference).square().mean())
+    peak = float(reference.square().max())
     if error == 0:
         return math.inf
     return 10 * math.log10(peak / error) if peak > 0 else -math.inf
 
 
 def _mse(output: Tensor, reference: Tensor) -> float:
-    return float((output.double() - reference.double()).square().mean())
+    output, reference = _held(output, reference)
+    return float((output - reference).square().mean())
 
 
 def _kl(output: Tensor, reference: Tensor) -> float:
     """Mean KL(reference ‖ output) in nats; logits along the last axis."""
-    wanted = reference.double().log_softmax(-1)
-    got = output.double().log_softmax(-1)
+    output, reference = _held(output, reference, _LOWEST)
+    wanted = reference.log_softmax(-1)
+    got = output.log_softmax(-1)
     return float((wanted.exp() * (wanted - got)).sum(-1).mean())
 
 
 def _cosine(output: Tensor, reference: Tensor) -> float:
     """Mean cosine similarity along the last axis."""
-    return float(torch.cosine_similarity(output.double(), reference.double(), dim=-1).mean())
+    return float(torch.cosine_similarity(*_held(output, reference), dim=-1).mean())
 
 
 def _top1(output: Tensor, reference: Tensor) -> float:
     """Share of positions with the same largest entry along the last axis."""
+    output, reference = _held(output, reference, _LOWEST)
     return float((output.argmax(-1) == reference.argmax(-1)).double().mean())
 
 

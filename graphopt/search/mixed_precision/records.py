@@ -130,6 +130,7 @@ class Records:
         values: (batch, layer) → candidate → metric → value.
         vectors: Batch → vectors of the fast mode.
         hashes: Batch → hash of its inputs.
+        missed: (batch, layer) where the batch does not reach the layer.
     """
 
     header: Header
@@ -137,6 +138,7 @@ class Records:
     values: dict[tuple[int, str], dict[str, dict[str, float]]] = field(default_factory=dict)
     vectors: dict[int, Vectors] = field(default_factory=dict)
     hashes: dict[int, str] = field(default_factory=dict)
+    missed: set[tuple[int, str]] = field(default_factory=set)
 
     @classmethod
     def open(cls, header: Header, path: Path | None, *, resume: bool) -> Records:
@@ -193,10 +195,21 @@ class Records:
                 " same data, or begin anew (resume=False, --restart)"
             )
 
-    def add(self, batch: int, layer: str, values: Mapping[str, Mapping[str, float]]) -> None:
-        """Take in one layer's values on one batch."""
+    def add(
+        self,
+        batch: int,
+        layer: str,
+        values: Mapping[str, Mapping[str, float]],
+        *,
+        missed: bool = False,
+    ) -> None:
+        """Take in one layer's values on one batch, and whether the batch misses the layer."""
         self.values[batch, layer] = {name: dict(by_metric) for name, by_metric in values.items()}
-        self._append({"batch": batch, "data": self.hashes[batch], "layer": layer, "values": values})
+        line = {"batch": batch, "data": self.hashes[batch], "layer": layer, "values": values}
+        if missed:
+            self.missed.add((batch, layer))
+            line["missed"] = True
+        self._append(line)
 
     def add_vectors(self, batch: int, vectors: Vectors) -> None:
         """Take in one batch's vectors."""
@@ -233,6 +246,8 @@ def _read(path: Path) -> tuple[Records | None, int]:
                 records.vectors[number] = raw.reshape(line["shape"]).astype(np.float32)
             else:
                 records.values[number, line["layer"]] = line["values"]
+                if line.get("missed"):
+                    records.missed.add((number, line["layer"]))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         if isinstance(error, InputError):
             raise

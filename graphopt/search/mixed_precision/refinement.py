@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.errors import InfeasibleError, InputError
-from graphopt.run.batches import as_batch
+from graphopt.run.calibration_data import data_list, read_calls
 from graphopt.search.mixed_precision.choose import choices_of, choose, make_recipe
 from graphopt.search.mixed_precision.exact import make_bench
 from graphopt.search.mixed_precision.exchange_search import search_exchanges
@@ -32,10 +32,8 @@ def recipe_evaluator(
         StateError: The table has no model.
         InputError: There are no data.
     """
-    batches = [as_batch(inputs) for inputs in data]
-    if not batches:
-        raise InputError("there are no data to measure recipes on")
     program = table.program
+    batches = list(read_calls(program.graph_module, data_list(data) or ()))
     # whole models are corrected as a whole: no moments of single layers are needed
     header = replace(table.header, mode="fast")
     bench = make_bench(program, header, (table.metric,), batches, progress=progress)

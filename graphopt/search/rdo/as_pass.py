@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.errors import InputError
-from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.captured_module import callable_graph
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
@@ -41,10 +41,9 @@ class OptimizeRateDistortion(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        if not isinstance(edit.gm, CapturedModule):
-            raise InputError("the optimisation needs a graph that graphopt.capture made")
+        gm = callable_graph(edit.gm)
         if not self.data:
             raise InputError("the optimisation needs calibration data")
-        program = Program(edit.gm, *as_batch(self.data[0]))
+        program = Program(gm, *as_batch(self.data[0]))
         done = optimize(program, None, self.data, self.config, progress=self.progress)
         edit.adopt(done.program.graph_module)

@@ -61,8 +61,8 @@ def take_target(
     saliency: Sequence[Tensor] | None,
     missing: Sequence[tuple[Tensor, Tensor]] | None,
     config: RDOConfig,
-) -> LayerTarget:
-    """Reduce a layer's inputs to what its fits need.
+) -> LayerTarget | None:
+    """Reduce a layer's inputs to what its fits need; None where the data never reached it.
 
     Args:
         layer: The layer, with a use other than a lookup.
@@ -82,6 +82,8 @@ def take_target(
         centred=layer.bias is not None,
         seed=config.seed,
     )
+    if moments is None:
+        return None
     feedback = config.feedback
     return LayerTarget.of(
         layer.use,

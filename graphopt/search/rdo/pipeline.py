@@ -24,7 +24,8 @@ from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.errors import ArtifactExistsError, InfeasibleError
 from graphopt.files import replaced
 from graphopt.ir.program import Program
-from graphopt.run.batches import Batch, as_batch
+from graphopt.run.batches import Batch
+from graphopt.run.calibration_data import read_calls
 from graphopt.search.rdo.allocation import Allocation, Rates, allocate
 from graphopt.search.rdo.comparison import Evaluate, compare
 from graphopt.search.rdo.config import RDOConfig
@@ -143,7 +144,7 @@ def optimize(
         program = session.program(fits, progress=progress)
     batches = session.batches
     if evaluation_data is not None:
-        batches = [as_batch(inputs) for inputs in evaluation_data]
+        batches = list(read_calls(session.exact.graph_module, evaluation_data))
     with watch("comparison"):
         rows = compare(session, program, batches, evaluate)
     report = _report(session, final, costs, fits, watch.seconds, rows)

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 from graphopt.analysis.value_facts import is_float
 from graphopt.backends.lowering import as_program
 from graphopt.compressors.compressed_program import CompressedProgram
-from graphopt.errors import CompressionError, ConfigError, InputError
+from graphopt.errors import CompressionError, ConfigError
 from graphopt.ir.program import Program
 from graphopt.passes import (
     FoldBatchNorm,
@@ -25,7 +25,8 @@ from graphopt.passes import (
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 from graphopt.progress import track
-from graphopt.run.batches import Batch, as_batch
+from graphopt.run.batches import Batch
+from graphopt.run.calibration_data import data_list, read_calls
 from graphopt.search.mixed_precision.analysis import analyze
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.layers import (
@@ -132,9 +133,7 @@ class Session:
             LoweringError: The backend cannot hold a candidate.
             CalibrationError: Activations have no usable range.
         """
-        batches = [as_batch(inputs) for inputs in data]
-        if not batches:
-            raise InputError("there are no calibration data; give inputs of one call each")
+        calls = data_list(data) or ()
         general, special = config.all_candidates()
         for candidate in (*general, *itertools.chain.from_iterable(special.values())):
             if candidate.activation is not None:
@@ -142,6 +141,7 @@ class Session:
                     f"candidate {candidate.name!r} has activations; set `activations` for all layers"
                 )
         exact = as_program(model, example_inputs, example_kwargs)
+        batches = list(read_calls(exact.graph_module, calls))
         folding: list[Pass] = [FoldBatchNorm()] if config.fold_batchnorm else []
         run_passes(exact.graph_module, [*folding, RemoveUnused()])
         weights = weights_of(exact.graph_module)
