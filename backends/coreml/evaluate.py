@@ -149,10 +149,20 @@ def _run(op: Any) -> None:
                 _set(var, value)
         else:
             op.type_value_inference(overwrite_output=True)
+            for var in op.outputs:
+                # inference of scalars gives Python's numbers, which the next op does not take
+                if isinstance(var.val, bool | int | float):
+                    var._sym_val.val = np.asarray(var.val, _number_type(var))[()]
     except Exception as error:
         raise VerificationError(f"MIL op {op.op_type} ({op.name}): {error}") from error
     if any(var.val is None for var in op.outputs):
         raise VerificationError(f"MIL op {op.op_type} ({op.name}) gave no value")
+
+
+def _number_type(var: Any) -> Any:
+    from coremltools.converters.mil.mil import types
+
+    return types.nptype_from_builtin(var.dtype)
 
 
 def _plain(value: Any) -> Any:

@@ -14,6 +14,7 @@ from torch._decomp import decomposition_table
 from graphopt.analysis.quantized import quantized_ops
 from graphopt.backends.decompositions import (
     attention,
+    comparisons,
     creation,
     cumulative,
     distances,
@@ -26,10 +27,12 @@ from graphopt.backends.decompositions import (
     reductions,
     resize,
     sampling,
+    scalars,
     sorting,
     special,
     views,
 )
+from graphopt.backends.decompositions.whole import Around, plain
 
 __all__ = ["Rules", "composite", "legal_ops", "rules_by_use"]
 
@@ -74,6 +77,7 @@ _BY_OP: dict[str, Callable[..., Any]] = {
     "log1p": pointwise.log1p,
     "logaddexp": pointwise.logaddexp,
     "nan_to_num": pointwise.nan_to_num,
+    "reciprocal": pointwise.reciprocal_by_division,
     "rsub": pointwise.rsub_scaled,
     "signbit": pointwise.signbit,
     "softplus": pointwise.softplus_with_threshold,
@@ -121,7 +125,18 @@ _BY_OP: dict[str, Callable[..., Any]] = {
     "squeeze": ranks.same_scalar,
     "squeeze_copy": ranks.same_scalar,
     "t": ranks.transposed_matrix,
-    "t_copy": ranks.transposed_matrix,
+    "t_copy": lambda x: x.clone() if x.dim() < 2 else x.transpose(0, 1),
+    "expand": ranks.same_without_sizes,
+    "expand_copy": ranks.same_without_sizes,
+    "repeat": ranks.same_without_sizes,
+    "tile": ranks.same_without_sizes,
+    "logsumexp": ranks.same_scalar,
+    "angle": special.angle,
+    "as_strided_scatter": comparisons.as_strided_scatter,
+    "embedding_renorm": comparisons.embedding_renorm,
+    "_embedding_bag": comparisons.embedding_bag,
+    "_embedding_bag_forward_only": comparisons.embedding_bag,
+    "_trilinear": products.trilinear,
     "matmul": ranks.matmul_of_vectors,
     "pad": views.pad_in_turn,
     "roll": views.roll,
@@ -171,6 +186,8 @@ _BY_OP: dict[str, Callable[..., Any]] = {
 _BY_OVERLOAD: Rules = {
     torch.ops.prims.view_of.default: torch.clone,
     _aten.alias.default: torch.clone,
+    _aten.full.default: creation.full_without_axes,
+    _aten.embedding.default: indexing.embedding_of_scalar,
     _aten.zeros.default: creation.zeros,
     _aten.empty.memory_format: creation.zeros,
     _aten.arange.default: creation.arange,
@@ -220,7 +237,7 @@ _TORCHS = (
     *("mse_loss", "nll_loss", "nll_loss_forward", "nll_loss2d_forward", "huber_loss"),
     *("smooth_l1_loss", "addmv", "addr", "renorm", "lerp", "log_sigmoid_forward"),
     *("im2col", "col2im", "nll_loss_nd", "cosine_similarity", "norm", "frobenius_norm"),
-    "cross",
+    *("cross", "broadcast_tensors"),
 )
 
 
@@ -233,10 +250,17 @@ def legal_ops() -> Rules:
 def _all_rules() -> Rules:
     rules: Rules = {}
     for name in _TORCHS:
-        rules |= {op: decomposition_table.get(op) or composite(op) for op in _overloads(name)}
+        rules |= {op: composite(op) or decomposition_table.get(op) for op in _overloads(name)}
     for name, rule in _BY_OP.items():
         rules |= dict.fromkeys(_overloads(name), rule)
-    return rules | _BY_OVERLOAD | _unbatched() | _by_scale_factors() | _quantized_halves()
+    rules |= _BY_OVERLOAD | _unbatched() | _by_scale_factors() | _quantized_halves()
+    return rules | _of_scalars(rules)
+
+
+def _of_scalars(rules: Rules) -> Rules:
+    """Reductions of tensors without axes, beside the rules for others."""
+    forms = {str(op).removeprefix("aten."): plain(rule) for op, rule in rules.items()}
+    return {op: Around(op, rule) for op, rule in scalars.reductions(_aten, forms).items()}
 
 
 def _unbatched() -> Rules:

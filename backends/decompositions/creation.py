@@ -8,7 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["arange", "full_like", "meshgrid", "new_full", "ones_like", "zeros", "zeros_like"]
+__all__ = [
+    "arange",
+    "full_like",
+    "full_without_axes",
+    "meshgrid",
+    "new_full",
+    "ones_like",
+    "zeros",
+    "zeros_like",
+]
+
+
+def full_without_axes(size: Sequence[int], value: Any, *, dtype: Any = None, **_: Any) -> Any:
+    """A number; left alone where there are axes."""
+    if len(size):
+        return NotImplemented
+    return torch.ops.aten.scalar_tensor(value, dtype=dtype)
 
 
 def full_like(x: Tensor, value: Any, *, dtype: Any = None, **_: Any) -> Any:

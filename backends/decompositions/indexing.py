@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "embedding_of_scalar",
     "gather_of_any_shape",
     "index",
     "index_add",
@@ -27,6 +28,13 @@ __all__ = [
     "take",
     "wrapped",
 ]
+
+
+def embedding_of_scalar(weight: Tensor, place: Tensor, *_: Any) -> Any:
+    """The row of one index without axes; else left alone."""
+    if place.dim():
+        return NotImplemented
+    return torch.embedding(weight, place.reshape(1)).squeeze(0)
 
 
 def wrapped(places: Tensor, size: int) -> Tensor:

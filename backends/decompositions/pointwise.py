@@ -29,6 +29,7 @@ __all__ = [
     "log1p",
     "logaddexp",
     "nan_to_num",
+    "reciprocal_by_division",
     "round_to_decimals",
     "rsub_scaled",
     "signbit",
@@ -50,6 +51,12 @@ def add_scaled(x: Any, other: Any, *, alpha: Any = 1) -> Any:
 def sub_scaled(x: Any, other: Any, *, alpha: Any = 1) -> Any:
     """`x - alpha * other`; left alone where alpha is 1."""
     return NotImplemented if alpha == 1 else x - other * alpha
+
+
+def reciprocal_by_division(x: Tensor) -> Tensor:
+    """1 / x without the term that some reciprocals add to x."""
+    kind = x.dtype if x.is_floating_point() else torch.float32
+    return torch.div(torch.full((), 1.0, dtype=kind, device=x.device), x)
 
 
 def rsub_scaled(x: Tensor, other: Any, alpha: Any = 1) -> Any:

@@ -15,6 +15,7 @@ __all__ = [
     "matmul_of_vectors",
     "permute_in_few_axes",
     "same_scalar",
+    "same_without_sizes",
     "transposed_matrix",
 ]
 
@@ -69,6 +70,11 @@ def permute_in_few_axes(x: Tensor, dims: Sequence[int]) -> Any:
 def same_scalar(x: Tensor, *args: Any, **kwargs: Any) -> Any:
     """A scalar has no axes to move; else left alone."""
     return NotImplemented if x.dim() else x.clone()
+
+
+def same_without_sizes(x: Tensor, sizes: Sequence[int], **_: Any) -> Any:
+    """A scalar that is spread over no axes; else left alone."""
+    return NotImplemented if len(sizes) else x.clone()
 
 
 def transposed_matrix(x: Tensor) -> Any:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
 
 __all__ = ["NOT_COUNTED", "OpCall", "calls_of", "counted_ops"]
 
@@ -152,6 +153,10 @@ def _call(name: str, op: Any, given: Any) -> Iterator[OpCall]:
     module = _Call(op, leaves, spec).eval()
     try:
         with torch.no_grad():
+            with _Drawn() as drawn:
+                _results(module, inputs, 0)
+            if drawn.seen:
+                return
             first, *others = (_results(module, inputs, seed) for seed in range(_RUNS))
     except Exception:
         return
@@ -161,6 +166,18 @@ def _call(name: str, op: Any, given: Any) -> Iterator[OpCall]:
         return
     if all(_fits(x) for x in (*inputs, *first)):
         yield OpCall(name, module, inputs)
+
+
+class _Drawn(TorchDispatchMode):
+    """Notes whether an op draws random numbers, which samples with a seed of their own hide."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen |= torch.Tag.nondeterministic_seeded in func.tags
+        return func(*args, **(kwargs or {}))
 
 
 def _results(module: nn.Module, inputs: tuple[Tensor, ...], seed: int) -> list[Any]:

@@ -33,6 +33,11 @@ def _by_channel(value: Any, x: torch.Tensor) -> torch.Tensor:
     return given.reshape([1, -1, *[1] * (x.dim() - 2)]) if given.dim() else given
 
 
+def softplus(v: Values) -> Array:
+    """Log(1 + exp(x)), exact where exp(x) is small."""
+    return F.softplus(tensor(v["x"])).numpy()
+
+
 def prelu(v: Values) -> Array:
     """x, or alpha x below 0, alpha being one for each channel."""
     x = tensor(v["x"])
@@ -135,6 +140,7 @@ POINTWISE: dict[str, Rule] = {
     "erf": lambda v: torch.erf(tensor(v["x"])).numpy(),
     "sigmoid": lambda v: torch.sigmoid(tensor(v["x"])).numpy(),
     "prelu": prelu,
+    "softplus": softplus,
     "softplus_parametric": softplus_parametric,
     "dequantize": dequantize,
     "linear": linear,
