@@ -25,6 +25,7 @@ _HALF = 2e-3  # the least that is allowed in 16 bits
 _TIMES = 4  # an artifact's error over that of the same program in PyTorch
 _STEPS = 2
 _TIMES_DITHER = 2
+_DITHERED_RUNS = 6  # a choice, of experts for instance, may change in some of them only
 _WITHIN = 0.999
 _LEVELS = 255
 _NOISE = 2.0**-20  # relative; a few roundings of float32
@@ -258,7 +259,7 @@ class _Reference:
                 activation.node
                 for activation in find_quantized_activations(self.program.graph_module)
             }
-            for seed in (0, 1):
+            for seed in range(_DITHERED_RUNS):
                 generator = torch.Generator().manual_seed(seed)
                 self._dither.append(self._run(lambda x: x, nodes, generator))
         return self._dither

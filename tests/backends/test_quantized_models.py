@@ -88,7 +88,7 @@ def resnet() -> tuple[Quantizer, tuple[Tensor, ...], nn.Module]:
     return quantizer, (crops[34:42],), model
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "target",
     cases(("coreai", "coreml", "executorch"), default=lambda target: target == "executorch"),
@@ -118,7 +118,7 @@ def test_resnet_runs_in_eight_bits(target: str, tmp_path: Path) -> None:
         assert psnr(wanted, model(*x)) > 20
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.executorch
 def test_each_layer_on_xnnpack_is_within_one_step(tmp_path: Path) -> None:
     """Side by side: there is nothing that rounding differences could amplify."""

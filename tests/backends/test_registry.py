@@ -159,7 +159,7 @@ def shell(folder: Path, *words: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_shell_offers_it_with_its_options(folder: Path) -> None:
     model = nn.Sequential(nn.Linear(8, 4)).eval()
     torch.export.save(torch.export.export(model, (X,)), folder / "m.pt2")

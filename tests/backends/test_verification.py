@@ -100,7 +100,7 @@ def test_a_target_may_add_up_in_sixteen_bits_where_it_says_so(sign: str, terms: 
         assert not outcome(value).holds
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.coreai
 def test_matrices_attention_and_running_sums_save_in_float16(tmp_path: Path) -> None:
     """The runtime adds up in float16; sums that only grow would stand still at 2048."""

@@ -41,7 +41,7 @@ def test_readme_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.Monkey
     assert names["artifact"].verify().max_error < 1e-5  # type: ignore[attr-defined]
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.coreai
 def test_readme_shell_pipe_runs(tmp_path: Path) -> None:
     blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)

@@ -31,7 +31,7 @@ pytestmark = pytest.mark.executorch
 DECODED = {"3 bits in groups"}
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("delegate", "name"),
     [

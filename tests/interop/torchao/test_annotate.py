@@ -87,7 +87,7 @@ class Custom(Quantizer):  # type: ignore[misc]
 
 
 # --- their annotations, our engine ----------------------------------------------------------------
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make", [xnnpack, Custom, lambda: Custom(AVERAGED)], ids=["xnnpack", "custom", "averaged"]
 )
@@ -119,7 +119,7 @@ def test_derived_biases_stay_in_float(net: nn.Module, data: list[Tensor]) -> Non
     assert program.graph_module.conv.bias.dtype == torch.float32
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_result_of_a_torchao_quantizer_runs_on_executorch(
     net: nn.Module, data: list[Tensor], tmp_path: Path
 ) -> None:

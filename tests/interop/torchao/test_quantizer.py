@@ -77,7 +77,7 @@ def test_tables_and_activations_of_one_config_go_together(
     assert sum("quantize_per_tensor" in target for target in targets) > 6
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 def test_our_weights_over_another_quantizers_activations(
     net: nn.Module, data: list[Tensor]
 ) -> None:
@@ -116,7 +116,7 @@ def test_what_our_quantizer_made_survives_export(
 
 
 # --- models that PT2E has converted -----------------------------------------------------------------
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize("fold", some([True, False], lambda fold: fold))
 def test_converted_model_is_palettized_further(
     net: nn.Module, data: list[Tensor], tmp_path: Path, fold: bool

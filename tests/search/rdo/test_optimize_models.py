@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 # --- targets --------------------------------------------------------------------------------------
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("suffix", "mark"),
     [("aimodel", "coreai"), ("mlpackage", "coreml"), ("pte", "executorch"), ("pt2", "")],
