@@ -24,7 +24,7 @@ def full_without_axes(size: Sequence[int], value: Any, *, dtype: Any = None, **_
     """A number; left alone where there are axes."""
     if len(size):
         return NotImplemented
-    return torch.ops.aten.scalar_tensor(value, dtype=dtype)
+    return torch.scalar_tensor(value, dtype=dtype)
 
 
 def full_like(x: Tensor, value: Any, *, dtype: Any = None, **_: Any) -> Any:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.tiers import cases
 from torch import Tensor, nn
 
 from graphopt.errors import StateError
@@ -93,8 +94,13 @@ COMPRESSORS: dict[str, Callable[[nn.Module], Any]] = {
 }
 
 
-@pytest.mark.parametrize("compressor", COMPRESSORS)
-@pytest.mark.parametrize("name", NETS)
+OTHERS = ("dropout2d", "attention with weights")
+
+
+@pytest.mark.parametrize(
+    ("name", "compressor"),
+    cases(NETS, COMPRESSORS, default=lambda name, kind: kind == "quantizer" or name in OTHERS),
+)
 def test_training_is_random_and_evaluation_is_not(name: str, compressor: str) -> None:
     model, shape = copy.deepcopy(NETS[name])
     made = COMPRESSORS[compressor](model)

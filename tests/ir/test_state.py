@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.tiers import cases
 from torch import Tensor, nn
 
 import graphopt
@@ -118,8 +119,13 @@ def test_state_is_what_the_graph_writes() -> None:
     assert sorted(state_of(gm)) == ["place", "rows"]
 
 
-@pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("way", WAYS)
+# searches and tuning are the slow ones
+QUICK = ("kmeans", "skm", "gptq", "W8A8", "quantizer")
+
+
+@pytest.mark.parametrize(
+    ("net", "way"), cases(NETS, WAYS, default=lambda net, way: way in QUICK or net is Cache)
+)
 def test_state_is_neither_the_users_nor_kept(way: str, net: type[nn.Module]) -> None:
     model = net().eval()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -21,56 +21,16 @@ from graphopt.extras import require
 from graphopt.files import replaced, write_csv
 from graphopt.ir.program import Program
 from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.mixed_precision.cross_terms import Matrix, cross_terms
 from graphopt.search.mixed_precision.layers import Layer, weights_of
 from graphopt.search.mixed_precision.metrics import METRICS, Metric, as_metric
+from graphopt.search.mixed_precision.reach import Reach
 from graphopt.search.mixed_precision.records import Header, Records, weights_hash
 from graphopt.search.mixed_precision.solvers import Problem
 
 if TYPE_CHECKING:
     import pandas as pd
 __all__ = ["Matrix", "Measurements", "cross_terms"]
-
-Matrix = npt.NDArray[np.float64]
-
-
-def cross_terms(
-    vectors: Matrix, owners: Sequence[int], losses: Sequence[float] | None = None
-) -> Matrix:
-    """Cross terms Q of candidates: the loss of a choice x is `½ xᵀQx`.
-
-    `Q_ij = ρ_ij √(m_i m_j)` with m twice the loss of a candidate alone and ρ the correlations of the
-    vectors. Few vectors make correlations between layers look larger than they are; those are scaled
-    by 1 − λ/2, λ being the shrinkage of least squared error (Schäfer and Strimmer, Statistical
-    Applications in Genetics and Molecular Biology 4(1), 2005, equation 8). All of λ ranks whole
-    recipes worse where errors have much in common, nothing of it where they have little.
-
-    Args:
-        vectors: [samples, n].
-        owners: Layer of each candidate, n.
-        losses: Measured loss of each candidate alone, n; None takes that of the vectors.
-
-    Returns:
-        [n, n].
-    """
-    mean_squares = np.square(vectors).mean(0)
-    scale = np.sqrt(mean_squares)
-    still = scale == 0  # of a layer that no gradient reaches, or a candidate that changes nothing
-    scale[still] = 1.0
-    scaled = vectors / scale
-    correlations = scaled.T @ scaled / len(vectors)
-    correlations[still, still] = 1.0
-    place = np.asarray(owners)
-    across = place[:, None] != place[None, :]
-    if len(vectors) > 1 and bool(across.any()):
-        squares = np.square(scaled)
-        spread = squares.T @ squares / len(vectors) - np.square(correlations)
-        total = float(np.square(correlations[across]).sum())
-        shrinkage = float(spread[across].sum()) / (len(vectors) - 1) / max(total, 1e-300)
-        correlations[across] *= 1 - 0.5 * min(shrinkage, 1.0)
-    measured = mean_squares
-    if losses is not None:
-        measured = np.clip(np.nan_to_num(2 * np.asarray(losses), posinf=1e300), 0, None)
-    return correlations * np.outer(np.sqrt(measured), np.sqrt(measured))
 
 
 class Measurements:
@@ -213,73 +173,29 @@ class Measurements:
             if name != self.header.metrics[0]:
                 raise InputError(f"the fast mode predicts {self.header.metrics[0]!r} alone")
             return self._predicted()
-        means: dict[str, dict[str, float]] = {}
-        for layer in self.layers:
-            means[layer.name] = self._mean(layer, name)
-        return means
+        reach = self._reach()
+        return {layer.name: reach.mean(layer, name) for layer in self.layers}
 
-    def _mean(self, layer: Layer, metric: str) -> dict[str, float]:
-        """Candidate → mean of a measured metric over the batches that reach the layer."""
-        rows = [self._records.values[batch, layer.name] for batch in self._reached(layer.name)]
-        return {
-            candidate: math.fsum(row[candidate][metric] for row in rows) / len(rows)
-            if all(math.isfinite(row[candidate][metric]) for row in rows)
-            else float(np.mean([row[candidate][metric] for row in rows]))
-            for candidate in layer.candidates
-        }
-
-    def _reached(self, layer: str) -> list[int]:
-        """The batches that reach a layer; all of them where none does."""
-        done, missed = self._batches(), self._records.missed
-        if layer not in self.without_gradient and not self.is_measured:
-            own = self._columns_of(layer)
-            reaching = [b for b in done if bool(self._records.vectors[b][:, own].any())]
-        else:
-            reaching = [batch for batch in done if (batch, layer) not in missed]
-        return reaching or done
+    def _reach(self) -> Reach:
+        return Reach(self._records, tuple(self._batches()))
 
     @property
     def without_gradient(self) -> list[str]:
         """Layers that no gradient reaches in the fast mode; their values are measured instead."""
-        if self.is_measured:
-            return []
-        measured = {layer for _, layer in self._records.values}
-        vectors = [self._records.vectors[batch] for batch in self._batches()]
-        return [
-            layer.name
-            for layer in self.layers
-            if layer.name in measured
-            and not any(bool(own[:, self._columns_of(layer.name)].any()) for own in vectors)
-        ]
+        return list(self._reach().without_gradient)
 
     @property
     def missed(self) -> list[str]:
         """Layers that no batch reaches, as experts to which nothing is routed: of no known loss."""
-        done, missed = self._batches(), self._records.missed
-        return [
-            layer.name
-            for layer in self.layers
-            if done and all((batch, layer.name) in missed for batch in done)
-        ]
-
-    def _columns_of(self, layer: str) -> slice:
-        """The columns of a layer's candidates in the vectors."""
-        start = 0
-        for other in self.layers:
-            if other.name == layer:
-                return slice(start, start + len(other.candidates))
-            start += len(other.candidates)
-        raise InputError(f"the table has no layer {layer!r}")
+        return self._reach().missed
 
     def _predicted(self) -> dict[str, dict[str, float]]:
-        measured, predicted = self.without_gradient, {}
+        reach, predicted = self._reach(), {}
         for layer in self.layers:
-            if layer.name in measured:
-                predicted[layer.name] = self._mean(layer, self.header.metrics[0])
+            if reach.is_measured(layer.name):
+                predicted[layer.name] = reach.mean(layer, self.header.metrics[0])
                 continue
-            own = [self._records.vectors[b] for b in self._reached(layer.name)]
-            vectors = np.concatenate(own)[:, self._columns_of(layer.name)].astype(np.float64)
-            losses = 0.5 * np.mean(vectors**2, axis=0)
+            losses = 0.5 * np.mean(reach.vectors(layer.name) ** 2, axis=0)
             predicted[layer.name] = {
                 name: self.metric.value(float(loss))
                 for name, loss in zip(layer.candidates, losses, strict=True)
@@ -288,20 +204,22 @@ class Measurements:
 
     def losses(self) -> list[list[float]]:
         """For each layer in order, the loss of each candidate: 0 for none, adding up over layers."""
-        values = self.values()
+        values, reach = self.values(), self._reach()
         return [
-            [self._loss(layer.name, name, values[layer.name][name]) for name in layer.candidates]
+            [
+                self._loss(reach, layer.name, name, values[layer.name][name])
+                for name in layer.candidates
+            ]
             for layer in self.layers
         ]
 
-    def _loss(self, layer: str, candidate: str, value: float) -> float:
+    def _loss(self, reach: Reach, layer: str, candidate: str, value: float) -> float:
         """Loss of a mean value, or the mean loss where a batch without any error is in it."""
-        known = self.is_measured or layer in self.without_gradient
-        if math.isfinite(value) or not known:
+        if math.isfinite(value) or not reach.is_measured(layer):
             return self.metric.loss(value)
         name = self.header.metrics[0]
         values = self._records.values
-        measured = [values[batch, layer][candidate][name] for batch in self._reached(layer)]
+        measured = [values[batch, layer][candidate][name] for batch in reach.batches_of(layer)]
         return float(np.mean([self.metric.loss(single) for single in measured]))
 
     def problem(self) -> Problem:
@@ -331,7 +249,7 @@ class Measurements:
             raise StateError("cross terms need mode='fast' or mode='hybrid'")
         vectors = self._stacked().astype(np.float64)
         flat = [loss for layer in self.losses() for loss in layer]
-        known = self.is_measured or bool(self.without_gradient)
+        known = self.is_measured or bool(self._reach().without_gradient)
         return cross_terms(vectors, self.owners(), flat if known else None)
 
     def owners(self) -> list[int]:

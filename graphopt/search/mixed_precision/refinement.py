@@ -12,10 +12,11 @@ import numpy as np
 from graphopt.errors import InfeasibleError, InputError
 from graphopt.run.calibration_data import data_list, read_calls
 from graphopt.search.mixed_precision.choose import choices_of, choose, make_recipe
+from graphopt.search.mixed_precision.cross_terms import Matrix, cross_terms
 from graphopt.search.mixed_precision.exact import make_bench
 from graphopt.search.mixed_precision.exchange_search import search_exchanges
 from graphopt.search.mixed_precision.fast import FAST_METRICS, draw_vectors
-from graphopt.search.mixed_precision.measurements import Matrix, Measurements, cross_terms
+from graphopt.search.mixed_precision.measurements import Measurements
 from graphopt.search.mixed_precision.options import RefinementOptions, Solver
 from graphopt.search.mixed_precision.recipe import Recipe
 from graphopt.search.mixed_precision.recipe_evaluation import RecipeEvaluator

@@ -12,9 +12,9 @@ from torch import nn
 
 from graphopt.mixed_precision import analyze, fast
 from graphopt.run.batches import as_batch
+from graphopt.search.mixed_precision.cross_terms import cross_terms
 from graphopt.search.mixed_precision.exact import Bench
 from graphopt.search.mixed_precision.fast import draw_vectors
-from graphopt.search.mixed_precision.measurements import cross_terms
 from graphopt.search.mixed_precision.refinement import recipe_evaluator
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -175,7 +175,7 @@ def test_targets_out_of_reach_are_refused_with_the_range() -> None:
 
 
 def test_missing_data_and_broken_weights_are_refused() -> None:
-    with pytest.raises(InputError, match="no calibration data"):
+    with pytest.raises(InputError, match="there are no data"):
         optimize(trained(), EXAMPLE, [], {"target_bits": 4}, progress=False)
     broken = copy.deepcopy(trained())
     broken.head.weight.data[0, 0] = float("nan")
