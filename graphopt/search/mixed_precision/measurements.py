@@ -105,6 +105,11 @@ class Measurements:
         return self._program
 
     @property
+    def has_program(self) -> bool:
+        """Whether the uncompressed program is at hand."""
+        return self._program is not None
+
+    @property
     def header(self) -> Header:
         """What was measured, and how."""
         return self._records.header

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 import torch
 
@@ -115,7 +115,9 @@ class RecipeOptions(Options):
 
     Attributes:
         target_bpw: Largest bits per weight. Over all layers, tables included.
-        target_bytes: Largest size. Of all tensors of the program, in bytes, the rest included.
+        target_bytes: Largest size. Of the saved artifact, in bytes, where the table is for a backend
+            and has its model: artifacts are made to measure it. Else of all tensors of the program.
+        lowering: Options of the target with which the artifact will be made.
         max_loss: Largest predicted loss. The smallest recipe within it is taken (`Metric.loss`).
         max_drop: Smallest recipe on the hull whose score certainly falls by at most this, by
             bisection with `evaluate`.
@@ -132,6 +134,7 @@ class RecipeOptions(Options):
 
     target_bpw: float | None = None
     target_bytes: float | None = None
+    lowering: Mapping[str, Any] | None = None
     max_loss: float | None = None
     max_drop: float | None = None
     solver: Solver = "milp"
@@ -145,6 +148,7 @@ class RecipeKeywords(TypedDict, total=False):
 
     target_bpw: float | None
     target_bytes: float | None
+    lowering: Mapping[str, Any] | None
     max_loss: float | None
     max_drop: float | None
     solver: Solver

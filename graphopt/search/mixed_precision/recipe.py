@@ -42,6 +42,7 @@ class Recipe:
         solver: How it was found.
         budget: Bits that the layers were allowed, None without a size target.
         measured: The metric of the whole compressed model, where it was measured.
+        file_bytes: Bytes of its artifact on the table's target, where that was measured.
     """
 
     choice: Mapping[str, str]
@@ -56,6 +57,7 @@ class Recipe:
     bound: float | None = None
     budget: float | None = None
     measured: float | None = field(default=None)
+    file_bytes: int | None = None
 
     @property
     def bits(self) -> int:
@@ -133,6 +135,7 @@ class Recipe:
                 "bound": self.bound,
                 "budget": self.budget,
                 "measured": self.measured,
+                "file_bytes": self.file_bytes,
                 "rest_bits": self.rest_bits,
             },
             "candidates": {

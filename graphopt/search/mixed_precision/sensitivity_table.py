@@ -12,6 +12,7 @@ from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.search.mixed_precision.accuracy_drop import within_drop
 from graphopt.search.mixed_precision.choose import choose, uniform
+from graphopt.search.mixed_precision.file_budget import recipe_for_file
 from graphopt.search.mixed_precision.measurements import Measurements
 from graphopt.search.mixed_precision.options import (
     RecipeKeywords,
@@ -55,10 +56,11 @@ class SensitivityTable(Measurements):
                 which the drop is judged by paired differences (one-sided, 95 %).
             apply: For `max_drop`: recipe → compressed module; k-means palettes by default.
             options: The fields of `RecipeOptions`: a target, `target_bpw` (largest number of bits per
-                weight), `target_bytes` (largest size), `max_loss` (largest predicted loss) or
+                weight), `target_bytes` (largest size, of the saved artifact where the table is for a
+                backend), `max_loss` (largest predicted loss) or
                 `max_drop` (largest drop of the score); `solver` ("milp"), `pin` (regular expression
                 over layer names → candidate), `keep` (layers may stay uncompressed; True) and
-                `seconds` (time limit of "milp"; 60).
+                `seconds` (time limit of "milp"; 60) and `lowering` (options of the target).
 
         Raises:
             InfeasibleError: No choice meets the target; the message has the attainable range.
@@ -67,6 +69,9 @@ class SensitivityTable(Measurements):
         """
         asked = RecipeOptions.of("recipe", options)
         if asked.max_drop is None:
+            measurable = self.header.sizes["backend"] is not None and self.has_program
+            if asked.target_bytes is not None and measurable:
+                return recipe_for_file(self, asked, asked.lowering)
             return choose(self, **options)
         others = (asked.target_bpw, asked.target_bytes, asked.max_loss)
         if evaluate is None or any(target is not None for target in others):
