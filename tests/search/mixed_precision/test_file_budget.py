@@ -45,7 +45,9 @@ def saved(recipe: graphopt.Recipe, backend: str, folder: Path) -> int:
     "backend",
     [
         "torch",
-        *(pytest.param(name, marks=getattr(pytest.mark, name)) for name in list(SUFFIXES)[1:]),
+        pytest.param("coreai", marks=pytest.mark.coreai),
+        pytest.param("coreml", marks=[pytest.mark.coreml, pytest.mark.slow]),
+        pytest.param("executorch", marks=[pytest.mark.executorch, pytest.mark.slow]),
     ],
 )
 def test_file_is_within_the_budget_and_near_it(backend: str, tmp_path: Path) -> None:
