@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
 from graphopt.analysis.weights import is_decoded, source_of, state_operands
+from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor, operands
 from graphopt.ir.state import state_of, writes
 from graphopt.passes.pass_base import Pass
-from graphopt.run.interpreter import evaluate
+from graphopt.run.interpreter import Interpreter, evaluate
 
 __all__ = ["FoldComputedWeights"]
 
@@ -44,7 +45,7 @@ class FoldComputedWeights(Pass):
 
     @override
     def run(self, edit: Editor) -> None:
-        constant = _constants(edit.gm)
+        constant = Interpreter(cast("CapturedModule", edit.gm)).constant
         state = set(state_of(edit.gm))
         for node in list(edit.gm.graph.nodes):
             for operand, _, role, axis in list(state_operands(node)):
@@ -53,17 +54,6 @@ class FoldComputedWeights(Pass):
                 cone = _cone(operand)
                 if all(_is_foldable(inner, state) for inner in cone):
                     _fold(edit, operand, cone)
-
-
-def _constants(gm: fx.GraphModule) -> set[fx.Node]:
-    """Nodes whose value is the same for all inputs."""
-    constant: set[fx.Node] = set()
-    for node in gm.graph.nodes:
-        used = operands(node)
-        fixed = bool(used) and all(operand in constant for operand in used)
-        if node.op == "get_attr" or (fixed and node.op == "call_function"):
-            constant.add(node)
-    return constant
 
 
 def _cone(node: fx.Node) -> list[fx.Node]:
@@ -80,7 +70,7 @@ def _is_foldable(node: fx.Node, state: set[str]) -> bool:
     if node.op == "get_attr":
         return str(node.target) not in state
     target: Any = node.target
-    if is_decoded(node) or writes(node) or node.is_impure():
+    if node.op != "call_function" or is_decoded(node) or writes(node) or node.is_impure():
         return False
     return torch.Tag.nondeterministic_seeded not in getattr(target, "tags", ())
 
@@ -108,9 +98,10 @@ def _fold(edit: Editor, node: fx.Node, cone: list[fx.Node]) -> None:
         trained = any(isinstance(edit.value(each), torch.nn.Parameter) for each in sources)
         edit.replace(node, edit.constant(name, folded, like=node, trained=trained))
     for inner in reversed(cone):
-        if not inner.users and inner is not source:
-            edit.drop(inner) if inner.op == "get_attr" else edit.erase(inner)
-    edit.drop(source)
+        if inner.op == "get_attr":
+            edit.drop(inner)
+        elif not inner.users:
+            edit.erase(inner)
 
 
 def _name(edit: Editor, path: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from graphopt.backends import load_backend
@@ -40,7 +40,7 @@ __all__ = ["joint_pipeline"]
 def joint_pipeline(
     name: str,
     joint: JointConfig,
-    data: Sequence[Any] | None = None,
+    data: Iterable[Any] | None = None,
     loss_fn: LossFn | None = None,
     options: CompressOptions | None = None,
 ) -> Pipeline:

@@ -20,7 +20,6 @@ from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
 from graphopt.fitting.sensitivity import LossFn
 from graphopt.ir.program import Program
-from graphopt.run.calibration_data import data_list
 
 __all__ = ["AnyConfig", "compress", "joint_config"]
 
@@ -76,9 +75,8 @@ def compress(
         CalibrationError: Data are needed and missing, or leave activations without a range.
         InputError: Data do not fit the program, or the config is of no known kind.
     """
-    data = data_list(calibration_data)
     how = CompressOptions.of("compress", options)
-    pipeline = joint_pipeline("compress", joint_config(config), data, loss_fn, how)
+    pipeline = joint_pipeline("compress", joint_config(config), calibration_data, loss_fn, how)
     return pipeline.run(model, example_inputs, example_kwargs)
 
 

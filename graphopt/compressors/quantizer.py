@@ -35,7 +35,6 @@ from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 from graphopt.prepared.state import parts_of, take_state
 from graphopt.report.stored import as_stored
 from graphopt.report.table import CompressionTable
-from graphopt.run.calibration_data import data_list
 
 __all__ = ["Quantizer"]
 
@@ -137,8 +136,7 @@ class Quantizer(Compressor):
             on_unmatched=on_unmatched,
             fold_batch_norm=self._palettization is not None,
         )
-        data = data_list(calibration_data)
-        pipeline = joint_pipeline("quantize", joint, data, loss_fn, how)
+        pipeline = joint_pipeline("quantize", joint, calibration_data, loss_fn, how)
         run = self._pause(
             pipeline, "calibrate-activations", example_inputs, example_kwargs, dynamic_shapes
         )

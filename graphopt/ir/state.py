@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from graphopt.ir.captured_module import CapturedModule, holder_of
+from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
 
 __all__ = ["restored_state", "state_of", "writes"]
 
@@ -59,7 +59,7 @@ def restored_state(gm: CapturedModule) -> Iterator[None]:
     def begin(module: nn.Module, args: Any, kwargs: Any) -> None:
         del module, args, kwargs
         for name, value in kept.items():
-            _store(gm, name, value.detach().clone())
+            set_tensor(*holder_of(gm, name), value.detach().clone())
 
     hook = gm.register_forward_pre_hook(begin, with_kwargs=True)
     try:
@@ -67,7 +67,7 @@ def restored_state(gm: CapturedModule) -> Iterator[None]:
     finally:
         hook.remove()
         for name, value in kept.items():
-            _store(gm, name, value)
+            set_tensor(*holder_of(gm, name), value)
 
 
 def _stored(gm: nn.Module, path: str) -> Tensor:
@@ -75,9 +75,3 @@ def _stored(gm: nn.Module, path: str) -> Tensor:
     value = getattr(holder, name)
     assert isinstance(value, torch.Tensor)
     return value
-
-
-def _store(gm: nn.Module, path: str, value: Tensor) -> None:
-    holder, name = holder_of(gm, path)
-    tensors = holder._buffers if name in holder._buffers else holder.__dict__
-    tensors[name] = value

@@ -6,17 +6,14 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.palettized_nets import uniform
 from torch import nn
 
 import graphopt
 from graphopt.analysis.matrix_form import weight_uses
 from graphopt.analysis.weights import find_weights
 from graphopt.fitting.moments import collect_moments
-from graphopt.palettization import (
-    KMeansPalettizerConfig,
-    ModuleKMeansPalettizerConfig,
-    PalettizationSpec,
-)
+from graphopt.palettization import PalettizationSpec
 
 
 def use_of(model: nn.Module, x: torch.Tensor) -> Any:
@@ -87,8 +84,7 @@ def test_feedback_is_better_than_kmeans_on_any_features(kind: str) -> None:
     errors = {}
     for algorithm in ("kmeans", "gptq"):
         spec = PalettizationSpec(n_bits=2, algorithm=algorithm)  # type: ignore[arg-type]
-        own = ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
-        config = KMeansPalettizerConfig(global_config=own)
+        config = uniform(spec)
         made = graphopt.compress(model, (x,), config, calibration_data=[x, x]).module()
         errors[algorithm] = float((made(x) - model(x)).norm())
     assert errors["gptq"] < errors["kmeans"]

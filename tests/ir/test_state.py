@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.palettized_nets import uniform
 from helpers.tiers import cases
 from torch import Tensor, nn
 
@@ -17,7 +18,6 @@ from graphopt.mixed_precision import analyze
 from graphopt.palettization import (
     KMeansPalettizer,
     KMeansPalettizerConfig,
-    ModuleKMeansPalettizerConfig,
     PalettizationSpec,
 )
 from graphopt.quantization import Quantizer, QuantizerConfig
@@ -69,9 +69,7 @@ class Average(nn.Module):
 
 
 def palettes(algorithm: Any) -> KMeansPalettizerConfig:
-    spec = PalettizationSpec(n_bits=4, algorithm=algorithm)
-    own = ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
-    return KMeansPalettizerConfig(global_config=own)
+    return uniform(PalettizationSpec(n_bits=4, algorithm=algorithm))
 
 
 def compressing(config: Any, **options: Any) -> Callable[[nn.Module], nn.Module]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.palettized_nets import uniform
 from torch import fx, nn
 from torch.export import ExportedProgram
 from torch.fx.passes.infra.pass_manager import PassManager
@@ -16,7 +17,6 @@ from graphopt import pipelines
 from graphopt.errors import InputError
 from graphopt.palettization import (
     KMeansPalettizerConfig,
-    ModuleKMeansPalettizerConfig,
     PalettizationSpec,
 )
 from graphopt.passes import AnnotatePalettization, AnnotatePruning, AnnotateQuantization
@@ -32,9 +32,7 @@ def net() -> nn.Module:
 
 
 def palettes(algorithm: Any) -> KMeansPalettizerConfig:
-    spec = PalettizationSpec(n_bits=4, algorithm=algorithm)
-    own = ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
-    return KMeansPalettizerConfig(global_config=own)
+    return uniform(PalettizationSpec(n_bits=4, algorithm=algorithm))
 
 
 PIPELINES: dict[str, Callable[[], graphopt.Pipeline]] = {

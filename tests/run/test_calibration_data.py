@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.palettized_nets import uniform
 from helpers.tiers import cases
 from torch import Tensor, nn
 
@@ -19,7 +20,6 @@ from graphopt.mixed_precision import analyze
 from graphopt.palettization import (
     KMeansPalettizer,
     KMeansPalettizerConfig,
-    ModuleKMeansPalettizerConfig,
     PalettizationSpec,
 )
 from graphopt.quantization import Quantizer, QuantizerConfig
@@ -33,9 +33,7 @@ def net() -> nn.Module:
 
 
 def palettes(algorithm: Any) -> KMeansPalettizerConfig:
-    spec = PalettizationSpec(n_bits=4, algorithm=algorithm)
-    own = ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
-    return KMeansPalettizerConfig(global_config=own)
+    return uniform(PalettizationSpec(n_bits=4, algorithm=algorithm))
 
 
 def compressing(config: Any) -> Callable[[Any], object]:

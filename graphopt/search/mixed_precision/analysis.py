@@ -38,6 +38,7 @@ from graphopt.search.mixed_precision.layers import (
 from graphopt.search.mixed_precision.measurements import Measurements
 from graphopt.search.mixed_precision.metrics import Compare, Metric, as_metric
 from graphopt.search.mixed_precision.options import AnalysisKeywords, AnalysisOptions, Candidates
+from graphopt.search.mixed_precision.reach import columns_of
 from graphopt.search.mixed_precision.records import (
     Header,
     Records,
@@ -271,13 +272,8 @@ def _one_batch(
 
 def _with_gradient(header: Header, vectors: Vectors) -> set[str]:
     """Layers of which the vectors of a batch say anything."""
-    ends = itertools.accumulate(len(layer.candidates) for layer in header.layers)
-    parts = zip(header.layers, ends, strict=True)
-    return {
-        layer.name
-        for layer, end in parts
-        if bool(vectors[:, end - len(layer.candidates) : end].any())
-    }
+    columns = columns_of(header.layers)
+    return {layer for layer, own in columns.items() if bool(vectors[:, own].any())}
 
 
 def _say_unreached(table: Measurements) -> None:

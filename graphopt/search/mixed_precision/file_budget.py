@@ -27,9 +27,7 @@ _log = logging.getLogger(__name__)
 _TRIES = 4
 
 
-def recipe_for_file(
-    table: Measurements, asked: RecipeOptions, lowering: Mapping[str, Any] | None
-) -> Recipe:
+def recipe_for_file(table: Measurements, asked: RecipeOptions) -> Recipe:
     """The recipe with the least loss whose artifact fits.
 
     Tensors are what the size model counts; what the target's file has besides (the program, names,
@@ -37,8 +35,7 @@ def recipe_for_file(
 
     Args:
         table: Measurements for a target, with their program.
-        asked: With `target_bytes`.
-        lowering: Options of the target.
+        asked: With `target_bytes`, and `lowering`, the options of the target.
 
     Raises:
         InfeasibleError: No recipe's file is that small; with the smallest that was found.
@@ -56,11 +53,11 @@ def recipe_for_file(
                 f"no recipe gives a file of {target:.0f} bytes: beside its tensors it has {own:.0f};"
                 f" the nearest that was tried has {min(sizes)} bytes ({error})"
             ) from None
-        size = file_size(table, recipe, lowering)
+        size = file_size(table, recipe, asked.lowering)
         sizes.append(size)
         _log.info("a recipe of %d bytes of tensors has a file of %d", recipe.bytes, size)
         if size <= target:
-            return _roomier(table, replace(recipe, file_bytes=size), target, given, lowering)
+            return _roomier(table, replace(recipe, file_bytes=size), target, given, asked.lowering)
         own += size - target if own else size - recipe.bytes
     raise InfeasibleError(
         f"no recipe was found whose file has at most {target:.0f} bytes; the nearest has {min(sizes)}"
@@ -80,6 +77,8 @@ def _roomier(
     if saved <= 0:
         return fitting
     wider = choose(table, target_bytes=target + saved, **given)
+    if wider.choice == fitting.choice:
+        return fitting
     size = file_size(table, wider, lowering)
     return replace(wider, file_bytes=size) if size <= target else fitting
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -12,7 +13,16 @@ from graphopt.search.mixed_precision.cross_terms import Matrix
 from graphopt.search.mixed_precision.layers import Layer
 from graphopt.search.mixed_precision.records import Records
 
-__all__ = ["Reach"]
+__all__ = ["Reach", "columns_of"]
+
+
+def columns_of(layers: Iterable[Layer]) -> dict[str, slice]:
+    """Layer → the columns of its candidates in the vectors of the fast mode."""
+    columns, start = {}, 0
+    for layer in layers:
+        columns[layer.name] = slice(start, start + len(layer.candidates))
+        start += len(layer.candidates)
+    return columns
 
 
 @dataclass(frozen=True)
@@ -30,11 +40,7 @@ class Reach:
     @cached_property
     def columns(self) -> dict[str, slice]:
         """Layer → the columns of its candidates in the vectors."""
-        columns, start = {}, 0
-        for layer in self.records.header.layers:
-            columns[layer.name] = slice(start, start + len(layer.candidates))
-            start += len(layer.candidates)
-        return columns
+        return columns_of(self.records.header.layers)
 
     @cached_property
     def without_gradient(self) -> tuple[str, ...]:

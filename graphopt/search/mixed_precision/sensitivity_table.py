@@ -71,7 +71,7 @@ class SensitivityTable(Measurements):
         if asked.max_drop is None:
             measurable = self.header.sizes["backend"] is not None and self.has_program
             if asked.target_bytes is not None and measurable:
-                return recipe_for_file(self, asked, asked.lowering)
+                return recipe_for_file(self, asked)
             return choose(self, **options)
         others = (asked.target_bpw, asked.target_bytes, asked.max_loss)
         if evaluate is None or any(target is not None for target in others):

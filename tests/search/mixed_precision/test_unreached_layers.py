@@ -7,16 +7,13 @@ import math
 
 import pytest
 import torch
+from helpers.palettized_nets import uniform
 from helpers.tiers import cases
 from torch import Tensor, nn
 
 import graphopt
 from graphopt.mixed_precision import analyze
-from graphopt.palettization import (
-    KMeansPalettizerConfig,
-    ModuleKMeansPalettizerConfig,
-    PalettizationSpec,
-)
+from graphopt.palettization import PalettizationSpec
 from graphopt.search.mixed_precision.metrics import METRICS
 
 X = torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
@@ -118,8 +115,7 @@ def test_values_of_masked_outputs_are_those_of_the_rest() -> None:
 def test_expert_without_samples_is_clustered_alone_and_named(algorithm: str) -> None:
     model = Experts().eval()
     spec = PalettizationSpec(n_bits=4, algorithm=algorithm)  # type: ignore[arg-type]
-    own = ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
-    config = KMeansPalettizerConfig(global_config=own)
+    config = uniform(spec)
     made = graphopt.compress(model, (X,), config, calibration_data=[X])
     assert any(each.startswith("experts.2.weight: ") for each in made.report().warnings)
     got, want = made.module()(X), model(X)
