@@ -63,8 +63,12 @@ class ExportBackend(Target):
         "graphopt.backends.executorch.backend:ExecuTorchBackend",
     )
     Torch = ("torch", ".pt2", "", "graphopt.backends.torch_export.backend:TorchBackend")
+    # coreai-opt's earlier names
+    MIL = CoreML
+    MLIR = CoreAI
 
 
+_EARLIER = {"mil": ExportBackend.CoreML, "mlir": ExportBackend.CoreAI}
 DEFAULT = ExportBackend.CoreAI  # what compressors finalize for, as in coreai-opt
 NEUTRAL = ExportBackend.Torch  # keeps our own ops; its artifacts are inputs again
 
@@ -83,6 +87,7 @@ def target_of(name: Target | str) -> Target:
     Raises:
         LoweringError: There is no such target.
     """
+    name = _EARLIER.get(str(name), name)
     for target in targets():
         if target.value == name:
             return target

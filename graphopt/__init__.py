@@ -43,6 +43,10 @@ __all__ = [
 
 # name → module that defines it; imported when the name is first asked for
 _MEMBERS = {
+    "UntestedTorchVersionWarning": "graphopt.errors",
+    "TorchaoTorchIncompatibilityWarning": "graphopt.errors",
+    "DependencyVersionWarning": "graphopt.errors",
+    "CoreMLExportError": "graphopt.errors",
     "CapturedModule": "graphopt.ir.captured_module",
     "CompressedProgram": "graphopt.compressors.compressed_program",
     "CompressionTable": "graphopt.report.table",

@@ -9,14 +9,19 @@ __all__ = [
     "CompressionError",
     "ConfigError",
     "ConfigWarning",
+    "CoreMLExportError",
+    "DependencyVersionWarning",
     "GraphOptError",
     "InfeasibleError",
     "InputError",
+    "InvalidExecutionModeError",
     "LoweringError",
     "MissingDependencyError",
     "OptionError",
     "PassError",
     "StateError",
+    "TorchaoTorchIncompatibilityWarning",
+    "UntestedTorchVersionWarning",
     "VerificationError",
 ]
 
@@ -37,6 +42,10 @@ class ConfigError(GraphOptError, ValueError):
     ) -> None:
         super().__init__(message)
         self.problems = problems
+
+
+class InvalidExecutionModeError(ConfigError):
+    """`execution_mode` is none of the modes that there are; coreai-opt's name for it."""
 
 
 class OptionError(ConfigError, TypeError):
@@ -75,6 +84,10 @@ class LoweringError(GraphOptError, RuntimeError):
     """A target cannot hold the program; raised before any file is written."""
 
 
+class CoreMLExportError(LoweringError, ValueError):
+    """Core ML cannot hold the program; coreai-opt's name for it."""
+
+
 class VerificationError(GraphOptError, RuntimeError):
     """A saved artifact could not be evaluated for comparison."""
 
@@ -89,3 +102,15 @@ class MissingDependencyError(GraphOptError, ImportError):
 
 class ConfigWarning(UserWarning):
     """A config was followed, but part of it had no effect or a fallback was taken."""
+
+
+class DependencyVersionWarning(UserWarning):
+    """A package's version is outside what this library is tested with."""
+
+
+class UntestedTorchVersionWarning(DependencyVersionWarning):
+    """The installed torch is newer than the newest that the tests were run with."""
+
+
+class TorchaoTorchIncompatibilityWarning(DependencyVersionWarning):
+    """The installed torchao is too old for the installed torch."""

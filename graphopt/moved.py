@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-__all__ = ["MOVED", "MOVED_NAMES", "RENAMED", "MovedModule", "moved_name", "register"]
+__all__ = ["COREAI_OPT", "MOVED", "MOVED_NAMES", "RENAMED", "MovedModule", "moved_name", "register"]
 
 # old module → where its names are now, both below `graphopt`
 MOVED: dict[str, str] = {
@@ -126,6 +126,39 @@ MOVED: dict[str, str] = {
     "weights": "analysis.weights",
 }
 
+# coreai-opt's modules that are thinner here → the module with their names; these stay
+COREAI_OPT: dict[str, str] = {
+    "casting.casting": "casting",
+    "coreai_utils.passes.weight_palettization": "coreai_utils",
+    "coreai_utils.passes.weight_quantization": "coreai_utils",
+    "coreai_utils.passes.weight_sparsification": "coreai_utils",
+    "config.compression_config": "config",
+    "config.spec": "config",
+    "config.spec.base": "config",
+    "config.spec.factory": "config",
+    "inspection.bits_per_weight": "inspection",
+    "inspection.model_inspector": "inspection",
+    "inspection.types": "inspection",
+    "palettization.config.palettization_config": "palettization.config",
+    "palettization.kmeans.palettizer": "palettization",
+    "palettization.spec.granularity": "palettization.spec",
+    "palettization.spec.spec": "palettization.spec",
+    "palettization.spec.training_strategy": "palettization.spec",
+    "pruning.config.magnitude_pruner_config": "pruning.config",
+    "pruning.config.sparsity_schedule": "pruning.config",
+    "pruning.magnitude_pruner": "pruning",
+    "pruning.spec.scheme": "pruning.spec",
+    "pruning.spec.spec": "pruning.spec",
+    "quantization.config.quantization_config": "quantization.config",
+    "quantization.spec.granularity": "quantization.spec",
+    "quantization.spec.fake_quantize": "quantization.spec",
+    "quantization.spec.qformulation": "quantization.spec",
+    "quantization.spec.qparams_calculator": "quantization.spec",
+    "quantization.spec.qscheme": "quantization.spec",
+    "quantization.spec.range_calculator": "quantization.spec",
+    "quantization.spec.spec": "quantization.spec",
+}
+
 # names that did not go where the rest of their module went
 MOVED_NAMES: dict[str, str] = {
     "quantized.QuantizedTensor": "analysis.stored_values",
@@ -200,18 +233,26 @@ class MovedModule(ModuleType):
         old: Dotted name that the module had.
         new: Dotted name that it has.
         elsewhere: Name → module of those that went to another one.
+        leaves: Whether the old name goes with the next release, which is said with a warning.
     """
 
-    def __init__(self, old: str, new: str, elsewhere: Mapping[str, str]) -> None:
-        super().__init__(old, f"Moved to `{new}`.")
+    def __init__(
+        self, old: str, new: str, elsewhere: Mapping[str, str], *, leaves: bool = True
+    ) -> None:
+        super().__init__(old, f"Moved to `{new}`." if leaves else f"Names of `{new}`.")
         self.__path__: list[str] = []
         self._new = new
+        self._leaves = leaves
         self._elsewhere = dict(elsewhere)
 
     def __getattr__(self, name: str) -> Any:
+        if name == "__all__" and not self._leaves:
+            return self.names()
         if name.startswith("__"):
             raise AttributeError(name)  # whoever looks through sys.modules imports nothing
         new = self._elsewhere.get(name, self._new)
+        if not self._leaves:
+            return getattr(importlib.import_module(new), name)
         warnings.warn(
             f"{self.__name__} has moved to {new}; the old name goes with the next release",
             DeprecationWarning,
@@ -257,3 +298,6 @@ def register(root: str) -> None:
         }
         moved = MovedModule(f"{root}.{old}", f"{root}.{new}", elsewhere)
         sys.modules.setdefault(f"{root}.{old}", moved)
+    for old, new in COREAI_OPT.items():
+        alias = MovedModule(f"{root}.{old}", f"{root}.{new}", {}, leaves=False)
+        sys.modules.setdefault(f"{root}.{old}", alias)

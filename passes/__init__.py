@@ -20,7 +20,8 @@ from graphopt.passes.correct_statistics import (
     reference_of,
 )
 from graphopt.passes.dequantize_to_shift_scale import DequantizeToShiftScale
-from graphopt.passes.dequantize_weights import DequantizeWeights
+from graphopt.passes.dequantize_weights import DecodeWeights, DequantizeWeights
+from graphopt.passes.detect_sparsity import DetectSparsity
 from graphopt.passes.expand_sparse import ExpandSparse
 from graphopt.passes.expand_tables import ExpandTables
 from graphopt.passes.fake_palettize import FakePalettize
@@ -32,6 +33,7 @@ from graphopt.passes.insert_palettizers import InsertPalettizers
 from graphopt.passes.insert_pruners import InsertPruners
 from graphopt.passes.insert_taps import InsertTaps
 from graphopt.passes.integers_to_tables import IntegersToTables
+from graphopt.passes.load_state import LoadState
 from graphopt.passes.palettize_weights import PalettizeWeights
 from graphopt.passes.prune_weights import PruneWeights
 from graphopt.passes.reestimate_batchnorm import ReestimateBatchNorm
@@ -48,8 +50,10 @@ __all__ = [
     "ConvertQuantization",
     "CorrectBias",
     "CorrectStatistics",
+    "DecodeWeights",
     "DequantizeToShiftScale",
     "DequantizeWeights",
+    "DetectSparsity",
     "ExpandSparse",
     "ExpandTables",
     "FakePalettize",
@@ -63,6 +67,7 @@ __all__ = [
     "InsertTaps",
     "IntegersToTables",
     "KeepReference",
+    "LoadState",
     "PalettizeWeights",
     "PruneWeights",
     "RaiseToVocabulary",

@@ -57,6 +57,9 @@ class AnnotatePalettization(Pass):
             decision = decide(weight, selector, PalettizationSpec, refusal, "palettize")
             if decision.spec is not None:
                 spec = _of_values(decision.spec) if weight.sparse is not None else decision.spec
+                vectors = self.config.schedule_at(decision.path, "vector_kmeans_config")
+                if vectors is not None and spec.cluster_dim > 1 and spec.vector_kmeans is None:
+                    spec = spec.model_copy(update={"vector_kmeans": vectors})
                 annotation = WeightAnnotation(spec, weight.output_axis, decision.path)
                 for node in weight.nodes:
                     annotate_weight(node, annotation)

@@ -8,13 +8,13 @@ from typing import ClassVar
 from torch import fx
 from typing_extensions import override
 
-from graphopt.analysis.stored_values import find_quantized_weights
+from graphopt.analysis.stored_values import find_quantized_weights, stored_values
 from graphopt.ir.editor import Editor, operands
 from graphopt.passes.expand_tables import drop_unread
 from graphopt.passes.pass_base import Pass
 from graphopt.run.interpreter import constant_value
 
-__all__ = ["DequantizeWeights"]
+__all__ = ["DecodeWeights", "DequantizeWeights"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,31 @@ class DequantizeWeights(Pass):
             source = _rounded_constant(node)
             if source is not None:
                 _replace(edit, node, str(source.target))
+
+
+@dataclass(frozen=True)
+class DecodeWeights(Pass):
+    """Replace every stored weight, whatever its form, by its float values; activations stay as they are.
+
+    Before:
+        %w = graphopt.lut_to_dense(%indices, %lut, n_bits, shape)
+        %y = linear(%x, %w)
+
+    After:
+        %w = get_attr[fc.weight]
+        %y = linear(%x, %w)
+
+    The graph computes the same and decodes nothing when it is called: for evaluations.
+    """
+
+    name: ClassVar[str] = "decode-weights"
+
+    @override
+    def run(self, edit: Editor) -> None:
+        # what is stored in two steps (pruned values in a table) takes two rounds
+        while weights := [weight for weight in stored_values(edit.gm) if not weight.nested]:
+            for weight in weights:
+                _replace(edit, weight.dense, weight.name)
 
 
 def _rounded_constant(node: fx.Node) -> fx.Node | None:

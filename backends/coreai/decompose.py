@@ -241,7 +241,7 @@ _MISCOMPUTED: Table = {
     _aten.upsample_bilinear2d.vec: plain(windows.bilinear2d),
     _aten.convolution.default: plain(products.conv_transpose),
     _aten.scaled_dot_product_attention.default: attention,
-    op_info.BATCH_NORM: plain(forms.batch_norm),
+    op_info.BATCH_NORM: forms.batch_norm,
     _aten.native_layer_norm.default: forms.layer_norm,
     _aten.native_group_norm.default: forms.group_norm,
     _aten.expand.default: plain(forms.expand),

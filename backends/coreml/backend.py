@@ -12,6 +12,7 @@ from graphopt.backends.base import Artifact, Backend
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.casting import op_predicate
 from graphopt.backends.coreml.check import evaluate_package
+from graphopt.backends.coreml.conv_bias import FUSE_CONV_BIAS, THEIRS, register_fusion
 from graphopt.backends.coreml.delegate import CoreMLDelegate
 from graphopt.backends.coreml.lower import (
     INTERFACE,
@@ -112,6 +113,8 @@ class CoreMLBackend(Backend):
         pipeline = ct.PassPipeline.DEFAULT
         # it reorders quantized tables into forms that later passes cannot shape
         pipeline.remove_passes({"common::canonicalize_quantized_lut_pattern"})
+        register_fusion()
+        pipeline.passes = [FUSE_CONV_BIAS if name == THEIRS else name for name in pipeline.passes]
         if chosen.precision == "float16":
             register_clamp()
             pipeline.insert_pass(pipeline.passes.index("common::add_fp16_cast"), CLAMP)

@@ -253,7 +253,7 @@ def _all_rules() -> Rules:
         rules |= {op: composite(op) or decomposition_table.get(op) for op in _overloads(name)}
     for name, rule in _BY_OP.items():
         rules |= dict.fromkeys(_overloads(name), rule)
-    rules |= _BY_OVERLOAD | _unbatched() | _by_scale_factors() | _quantized_halves()
+    rules |= _BY_OVERLOAD | _unbatched() | _by_scale_factors() | _quantized_forms()
     return rules | _of_scalars(rules)
 
 
@@ -334,17 +334,30 @@ def _norm_rules(graph: fx.Graph) -> Rules:
     return rules
 
 
-def _quantized_halves() -> Rules:
-    """Rules that round float16 by way of float32: Core ML wants scales of the input's type."""
+def _quantized_forms() -> Rules:
+    """Rules that round float16 by way of float32, as Core ML wants scales of the input's type.
+
+    What has more axes than Core ML has is rounded in fewer; the reshapes around it fall together
+    with the views that made the axes.
+    """
     quantize = quantized_ops().quantize_per_tensor.default
     dequantize = quantized_ops().dequantize_per_tensor.default
 
     def rounded(x: torch.Tensor, *args: Any, **options: Any) -> Any:
-        half = x.dtype is torch.float16
-        return quantize(x.float(), *args, **options) if half else NotImplemented
+        if x.dim() > ranks.MOST_AXES:
+            return rounded_whole(ranks.in_few_axes(x), *args, **options).reshape(x.shape)
+        return quantize(x.float(), *args, **options) if x.dtype is torch.float16 else NotImplemented
 
-    def restored(x: torch.Tensor, *args: Any, out_dtype: Any = None) -> Any:
-        half = out_dtype is torch.float16
-        return dequantize(x, *args).to(torch.float16) if half else NotImplemented
+    def rounded_whole(x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        return quantize(x.float() if x.dtype is torch.float16 else x, *args, **options)
+
+    def restored(x: torch.Tensor, *args: Any, **options: Any) -> Any:
+        if x.dim() > ranks.MOST_AXES:
+            return restored_whole(ranks.in_few_axes(x), *args, **options).reshape(x.shape)
+        half = options.get("out_dtype") is torch.float16
+        return restored_whole(x, *args, **options) if half else NotImplemented
+
+    def restored_whole(x: torch.Tensor, *args: Any, out_dtype: Any = None) -> Any:
+        return dequantize(x, *args).to(torch.float32 if out_dtype is None else out_dtype)
 
     return {quantize: rounded, dequantize: restored}

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "MOST_AXES",
     "Unbatched",
     "by_scale_factors",
+    "in_few_axes",
     "matmul_of_vectors",
     "permute_in_few_axes",
     "same_scalar",
@@ -19,7 +21,7 @@ __all__ = [
     "transposed_matrix",
 ]
 
-_MOST_AXES = 5
+MOST_AXES = 5
 
 
 class Unbatched:
@@ -50,7 +52,7 @@ def permute_in_few_axes(x: Tensor, dims: Sequence[int]) -> Any:
     """Axes that stay together move as one; left alone up to five axes."""
     if not x.dim():
         return x.clone()
-    if x.dim() <= _MOST_AXES:
+    if x.dim() <= MOST_AXES:
         return NotImplemented
     order = [dim % x.dim() for dim in dims]
     runs: list[list[int]] = []
@@ -59,12 +61,17 @@ def permute_in_few_axes(x: Tensor, dims: Sequence[int]) -> Any:
             runs[-1].append(axis)
         else:
             runs.append([axis])
-    if len(runs) > _MOST_AXES:
+    if len(runs) > MOST_AXES:
         return NotImplemented
     there = sorted(runs)
     merged = x.reshape([math.prod(x.shape[axis] for axis in run) for run in there])
     moved = merged.permute([there.index(run) for run in runs])
     return moved.reshape([x.shape[axis] for axis in order])
+
+
+def in_few_axes(x: Tensor) -> Tensor:
+    """Its first axes as one, so that five are left."""
+    return x.flatten(0, max(x.dim() - MOST_AXES, 0))
 
 
 def same_scalar(x: Tensor, *args: Any, **kwargs: Any) -> Any:

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from graphopt.backends.lowering import convert_for
 from graphopt.backends.registry import DEFAULT, ExportBackend
 from graphopt.capture import capture
 from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.compressors.finalized import Weights, finalized
 from graphopt.compressors.pipeline import PausedRun, Pipeline
 from graphopt.errors import InputError, StateError
 from graphopt.ir.captured_module import CapturedModule
@@ -80,21 +81,30 @@ class Compressor(ABC):
         self,
         model: nn.Module | None = None,
         backend: ExportBackend | str = DEFAULT,
+        *,
+        weights: Weights = "stored",
+        mmap_dir: str | Path | None = None,
     ) -> CapturedModule:
         """Turn what was prepared into constants and ops of a backend.
 
         Args:
             model: None, or what `prepare` returned (after training, or a trained copy of it).
             backend: Whose ops the module holds; `ExportBackend.Torch` keeps our neutral ones.
+            weights: "stored" keeps codes and tables; "dense", for `ExportBackend.Torch`, has the
+                floats that they stand for, as coreai-opt's does: faster to evaluate, and as large
+                as the model was.
+            mmap_dir: An empty or new folder that the tensors move to; the module reads them from
+                there as long as it lives.
 
         Returns:
             A callable module, ready for `torch.export.export`.
 
         Raises:
             StateError: `prepare` was not called.
+            InputError: Dense weights for another target, or `mmap_dir` holds something.
             LoweringError: The backend cannot hold the program; the message says what and why.
         """
-        return convert_for(self.program(model), backend)
+        return finalized(self.program(model), backend, weights, mmap_dir)
 
     def summary(self, backend: ExportBackend | str | None = None) -> CompressionTable:
         """One row per candidate tensor: what was done, or why not.
@@ -135,6 +145,21 @@ class Compressor(ABC):
             model = capture(model, example_inputs, example_kwargs, dynamic_shapes)
             example_inputs = example_kwargs = None
         return pipeline.pause(before, model, example_inputs, example_kwargs)
+
+    @staticmethod
+    def _load(prepared: CapturedModule, state_dict: Mapping[str, Tensor]) -> None:
+        """Take the state of a model that was prepared with the same config.
+
+        Raises:
+            InputError: Names or shapes differ.
+        """
+        try:
+            prepared.load_state_dict(dict(state_dict))
+        except RuntimeError as error:
+            raise InputError(
+                "state_dict does not fit; it must come from a model that was prepared with the same"
+                f" config and inputs: {error}"
+            ) from None
 
     def _ready(self) -> CapturedModule:
         """What `prepare` returned."""

@@ -20,6 +20,7 @@ from graphopt.passes import (
     AnnotateQuantization,
     ConvertQuantization,
     CorrectStatistics,
+    DetectSparsity,
     FoldBatchNorm,
     FoldComputedWeights,
     ForgetReference,
@@ -93,7 +94,9 @@ def _tables(
     loss_fn: LossFn | None,
     how: CompressOptions,
 ) -> list[Pass]:
+    detect: list[Pass] = [DetectSparsity(config)] if config.looks_for_zeros else []
     return [
+        *detect,
         AnnotatePalettization(config, how.on_unmatched),
         FitPalettes(data, loss_fn, how.seed, how.progress),
         PalettizeWeights(seed=how.seed),

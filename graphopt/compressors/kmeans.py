@@ -32,9 +32,10 @@ from graphopt.ir.annotations import record, record_of
 from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionRecord
-from graphopt.passes import FakePalettize
+from graphopt.passes import FakePalettize, LoadState
 from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.passes.pass_manager import run_passes
+from graphopt.prepared import QUANTIZERS
 from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.progress import track
 from graphopt.run.calibration_data import read_calls
@@ -91,6 +92,7 @@ class KMeansPalettizer(Compressor):
         num_workers: int = 1,
         progress: bool | None = None,
         seed: int = 0,
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> CapturedModule:
         """Capture the model and cluster its weights.
 
@@ -106,6 +108,8 @@ class KMeansPalettizer(Compressor):
             num_workers: Accepted for compatibility; clustering uses torch's threads.
             progress: Show a bar; None shows it on a terminal.
             seed: Seed of vector tables.
+            state_dict: State dict of a model that was prepared with the same config: its weights,
+                which hold few values each, give the tables back; errors are counted from them.
 
         Returns:
             A module with the model's signature and state-dict names that computes with the
@@ -115,7 +119,8 @@ class KMeansPalettizer(Compressor):
             CaptureError: The model cannot be exported.
             ConfigError: A config key matches nothing.
             CompressionError: A weight contains NaN or Inf.
-            InputError: `sensitivity_path` cannot be read or belongs to another model.
+            InputError: `sensitivity_path` cannot be read or belongs to another model, or
+                `state_dict` does not fit.
             StateError: `prepare` was called before.
         """
         self._refuse_second_prepare()
@@ -136,6 +141,8 @@ class KMeansPalettizer(Compressor):
         )
         joint = JointConfig(palettization=self._config)
         pipeline = joint_pipeline("palettize", joint, options=how).replace(cluster.name, cluster)
+        if state_dict is not None:
+            pipeline = pipeline.insert_before("annotate-palettization", LoadState(state_dict))
         run = self._pause(
             pipeline, "palettize-weights", example_inputs, example_kwargs, dynamic_shapes
         )
@@ -148,6 +155,8 @@ class KMeansPalettizer(Compressor):
         _say(record_of(fake))
         self._run, self._seed = run, seed
         self._prepared = copy.deepcopy(fake)
+        if state_dict is not None and any(name.startswith(f"{QUANTIZERS}.") for name in state_dict):
+            self._load(self._train().prepared, state_dict)
         return self._prepared
 
     @contextmanager

@@ -65,6 +65,7 @@ class MagnitudePruner(Compressor):
         *,
         on_unmatched: Literal["error", "warn"] = "error",
         dynamic_shapes: Any = "auto",
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> CapturedModule:
         """Capture the model and mask its weights.
 
@@ -73,6 +74,8 @@ class MagnitudePruner(Compressor):
             example_kwargs: Keyword inputs of that call.
             on_unmatched: Whether a config key that matches no module, op or state raises or warns.
             dynamic_shapes: As for `graphopt.capture`, where the model is no program yet.
+            state_dict: State dict of a model that was prepared with the same config: weights, masks
+                and counted steps are taken from it, and schedules go on from there.
 
         Returns:
             A module with the model's signature and state-dict names that computes with the zeros
@@ -83,6 +86,7 @@ class MagnitudePruner(Compressor):
             CaptureError: The model cannot be exported.
             ConfigError: A config key matches nothing.
             CompressionError: A weight contains NaN or Inf.
+            InputError: `state_dict` does not fit.
             StateError: `prepare` was called before.
         """
         self._refuse_second_prepare()
@@ -92,7 +96,10 @@ class MagnitudePruner(Compressor):
         prepared = copy.deepcopy(run.program.graph_module)
         run_passes(prepared, [InsertPruners(), RestoreTraining()])
         prepared.eval()
-        self._follow(prepared)
+        if state_dict is None:
+            self._follow(prepared)
+        else:
+            self._load(prepared, state_dict)
         self._run, self._prepared = run, prepared
         _log.info("%d weights to prune", len(parts_of(prepared, WeightPruner)))
         return prepared

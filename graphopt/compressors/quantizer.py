@@ -6,16 +6,17 @@ import copy
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from typing_extensions import override
 
-from graphopt.backends.lowering import convert_for
 from graphopt.backends.registry import DEFAULT, ExportBackend
 from graphopt.compressors.base import Compressor
 from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.compressors.finalized import Weights, finalized
 from graphopt.compressors.flow import joint_pipeline
 from graphopt.compressors.options import CompressOptions
 from graphopt.config.joint import JointConfig
@@ -92,6 +93,7 @@ class Quantizer(Compressor):
         dynamic_shapes: Any = "auto",
         calibration_data: Iterable[Any] | None = None,
         loss_fn: LossFn | None = None,
+        state_dict: Mapping[str, Tensor] | None = None,
     ) -> CapturedModule:
         """Capture the model and insert quantizers.
 
@@ -108,6 +110,8 @@ class Quantizer(Compressor):
                 fitted (pairs with `loss_fn`); its algorithms "skm" and "gptq" need them. Activations
                 are calibrated afterwards.
             loss_fn: `loss_fn(output, target)` of that fitting; None needs no labels.
+            state_dict: State dict of a model that was prepared with the same config: weights, scales
+                and statistics are taken from it, and activations with known ranges are rounded.
 
         Returns:
             A module with the model's signature and state-dict names that computes with rounded
@@ -118,7 +122,8 @@ class Quantizer(Compressor):
             CaptureError: The model cannot be exported.
             ConfigError: A config key matches nothing, or asks for what activations cannot have.
             CompressionError: A weight contains NaN or Inf.
-            InputError: There are calibration data and no `palettization`.
+            InputError: There are calibration data and no `palettization`, or `state_dict` does not
+                fit.
             CalibrationError: An algorithm of `palettization` needs data and there are none.
             StateError: `prepare` was called before.
         """
@@ -141,6 +146,10 @@ class Quantizer(Compressor):
             pipeline, "calibrate-activations", example_inputs, example_kwargs, dynamic_shapes
         )
         prepared = with_quantizers(copy.deepcopy(run.program.graph_module))
+        if state_dict is not None:
+            self._load(prepared, state_dict)
+            for quantizer in parts_of(prepared, ActivationQuantizer):
+                quantizer.rounding = bool(quantizer.known)
         self._run, self._prepared = run, prepared
         _log.info(
             "%d weights and %d activation scales to quantize",
@@ -282,6 +291,8 @@ class Quantizer(Compressor):
         model: nn.Module | None = None,
         backend: ExportBackend | str = DEFAULT,
         *,
+        weights: Weights = "stored",
+        mmap_dir: str | Path | None = None,
         on_unobserved: Literal["error", "skip"] = "error",
     ) -> CapturedModule:
         """Turn quantizers into the quantize and dequantize ops of a backend.
@@ -289,6 +300,8 @@ class Quantizer(Compressor):
         Args:
             model: None, or what `prepare` returned (or a trained copy of it).
             backend: Whose ops the module holds; `ExportBackend.Torch` keeps our neutral ones.
+            weights: As in `Compressor.finalize`.
+            mmap_dir: As in `Compressor.finalize`.
             on_unobserved: "skip" leaves activations without a usable range in float.
 
         Returns:
@@ -299,7 +312,8 @@ class Quantizer(Compressor):
             CalibrationError: Activations were never observed, saw NaN or Inf, or have an empty range.
             LoweringError: The backend cannot hold the program.
         """
-        return convert_for(self.program(model, on_unobserved=on_unobserved), backend)
+        program = self.program(model, on_unobserved=on_unobserved)
+        return finalized(program, backend, weights, mmap_dir)
 
     @override
     def program(

@@ -4,6 +4,22 @@ from graphopt.config.base import (
     CompressionConfig,
     ModuleCompressionConfig,
     OpCompressionConfig,
+    WeightOnlyModuleValidationMixin,
+    WeightOnlyOpValidationMixin,
+)
+from graphopt.specs.compression import (
+    CompressionSpec,
+    CompressionTargetTensor,
+    CompressionType,
 )
 
-__all__ = ["CompressionConfig", "ModuleCompressionConfig", "OpCompressionConfig"]
+__all__ = [
+    "CompressionConfig",
+    "CompressionSpec",
+    "CompressionTargetTensor",
+    "CompressionType",
+    "ModuleCompressionConfig",
+    "OpCompressionConfig",
+    "WeightOnlyModuleValidationMixin",
+    "WeightOnlyOpValidationMixin",
+]

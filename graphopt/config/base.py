@@ -27,6 +27,8 @@ __all__ = [
     "CompressionConfig",
     "ModuleCompressionConfig",
     "OpCompressionConfig",
+    "WeightOnlyModuleValidationMixin",
+    "WeightOnlyOpValidationMixin",
     "read_yaml",
     "type_name",
 ]
@@ -122,6 +124,20 @@ class OpCompressionConfig(_Mutable, Generic[SpecT]):
                     " module_state_spec"
                 )
         return self
+
+
+class WeightOnlyOpValidationMixin:
+    """First base of an op's config that has specs of states only: others are refused.
+
+    Raises:
+        ConfigError: From the config's constructor, where an input or an output has a spec.
+    """
+
+    weight_only: ClassVar[bool] = True
+
+
+class WeightOnlyModuleValidationMixin(WeightOnlyOpValidationMixin):
+    """The same for a module's config."""
 
 
 class ModuleCompressionConfig(OpCompressionConfig[SpecT], Generic[SpecT, OpT]):

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from graphopt.config.base import (
     CompressionConfig,
     ModuleCompressionConfig,
     OpCompressionConfig,
+    WeightOnlyModuleValidationMixin,
+    WeightOnlyOpValidationMixin,
 )
 from graphopt.specs import (
     PalettizationSpec,
@@ -18,7 +20,7 @@ from graphopt.specs import (
     default_weight_palettization_spec,
 )
 from graphopt.specs.model import SpecModel
-from graphopt.specs.palettization import Bits
+from graphopt.specs.palettization import Bits, VectorKMeansConfig
 
 __all__ = [
     "DKMPalettizerConfig",
@@ -49,10 +51,8 @@ class PATSchedule(SpecModel):
     freeze_codes: Annotated[int, Field(ge=0)] | None = None
 
 
-class OpKMeansPalettizerConfig(OpCompressionConfig[PalettizationSpec]):
+class OpKMeansPalettizerConfig(WeightOnlyOpValidationMixin, OpCompressionConfig[PalettizationSpec]):
     """Palettization of one op's state; 4 bits per tensor for its weight by default."""
-
-    weight_only: ClassVar[bool] = True
 
     @classmethod
     def default_slots(cls) -> dict[str, dict[Any, Any]]:
@@ -61,7 +61,8 @@ class OpKMeansPalettizerConfig(OpCompressionConfig[PalettizationSpec]):
 
 
 class ModuleKMeansPalettizerConfig(
-    ModuleCompressionConfig[PalettizationSpec, OpKMeansPalettizerConfig]
+    WeightOnlyModuleValidationMixin,
+    ModuleCompressionConfig[PalettizationSpec, OpKMeansPalettizerConfig],
 ):
     """Palettization of everything inside a module; 4 bits per tensor by default.
 
@@ -69,9 +70,10 @@ class ModuleKMeansPalettizerConfig(
         enable_fast_kmeans_mode: Without effect here: tables are optimal on the weights as they are.
         rounding_precision: Without effect here: no weight is rounded before clustering.
         pat_schedule: When training-time palettization starts.
+        vector_kmeans_config: How tables of vectors are clustered; there must be a spec with
+            `cluster_dim` above 1.
     """
 
-    weight_only: ClassVar[bool] = True
     no_effect: ClassVar[dict[str, str]] = {
         "enable_fast_kmeans_mode": "tables are optimal without rounding the weights first",
         "rounding_precision": "no weight is rounded before clustering",
@@ -81,6 +83,19 @@ class ModuleKMeansPalettizerConfig(
     enable_fast_kmeans_mode: bool = True
     rounding_precision: Annotated[int, Field(gt=0)] = 4
     pat_schedule: PATSchedule | None = None
+    vector_kmeans_config: VectorKMeansConfig | None = None
+
+    @model_validator(mode="after")
+    def _there_are_vectors(self) -> Self:
+        if self.vector_kmeans_config is None:
+            return self
+        ops = [*self.op_type_config.values(), *self.op_name_config.values()]
+        slots = [self.op_state_spec, self.module_state_spec]
+        slots += [op.op_state_spec for op in ops if op is not None]
+        specs = [spec for slot in slots for spec in slot.values() if spec is not None]
+        if not any(spec.cluster_dim > 1 for spec in specs):
+            raise ValueError("vector_kmeans_config is for specs with cluster_dim above 1")
+        return self
 
     @classmethod
     def default_slots(cls) -> dict[str, dict[Any, Any]]:
@@ -106,6 +121,17 @@ class KMeansPalettizerConfig(CompressionConfig[ModuleKMeansPalettizerConfig]):
     def default_global_config(cls) -> ModuleKMeansPalettizerConfig:
         """4 bits per tensor."""
         return ModuleKMeansPalettizerConfig()
+
+    @property
+    def looks_for_zeros(self) -> bool:
+        """Whether any spec has a `sparsity_detection_threshold`."""
+        return _looks_for_zeros(self.model_dump())
+
+
+def _looks_for_zeros(config: dict[Any, Any]) -> bool:
+    return config.get("sparsity_detection_threshold") is not None or any(
+        _looks_for_zeros(value) for value in config.values() if isinstance(value, dict)
+    )
 
 
 def _module_config(n_bits: Bits, axis: int | None, group_size: int | None) -> Any:

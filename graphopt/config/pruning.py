@@ -8,6 +8,8 @@ from graphopt.config.base import (
     CompressionConfig,
     ModuleCompressionConfig,
     OpCompressionConfig,
+    WeightOnlyModuleValidationMixin,
+    WeightOnlyOpValidationMixin,
 )
 from graphopt.specs import PruningSpec
 from graphopt.specs.pruning import SparsitySchedule
@@ -23,10 +25,8 @@ def _default_slots() -> dict[str, dict[Any, Any]]:
     return {"op_state_spec": {"weight": PruningSpec(), "in_proj_weight": PruningSpec()}}
 
 
-class OpMagnitudePrunerConfig(OpCompressionConfig[PruningSpec]):
+class OpMagnitudePrunerConfig(WeightOnlyOpValidationMixin, OpCompressionConfig[PruningSpec]):
     """Pruning of one op's state."""
-
-    weight_only: ClassVar[bool] = True
 
     @classmethod
     def default_slots(cls) -> dict[str, dict[Any, Any]]:
@@ -34,14 +34,14 @@ class OpMagnitudePrunerConfig(OpCompressionConfig[PruningSpec]):
         return _default_slots()
 
 
-class ModuleMagnitudePrunerConfig(ModuleCompressionConfig[PruningSpec, OpMagnitudePrunerConfig]):
+class ModuleMagnitudePrunerConfig(
+    WeightOnlyModuleValidationMixin, ModuleCompressionConfig[PruningSpec, OpMagnitudePrunerConfig]
+):
     """Pruning of everything inside a module.
 
     Attributes:
         sparsity_schedule: How sparsity grows in training.
     """
-
-    weight_only: ClassVar[bool] = True
 
     sparsity_schedule: SparsitySchedule | None = None
 

@@ -13,6 +13,7 @@ from graphopt.config.base import (
     ModuleCompressionConfig,
     OpCompressionConfig,
 )
+from graphopt.errors import InvalidExecutionModeError
 from graphopt.specs import (
     PerBlockGranularity,
     PerChannelGranularity,
@@ -127,8 +128,18 @@ class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):
         return ModuleQuantizerConfig()
 
     def set_execution_mode(self, mode: ExecutionMode | str) -> Self:
-        """Set `execution_mode`, which has no effect here."""
-        self.execution_mode = ExecutionMode(mode)
+        """Set `execution_mode`, which has no effect here.
+
+        Raises:
+            InvalidExecutionModeError: There is no such mode.
+        """
+        try:
+            self.execution_mode = ExecutionMode(mode)
+        except ValueError:
+            modes = [known.value for known in ExecutionMode]
+            raise InvalidExecutionModeError(
+                f"execution_mode must be one of {modes}, got {mode!r}"
+            ) from None
         return self
 
     @property

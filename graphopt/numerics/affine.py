@@ -17,6 +17,7 @@ from graphopt.specs.dtypes import bits_of, dtype_name
 __all__ = [
     "Grid",
     "dequantize",
+    "fp4_forward",
     "grid_of",
     "has_offset",
     "has_whole_offsets",
@@ -182,6 +183,19 @@ def _round_float(scaled: Tensor, grid: Grid) -> Tensor:
         return table[torch.bucketize(clipped.abs(), middles)] * torch.sign(clipped)
     kind = torch.float8_e4m3fn if grid.storage == "fp8_e4m3" else torch.float8_e5m2
     return clipped.to(kind).to(torch.float32)
+
+
+def fp4_forward(tensor: Tensor) -> Tensor:
+    """The nearest fp4 (E2M1) values, ties to even; what is beyond ±6 becomes ±6, NaN stays.
+
+    Args:
+        tensor: Values in units of their scale, any float type.
+
+    Returns:
+        float32 of the same shape.
+    """
+    storage, largest, exponent = _FLOAT_STORAGE["float4_e2m1fn_x2"]
+    return _round_float(tensor.float(), Grid(storage, 4, -largest, largest, True, exponent))
 
 
 def dequantize(stored: Tensor, scale: Tensor, offset: Tensor | None) -> Tensor:

@@ -44,6 +44,8 @@ def cluster_vectors(
     seed: int = 0,
     max_steps: int = 100,
     tolerance: float = 1e-5,
+    trials: int = _TRIALS,
+    starts: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster each group's vectors into `k` centroids.
 
@@ -54,6 +56,8 @@ def cluster_vectors(
         seed: Seed of the initial centroids and of the noise.
         max_steps: Number of steps with noise, and the largest number of those without.
         tolerance: Stop when a step without noise changes the error by a smaller fraction.
+        trials: Candidates of each seeded centroid.
+        starts: Clusterings with draws of their own; the one of least error is kept.
 
     Returns:
         Tables [groups, k, d] in the dtype of `vectors`, indices [groups, n] uint8, and the sum of
@@ -68,15 +72,19 @@ def cluster_vectors(
         raise CompressionError("sensitivities must be finite and not negative")
 
     def cluster(number: int) -> tuple[Tensor, Tensor, Tensor]:
+        tried = (cluster_from(number, start) for start in range(starts))
+        return min(tried, key=lambda found: float(found[2]))
+
+    def cluster_from(number: int, attempt: int) -> tuple[Tensor, Tensor, Tensor]:
         raw = vectors[number].detach().cpu().double()
         unit = raw.abs().amax().clamp_min(torch.finfo(torch.float64).tiny)
         x = np.ascontiguousarray((raw / unit).float().T.numpy())
         given = torch.ones(len(raw)) if weights is None else weights[number].detach().cpu()
         mass = given.double() / given.amax() if given.amax() > 0 else torch.ones(len(raw)).double()
         w = mass.float().numpy()
-        random = np.random.default_rng([seed, number])
+        random = np.random.default_rng([seed, number, attempt] if attempt else [seed, number])
         xs, ws = _sample(x, w, _SAMPLE, random)
-        start = _initial(xs, ws, k, random)
+        start = _initial(xs, ws, k, trials, random)
         table = _anneal(xs, ws, start, max_steps, max_steps, tolerance, random)
         if xs is not x:
             table = _anneal(x, w, table, 0, max_steps // 8, tolerance, random)
@@ -105,9 +113,9 @@ def _sample(x: _Array, w: _Array, size: int, random: np.random.Generator) -> tup
     return np.ascontiguousarray(x[:, at]), (mass[at] / chance[at]).astype(np.float32)
 
 
-def _initial(x: _Array, w: _Array, k: int, random: np.random.Generator) -> _Array:
+def _initial(x: _Array, w: _Array, k: int, trials: int, random: np.random.Generator) -> _Array:
     xs, ws = _sample(x, w, _SEEDING_SAMPLE, random)
-    return xs[:, kernels.seed_vectors((0,) * len(x), xs, ws, k, random.random((k, _TRIALS)))].T
+    return xs[:, kernels.seed_vectors((0,) * len(x), xs, ws, k, random.random((k, trials)))].T
 
 
 def _nearest(

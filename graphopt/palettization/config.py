@@ -6,10 +6,12 @@ from graphopt.config.palettization import (
     OpKMeansPalettizerConfig,
     PATSchedule,
 )
+from graphopt.specs.palettization import VectorKMeansConfig
 
 __all__ = [
     "KMeansPalettizerConfig",
     "ModuleKMeansPalettizerConfig",
     "OpKMeansPalettizerConfig",
     "PATSchedule",
+    "VectorKMeansConfig",
 ]

@@ -9,6 +9,7 @@ from graphopt.specs.pruning import (
     ConstantSparsitySchedule,
     PolynomialDecaySchedule,
     SparsitySchedule,
+    SparsityScheduleBase,
 )
 
 __all__ = [
@@ -18,4 +19,5 @@ __all__ = [
     "OpMagnitudePrunerConfig",
     "PolynomialDecaySchedule",
     "SparsitySchedule",
+    "SparsityScheduleBase",
 ]

@@ -9,12 +9,14 @@ from graphopt.config.quantization import (
     QATSchedule,
     QuantizerConfig,
 )
+from graphopt.errors import InvalidExecutionModeError
 from graphopt.passes.calibrate_activations import CalibrateActivations
 from graphopt.specs import QuantizationFormulation, QuantizationScheme, QuantizationSpec
 
 __all__ = [
     "CalibrateActivations",
     "ExecutionMode",
+    "InvalidExecutionModeError",
     "KVCacheQuantConfig",
     "ModuleQuantizerConfig",
     "OpQuantizerConfig",

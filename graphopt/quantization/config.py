@@ -8,9 +8,11 @@ from graphopt.config.quantization import (
     QATSchedule,
     QuantizerConfig,
 )
+from graphopt.errors import InvalidExecutionModeError
 
 __all__ = [
     "ExecutionMode",
+    "InvalidExecutionModeError",
     "KVCacheQuantConfig",
     "ModuleQuantizerConfig",
     "OpQuantizerConfig",

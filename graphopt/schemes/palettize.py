@@ -35,6 +35,14 @@ __all__ = [
     "palettize",
 ]
 
+# field of `VectorKMeansConfig` → argument of `cluster_vectors`
+_VECTOR_OPTIONS = {
+    "n_local_trials": "trials",
+    "n_init": "starts",
+    "max_iter": "max_steps",
+    "tol": "tolerance",
+}
+
 
 def palettize(
     weight: Tensor,
@@ -148,8 +156,11 @@ def _cluster(
     parts: Arranged, spec: PalettizationSpec, seed: int
 ) -> tuple[Tensor, Tensor, float | None]:
     if parts.layout.cluster_dim > 1:
+        chosen = spec.vector_kmeans
+        given = {} if chosen is None else chosen.model_dump(exclude_none=True)
+        options = {_VECTOR_OPTIONS[name]: value for name, value in given.items()}
         tables, codes, _ = cluster_vectors(
-            parts.vectors, spec.n_entries, weights=parts.weights, seed=seed
+            parts.vectors, spec.n_entries, weights=parts.weights, seed=seed, **options
         )
         return tables, codes, None
     values = parts.vectors[..., 0]

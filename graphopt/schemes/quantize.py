@@ -130,6 +130,8 @@ def weight_range(
     if searched or importance is not None:
         counts = None if importance is None else blocks.split(importance)
         low, high = clip_by_value(groups, spec, counts)
+    elif isinstance(spec.range_calculator_cls, type):
+        low, high = spec.range_calculator_cls()(groups)
     else:
         low, high = torch.aminmax(groups, dim=1)
     low, high = low.to(torch.float32), high.to(torch.float32)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated, Literal
 
 from pydantic import Field
 
+from graphopt.errors import ConfigError
 from graphopt.specs.model import SpecModel
 
 __all__ = [
@@ -15,6 +17,7 @@ __all__ = [
     "PerGroupedChannelGranularity",
     "PerTensorGranularity",
     "QuantizationGranularity",
+    "resolve_block_sizes",
 ]
 
 
@@ -71,3 +74,32 @@ QuantizationGranularity = Annotated[
     | PerGroupedChannelGranularity,
     Field(discriminator="type"),
 ]
+
+
+def resolve_block_sizes(tensor_shape: Sequence[int], block_sizes: Sequence[int]) -> list[int]:
+    """Extent of a block along each axis, -1 being the whole axis.
+
+    Args:
+        tensor_shape: Shape of what is divided into blocks.
+        block_sizes: One size per axis.
+
+    Raises:
+        ConfigError: There is not one size per axis, a size is neither positive nor -1, or it does
+            not divide its axis.
+    """
+    if len(block_sizes) != len(tensor_shape):
+        raise ConfigError(
+            f"block_size has {len(block_sizes)} sizes, the tensor {len(tensor_shape)} axes"
+        )
+    resolved = [
+        extent if size == -1 else size
+        for extent, size in zip(tensor_shape, block_sizes, strict=True)
+    ]
+    for axis, (extent, size) in enumerate(zip(tensor_shape, resolved, strict=True)):
+        if size < 1:
+            raise ConfigError(f"block_size[{axis}] must be positive, or -1 for all, got {size}")
+        if extent % size:
+            raise ConfigError(
+                f"blocks of {size} do not divide the {extent} elements of axis {axis}"
+            )
+    return resolved

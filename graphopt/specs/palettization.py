@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import torch
 from pydantic import Field, model_validator
 
+from graphopt.specs.compression import CompressionSpec
 from graphopt.specs.dtypes import dtype_name
 from graphopt.specs.granularity import PalettizationGranularity, PerTensorGranularity
 from graphopt.specs.model import SpecModel
@@ -19,6 +20,7 @@ __all__ = [
     "PalettizationSpec",
     "STETrainingSpec",
     "TrainingStrategySpec",
+    "VectorKMeansConfig",
     "default_weight_palettization_spec",
 ]
 
@@ -63,7 +65,24 @@ TrainingStrategy = Annotated[
 ]
 
 
-class PalettizationSpec(SpecModel):
+class VectorKMeansConfig(SpecModel):
+    """How tables of vectors (`cluster_dim` above 1) are clustered; None is our own default.
+
+    Attributes:
+        n_local_trials: Candidates of each seeded entry; the best is kept (k-means++).
+        n_init: Clusterings from other seeds; the one of least error is kept. One by default: the
+            annealed steps depend little on where they start.
+        max_iter: Largest number of steps.
+        tol: A clustering ends where a step lowers its error by a smaller fraction.
+    """
+
+    n_local_trials: Annotated[int, Field(gt=0)] | None = None
+    n_init: Annotated[int, Field(gt=0)] | None = None
+    max_iter: Annotated[int, Field(gt=0)] | None = None
+    tol: Annotated[float, Field(ge=0)] | None = None
+
+
+class PalettizationSpec(CompressionSpec):
     """Store a weight as indices of `n_bits` into tables of `2**n_bits` entries.
 
     Attributes:
@@ -85,6 +104,11 @@ class PalettizationSpec(SpecModel):
             tables: those farthest from their group's mean, by importance where there is any (the
             dense-and-sparse form of SqueezeLLM, section 4.2). The targets' sparse ops store a mask
             of one bit per weight besides the values.
+        sparsity_detection_threshold: Share of exact zeros, in [0, 1], from which a weight is taken
+            for pruned: its zeros stay in a mask, and one scalar table serves the other values. None
+            makes no difference between zeros and others.
+        vector_kmeans: How tables of vectors are clustered; a module's `vector_kmeans_config` fills
+            it in.
     """
 
     n_bits: Bits = 4
@@ -95,6 +119,8 @@ class PalettizationSpec(SpecModel):
     training_strategy_spec: TrainingStrategy = Field(default_factory=DefaultTrainingSpec)
     algorithm: Literal["auto", "kmeans", "skm", "gptq"] = "auto"
     outlier_fraction: Annotated[float, Field(ge=0, le=0.1)] = 0.0
+    sparsity_detection_threshold: Annotated[float, Field(ge=0, le=1)] | None = None
+    vector_kmeans: VectorKMeansConfig | None = None
 
     @model_validator(mode="after")
     def _outliers_have_a_place(self) -> PalettizationSpec:

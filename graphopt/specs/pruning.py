@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_serializer, model_validator
 
+from graphopt.specs.compression import CompressionSpec
 from graphopt.specs.model import SpecModel
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "PruningScheme",
     "PruningSpec",
     "SparsitySchedule",
+    "SparsityScheduleBase",
     "Unstructured",
     "default_weight_pruning_spec",
 ]
@@ -64,7 +66,7 @@ PruningScheme = Annotated[
 ]
 
 
-class PruningSpec(SpecModel):
+class PruningSpec(CompressionSpec):
     """Set a fraction of a weight to zero.
 
     Attributes:
@@ -89,7 +91,23 @@ class PruningSpec(SpecModel):
         return value if isinstance(value, str) else f"{value.__module__}.{value.__qualname__}"
 
 
-class ConstantSparsitySchedule(SpecModel):
+class SparsityScheduleBase(SpecModel):
+    """Share of zeros by training step."""
+
+    def compute_sparsity(
+        self, step_count: int, target_sparsity: float, prev_sparsity: float | None = None
+    ) -> float:
+        """Share of zeros after `step_count` steps.
+
+        Args:
+            step_count: Training steps that were counted.
+            target_sparsity: Share of zeros at the end, in [0, 1].
+            prev_sparsity: Share that the mask has now.
+        """
+        raise NotImplementedError
+
+
+class ConstantSparsitySchedule(SparsityScheduleBase):
     """Full sparsity from `begin_step` on."""
 
     type: Literal["constant"] = Field(default="constant", repr=False)
@@ -103,7 +121,7 @@ class ConstantSparsitySchedule(SpecModel):
         return target_sparsity if step_count >= self.begin_step else 0.0
 
 
-class PolynomialDecaySchedule(SpecModel):
+class PolynomialDecaySchedule(SparsityScheduleBase):
     """Sparsity rises from `initial_sparsity` along a polynomial over `total_iters` steps.
 
     With `u = update_frequency`, `n = ⌊(total_iters − 1) / u⌋ + 1` updates and `t = ⌊(step − begin) / u⌋ /

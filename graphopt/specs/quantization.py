@@ -10,9 +10,9 @@ import torch
 from pydantic import Field, field_serializer, field_validator, model_validator
 
 from graphopt.errors import ConfigError
+from graphopt.specs.compression import CompressionSpec
 from graphopt.specs.dtypes import TorchDType, dtype_name, parse_dtype
 from graphopt.specs.granularity import PerTensorGranularity, QuantizationGranularity
-from graphopt.specs.model import SpecModel
 
 __all__ = [
     "QuantizationFormulation",
@@ -71,7 +71,7 @@ def register_calculator(name: str, calculator: type) -> None:
     _registered[name] = calculator
 
 
-class QuantizationSpec(SpecModel):
+class QuantizationSpec(CompressionSpec):
     """How one tensor is quantized; field names as in coreai-opt.
 
     Attributes:
@@ -85,7 +85,8 @@ class QuantizationSpec(SpecModel):
             the default of weights), "moving_average" (the default of activations),
             "global_minmax", "percentile", "mse", "lp" (between squared and largest error),
             "entropy", "dynamic" (from each tensor as it comes), or a subclass of `graphopt.observers.Observer`.
-        range_calculator_cls: For weights: "minmax", or "mse" for the range of least squared error.
+        range_calculator_cls: For weights: "minmax", "mse" for the range of least squared error, or a
+            subclass of `RangeCalculatorBase`.
         float_range: Fixed lower and upper bound of the float range; None leaves a side open.
         scale_dtype: Type in which scales are stored; None is the tensor's own type.
     """
@@ -96,7 +97,7 @@ class QuantizationSpec(SpecModel):
     granularity: QuantizationGranularity = Field(default_factory=PerTensorGranularity)
     fake_quantize_cls: FakeQuantize = "default"
     qparam_calculator_cls: QParamCalculator | type = "default"
-    range_calculator_cls: RangeCalculator = "minmax"
+    range_calculator_cls: RangeCalculator | type = "minmax"
     float_range: Annotated[tuple[float | None, float | None], Field()] = (None, None)
     scale_dtype: TorchDType | None = None
 
@@ -120,9 +121,11 @@ class QuantizationSpec(SpecModel):
                 return {**data, "scale_dtype": parse_dtype("e8m0")}
         return data
 
-    @field_validator("qparam_calculator_cls", mode="before")
+    @field_validator("qparam_calculator_cls", "range_calculator_cls", mode="before")
     @classmethod
     def _class_by_name(cls, value: Any) -> Any:
+        if isinstance(value, type):
+            return vars(value).get("stands_for") or value
         if isinstance(value, str) and value in _registered:
             return _registered[value]
         if not isinstance(value, str) or "." not in value:
@@ -133,7 +136,7 @@ class QuantizationSpec(SpecModel):
         except (ImportError, AttributeError):
             raise ValueError(f"{value!r} cannot be imported") from None
 
-    @field_serializer("qparam_calculator_cls")
+    @field_serializer("qparam_calculator_cls", "range_calculator_cls")
     def _class_name(self, value: str | type) -> str:
         return value if isinstance(value, str) else f"{value.__module__}.{value.__qualname__}"
 

@@ -102,19 +102,33 @@ def hardshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
 
 
 def batch_norm(
-    x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, momentum: float, eps: float
+    whole: Op,
+    x: Tensor,
+    weight: Any,
+    bias: Any,
+    mean: Tensor,
+    var: Tensor,
+    momentum: float,
+    eps: float,
 ) -> Any:
-    """In bfloat16, whose statistics the converter expects in float32; others stay."""
-    del momentum
-    if x.dtype is not torch.bfloat16:
-        return NotImplemented
+    """In bfloat16, whose statistics the converter expects in float32; with weights where none are."""
+    if x.dtype is torch.bfloat16:
+        result = _batch_norm_in_float32(x, weight, bias, mean, var, eps)
+        return result, mean.new_zeros(0), mean.new_zeros(0)
+    weight = torch.ones_like(mean) if weight is None else weight
+    bias = torch.zeros_like(mean) if bias is None else bias
+    return whole(x, weight, bias, mean, var, momentum, eps)
+
+
+def _batch_norm_in_float32(
+    x: Tensor, weight: Any, bias: Any, mean: Tensor, var: Tensor, eps: float
+) -> Tensor:
     shape = [1, -1] + [1] * (x.ndim - 2)
     gain = torch.rsqrt(var.float() + eps)
     gain = gain if weight is None else gain * weight.float()
     shift = -mean.float() * gain
     shift = shift if bias is None else shift + bias.float()
-    result = x.float() * gain.reshape(shape) + shift.reshape(shape)
-    return result.to(x.dtype), mean.new_zeros(0), mean.new_zeros(0)
+    return (x.float() * gain.reshape(shape) + shift.reshape(shape)).to(x.dtype)
 
 
 def layer_norm(
