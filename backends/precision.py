@@ -21,6 +21,9 @@ __all__ = ["FLOAT16_MAX", "float32_nodes", "overflowing_values", "stored_tensor"
 FLOAT16_MAX = float(torch.finfo(torch.float16).max)
 
 
+_WIDE = (torch.float32, torch.float64, torch.bfloat16)
+
+
 def overflowing_values(program: ExportedProgram, calibration_data: Iterable[Any]) -> set[fx.Node]:
     """Nodes whose float32 values float16 cannot hold on any of the calls.
 
@@ -91,7 +94,7 @@ def _filled(program: ExportedProgram) -> set[fx.Node]:
             held = program.state_dict.get(
                 stored[node.name], program.constants.get(stored[node.name])
             )
-        low = isinstance(held, Tensor) and held.is_floating_point() and _below(held)
+        low = isinstance(held, Tensor) and held.dtype in _WIDE and _below(held)
         if numbers or low or any(operand in found for operand in node.all_input_nodes):
             found.add(node)
     return found

@@ -9,7 +9,16 @@ from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
-__all__ = ["COREAI_OPT", "MOVED", "MOVED_NAMES", "RENAMED", "MovedModule", "moved_name", "register"]
+__all__ = [
+    "COREAI_OPT",
+    "MOVED",
+    "MOVED_NAMES",
+    "RENAMED",
+    "MovedModule",
+    "moved_name",
+    "provide",
+    "register",
+]
 
 # old module → where its names are now, both below `graphopt`
 MOVED: dict[str, str] = {
@@ -17,8 +26,6 @@ MOVED: dict[str, str] = {
     "backends.stored": "report.stored",
     "block_forward": "run.block_forward",
     "captured_module": "ir.captured_module",
-    "coreai_utils.common": "interop.coreai_utils.common",
-    "coreai_utils.passes": "interop.coreai_utils.passes",
     "coreml_utils.passes": "interop.coreml_utils.passes",
     "editor": "ir.editor",
     "export_errors": "capture.export_errors",
@@ -73,7 +80,6 @@ MOVED: dict[str, str] = {
     "palettization.calibration": "fitting.calibration",
     "palettization.dkm": "compressors.dkm",
     "palettization.fit_palettes": "passes.fit_palettes",
-    "palettization.kmeans": "compressors.kmeans",
     "palettization.output_fit": "fitting.output_fit",
     "palettization.training": "compressors.training",
     "partition": "analysis.partition",
@@ -89,7 +95,6 @@ MOVED: dict[str, str] = {
     "pruning.pruner": "compressors.pruner",
     "quantization.calibrate_activations": "passes.calibrate_activations",
     "quantization.conversion": "prepared.conversion",
-    "quantization.quantizer": "compressors.quantizer",
     "quantized": "analysis.quantized",
     "quantized_state": "prepared.state",
     "rdo.activations": "search.rdo.activations",
@@ -128,6 +133,10 @@ MOVED: dict[str, str] = {
 
 # coreai-opt's modules that are thinner here → the module with their names; these stay
 COREAI_OPT: dict[str, str] = {
+    "coreai_utils.passes": "interop.coreai_utils.passes",
+    "quantization.quantizer": "compressors.quantizer",
+    "palettization.kmeans": "compressors.kmeans",
+    "coreai_utils.common": "interop.coreai_utils.common",
     "casting.casting": "casting",
     "coreai_utils.passes.weight_palettization": "coreai_utils",
     "coreai_utils.passes.weight_quantization": "coreai_utils",
@@ -135,6 +144,7 @@ COREAI_OPT: dict[str, str] = {
     "config.compression_config": "config",
     "config.spec": "config",
     "config.spec.base": "config",
+    "config.spec.compression_simulator": "config",
     "config.spec.factory": "config",
     "inspection.bits_per_weight": "inspection",
     "inspection.model_inspector": "inspection",
@@ -147,9 +157,11 @@ COREAI_OPT: dict[str, str] = {
     "pruning.config.magnitude_pruner_config": "pruning.config",
     "pruning.config.sparsity_schedule": "pruning.config",
     "pruning.magnitude_pruner": "pruning",
+    "pruning.spec.prune": "pruning.spec",
     "pruning.spec.scheme": "pruning.spec",
     "pruning.spec.spec": "pruning.spec",
     "quantization.config.quantization_config": "quantization.config",
+    "quantization.spec.factory": "quantization.spec",
     "quantization.spec.granularity": "quantization.spec",
     "quantization.spec.fake_quantize": "quantization.spec",
     "quantization.spec.qformulation": "quantization.spec",
@@ -298,6 +310,21 @@ def register(root: str) -> None:
         }
         moved = MovedModule(f"{root}.{old}", f"{root}.{new}", elsewhere)
         sys.modules.setdefault(f"{root}.{old}", moved)
+
+
+def provide(module: str) -> None:
+    """Put coreai-opt's modules below one of ours where imports look for them.
+
+    The module calls it when it is imported itself, so that those above an alias are always there.
+
+    Args:
+        module: Dotted name of a module that is in `sys.modules`.
+    """
+    root, _, path = module.partition(".")
     for old, new in COREAI_OPT.items():
-        alias = MovedModule(f"{root}.{old}", f"{root}.{new}", {}, leaves=False)
-        sys.modules.setdefault(f"{root}.{old}", alias)
+        parent, _, child = old.rpartition(".")
+        if parent == path:
+            name = f"{root}.{old}"
+            alias = MovedModule(name, f"{root}.{new}", {}, leaves=False)
+            setattr(sys.modules[module], child, sys.modules.setdefault(name, alias))
+            provide(name)

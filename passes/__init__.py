@@ -41,6 +41,7 @@ from graphopt.passes.remove_unused import RemoveUnused
 from graphopt.passes.restore_training import RestoreTraining
 from graphopt.passes.tables_to_integers import TablesToIntegers
 from graphopt.passes.tune import Tune
+from graphopt.passes.widen_scales import WidenScales
 
 __all__ = [
     "AbsorbChannelScale",
@@ -76,6 +77,7 @@ __all__ = [
     "RestoreTraining",
     "TablesToIntegers",
     "Tune",
+    "WidenScales",
     "cluster_annotated",
     "reference_of",
 ]

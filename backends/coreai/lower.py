@@ -17,7 +17,7 @@ from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.double_precision import as_float32
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_call, flat_interface
 from graphopt.ir.program import Program, export_graph
-from graphopt.passes import IntegersToTables, RemoveUnused
+from graphopt.passes import IntegersToTables, RemoveUnused, WidenScales
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
@@ -30,6 +30,7 @@ TABLE_TYPES = ("uint2", "int3", "uint3", "int6", "uint6")
 def legal_passes() -> tuple[Pass, ...]:
     """What turns our vocabulary into Core AI's."""
     return (
+        WidenScales(),
         IntegersToTables(frozenset(TABLE_TYPES)),
         LegalizeQuantizationForCoreAI(),
         LegalizeForCoreAI(),

@@ -17,7 +17,7 @@ from graphopt.backends.interface import Interface, drop_written_inputs, flat_int
 from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError
 from graphopt.ir.program import Program, export_graph
-from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnused
+from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnused, WidenScales
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
@@ -41,7 +41,7 @@ def legal_passes() -> tuple[Pass, ...]:
     with quiet("coremltools"):
         register_lowerings()
     tables = frozenset(TABLE_TYPES)
-    return (DequantizeToShiftScale(), IntegersToTables(tables))
+    return (DequantizeToShiftScale(), WidenScales(), IntegersToTables(tables))
 
 
 def legal_export(program: Program, target: str, *last: Pass) -> ExportedProgram:

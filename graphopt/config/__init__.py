@@ -1,5 +1,7 @@
 """Which spec goes where in a model, in Python, YAML and JSON."""
 
+import importlib
+
 from graphopt.config.base import (
     CompressionConfig,
     ModuleCompressionConfig,
@@ -23,3 +25,5 @@ __all__ = [
     "WeightOnlyModuleValidationMixin",
     "WeightOnlyOpValidationMixin",
 ]
+
+importlib.import_module("graphopt.moved").provide(__name__)

@@ -42,7 +42,7 @@ class JointConfig(SpecModel):
 
     @classmethod
     def from_dict(cls, data: dict[str, Any]) -> Self:
-        """Read a config from plain values.
+        """Read a config from plain values, or from parts that are configs already.
 
         The keys are "pruning", "palettization" and "quantization" or the parts' own root keys; a mapping of one
         part alone will do.
@@ -60,8 +60,9 @@ class JointConfig(SpecModel):
         }
         for name, kind in kinds.items():
             for key in (name, kind.root_key):
-                if data.get(key) is not None:
-                    parts[name] = kind.from_dict(data[key])
+                given = data.get(key)
+                if given is not None:
+                    parts[name] = given if isinstance(given, kind) else kind.from_dict(given)
         known = {*kinds, *(kind.root_key for kind in kinds.values())}
         unknown = sorted(set(data) - known)
         if unknown:

@@ -1,5 +1,6 @@
 """What is in a program and what compression did to it: names, sizes, bits, errors, pages."""
 
+from graphopt import moved
 from graphopt.report.bits import BitsPerWeightResult, bits_per_weight
 from graphopt.report.difference import Difference, LayerDifference, diff
 from graphopt.report.drawing import save_graph
@@ -36,3 +37,5 @@ __all__ = [
     "save_graph",
     "write_page",
 ]
+
+moved.provide(__name__)

@@ -8,6 +8,7 @@ until the error settles. Deterministic for a seed, whatever the number of thread
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -24,10 +25,9 @@ if TYPE_CHECKING:
 else:
     kernels = deferred("graphopt.numerics.kernels_vectors")
 
-__all__ = ["cluster_vectors"]
+__all__ = ["VectorSearch", "cluster_vectors"]
 
 _SEEDING_SAMPLE = 4_096
-_TRIALS = 8  # candidates per seeded centroid
 _SAMPLE = 131_072  # larger groups are annealed on a sample
 _CHUNK = 65_536  # vectors per task; fixes the order of summation
 _RELAXATION = 1.8  # step length relative to Lloyd's
@@ -36,16 +36,30 @@ _NOISE = 0.3  # initial noise relative to the spread of a cluster
 _Array = NDArray[np.float32]
 
 
+@dataclass(frozen=True)
+class VectorSearch:
+    """How long a clustering is looked for.
+
+    Attributes:
+        max_steps: Number of steps with noise, and the largest number of those without.
+        tolerance: Stop when a step without noise changes the error by a smaller fraction.
+        trials: Candidates of each seeded centroid.
+        starts: Clusterings with draws of their own; the one of least error is kept.
+    """
+
+    max_steps: int = 100
+    tolerance: float = 1e-5
+    trials: int = 8
+    starts: int = 1
+
+
 def cluster_vectors(
     vectors: Tensor,
     k: int,
     *,
     weights: Tensor | None = None,
     seed: int = 0,
-    max_steps: int = 100,
-    tolerance: float = 1e-5,
-    trials: int = _TRIALS,
-    starts: int = 1,
+    search: VectorSearch | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cluster each group's vectors into `k` centroids.
 
@@ -54,10 +68,7 @@ def cluster_vectors(
         k: Number of centroids, 1 … 256.
         weights: Weight of each vector's squared error, [groups, n].
         seed: Seed of the initial centroids and of the noise.
-        max_steps: Number of steps with noise, and the largest number of those without.
-        tolerance: Stop when a step without noise changes the error by a smaller fraction.
-        trials: Candidates of each seeded centroid.
-        starts: Clusterings with draws of their own; the one of least error is kept.
+        search: How long to look; the defaults of `VectorSearch` when None.
 
     Returns:
         Tables [groups, k, d] in the dtype of `vectors`, indices [groups, n] uint8, and the sum of
@@ -66,13 +77,14 @@ def cluster_vectors(
     Raises:
         CompressionError: A value is NaN or infinite, or a weight is that or negative.
     """
+    how = VectorSearch() if search is None else search
     if not torch.isfinite(vectors).all():
         raise CompressionError("values contain NaN or Inf")
     if weights is not None and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
         raise CompressionError("sensitivities must be finite and not negative")
 
     def cluster(number: int) -> tuple[Tensor, Tensor, Tensor]:
-        tried = (cluster_from(number, start) for start in range(starts))
+        tried = (cluster_from(number, start) for start in range(how.starts))
         return min(tried, key=lambda found: float(found[2]))
 
     def cluster_from(number: int, attempt: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -84,10 +96,10 @@ def cluster_vectors(
         w = mass.float().numpy()
         random = np.random.default_rng([seed, number, attempt] if attempt else [seed, number])
         xs, ws = _sample(x, w, _SAMPLE, random)
-        start = _initial(xs, ws, k, trials, random)
-        table = _anneal(xs, ws, start, max_steps, max_steps, tolerance, random)
+        start = _initial(xs, ws, k, how.trials, random)
+        table = _anneal(xs, ws, start, how.max_steps, how.max_steps, how.tolerance, random)
         if xs is not x:
-            table = _anneal(x, w, table, 0, max_steps // 8, tolerance, random)
+            table = _anneal(x, w, table, 0, how.max_steps // 8, how.tolerance, random)
         stored = (torch.from_numpy(table).double() * unit).to(vectors.dtype)
         index = torch.from_numpy(_nearest(x, w, (stored.double() / unit).float().numpy())[0])
         distance = (raw - stored.double()[index]).square().sum(1)

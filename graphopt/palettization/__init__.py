@@ -1,5 +1,6 @@
 """Palettization of weights: table lookups instead of floats."""
 
+from graphopt import moved
 from graphopt.compressors.dkm import DKMPalettizer
 from graphopt.compressors.kmeans import KMeansPalettizer
 from graphopt.config.palettization import (
@@ -25,3 +26,5 @@ __all__ = [
     "OpKMeansPalettizerConfig",
     "PalettizationSpec",
 ]
+
+moved.provide(__name__)

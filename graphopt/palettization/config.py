@@ -1,5 +1,6 @@
 """Configs of palettization under coreai-opt's module path."""
 
+from graphopt import moved
 from graphopt.config.palettization import (
     KMeansPalettizerConfig,
     ModuleKMeansPalettizerConfig,
@@ -15,3 +16,5 @@ __all__ = [
     "PATSchedule",
     "VectorKMeansConfig",
 ]
+
+moved.provide(__name__)

@@ -1,5 +1,6 @@
 """Specs of palettization under coreai-opt's module path."""
 
+from graphopt import moved
 from graphopt.specs import (
     DefaultTrainingSpec,
     PalettizationGranularity,
@@ -19,3 +20,5 @@ __all__ = [
     "TrainingStrategySpec",
     "default_weight_palettization_spec",
 ]
+
+moved.provide(__name__)

@@ -1,5 +1,6 @@
 """Pruning: weights with zeros, stored as values and masks."""
 
+from graphopt import moved
 from graphopt.compressors.pruner import MagnitudePruner
 from graphopt.config.pruning import (
     MagnitudePrunerConfig,
@@ -29,3 +30,5 @@ __all__ = [
     "PruningSpec",
     "Unstructured",
 ]
+
+moved.provide(__name__)

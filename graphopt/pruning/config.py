@@ -1,5 +1,6 @@
 """Configs and schedules of pruning."""
 
+from graphopt import moved
 from graphopt.config.pruning import (
     MagnitudePrunerConfig,
     ModuleMagnitudePrunerConfig,
@@ -21,3 +22,5 @@ __all__ = [
     "SparsitySchedule",
     "SparsityScheduleBase",
 ]
+
+moved.provide(__name__)

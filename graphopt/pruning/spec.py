@@ -1,5 +1,6 @@
 """Specs of pruning."""
 
+from graphopt import moved
 from graphopt.specs.pruning import (
     BlockStructured,
     ChannelStructured,
@@ -19,3 +20,5 @@ __all__ = [
     "Unstructured",
     "default_weight_pruning_spec",
 ]
+
+moved.provide(__name__)

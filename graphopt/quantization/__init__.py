@@ -1,5 +1,6 @@
 """Quantization: the compressor class, its configs and specs."""
 
+from graphopt import moved
 from graphopt.compressors.quantizer import Quantizer
 from graphopt.config.quantization import (
     ExecutionMode,
@@ -27,3 +28,5 @@ __all__ = [
     "Quantizer",
     "QuantizerConfig",
 ]
+
+moved.provide(__name__)

@@ -1,5 +1,6 @@
 """Configs of quantization under coreai-opt's module path."""
 
+from graphopt import moved
 from graphopt.config.quantization import (
     ExecutionMode,
     KVCacheQuantConfig,
@@ -19,3 +20,5 @@ __all__ = [
     "QATSchedule",
     "QuantizerConfig",
 ]
+
+moved.provide(__name__)

@@ -1,5 +1,6 @@
 """Specs of quantization under coreai-opt's module path."""
 
+from graphopt import moved
 from graphopt.config.quantization import (
     default_activation_quantization_spec,
     default_weight_quantization_spec,
@@ -53,3 +54,5 @@ __all__ = [
     "fp4_forward",
     "resolve_block_sizes",
 ]
+
+moved.provide(__name__)

@@ -14,7 +14,7 @@ from torch import Tensor
 from graphopt.errors import CompressionError
 from graphopt.numerics.affine import has_offset
 from graphopt.numerics.kmeans1d import cluster_1d, sum_of_squares
-from graphopt.numerics.kmeans_nd import cluster_vectors
+from graphopt.numerics.kmeans_nd import VectorSearch, cluster_vectors
 from graphopt.numerics.packing import pack
 from graphopt.schemes.base import Scheme, Statistics
 from graphopt.schemes.layout import Layout, plan_layout
@@ -35,7 +35,7 @@ __all__ = [
     "palettize",
 ]
 
-# field of `VectorKMeansConfig` → argument of `cluster_vectors`
+# field of `VectorKMeansConfig` → of `VectorSearch`
 _VECTOR_OPTIONS = {
     "n_local_trials": "trials",
     "n_init": "starts",
@@ -160,7 +160,11 @@ def _cluster(
         given = {} if chosen is None else chosen.model_dump(exclude_none=True)
         options = {_VECTOR_OPTIONS[name]: value for name, value in given.items()}
         tables, codes, _ = cluster_vectors(
-            parts.vectors, spec.n_entries, weights=parts.weights, seed=seed, **options
+            parts.vectors,
+            spec.n_entries,
+            weights=parts.weights,
+            seed=seed,
+            search=VectorSearch(**options),
         )
         return tables, codes, None
     values = parts.vectors[..., 0]

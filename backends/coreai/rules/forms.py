@@ -101,17 +101,9 @@ def hardshrink(x: Tensor, lambd: float = 0.5) -> Tensor:
     return torch.where(small, torch.zeros_like(x), x)
 
 
-def batch_norm(
-    whole: Op,
-    x: Tensor,
-    weight: Any,
-    bias: Any,
-    mean: Tensor,
-    var: Tensor,
-    momentum: float,
-    eps: float,
-) -> Any:
+def batch_norm(whole: Op, x: Tensor, weight: Any, bias: Any, mean: Tensor, *rest: Any) -> Any:
     """In bfloat16, whose statistics the converter expects in float32; with weights where none are."""
+    var, momentum, eps = rest
     if x.dtype is torch.bfloat16:
         result = _batch_norm_in_float32(x, weight, bias, mean, var, eps)
         return result, mean.new_zeros(0), mean.new_zeros(0)
