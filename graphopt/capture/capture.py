@@ -16,10 +16,12 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
+from graphopt.audited import read_exported
+from graphopt.capture.archive_check import check_archive, is_trusted, trusting
 from graphopt.capture.export_errors import explain_export_error, without_warnings
 from graphopt.capture.inference_form import dropout_kept, is_plain, to_inference_form
 from graphopt.capture.input_sizes import size_conditions, static_dims
-from graphopt.errors import CaptureError, InputError
+from graphopt.errors import CaptureError, GraphOptError, InputError
 from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, InputGuards, holder_of
 from graphopt.ir.guards import by_signature, input_places
@@ -37,6 +39,8 @@ def capture(
     example_inputs: _Args | Tensor | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     dynamic_shapes: Any = "auto",
+    *,
+    trust: bool = False,
 ) -> Program:
     """Capture a model as the `Program` that passes, searches and backends work on.
 
@@ -47,17 +51,21 @@ def capture(
         example_kwargs: Keyword inputs of that call.
         dynamic_shapes: "auto" leaves every dimension open that the model allows, also where the
             example has batch 1; None fixes all of them; anything else goes to `torch.export`.
+        trust: Load a .pt2 file as it is. Otherwise it is checked first: a file whose graph, sizes,
+            inputs or constants could run code is refused. Only for one's own files.
 
     Returns:
         A program that shares the model's tensors; the model itself is not changed. It is captured
         in evaluation mode.
 
     Raises:
-        CaptureError: The model cannot be exported; the message names op, module and source line.
+        CaptureError: The model cannot be exported, and the message names op, module and source line;
+            or the file is no program, or holds what could run code.
         InputError: Example inputs are missing, or the model fails on them.
     """
     if isinstance(model, str | Path):
-        return _from_file(Path(model), example_inputs, example_kwargs)
+        with trusting(trust):
+            return _from_file(Path(model), example_inputs, example_kwargs)
     if isinstance(model, ExportedProgram):
         return _from_exported(model, "ExportedProgram", example_inputs, example_kwargs)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
@@ -92,14 +100,18 @@ def _as_args(example_inputs: _Args | Tensor | None) -> _Args:
 def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Program:
     if not path.exists():
         raise InputError(f"no such file: {path}")
+    if not is_trusted():
+        check_archive(path)
     try:
         with without_warnings("torch.export"):
-            exported = torch.export.load(path)
+            exported = read_exported(path)
+        return _from_exported(exported, str(path), args, kwargs)
+    except GraphOptError:
+        raise
     except Exception as error:
         raise CaptureError(
             f"{path} is not a program that torch.export can load: {error}"
         ) from error
-    return _from_exported(exported, str(path), args, kwargs)
 
 
 def _from_exported(

@@ -3,22 +3,64 @@
 from __future__ import annotations
 
 import atexit
+import inspect
 import json
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_type_hints
 
 import typer
 from rich.console import Console
 
+from graphopt.capture.archive_check import trusting
 from graphopt.ir.records import finite_values
 
-__all__ = ["ERR", "OUT", "Json", "Model", "is_stream", "print_json", "scratch_folder", "to_stdout"]
+__all__ = [
+    "ERR",
+    "OUT",
+    "Json",
+    "Model",
+    "is_stream",
+    "print_json",
+    "reading",
+    "scratch_folder",
+    "to_stdout",
+]
 
 OUT = Console()
 ERR = Console(stderr=True)
+
+
+Trust = Annotated[
+    bool,
+    typer.Option(
+        "--trust", help="Load .pt2 files as they are; what is in them can run. For one's own only."
+    ),
+]
+
+
+def reading(function: Callable[..., None]) -> Callable[..., None]:
+    """A command that reads programs: the function with the option `--trust`."""
+    signature = inspect.signature(function)
+    hints = get_type_hints(function, include_extras=True)
+
+    def command(*, trust: bool = False, **given: Any) -> None:
+        with trusting(trust):
+            function(**given)
+
+    parameters = [
+        parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY, annotation=hints[name])
+        for name, parameter in signature.parameters.items()
+    ]
+    kind = inspect.Parameter.KEYWORD_ONLY
+    own = inspect.Parameter("trust", kind, default=False, annotation=Trust)
+    command.__name__, command.__doc__ = function.__name__, function.__doc__
+    command.__signature__ = inspect.Signature([*parameters, own])  # type: ignore[attr-defined]
+    command.__annotations__ = {field.name: field.annotation for field in (*parameters, own)}
+    return command
 
 
 def is_stream(path: Path) -> bool:

@@ -22,7 +22,7 @@ from graphopt.backends import load_backend
 from graphopt.backends.lowering import as_program
 from graphopt.cli import mixed_precision
 from graphopt.cli.artifacts import Limit, backend_of, check_limit, plain, sentence
-from graphopt.cli.common import ERR, OUT, Json, Model, print_json
+from graphopt.cli.common import ERR, OUT, Json, Model, print_json, reading
 from graphopt.cli.compress import compress, lower_program
 from graphopt.cli.options import shell_command
 from graphopt.cli.rdo import rdo
@@ -51,11 +51,12 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 )
 
 
-app.command()(shell_command(compress))
-app.command("lower")(shell_command(lower_program))
+app.command()(reading(shell_command(compress)))
+app.command("lower")(reading(shell_command(lower_program)))
 
 
 @app.command()
+@reading
 def inspect(
     model: Model,
     graph: Annotated[
@@ -78,6 +79,7 @@ def inspect(
 
 
 @app.command()
+@reading
 def verify(
     artifact: Annotated[Path, typer.Argument(help="What to check.", exists=True)],
     reference: Annotated[Path, typer.Option(help="A .pt2 to compare with.", exists=True)],
@@ -97,12 +99,12 @@ def verify(
     check_limit(outcome, max_error)
 
 
-app.command()(shell_command(mixed_precision.analyze))
+app.command()(reading(shell_command(mixed_precision.analyze)))
 app.command()(shell_command(mixed_precision.recipe))
-app.command()(shell_command(mixed_precision.sweep))
-app.command()(shell_command(rdo))
-app.command("diff")(compare)
-app.command()(report)
+app.command()(reading(shell_command(mixed_precision.sweep)))
+app.command()(reading(shell_command(rdo)))
+app.command("diff")(reading(compare))
+app.command()(reading(report))
 
 
 def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:

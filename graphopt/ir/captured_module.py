@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ast
 import copy
 import warnings
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload
 
 from graphopt.errors import InputError
+from graphopt.ir.conditions import condition_code, holds, is_shape_condition
 
 __all__ = [
     "CapturedModule",
@@ -31,40 +31,12 @@ _NO_CALL = (
     " graphopt.compress or Pipeline.run"
 )
 
-_ALLOWED = (
-    *(ast.Expression, ast.BoolOp, ast.And, ast.Or, ast.UnaryOp, ast.Not, ast.USub, ast.Compare),
-    *(ast.Eq, ast.NotEq, ast.Lt, ast.LtE, ast.Gt, ast.GtE, ast.BinOp, ast.Add, ast.Sub, ast.Mult),
-    *(ast.FloorDiv, ast.Mod, ast.Constant, ast.Name, ast.Load, ast.Subscript, ast.Attribute),
-    ast.Call,
-)
-_FUNCTIONS = {"max": max, "min": min}
-
-
-def _is_shape_condition(code: str) -> bool:
-    """Whether `code` is arithmetic over sizes of `L[...]` and nothing else."""
-    try:
-        tree = ast.parse(code, mode="eval")
-    except SyntaxError:
-        return False
-    for node in ast.walk(tree):
-        if not isinstance(node, _ALLOWED):
-            return False
-        if isinstance(node, ast.Name) and node.id not in ("L", *_FUNCTIONS):
-            return False
-        if isinstance(node, ast.Attribute) and node.attr not in ("size", "ndim", "dim"):
-            return False
-        plain = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
-        if isinstance(node, ast.Call) and (node.keywords or (node.args and not plain)):
-            return False
-    return True
-
-
 class InputGuards:
     """A forward pre-hook that refuses inputs whose sizes the captured graph cannot serve."""
 
     def __init__(self, names: Sequence[str], conditions: Sequence[str]) -> None:
         self.names = tuple(names)
-        self.conditions = tuple(code for code in conditions if _is_shape_condition(code))
+        self.conditions = tuple(code for code in conditions if is_shape_condition(code))
 
     def violated(self, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
         """Conditions that these inputs do not meet."""
@@ -72,8 +44,8 @@ class InputGuards:
         failed = []
         for code in self.conditions:
             try:
-                met = eval(code, {"__builtins__": {}}, {"L": given, **_FUNCTIONS})
-            except (KeyError, IndexError, AttributeError, TypeError, ZeroDivisionError):
+                met = holds(condition_code(code), given)
+            except (KeyError, IndexError, AttributeError, TypeError, ArithmeticError):
                 continue
             if not met:
                 failed.append(code)
