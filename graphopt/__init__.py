@@ -1,10 +1,10 @@
 """graphopt: graph-rewriting compression of PyTorch models for edge targets."""
 
-import importlib
 import sys
 from typing import TYPE_CHECKING
 
 from graphopt import errors, moved, ops
+from graphopt.audited import own_module
 from graphopt.capture import capture
 
 if TYPE_CHECKING:
@@ -65,11 +65,11 @@ moved.register(__name__)
 
 def __getattr__(name: str) -> object:
     if name in _MEMBERS:
-        value = getattr(importlib.import_module(_MEMBERS[name]), name)
+        value = getattr(own_module(_MEMBERS[name]), name)
         globals()[name] = value
         return value
     if name in _PACKAGES:
-        return importlib.import_module(f"{__name__}.{name}")
+        return own_module(f"{__name__}.{name}")
     if name in moved.MOVED:
         return sys.modules[f"{__name__}.{name}"]
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -13,6 +13,7 @@ import json
 import pickle
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -21,6 +22,7 @@ from pathlib import Path
 from types import CodeType, ModuleType
 from typing import IO, Any, NoReturn
 
+import numpy as np
 import torch
 import yaml
 
@@ -38,6 +40,7 @@ __all__ = [
     "parse_json",
     "parse_yaml",
     "pattern",
+    "read_arrays",
     "read_exported",
     "read_pickle_of_ours",
     "read_tensors",
@@ -170,6 +173,7 @@ def _check_events(events: Iterator[yaml.Event], owner: str, limits: Limits) -> N
 # --- patterns -------------------------------------------------------------------------------------
 _LONGEST_PATTERN = 2_000
 _SECONDS = 1.0
+_SOON = 0.05  # s; what takes less is not counted towards ten times the limit for all names
 # without these a pattern is the name itself
 _SPECIAL = re.compile(r"[\\.^$*+?{}\[\]|()]")
 _REPEATS = re.compile(r"[*+?{]")
@@ -195,6 +199,7 @@ class Pattern:
         except (re.error, RecursionError, OverflowError) as error:
             raise ConfigError(f"{text!r} is not a valid regular expression: {error}") from None
         self.text = text
+        self._spent = 0.0
         self._timed = _may_take_long(text)
         self._compiled: Any = compiled if not self._timed else _with_time_limit(text)
 
@@ -217,13 +222,22 @@ class Pattern:
     def _found(self, how: Callable[..., Any], text: str) -> bool:
         if not self._timed:
             return how(text) is not None
+        started = time.perf_counter()
         try:
-            return how(text, timeout=_SECONDS) is not None
+            found = how(text, timeout=_SECONDS) is not None
         except TimeoutError:
-            raise ConfigError(
-                f"the regular expression {self.text!r} takes longer than {_SECONDS:g} s to compare"
-                f" with {text[:60]!r}; write it without repeats inside repeats"
-            ) from None
+            raise self._too_slow(text) from None
+        took = time.perf_counter() - started
+        self._spent += took if took > _SOON else 0.0
+        if self._spent > _SECONDS * 10:
+            raise self._too_slow(text)
+        return found
+
+    def _too_slow(self, text: str) -> ConfigError:
+        return ConfigError(
+            f"the regular expression {self.text!r} takes longer than {_SECONDS:g} s to compare with"
+            f" {text[:60]!r}; write it without repeats inside repeats"
+        )
 
 
 def _may_take_long(text: str) -> bool:
@@ -320,6 +334,11 @@ def read_tensors(source: str | Path | IO[bytes]) -> Any:
         raise InputError(
             f"{name} cannot be read as tensors and plain containers: {' '.join(first)}"
         ) from None
+
+
+def read_arrays(path: Path) -> Any:
+    """An array of a .npy file, or a mapping of those of a .npz; objects are not read."""
+    return np.load(path, allow_pickle=False)
 
 
 def read_exported(source: str | Path | IO[bytes]) -> torch.export.ExportedProgram:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 from types import ModuleType
 
+from graphopt.audited import module_of
 from graphopt.errors import MissingDependencyError
 
 __all__ = ["deferred", "require"]
@@ -21,7 +21,7 @@ def require(module: str, extra: str) -> ModuleType:
         MissingDependencyError: The module is not installed.
     """
     try:
-        return importlib.import_module(module)
+        return module_of(module)
     except ImportError as error:
         missing = error.name or module
         if missing.split(".")[0] != module.split(".")[0]:
@@ -38,7 +38,7 @@ class _Deferred(ModuleType):
     def __getattr__(self, name: str) -> object:
         if name.startswith("__"):
             raise AttributeError(name)
-        value = getattr(importlib.import_module(self.__name__), name)
+        value = getattr(module_of(self.__name__), name)
         setattr(self, name, value)
         return value
 

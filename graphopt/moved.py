@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import sys
 import warnings
 from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
+
+from graphopt.audited import own_module
 
 __all__ = [
     "COREAI_OPT",
@@ -264,18 +265,18 @@ class MovedModule(ModuleType):
             raise AttributeError(name)  # whoever looks through sys.modules imports nothing
         new = self._elsewhere.get(name, self._new)
         if not self._leaves:
-            return getattr(importlib.import_module(new), name)
+            return getattr(own_module(new), name)
         warnings.warn(
             f"{self.__name__} has moved to {new}; the old name goes with the next release",
             DeprecationWarning,
             stacklevel=2,
         )
         renamed = RENAMED.get(new.partition(".")[2], {})
-        return getattr(importlib.import_module(new), renamed.get(name, name))
+        return getattr(own_module(new), renamed.get(name, name))
 
     def names(self) -> list[str]:
         """Public names of the new module."""
-        return list(getattr(importlib.import_module(self._new), "__all__", ()))
+        return list(getattr(own_module(self._new), "__all__", ()))
 
 
 def moved_name(module: str, name: str) -> Any:
@@ -297,7 +298,7 @@ def moved_name(module: str, name: str) -> Any:
         DeprecationWarning,
         stacklevel=3,
     )
-    return getattr(importlib.import_module(f"{root}.{new}"), name)
+    return getattr(own_module(f"{root}.{new}"), name)
 
 
 def register(root: str) -> None:

@@ -3,9 +3,9 @@
 if __name__ != "graphopt.passes":
     raise ImportError("import graphopt.passes, not passes")
 
-import importlib
 from typing import Any
 
+from graphopt.audited import own_module
 from graphopt.fitting.clustering import cluster_annotated
 from graphopt.passes.absorb_channel_scale import AbsorbChannelScale
 from graphopt.passes.annotate_palettization import AnnotatePalettization
@@ -89,4 +89,4 @@ _ELSEWHERE = {"RaiseToVocabulary": "graphopt.backends.raising"}
 def __getattr__(name: str) -> Any:
     if name not in _ELSEWHERE:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_ELSEWHERE[name]), name)
+    return getattr(own_module(_ELSEWHERE[name]), name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from typing_extensions import override
 
+from graphopt.audited import parse_json
 from graphopt.backends.coreai.check import run_asset
 from graphopt.backends.coreai.lower import legal_export
 from graphopt.backends.coreai.options import CoreAIOptions
@@ -59,7 +59,7 @@ class CoreAIDelegate(Delegate):
 
     @override
     def run(self, payload: Payload, inputs: Sequence[Tensor], folder: Path) -> list[Tensor]:
-        manifest = json.loads(payload.data)
+        manifest = parse_json(bytes(payload.data), "the payload")
         key = manifest["hash"]
         for name in manifest["files"]:
             target = folder / key / name

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.audited import module_of
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
 from graphopt.numerics.packing import pack
@@ -82,12 +82,12 @@ def _ir() -> Any:
     """The IR's Python package; its dialect can be imported only after `coreai.authoring`."""
     with quiet("coreai"):
         require("coreai.authoring", "coreai")
-        return importlib.import_module("coreai._compiler.ir")
+        return module_of("coreai._compiler.ir")
 
 
 def _raw(op: Any, size: int) -> Any:
     _ir()
-    bindings = importlib.import_module("coreai._compiler._mlir_libs._coreaiIR")._bindings
+    bindings = module_of("coreai._compiler._mlir_libs._coreaiIR")._bindings
     buffer = np.zeros(max(1, size), dtype=np.uint8)
     bindings.compiler.copy_constant_value_to_array(constant_op=op, destination=buffer)
     return buffer
@@ -201,8 +201,8 @@ class _Builder:
     def __init__(self, ir: Any, float_type: str) -> None:
         self.ir, self.float_type = ir, float_type
         # only now: the dialect's import needs the authoring package loaded
-        self.dialect = importlib.import_module("coreai._compiler.dialects.coreai")
-        self._elements: Callable[..., Any] = importlib.import_module(
+        self.dialect = module_of("coreai._compiler.dialects.coreai")
+        self._elements: Callable[..., Any] = module_of(
             "coreai._compiler.dialects.coreai.constant"
         ).create_elements_attr
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from typing_extensions import override
 
+from graphopt.audited import parse_json
 from graphopt.backends.coreml.evaluate import evaluate, load_program
 from graphopt.backends.coreml.lower import legal_export
 from graphopt.backends.coreml.options import CoreMLOptions
@@ -114,7 +114,7 @@ class CoreMLDelegate(Delegate):
 
         executorchcoreml.unflatten_directory_contents(payload.data, str(folder))
         root = next(folder.iterdir())
-        described = json.loads((root / "metadata.json").read_text())
+        described = parse_json((root / "metadata.json").read_bytes(), "the payload's metadata")
         with quiet("coremltools"):
             program = load_program(root / _PACKAGE)
             pairs = zip(described["inputNames"], inputs, strict=True)

@@ -11,12 +11,14 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
+from graphopt.audited import read_exported
 from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.torch_export.archive import deflate_texts
 from graphopt.backends.torch_export.options import TorchOptions
 from graphopt.backends.verification import Evaluation
+from graphopt.capture.archive_check import check_archive, is_trusted
 from graphopt.errors import VerificationError
 from graphopt.ir.ops import STORAGE_BITS
 from graphopt.ir.program import Program, export_graph
@@ -113,7 +115,9 @@ class TorchBackend(Backend):
     @override
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
         try:
-            loaded = torch.export.load(path).module()
+            if not is_trusted():
+                check_archive(path)
+            loaded = read_exported(path).module()
             with torch.no_grad():
                 result = loaded(*call[0], **call[1])
         except Exception as error:

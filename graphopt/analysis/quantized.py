@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
+
+from graphopt.audited import module_of
 
 __all__ = [
     "QuantizedActivation",
@@ -22,7 +23,7 @@ _ours = torch.ops.graphopt
 def quantized_ops() -> Any:
     """The `quantized_decomposed` ops of the ecosystem, which this makes torch register."""
     # a module of torch that is bound to move registers them
-    importlib.import_module("torch.ao.quantization.fx._decomposed")
+    module_of("torch.ao.quantization.fx._decomposed")
     return torch.ops.quantized_decomposed
 
 

@@ -144,7 +144,7 @@ class _Archive:
             )
 
     def _open_reader(self) -> None:
-        """torch's own reader of archives, which must find what Python's does.
+        """Torch's own reader of archives, which must find what Python's does.
 
         Where it reads nothing torch falls back on Python's.
         """

@@ -14,16 +14,16 @@ __all__ = ["explain_export_error", "without_warnings"]
 
 _HINTS = (
     (
-        "data-dependent|DataDependent|Could not guard|item\\(\\)|nonzero",
+        re.compile("data-dependent|DataDependent|Could not guard|item\\(\\)|nonzero"),
         "Python control flow depends on a tensor's values. Rewrite it with torch.where or"
         " torch.cond, or move it out of forward().",
     ),
     (
-        "Constraints violated|specializ|dynamic_shapes",
+        re.compile("Constraints violated|specializ|dynamic_shapes"),
         "A dimension cannot be left open. Pass dynamic_shapes=None to fix all of them.",
     ),
     (
-        "numpy|unsupported|Unsupported|not supported|\\.data\\b",
+        re.compile("numpy|unsupported|Unsupported|not supported|\\.data\\b"),
         "forward() uses something that torch.export cannot trace, such as numpy or a foreign"
         " library. Use torch functions, or register a custom op (torch.library.custom_op).",
     ),
@@ -65,7 +65,7 @@ def explain_export_error(model: nn.Module, error: BaseException) -> str:
     if named is None and "DataDependent" in type(error).__name__:
         op = "aten.item, which turns a tensor into a Python value"
     hint = next(
-        (text for pattern, text in _HINTS if any(re.search(pattern, str(link)) for link in chain)),
+        (text for pattern, text in _HINTS if any(pattern.search(str(link)) for link in chain)),
         "Check that torch.export.export(model, example_inputs, strict=False) works on its own.",
     )
     first = message.strip().splitlines()[0] if message.strip() else ""

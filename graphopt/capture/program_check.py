@@ -220,7 +220,10 @@ class _Walk:
                 # it would be imported
                 self.refuse(path, f"a member of the enumeration {context.get('fqn')!r}")
             module = context.get("default_factory_module", "builtins")
-            if module != "builtins" or context.get("default_factory_name", "list") not in _FACTORIES:
+            if (
+                module != "builtins"
+                or context.get("default_factory_name", "list") not in _FACTORIES
+            ):
                 self.refuse(path, f"the factory {module}.{context.get('default_factory_name')}")
             for key, inner in context.items():
                 self._context(key, path)

@@ -13,6 +13,7 @@ import typer
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphopt.audited import read_arrays, read_tensors
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.cli.options import Fields, Given
 from graphopt.config.base import read_yaml
@@ -283,9 +284,9 @@ def read_data(path: Path, batch_size: int) -> list[Any]:
     """
     try:
         if path.suffix in (".npy", ".npz"):
-            data: Any = np.load(path, allow_pickle=False)
+            data: Any = read_arrays(path)
         else:
-            data = torch.load(path, map_location="cpu", weights_only=True)
+            data = read_tensors(path)
     except Exception as error:
         raise InputError(f"{path} cannot be read: {error}") from None
     if isinstance(data, np.ndarray):

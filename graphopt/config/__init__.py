@@ -1,7 +1,6 @@
 """Which spec goes where in a model, in Python, YAML and JSON."""
 
-import importlib
-
+from graphopt.audited import own_module
 from graphopt.config.base import (
     CompressionConfig,
     ModuleCompressionConfig,
@@ -26,4 +25,4 @@ __all__ = [
     "WeightOnlyOpValidationMixin",
 ]
 
-importlib.import_module("graphopt.moved").provide(__name__)
+own_module("graphopt.moved").provide(__name__)

@@ -9,16 +9,16 @@ holds for everything inside it. `None` switches off.
 from __future__ import annotations
 
 import copy
-import importlib
 import json
 import logging
 from pathlib import Path
-from typing import IO, Any, ClassVar, Generic, Self, TypeVar
+from typing import IO, Annotated, Any, ClassVar, Generic, Self, TypeVar
 
 import yaml
-from pydantic import ConfigDict, Field, field_validator, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, field_validator, model_validator
 from torch import nn
 
+from graphopt.audited import Limits, attribute_of, imports_allowed, parse_json, parse_yaml
 from graphopt.errors import ConfigError
 from graphopt.files import replaced
 from graphopt.specs.model import SpecModel
@@ -40,23 +40,29 @@ _log = logging.getLogger(__name__)
 _said: set[tuple[str, str]] = set()
 
 ANY = "*"
-_Slots = dict[str | int, SpecT | None]
+
+
+def _slot(key: Any) -> Any:
+    """A slot's number, also where JSON, whose keys are texts, has written it."""
+    if not isinstance(key, str | int) or isinstance(key, bool):
+        raise ValueError(f"a slot is a name or a number, got {key!r}")
+    number = isinstance(key, str) and key.isascii() and key.removeprefix("-").isdigit()
+    return int(key) if number and len(key) < 10 and str(int(key)) == key else key
+
+
+# true and false are no numbers of slots
+_Slot = Annotated[str | Annotated[int, Field(strict=True)], BeforeValidator(_slot)]
+_Slots = dict[_Slot, SpecT | None]
 
 
 def type_name(module_type: str | type[nn.Module]) -> str:
     """Canonical name of a module type: "torch.nn.Linear" → "torch.nn.modules.linear.Linear".
 
-    A name that cannot be imported is returned as it is; it may belong to a script.
+    A name that no imported module has is returned as it is; it may belong to a script.
     """
     if not isinstance(module_type, str):
         return f"{module_type.__module__}.{module_type.__qualname__}"
-    module, _, attribute = module_type.rpartition(".")
-    if not module:
-        return module_type
-    try:
-        value = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError):
-        return module_type
+    value = attribute_of(module_type)
     return type_name(value) if isinstance(value, type) else module_type
 
 
@@ -192,7 +198,10 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
     @classmethod
     def _canonical_types(cls, value: Any) -> Any:
         if isinstance(value, dict):
-            return {type_name(key): config for key, config in value.items()}
+            return {
+                type_name(key) if isinstance(key, str | type) else key: config
+                for key, config in value.items()
+            }
         return value
 
     def schedule_at(self, path: str, field: str) -> Any:
@@ -272,10 +281,15 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
         return text
 
     @classmethod
-    def from_dict(cls, data: dict[str, Any]) -> Self:
+    def from_dict(cls, data: dict[str, Any], *, allow_imports: bool = False) -> Self:
         """Read a config from plain values, with or without its root key.
 
         A block named `spec_key`, which YAML files use to hold anchors, is ignored.
+
+        Args:
+            data: The values.
+            allow_imports: Import the modules that names of classes in them name, which runs these
+                modules. Otherwise names stand for classes of modules that are imported already.
 
         Raises:
             ConfigError: A key is unknown or a value is wrong; the message has its path.
@@ -284,12 +298,18 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
             raise ConfigError(f"{cls.__name__}: expected a mapping, got {type(data).__name__}")
         body = {key: value for key, value in data.items() if key != cls.spec_key}
         if cls.root_key in body:
-            others = sorted(set(body) - {cls.root_key})
+            others = sorted(map(str, set(body) - {cls.root_key}))
             if others:
                 raise ConfigError(f"{cls.__name__}: unknown keys {others} beside {cls.root_key!r}")
             body = body[cls.root_key] or {}
+        if not isinstance(body, dict):
+            raise ConfigError(f"{cls.root_key}: expected a mapping, got {type(body).__name__}")
+        for key in body:
+            if not isinstance(key, str):
+                raise ConfigError(f"{cls.root_key}: the key {key!r} is no text")
         try:
-            return cls(**body)
+            with imports_allowed(allow_imports):
+                return cls(**body)
         except ConfigError as error:
             # from the file's root key on, so that the path can be followed there
             raise ConfigError(
@@ -297,49 +317,51 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
             ) from None
 
     @classmethod
-    def from_yaml(cls, source: str | Path | IO[Any]) -> Self:
+    def from_yaml(cls, source: str | Path | IO[Any], *, allow_imports: bool = False) -> Self:
         """Read a config from a YAML file or stream.
+
+        Args:
+            source: The file or stream.
+            allow_imports: See `from_dict`.
 
         Raises:
             ConfigError: The file is no YAML mapping, or see `from_dict`.
         """
         place = f" in {source}" if isinstance(source, str | Path) else ""
-        return cls._from_file(read_yaml(source, cls.__name__), place)
+        return cls._from_file(read_yaml(source, cls.__name__), place, allow_imports)
 
     @classmethod
-    def from_json(cls, source: str | Path | IO[Any]) -> Self:
+    def from_json(cls, source: str | Path | IO[Any], *, allow_imports: bool = False) -> Self:
         """Read a config from a JSON file or stream.
+
+        Args:
+            source: The file or stream.
+            allow_imports: See `from_dict`.
 
         Raises:
             ConfigError: The file is no JSON mapping, or see `from_dict`.
         """
         text, place = _text_of(source)
-        try:
-            content = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise ConfigError(f"{cls.__name__}{place}: not valid JSON: {error}") from None
-        return cls._from_file(content, place)
+        content = parse_json(text, f"{cls.__name__}{place}")
+        return cls._from_file(content, place, allow_imports)
 
     @classmethod
-    def _from_file(cls, content: Any, place: str) -> Self:
+    def _from_file(cls, content: Any, place: str, allow_imports: bool) -> Self:
         if not isinstance(content, dict):
             raise ConfigError(
                 f"{cls.__name__}{place}: expected a mapping, got {type(content).__name__}"
             )
-        return cls.from_dict(content)
+        return cls.from_dict(content, allow_imports=allow_imports)
 
 
-def read_yaml(source: str | Path | IO[Any], owner: str) -> Any:
+def read_yaml(source: str | Path | IO[Any], owner: str, limits: Limits | None = None) -> Any:
     """The values of a YAML file or stream.
 
     Raises:
-        ConfigError: It cannot be read, or is no YAML; the message begins with `owner`.
+        ConfigError: It cannot be read, is no YAML, or larger than the limits; the message begins with `owner`.
     """
     text, place = _text_of(source)
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{owner}{place}: not valid YAML: {error}") from None
+    return parse_yaml(text, f"{owner}{place}", limits)
 
 
 def _text_of(source: str | Path | IO[Any]) -> tuple[str, str]:

@@ -64,7 +64,7 @@ class JointConfig(SpecModel):
                 if given is not None:
                     parts[name] = given if isinstance(given, kind) else kind.from_dict(given)
         known = {*kinds, *(kind.root_key for kind in kinds.values())}
-        unknown = sorted(set(data) - known)
+        unknown = sorted(map(str, set(data) - known))
         if unknown:
             raise ConfigError(f"{cls.__name__}: unknown keys {unknown}; known are {sorted(known)}")
         return cls(**parts)

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from graphopt.audited import pattern as pattern_of
 from graphopt.config.base import ANY, CompressionConfig, ModuleCompressionConfig
-from graphopt.errors import ConfigError
 from graphopt.specs.model import SpecModel
 
 __all__ = ["ModuleFrame", "OpUse", "Selection", "Selector", "StateUse"]
@@ -103,7 +102,6 @@ class Selector:
 
     config: _AnyConfig
     _matched: set[tuple[str, ...]] = field(default_factory=set)
-    _patterns: dict[str, re.Pattern[str]] = field(default_factory=dict)
 
     def select(self, use: StateUse) -> Selection:
         """The spec of one use; None with the path that switched it off or gave nothing."""
@@ -158,7 +156,7 @@ class Selector:
 
     def _configs_of(self, frame: ModuleFrame) -> Iterator[tuple[str, _AnyModule | None]]:
         for pattern in reversed(self.config.module_name_configs):
-            if self._full_match(pattern, frame.name):
+            if _full_match(pattern, frame.name):
                 yield f"module_name_configs[{pattern!r}]", self.config.module_name_configs[pattern]
         if frame.type in self.config.module_type_configs:
             config = self.config.module_type_configs[frame.type]
@@ -170,7 +168,7 @@ class Selector:
         """Mark the keys that match a module of the program, whether or not it holds weights."""
         for frame in frames:
             for pattern in self.config.module_name_configs:
-                if self._full_match(pattern, frame.name):
+                if _full_match(pattern, frame.name):
                     self._matched.add(("module_name_configs", pattern))
             if frame.type in self.config.module_type_configs:
                 self._matched.add(("module_type_configs", frame.type))
@@ -213,7 +211,7 @@ class Selector:
         """Module configs that hold for the use, the decisive one first."""
         for pattern in reversed(self.config.module_name_configs):
             for frame in reversed(use.frames):
-                if self._full_match(pattern, frame.name):
+                if _full_match(pattern, frame.name):
                     self._matched.add(("module_name_configs", pattern))
                     path = f"module_name_configs[{pattern!r}]"
                     yield path, frame, self.config.module_name_configs[pattern]
@@ -244,7 +242,7 @@ class Selector:
     ) -> tuple[Any, str, int]:
         """The config that holds for an op inside a module config, its path and how specific it is."""
         for pattern in reversed(module_config.op_name_config):
-            if self._full_match(pattern, use.node):
+            if _full_match(pattern, use.node):
                 self._matched.add((f"{path}.op_name_config", pattern))
                 return (
                     module_config.op_name_config[pattern],
@@ -268,19 +266,13 @@ class Selector:
                 return _outcome(op_config.op_state_spec[name], where, own_name=name == use.own_name)
         return Selection(None, f"{path}.op_state_spec has no entry for {use.own_name!r}")
 
-    def _full_match(self, pattern: str, name: str) -> bool:
-        if pattern not in self._patterns:
-            try:
-                self._patterns[pattern] = re.compile(pattern)
-            except re.error as error:
-                raise ConfigError(
-                    f"{pattern!r} is not a valid regular expression: {error}"
-                ) from None
-        return self._patterns[pattern].fullmatch(name) is not None
-
 
 # states that configs name by default, whether or not a model has them
 _USUAL_STATES = (ANY, "weight", "bias", "in_proj_weight")
+
+
+def _full_match(expression: str, name: str) -> bool:
+    return pattern_of(expression).fullmatch(name)
 
 
 def _op_configs(path: str, module_config: _AnyModule) -> Iterator[tuple[str, Any]]:

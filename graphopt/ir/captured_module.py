@@ -31,6 +31,7 @@ _NO_CALL = (
     " graphopt.compress or Pipeline.run"
 )
 
+
 class InputGuards:
     """A forward pre-hook that refuses inputs whose sizes the captured graph cannot serve."""
 

@@ -229,11 +229,10 @@ class _Symbols:
             isinstance(inner, ast.Pow) or (isinstance(inner, ast.Name) and inner.id in _POWERS)
             for inner in ast.walk(base)
         )
-        wrapped = isinstance(exponent, ast.Call) and isinstance(exponent.func, ast.Name)
-        if wrapped and exponent.func.id in ("Integer", "Rational"):  # type: ignore[attr-defined]
-            numbers = exponent.args  # type: ignore[attr-defined]
-        else:
-            numbers = [exponent]
+        numbers = [exponent]
+        match exponent:
+            case ast.Call(func=ast.Name(id="Integer" | "Rational"), args=given):
+                numbers = given
         if any(raised) or not all(map(_small_power, numbers)):
             return _NEVER
         return min(self.terms(base) ** _LARGEST_POWER if self.terms(base) > 1 else 1, _NEVER)

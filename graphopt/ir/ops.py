@@ -6,13 +6,13 @@ is `lut_to_dense(indices, shift_scale(table, scale, …), …)`.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from graphopt.audited import module_of
 from graphopt.numerics.packing import packed_size, unpack
 
 __all__ = ["STORAGE_BITS", "lut_to_dense", "round_to_float", "shift_scale", "sparse_to_dense"]
@@ -31,7 +31,7 @@ STORAGE_BITS: dict[str, int] = {
 }
 
 # saved programs use the ecosystem's quantize ops, which torch registers with this module only
-importlib.import_module("torch.ao.quantization.fx._decomposed")
+module_of("torch.ao.quantization.fx._decomposed")
 _library = torch.library.Library("graphopt", "DEF")
 _library.define(
     "lut_to_dense(Tensor indices, Tensor lut, int n_bits, int[] shape, int? vector_axis=None)"

@@ -12,8 +12,9 @@ from torch.export import ExportedProgram
 
 from graphopt.analysis.value_facts import data_values, entering_values, leaving_values
 from graphopt.analysis.weights import state_operands
+from graphopt.audited import Pattern, pattern
 from graphopt.backends.lowering import as_program
-from graphopt.errors import InputError
+from graphopt.errors import ConfigError, InputError
 from graphopt.ir.editor import operands
 from graphopt.ir.module_frames import module_frames
 from graphopt.ir.op_info import info_of, op_names
@@ -102,7 +103,7 @@ class ModelInspector:
             InputError: It is no regular expression.
         """
         matcher = _compiled(pattern)
-        return self._found(lambda node: matcher.fullmatch(node.name) is not None)
+        return self._found(lambda node: matcher.fullmatch(node.name))
 
     def get_matched_ops_for_module_name(self, pattern: str) -> tuple[OpInfo, ...]:
         """Ops inside modules whose whole name the regular expression matches.
@@ -131,11 +132,11 @@ class ModelInspector:
         return tuple(self._ops[node] for node in self._computing() if chosen(node))
 
 
-def _compiled(pattern: str) -> re.Pattern[str]:
+def _compiled(expression: str) -> Pattern:
     try:
-        return re.compile(pattern)
-    except re.error as error:
-        raise InputError(f"{pattern!r} is no regular expression: {error}") from None
+        return pattern(expression)
+    except ConfigError as error:
+        raise InputError(str(error)) from None
 
 
 def _filter_of(compressor: type | None) -> Callable[[fx.Node], bool]:

@@ -1,7 +1,6 @@
 """What one tensor becomes: frozen values without torch modules in them."""
 
-import importlib
-
+from graphopt.audited import own_module
 from graphopt.specs.granularity import (
     PalettizationGranularity,
     PerBlockGranularity,
@@ -47,5 +46,5 @@ __all__ = [
 
 def __getattr__(name: str) -> object:
     # the table of what has moved stands above
-    value: object = importlib.import_module("graphopt.moved").moved_name(__name__, name)
+    value: object = own_module("graphopt.moved").moved_name(__name__, name)
     return value

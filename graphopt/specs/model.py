@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from graphopt.errors import ConfigError
 
@@ -41,11 +41,25 @@ class SpecModel(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _keys_are_texts(cls, data: Any) -> Any:
+        # keys become keywords, which Python wants to be texts
+        strange = (
+            [key for key in data if not isinstance(key, str)] if isinstance(data, dict) else []
+        )
+        if strange:
+            raise ValueError(f"the key {strange[0]!r} is no text")
+        return data
+
     def __init__(self, **data: Any) -> None:
         try:
             super().__init__(**data)
         except ValidationError as error:
             raise config_error(type(self).__name__, error) from None
+
+    # values within others are checked as mappings, whose keys may be anything, not as keywords
+    __init__.__pydantic_base_init__ = True  # type: ignore[attr-defined]
 
     def __setattr__(self, name: str, value: Any) -> None:
         try:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import inspect
+import numbers
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Self
+from types import UnionType
+from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from graphopt.errors import OptionError
 
@@ -33,7 +36,8 @@ class Options:
             given: Option → value; the others have their defaults.
 
         Raises:
-            OptionError: There is no such option; the message has the closest one.
+            OptionError: There is no such option, and the message has the closest one; or a value is of
+                another type.
         """
         known = [field.name for field in fields(cls)]
         for name in given:
@@ -41,6 +45,10 @@ class Options:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; it has {known}"
                 raise OptionError(f"{call} has no option {name!r}{hint}")
+        hints = _hints(cls)
+        for name, value in given.items():
+            if not _fits(value, hints[name]):
+                raise OptionError(f"{call}: {name} is {value!r}, which is no {_words(hints[name])}")
         return cls(**given)
 
     @classmethod
@@ -48,9 +56,38 @@ class Options:
         """From plain values, such as those of a YAML file.
 
         Raises:
-            OptionError: There is no such option; the message has the closest one.
+            OptionError: There is no such option, or a value is of another type.
         """
+        if not isinstance(data, Mapping):
+            raise OptionError(f"{cls.__name__}: expected a mapping, got {type(data).__name__}")
         return cls.of(cls.__name__, data)
+
+
+@functools.cache
+def _hints(options: type) -> dict[str, Any]:
+    return get_type_hints(options)
+
+
+def _words(hint: Any) -> str:
+    return str(getattr(hint, "__name__", hint)).replace("typing.", "")
+
+
+def _fits(value: object, hint: Any) -> bool:
+    """Whether a value may stand where a type is asked for; numbers of numpy are numbers."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _fits(value, inner[0])
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in inner)
+    if origin is Literal:
+        return any(value == one and isinstance(value, type(one)) for one in inner)
+    if origin is not None and isinstance(origin, type):
+        text = isinstance(value, str | bytes) and issubclass(origin, Sequence | Iterable)
+        return isinstance(value, origin) and not text
+    if hint in (int, float):
+        kind = numbers.Integral if hint is int else numbers.Real
+        return isinstance(value, kind) and not isinstance(value, bool)
+    return isinstance(value, hint) if isinstance(hint, type) else True
 
 
 def field_help(options: type) -> dict[str, str]:

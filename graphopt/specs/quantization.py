@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from enum import StrEnum
 from typing import Annotated, Any, Literal, get_args
 
 import torch
 from pydantic import Field, field_serializer, field_validator, model_validator
 
+from graphopt.audited import attribute_of
 from graphopt.errors import ConfigError
 from graphopt.specs.compression import CompressionSpec
 from graphopt.specs.dtypes import TorchDType, dtype_name, parse_dtype
@@ -130,11 +130,13 @@ class QuantizationSpec(CompressionSpec):
             return _registered[value]
         if not isinstance(value, str) or "." not in value:
             return value
-        module, _, name = value.rpartition(".")
-        try:
-            return getattr(importlib.import_module(module), name)
-        except (ImportError, AttributeError):
-            raise ValueError(f"{value!r} cannot be imported") from None
+        found = attribute_of(value)
+        if not isinstance(found, type):
+            raise ValueError(
+                f"{value!r} is no class of a module that is imported; import it first, or read the"
+                " config with allow_imports=True"
+            )
+        return found
 
     @field_serializer("qparam_calculator_cls", "range_calculator_cls")
     def _class_name(self, value: str | type) -> str:

@@ -213,9 +213,7 @@ def test_guards_that_exhaust_or_reach_beyond_sizes_are_refused(
         "'s0'",
     ],
 )
-def test_sizes_that_take_long_or_are_none_are_refused(
-    own: Path, tmp_path: Path, code: str
-) -> None:
+def test_sizes_that_take_long_or_are_none_are_refused(own: Path, tmp_path: Path, code: str) -> None:
     bad = with_program(own, tmp_path / "bad.pt2", lambda p: size(p, code))
     with pytest.raises(CaptureError, match="no size of numbers and symbols"):
         graphopt.capture(bad)

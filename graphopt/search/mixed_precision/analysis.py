@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from typing_extensions import Unpack
 
+from graphopt.audited import read_exported, read_pickle_of_ours
 from graphopt.backends.lowering import as_program
 from graphopt.errors import InputError
 from graphopt.ir.program import Program
@@ -326,7 +327,7 @@ def _received(payload: bytes) -> tuple[Bench, Header]:
 
 @functools.lru_cache(maxsize=1)
 def _built(payload: bytes) -> tuple[Bench, Header]:
-    content, header, given, statistics = pickle.loads(payload)
-    program = as_program(torch.export.load(io.BytesIO(content)))
+    content, header, given, statistics = read_pickle_of_ours(payload)
+    program = as_program(read_exported(io.BytesIO(content)))
     metrics = tuple(as_metric(metric) for metric in given)
     return make_bench(program, header, metrics, (), statistics=statistics, progress=False), header

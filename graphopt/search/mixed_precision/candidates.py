@@ -67,7 +67,7 @@ class Candidate:
         if unknown or len(kinds) > 1:
             raise ConfigError(
                 f"candidate {name!r}: give one of {' and '.join(map(repr, schemes))}, and"
-                f" 'activation' if wanted; got {sorted(data)}"
+                f" 'activation' if wanted; got {sorted(map(str, data))}"
             )
         try:
             weight: WeightSpec | None = None
@@ -130,18 +130,24 @@ def read_candidates(path: Path) -> tuple[tuple[Candidate, ...], dict[str, tuple[
         ConfigError: The file is no such mapping.
     """
     data = read_yaml(path, "candidates")
-    unknown = sorted(set(data) - {"candidates", "layers"})
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path.name}: expected a mapping, got {type(data).__name__}")
+    unknown = sorted(map(str, set(data) - {"candidates", "layers"}))
     if unknown or "candidates" not in data:
         raise ConfigError(
-            f"{path.name}: needs 'candidates' and may have 'layers', got {sorted(data)}"
+            f"{path.name}: needs 'candidates' and may have 'layers', got {sorted(map(str, data))}"
         )
     layers = data.get("layers") or {}
+    if not isinstance(layers, dict):
+        raise ConfigError(f"{path.name}: layers: expected a mapping, got {layers!r}")
     return as_candidates(data["candidates"]), {
         pattern: as_candidates(group) for pattern, group in layers.items()
     }
 
 
 def _candidate(name: str | None, given: CandidateLike) -> Candidate:
+    if name is not None and not isinstance(name, str):
+        raise ConfigError(f"the name of a candidate is a text, got {name!r}")
     if isinstance(given, Candidate):
         return given if name is None else Candidate(name, given.weight, given.activation)
     if given is None or given == "keep":

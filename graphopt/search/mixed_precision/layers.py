@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import logging
 import math
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,6 +14,7 @@ from torch import Tensor, fx, nn
 
 from graphopt.analysis.matrix_form import WeightUse, weight_uses
 from graphopt.analysis.weights import WeightTensor, find_weights
+from graphopt.audited import pattern
 from graphopt.backends import load_backend
 from graphopt.capture import capture
 from graphopt.compressors.joint import compress
@@ -118,12 +118,12 @@ def find_layers(
         owner = weight.name.rpartition(".")[0]
         names += [weight.name, owner, weight.module_type]
         chosen = candidates
-        for pattern, group in special.items():
-            if any(matches(pattern, name) for name in names[-3:]):
-                matched.add(pattern)
+        for expression, group in special.items():
+            if any(matches(expression, name) for name in names[-3:]):
+                matched.add(expression)
                 chosen = group
         layers.append(_layer(weight, chosen, sizes))
-    missing = [pattern for pattern in special if pattern not in matched]
+    missing = [given for given in special if given not in matched]
     if missing:
         near = closest(missing[0], dict.fromkeys(names))
         raise ConfigError(
@@ -135,16 +135,13 @@ def find_layers(
     return layers, known
 
 
-def matches(pattern: str, name: str) -> bool:
+def matches(expression: str, name: str) -> bool:
     """Whether a regular expression fits a whole name.
 
     Raises:
         ConfigError: It is none.
     """
-    try:
-        return re.fullmatch(pattern, name) is not None
-    except re.error as error:
-        raise ConfigError(f"{pattern!r} is not a valid regular expression: {error}") from None
+    return pattern(expression).fullmatch(name)
 
 
 def _layer(weight: WeightTensor, candidates: Sequence[Candidate], sizes: SizeModel) -> Layer:

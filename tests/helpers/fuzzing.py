@@ -1,0 +1,64 @@
+"""How fuzzers count, how long they run, and what every one of them takes for right.
+
+`GRAPHOPT_FUZZ` is the number of examples of a test (a small fixed set where it is not given),
+`GRAPHOPT_FUZZ_COUNTS` a file to which counts are appended: kind, tried, held, wrong.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+
+from graphopt.errors import GraphOptError
+
+__all__ = ["LONG", "budget", "counted"]
+
+LONG = int(os.environ.get("GRAPHOPT_FUZZ", "0"))
+_counts: Counter[tuple[str, str]] = Counter()
+
+
+def budget(few: int, share: float = 1.0) -> Callable[[Any], Any]:
+    """Settings of a fuzzer: `few` fixed examples, or `share` of as many as are asked for.
+
+    Args:
+        few: Examples where nothing is asked for; the same ones every time.
+        share: What part of `GRAPHOPT_FUZZ` this test takes; slower ones take less.
+    """
+    return settings(
+        max_examples=max(1, round(LONG * share)) if LONG else few,
+        derandomize=not LONG,
+        database=None,
+        deadline=None,
+        print_blob=True,
+        suppress_health_check=list(HealthCheck),
+    )
+
+
+@contextmanager
+def counted(kind: str) -> Iterator[None]:
+    """Count what is tried inside: it holds if it ends well or with an error of graphopt."""
+    _counts[kind, "tried"] += 1
+    try:
+        yield
+    except GraphOptError:
+        _counts[kind, "refused"] += 1
+    except BaseException:
+        _counts[kind, "wrong"] += 1
+        raise
+
+
+@atexit.register
+def _write() -> None:
+    path = os.environ.get("GRAPHOPT_FUZZ_COUNTS")
+    if path and _counts:
+        rows = [{"kind": kind, "what": what, "n": n} for (kind, what), n in _counts.items()]
+        with Path(path).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row) + "\n" for row in rows)
