@@ -78,6 +78,17 @@ class Artifact(ABC):
     def _write(self, path: Path) -> None:
         """Write to a path that does not exist yet."""
 
+    def _put(self, path: Path) -> None:
+        """Write, with errors of the target's own writer as ours."""
+        try:
+            self._write(path)
+        except (GraphOptError, OSError):
+            raise
+        except Exception as error:
+            raise LoweringError(
+                f"{self.backend.name} could not write {path.suffix}: {type(error).__name__}: {error}"
+            ) from error
+
     def save(
         self,
         path: str | Path,
@@ -101,7 +112,8 @@ class Artifact(ABC):
 
         Raises:
             ArtifactExistsError: `path` exists and `overwrite` is False.
-            LoweringError: The suffix is not the target's.
+            OutputError: It cannot be written.
+            LoweringError: The suffix is not the target's, or the target's writer fails.
             VerificationError: It cannot be evaluated, or computes something else; the message names
                 the first op whose value differs.
         """
@@ -111,7 +123,7 @@ class Artifact(ABC):
         if target.exists() and not overwrite:
             raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
         with replaced(target) as temporary:
-            self._write(temporary)
+            self._put(temporary)
             if verify is False:
                 self.verification = None
             else:
@@ -161,7 +173,7 @@ class Artifact(ABC):
             with TemporaryDirectory() as folder:
                 artifact = self.backend.lower(part, **self.options)
                 path = Path(folder) / f"part{self.suffix}"
-                artifact._write(path)
+                artifact._put(path)
                 outcome = artifact._check(path, (part.example_args, part.example_kwargs))
         except GraphOptError:
             return None

@@ -18,6 +18,7 @@ __all__ = [
     "LoweringError",
     "MissingDependencyError",
     "OptionError",
+    "OutputError",
     "PassError",
     "StateError",
     "TorchaoTorchIncompatibilityWarning",
@@ -94,6 +95,13 @@ class VerificationError(GraphOptError, RuntimeError):
 
 class ArtifactExistsError(GraphOptError, FileExistsError):
     """The output path exists and `overwrite=True` was not given."""
+
+
+class OutputError(GraphOptError, OSError):
+    """The output cannot be written: no space, no permission, another run; what was there stays."""
+
+    def __str__(self) -> str:
+        return str(self.args[-1]) if self.args else ""
 
 
 class MissingDependencyError(GraphOptError, ImportError):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.export import ExportedProgram
 from typing_extensions import override
 
@@ -24,6 +25,7 @@ from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
 from graphopt.backends.verification import Evaluation
 from graphopt.extras import require
+from graphopt.files import reserved
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
 from graphopt.run.batches import Batch
@@ -56,7 +58,15 @@ class CoreAIArtifact(Artifact):
 
     @override
     def _write(self, path: Path) -> None:
+        # its writer ends the process where the disk is full
+        reserved(path, self._most_bytes())
         self.ai_program.save_asset(path)
+
+    def _most_bytes(self) -> int:
+        """No less than what the asset takes."""
+        tensors = [*self.exported.state_dict.values(), *self.exported.constants.values()]
+        stored = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
+        return stored + stored // 32 + (1 << 20) + 4096 * len(self.exported.graph.nodes)
 
 
 class CoreAIBackend(Backend):

@@ -2,15 +2,60 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 import zipfile
 from pathlib import Path
+from typing import Any, BinaryIO
 
-__all__ = ["deflate_texts"]
+from typing_extensions import override
+
+__all__ = ["Sink", "deflate_texts"]
 
 _ALIGNED = 64  # bytes; torch maps tensors from files at such places
 _HEADER = 30  # bytes of a member's header, before its name
 _TEXTS = (".json", ".py", ".txt")
+
+
+class Sink(io.RawIOBase):
+    """A file that keeps its first error for `check`: torch's writer ends the process where one fails."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        super().__init__()
+        self._file = file
+        self._error: OSError | None = None
+
+    @override
+    def writable(self) -> bool:
+        return True
+
+    @override
+    def seekable(self) -> bool:
+        return True
+
+    @override
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        return self._file.tell()  # torch goes back to the start once all is written
+
+    @override
+    def write(self, data: Any) -> int:
+        size = memoryview(data).nbytes
+        if self._error is None:
+            try:
+                self._file.write(data)
+            except OSError as error:
+                self._error = error
+        return size
+
+    def check(self) -> None:
+        """Raise the error of a write that has failed.
+
+        Raises:
+            OSError: One has.
+        """
+        if self._error is not None:
+            raise self._error
+        self._file.flush()
 
 
 def deflate_texts(archive: Path, result: Path) -> None:

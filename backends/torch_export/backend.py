@@ -15,7 +15,7 @@ from graphopt.audited import read_exported
 from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.options import TargetOptions, read_options
-from graphopt.backends.torch_export.archive import deflate_texts
+from graphopt.backends.torch_export.archive import Sink, deflate_texts
 from graphopt.backends.torch_export.options import TorchOptions
 from graphopt.backends.verification import Evaluation
 from graphopt.capture.archive_check import check_archive, is_trusted
@@ -51,7 +51,10 @@ class TorchArtifact(Artifact):
     def _write(self, path: Path) -> None:
         plain = path.with_name(f".plain-{path.name}")
         try:
-            torch.export.save(self.exported, plain)
+            with plain.open("wb") as file:
+                sink = Sink(file)
+                torch.export.save(self.exported, sink)
+                sink.check()
             deflate_texts(plain, path)
         finally:
             plain.unlink(missing_ok=True)
