@@ -152,7 +152,7 @@ def _check_events(events: Iterator[yaml.Event], owner: str, limits: Limits) -> N
     for event in events:
         if isinstance(event, yaml.AliasEvent):
             # of an anchor that is still open: a mapping that holds itself
-            total += anchors.get(event.anchor, limits.values + 1)
+            total += anchors.get(str(event.anchor), limits.values + 1)
         elif isinstance(event, yaml.CollectionStartEvent):
             open_.append((event.anchor, total))
             total += 1

@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parent.parent
 LIMIT = 400
 # compiled kernels share one set of decorators and inline each other
 LONG = {"graphopt/numerics/kernels.py"}
-# of whole workflows, of speed, and what tests share
-OTHER = {"end_to_end", "benchmarks", "helpers"}
+# of whole workflows, of speed, of random inputs, and what tests share
+OTHER = {"end_to_end", "benchmarks", "fuzz", "helpers"}
 
 
 def files(*folders: str) -> list[Path]:

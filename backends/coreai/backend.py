@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
+from graphopt.backends.coreai.asset import without_date
 from graphopt.backends.coreai.check import run_asset
 from graphopt.backends.coreai.delegate import CoreAIDelegate
 from graphopt.backends.coreai.limits import explain_failure, refuse_impossible
@@ -61,6 +62,7 @@ class CoreAIArtifact(Artifact):
         # its writer ends the process where the disk is full
         reserved(path, self._most_bytes())
         self.ai_program.save_asset(path)
+        without_date(path / "metadata.json")
 
     def _most_bytes(self) -> int:
         """No less than what the asset takes."""

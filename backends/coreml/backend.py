@@ -22,6 +22,7 @@ from graphopt.backends.coreml.lower import (
     small_constants_once,
 )
 from graphopt.backends.coreml.options import CoreMLOptions
+from graphopt.backends.coreml.package import with_identifiers_of_content
 from graphopt.backends.coreml.precision import CLAMP, float16, register_clamp
 from graphopt.backends.coreml.refusals import refusals
 from graphopt.backends.coreml.translations import our_translations
@@ -63,6 +64,7 @@ class CoreMLArtifact(Artifact):
     def _write(self, path: Path) -> None:
         with quiet("coremltools"):
             self.model.save(str(path))
+        with_identifiers_of_content(path / "Manifest.json")
         # a debugging aid outside the package's manifest, as large as the program itself
         (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
 

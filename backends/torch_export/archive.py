@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import shutil
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +14,9 @@ __all__ = ["Sink", "deflate_texts"]
 
 _ALIGNED = 64  # bytes; torch maps tensors from files at such places
 _HEADER = 30  # bytes of a member's header, before its name
+_ROOT = "model"
+_ID = "/.data/serialization_id"
+_BLOCK = 1 << 20
 _TEXTS = (".json", ".py", ".txt")
 
 
@@ -61,23 +64,34 @@ class Sink(io.RawIOBase):
 def deflate_texts(archive: Path, result: Path) -> None:
     """Write an archive again with its JSON deflated; tensors stay as they are, and aligned.
 
-    `torch.export.load` reads both. The graph's JSON is several times the size of small weights.
+    `torch.export.load` reads both. The graph's JSON is several times the size of small weights. The
+    result says nothing of when, where and under which name it was written: equal contents have equal
+    bytes.
 
     Args:
         archive: What `torch.export.save` wrote.
         result: Where to write to.
     """
+    digest = hashlib.sha256()
     with zipfile.ZipFile(archive) as given, zipfile.ZipFile(result, "w") as written:
-        for member in given.infolist():
-            info = zipfile.ZipInfo(member.filename, member.date_time)
+        for member in sorted(given.infolist(), key=lambda member: member.filename.endswith(_ID)):
+            info = zipfile.ZipInfo(f"{_ROOT}/{member.filename.partition('/')[2]}")
             info.external_attr = member.external_attr
             if member.filename.endswith(_TEXTS):
                 info.compress_type = zipfile.ZIP_DEFLATED
             else:
                 info.extra = _padding(written, info.filename)
+            if member.filename.endswith(_ID):
+                # as many digits as torch's own, which are of addresses
+                content = f"{int(digest.hexdigest(), 16) % 10**40:040}".encode()
+                written.writestr(info, content)
+                continue
             info.file_size = member.file_size
+            digest.update(f"{info.filename}\0{member.file_size}\0".encode())
             with given.open(member) as source, written.open(info, "w") as target:
-                shutil.copyfileobj(source, target)
+                while block := source.read(_BLOCK):
+                    digest.update(block)
+                    target.write(block)
 
 
 def _padding(written: zipfile.ZipFile, name: str) -> bytes:

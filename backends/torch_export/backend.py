@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from typing_extensions import override
@@ -52,7 +52,7 @@ class TorchArtifact(Artifact):
         plain = path.with_name(f".plain-{path.name}")
         try:
             with plain.open("wb") as file:
-                sink = Sink(file)
+                sink: Any = Sink(file)
                 torch.export.save(self.exported, sink)
                 sink.check()
             deflate_texts(plain, path)
@@ -110,9 +110,12 @@ class TorchBackend(Backend):
             program.example_kwargs,
             dynamic=chosen.dynamic,
         )
-        if not chosen.stack_traces:
-            for node in exported.graph.nodes:
-                node.meta.pop("stack_trace", None)
+        # the nodes of earlier graphs, by their addresses in memory
+        dropped = ("from_node",) if chosen.stack_traces else ("from_node", "stack_trace")
+        for module in exported.graph_module.modules():
+            for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
+                for key in dropped:
+                    node.meta.pop(key, None)
         return TorchArtifact(self, program, exported, chosen)
 
     @override

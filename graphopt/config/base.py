@@ -46,8 +46,9 @@ def _slot(key: Any) -> Any:
     """A slot's number, also where JSON, whose keys are texts, has written it."""
     if not isinstance(key, str | int) or isinstance(key, bool):
         raise ValueError(f"a slot is a name or a number, got {key!r}")
-    number = isinstance(key, str) and key.isascii() and key.removeprefix("-").isdigit()
-    return int(key) if number and len(key) < 10 and str(int(key)) == key else key
+    if isinstance(key, int) or not key.isascii() or not key.removeprefix("-").isdigit():
+        return key
+    return int(key) if len(key) < 10 and str(int(key)) == key else key
 
 
 # true and false are no numbers of slots

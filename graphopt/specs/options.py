@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import functools
 import inspect
 import numbers
 import re
@@ -45,7 +44,7 @@ class Options:
                 near = difflib.get_close_matches(name, known, n=1)
                 hint = f"; did you mean {near[0]!r}?" if near else f"; it has {known}"
                 raise OptionError(f"{call} has no option {name!r}{hint}")
-        hints = _hints(cls)
+        hints = get_type_hints(cls)
         for name, value in given.items():
             if not _fits(value, hints[name]):
                 raise OptionError(f"{call}: {name} is {value!r}, which is no {_words(hints[name])}")
@@ -63,11 +62,6 @@ class Options:
         return cls.of(cls.__name__, data)
 
 
-@functools.cache
-def _hints(options: type) -> dict[str, Any]:
-    return get_type_hints(options)
-
-
 def _words(hint: Any) -> str:
     return str(getattr(hint, "__name__", hint)).replace("typing.", "")
 
@@ -80,7 +74,8 @@ def _fits(value: object, hint: Any) -> bool:
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in inner)
     if origin is Literal:
-        return any(value == one and isinstance(value, type(one)) for one in inner)
+        # which of them it is, is said by what knows what each of them does
+        return any(isinstance(value, type(one)) for one in inner)
     if origin is not None and isinstance(origin, type):
         text = isinstance(value, str | bytes) and issubclass(origin, Sequence | Iterable)
         return isinstance(value, origin) and not text

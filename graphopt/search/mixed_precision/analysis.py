@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
@@ -24,10 +25,12 @@ from typing_extensions import Unpack
 from graphopt.audited import read_exported, read_pickle_of_ours
 from graphopt.backends.lowering import as_program
 from graphopt.errors import InputError
+from graphopt.files import locked
 from graphopt.ir.program import Program
 from graphopt.progress import track
 from graphopt.run.batches import Batch
 from graphopt.run.calibration_data import data_list, read_calls
+from graphopt.search.content import content_hash, tensors_hash
 from graphopt.search.mixed_precision.candidates import as_candidates
 from graphopt.search.mixed_precision.exact import Bench, Values, make_bench, measure_batch
 from graphopt.search.mixed_precision.fast import FAST_METRICS, draw_vectors
@@ -37,7 +40,7 @@ from graphopt.search.mixed_precision.layers import (
     weights_of,
 )
 from graphopt.search.mixed_precision.measurements import Measurements
-from graphopt.search.mixed_precision.metrics import Compare, Metric, as_metric
+from graphopt.search.mixed_precision.metrics import METRICS, Compare, Metric, as_metric
 from graphopt.search.mixed_precision.options import AnalysisKeywords, AnalysisOptions, Candidates
 from graphopt.search.mixed_precision.reach import columns_of
 from graphopt.search.mixed_precision.records import (
@@ -45,7 +48,6 @@ from graphopt.search.mixed_precision.records import (
     Records,
     Vectors,
     batch_hash,
-    weights_hash,
 )
 from graphopt.search.mixed_precision.sensitivity_table import SensitivityTable
 from graphopt.search.mixed_precision.sizes import SizeModel
@@ -95,7 +97,8 @@ def analyze(
         ConfigError: A candidate cannot be read, or a pattern matches no layer.
         LoweringError: The backend cannot hold a candidate.
         InputError: There are no data, they do not fit the model, the metric is unknown or cannot be
-            predicted, or the file belongs to another model, other data or other settings.
+            predicted, or the file belongs to another model, other data, settings or metrics.
+        OutputError: The file cannot be written, or another run writes it.
         CompressionError: A weight contains NaN or Inf.
         OptionError: There is no such option.
     """
@@ -120,11 +123,14 @@ def analyze(
     if sizes.backend is not None:
         refuse_unsupported(tuple(known.values()), sizes.backend)
     names = {layer.name for layer in layers}
-    own = [weight for weight in weights_of(gm) if weight.name in names]
     header = Header(
         program.fingerprint(),
-        weights_hash([weight.tensor for weight in own]),
+        tensors_hash(gm),
         tuple(metric.name for metric in metrics),
+        tuple(
+            "" if metric == METRICS.get(metric.name) else content_hash(metric.compare)
+            for metric in metrics
+        ),
         how.mode,
         how.correction,
         how.draws,
@@ -135,13 +141,15 @@ def analyze(
         known,
         tuple(layers),
     )
-    records = Records.open(header, None if how.path is None else Path(how.path), resume=how.resume)
-    for number, batch in enumerate(batches):
-        records.check_batch(number, batch_hash(batch))
-    _drop_beyond(records, len(batches))
-    if _missing(records, len(batches)):
-        bench = make_bench(program, header, metrics, batches, progress=how.progress)
-        _run(bench, program, records, batches, how.executor, how.progress)
+    path = None if how.path is None else Path(how.path)
+    with contextlib.nullcontext() if path is None else locked(path):
+        records = Records.open(header, path, resume=how.resume)
+        for number, batch in enumerate(batches):
+            records.check_batch(number, batch_hash(batch))
+        _drop_beyond(records, len(batches))
+        if _missing(records, len(batches)):
+            bench = make_bench(program, header, metrics, batches, progress=how.progress)
+            _run(bench, program, records, batches, how.executor, how.progress)
     table = SensitivityTable(records, program, metrics[0])
     _say_unreached(table)
     return table

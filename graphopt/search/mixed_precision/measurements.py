@@ -20,12 +20,13 @@ from graphopt.errors import InputError, StateError
 from graphopt.extras import require
 from graphopt.files import replaced, write_csv
 from graphopt.ir.program import Program
+from graphopt.search.content import tensors_hash
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.cross_terms import Matrix, cross_terms
-from graphopt.search.mixed_precision.layers import Layer, weights_of
+from graphopt.search.mixed_precision.layers import Layer
 from graphopt.search.mixed_precision.metrics import METRICS, Metric, as_metric
 from graphopt.search.mixed_precision.reach import Reach
-from graphopt.search.mixed_precision.records import Header, Records, weights_hash
+from graphopt.search.mixed_precision.records import Header, Records
 from graphopt.search.mixed_precision.solvers import Problem
 
 if TYPE_CHECKING:
@@ -85,9 +86,7 @@ class Measurements:
             InputError: It is another one: other ops, shapes or weights.
         """
         program, header = as_program(program), self.header
-        names = {layer.name for layer in header.layers}
-        own = [weight.tensor for weight in weights_of(program.graph_module) if weight.name in names]
-        if weights_hash(own) != header.weights:
+        if tensors_hash(program.graph_module) != header.weights:
             raise InputError("the table was measured on another model: the weights differ")
         if program.fingerprint() != header.fingerprint:
             raise InputError("the table was measured on another model: the graph differs")

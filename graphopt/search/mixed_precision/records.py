@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -17,15 +16,17 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from graphopt.audited import Limits, parse_json
 from graphopt.errors import InputError
 from graphopt.run.batches import Batch
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.layers import Layer
+from graphopt.search.record_file import RecordFile
 
-__all__ = ["Header", "Records", "Vectors", "batch_hash", "weights_hash"]
+__all__ = ["Header", "Records", "Vectors", "batch_hash"]
 
 _FORMAT = "graphopt sensitivity table"
-_VERSION = 1
+_VERSION = 2
 Vectors = npt.NDArray[np.float32]
 
 
@@ -35,8 +36,9 @@ class Header:
 
     Attributes:
         fingerprint: Hash of the graph.
-        weights: Hash of the weights.
+        weights: Hash of all tensors.
         metrics: Names of the metrics, the first deciding.
+        scores: What the metrics compute, as `content_hash` tells it; "" for those of the library.
         mode: "exact", "fast" or "hybrid".
         correction: What is corrected afterwards, or None.
         draws: Random directions per sample of the fast mode.
@@ -51,6 +53,7 @@ class Header:
     fingerprint: str
     weights: str
     metrics: tuple[str, ...]
+    scores: tuple[str, ...]
     mode: str
     correction: str | None
     draws: int
@@ -66,13 +69,14 @@ class Header:
         plain = {
             key: value
             for key, value in vars(self).items()
-            if key not in ("candidates", "layers", "metrics")
+            if key not in ("candidates", "layers", "metrics", "scores")
         }
         return {
             "format": _FORMAT,
             "version": _VERSION,
             **plain,
             "metrics": list(self.metrics),
+            "scores": list(self.scores),
             "candidates": {
                 name: candidate.to_dict() for name, candidate in self.candidates.items()
             },
@@ -80,39 +84,32 @@ class Header:
         }
 
     @classmethod
-    def from_dict(cls, data: Mapping[str, Any], path: Path) -> Header:
-        """Read plain values.
-
-        Raises:
-            InputError: They are no header, or of another version.
-        """
-        if data.get("format") != _FORMAT:
-            raise InputError(f"{path}: not a sensitivity table")
-        if data.get("version") != _VERSION:
-            raise InputError(
-                f"{path}: version {data.get('version')}; this release reads {_VERSION}"
-            )
+    def from_dict(cls, data: Mapping[str, Any]) -> Header:
+        """Read plain values."""
         layers = tuple(_layer(layer) for layer in data["layers"])
         rest = {key: data[key] for key in cls.__dataclass_fields__ if key in data}
         rest |= {
             "layers": layers,
             "metrics": tuple(data["metrics"]),
+            "scores": tuple(data["scores"]),
             "candidates": {
                 name: Candidate.from_dict(name, spec) for name, spec in data["candidates"].items()
             },
         }
         return cls(**rest)
 
-    def difference(self, other: Header) -> str:
-        """What differs, in the user's words, or ""."""
+    def difference(self, other: Mapping[str, Any]) -> str:
+        """What differs in the plain values of another header, in the user's words."""
         words = {
             "fingerprint": "the model's graph",
             "weights": "the model's weights",
+            "scores": "what the metric computes",
             "layers": "layers or their candidates",
             "sizes": "the size model (backend, dtypes)",
         }
-        mine, its = self.to_dict(), other.to_dict()
-        return ", ".join(words.get(key, key) for key in mine if mine[key] != its[key])
+        mine = parse_json(json.dumps(self.to_dict()), "header", Limits(1 << 30, 64, 10_000_000))
+        differing = [key for key in mine if mine[key] != other.get(key)]
+        return ", ".join(words.get(key, key) for key in differing)
 
 
 def _layer(data: Mapping[str, Any]) -> Layer:
@@ -139,6 +136,7 @@ class Records:
     vectors: dict[int, Vectors] = field(default_factory=dict)
     hashes: dict[int, str] = field(default_factory=dict)
     missed: set[tuple[int, str]] = field(default_factory=set)
+    file: RecordFile | None = None
 
     @classmethod
     def open(cls, header: Header, path: Path | None, *, resume: bool) -> Records:
@@ -149,26 +147,13 @@ class Records:
         """
         if path is None:
             return cls(header)
-        first = json.dumps(header.to_dict()) + "\n"
-        if resume and path.exists() and path.stat().st_size:
-            records, end = _read(path)
-            if records is None and not first.encode().startswith(path.read_bytes()):
-                raise InputError(f"{path}: not a sensitivity table; write to another file")
-            # of a table that got no further than its first line nothing is lost
-            if records is not None and (records.values or records.vectors or records.hashes):
-                difference = header.difference(records.header)
-                if difference:
-                    raise InputError(
-                        f"{path} was measured with other settings: {difference}; write to another"
-                        " file, or begin anew (resume=False, --restart)"
-                    )
-                # a line that was cut off in the middle goes
-                os.truncate(path, end)
-                records.path = path
-                return records
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(first, encoding="utf-8")
-        return cls(header, path)
+        file = RecordFile(path, header.to_dict())
+        records = cls(header, path, file=file)
+        if resume:
+            records._take(path, file.resume(header.difference))
+        else:
+            file.begin()
+        return records
 
     @classmethod
     def load(cls, path: Path) -> Records:
@@ -177,11 +162,35 @@ class Records:
         Raises:
             InputError: It is no table.
         """
-        records, _ = _read(path)
-        if records is None:
-            raise InputError(f"{path}: not a sensitivity table")
-        records.path = path
-        return records
+
+        def read(head: Mapping[str, Any], lines: Sequence[Mapping[str, Any]]) -> Records:
+            records = cls(Header.from_dict(head), path)
+            records._take(path, lines)
+            return records
+
+        return RecordFile.read(path, _FORMAT, _VERSION, read)
+
+    def _take(self, path: Path, lines: Sequence[Mapping[str, Any]]) -> None:
+        try:
+            for line in lines:
+                self._take_line(line)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(f"{path}: not a sensitivity table: {error}") from None
+
+    def _take_line(self, line: Mapping[str, Any]) -> None:
+        number = int(line["batch"])
+        self.hashes[number] = line["data"]
+        if "vectors" in line:
+            raw = np.frombuffer(base64.b64decode(line["vectors"]), dtype="<f4")
+            self.vectors[number] = raw.reshape(line["shape"]).astype(np.float32)
+            return
+        values = {
+            name: {metric: float(value) for metric, value in by_metric.items()}
+            for name, by_metric in line["values"].items()
+        }
+        self.values[number, str(line["layer"])] = values
+        if line.get("missed"):
+            self.missed.add((number, line["layer"]))
 
     def check_batch(self, number: int, digest: str) -> None:
         """Note the hash of a batch.
@@ -219,40 +228,8 @@ class Records:
         self._append(line)
 
     def _append(self, line: Mapping[str, Any]) -> None:
-        if self.path is None:
-            return
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
-
-
-def _read(path: Path) -> tuple[Records | None, int]:
-    """The records of a file and the length of its complete lines."""
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    end = content.rfind(b"\n") + 1
-    lines = content[:end].splitlines()
-    if not lines:
-        return None, 0
-    try:
-        first, *rest = (json.loads(line) for line in lines)
-        records = Records(Header.from_dict(first, path))
-        for line in rest:
-            number = int(line["batch"])
-            records.hashes[number] = line["data"]
-            if "vectors" in line:
-                raw = np.frombuffer(base64.b64decode(line["vectors"]), dtype="<f4")
-                records.vectors[number] = raw.reshape(line["shape"]).astype(np.float32)
-            else:
-                records.values[number, line["layer"]] = line["values"]
-                if line.get("missed"):
-                    records.missed.add((number, line["layer"]))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        if isinstance(error, InputError):
-            raise
-        raise InputError(f"{path}: not a sensitivity table: {error}") from None
-    return records, end
+        if self.file is not None:
+            self.file.append(line)
 
 
 def batch_hash(batch: Batch) -> str:
@@ -264,14 +241,6 @@ def batch_hash(batch: Batch) -> str:
             digest.update(_bytes(leaf))
         else:
             digest.update(repr(leaf).encode())
-    return digest.hexdigest()
-
-
-def weights_hash(tensors: Sequence[Tensor]) -> str:
-    """Hash of weights."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(_bytes(tensor))
     return digest.hexdigest()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import io
 import json
-import os
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,20 +18,23 @@ from rich.console import Console
 from rich.table import Table
 
 from graphopt.errors import InfeasibleError, InputError
-from graphopt.files import write_csv
+from graphopt.files import locked, write_csv
 from graphopt.progress import track
+from graphopt.search.content import content_hash
 from graphopt.search.mixed_precision.choose import uniform
 from graphopt.search.mixed_precision.measurements import Measurements
 from graphopt.search.mixed_precision.options import SweepOptions
 from graphopt.search.mixed_precision.plots import plot_sweep
 from graphopt.search.mixed_precision.recipe import Recipe
+from graphopt.search.record_file import RecordFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["Point", "Sweep", "run_sweep"]
 
-_FORMAT = "graphopt sweep"
+_FORMAT, _VERSION = "graphopt sweep", 2
+_log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -138,7 +143,6 @@ def run_sweep(
     options: SweepOptions,
 ) -> Sweep:
     """Apply and evaluate a recipe per target; arguments as for `SensitivityTable.sweep`."""
-    known = _Known(table, None if options.path is None else Path(options.path))
     failed, planned = [], []
     for asked in map(float, targets):
         try:
@@ -159,17 +163,21 @@ def run_sweep(
     work.append(("uncompressed", None, uniform(table, "keep")))
     points: list[Point] = []
     recipes: list[Recipe] = []
-    for kind, target, recipe in track(work, "sweeping", len(work), enabled=options.progress):
-        value = known.get(kind, recipe)
-        if value is None:
-            module = table.program.module() if kind == "uncompressed" else apply(recipe)
-            value = float(torch.as_tensor(evaluate(module)).double().mean())
-            known.add(kind, recipe, value)
-        label = next(iter(recipe.distribution)) if kind == "uniform" else recipe.solver
-        label = "" if kind == "uncompressed" else label
-        points.append(Point(kind, label, target, recipe.bits_per_weight, recipe.bytes, value))
-        if kind == "recipe":
-            recipes.append(recipe)
+    # the table's own way to apply a recipe is part of the library
+    own = apply if getattr(apply, "__self__", None) is not table else None
+    with contextlib.nullcontext() if options.path is None else locked(Path(options.path)):
+        known = _Known(table, options, (evaluate, own))
+        for kind, target, recipe in track(work, "sweeping", len(work), enabled=options.progress):
+            value = known.get(kind, recipe)
+            if value is None:
+                module = table.program.module() if kind == "uncompressed" else apply(recipe)
+                value = float(torch.as_tensor(evaluate(module)).double().mean())
+                known.add(kind, recipe, value)
+            label = next(iter(recipe.distribution)) if kind == "uniform" else recipe.solver
+            label = "" if kind == "uncompressed" else label
+            points.append(Point(kind, label, target, recipe.bits_per_weight, recipe.bytes, value))
+            if kind == "recipe":
+                recipes.append(recipe)
     order = sorted(range(len(recipes)), key=lambda place: points[place].bits_per_weight)
     rest = points[len(recipes) :]
     return Sweep(
@@ -181,45 +189,53 @@ def run_sweep(
 
 
 class _Known:
-    """Scores of an earlier, interrupted sweep, in an append-only file."""
+    """Scores of an earlier, interrupted sweep, in an append-only file.
 
-    def __init__(self, table: Measurements, path: Path | None) -> None:
-        self.path = path
-        self.scores: dict[str, float] = {}
+    A score counts for the function that gave it, on the model that a recipe made by the same means.
+    """
+
+    def __init__(
+        self, table: Measurements, options: SweepOptions, functions: Sequence[Any]
+    ) -> None:
+        self._functions = [content_hash(function) for function in functions]
+        self._scores: dict[str, float] = {}
+        self._file: RecordFile | None = None
+        if options.path is None:
+            return
+        header = table.header
         head = {
             "format": _FORMAT,
-            "fingerprint": table.header.fingerprint,
-            "weights": table.header.weights,
+            "version": _VERSION,
+            "fingerprint": header.fingerprint,
+            "weights": header.weights,
+            "torch": torch.__version__,
         }
-        if path is None:
-            return
-        if path.exists() and path.stat().st_size:
-            content = path.read_bytes()
-            end = content.rfind(b"\n") + 1
+        self._file = RecordFile(Path(options.path), head)
+        others = 0
+        for line in self._file.resume(lambda other: "the model"):
             try:
-                lines = [json.loads(line) for line in content[:end].splitlines()]
-                if lines[0] != head:
-                    raise ValueError("another model")
-                self.scores = {line["key"]: line["score"] for line in lines[1:]}
-            except (ValueError, KeyError, TypeError, IndexError) as error:
-                raise InputError(
-                    f"{path} is no sweep of this model ({error}); write to another file"
-                ) from None
-            os.truncate(path, end)
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(head) + "\n", encoding="utf-8")
+                if line["functions"] == self._functions:
+                    self._scores[str(line["key"])] = float(line["score"])
+                else:
+                    others += 1
+            except (KeyError, TypeError, ValueError) as error:
+                raise InputError(f"{options.path}: not a sweep: {error}") from None
+        if others:
+            _log.warning("%s: %d scores of another function are not used", options.path, others)
 
     @staticmethod
     def _key(kind: str, recipe: Recipe) -> str:
-        return f"{kind}: " + " ".join(recipe.choice[layer.name] for layer in recipe.layers)
+        chosen = [(layer.name, recipe.choice[layer.name]) for layer in recipe.layers]
+        used = {name: spec.to_dict() for name, spec in recipe.candidates.items()}
+        specs = [(name, choice, used.get(choice, {})) for name, choice in chosen]
+        text = json.dumps([kind, specs], default=str)
+        return f"{kind} {hashlib.sha256(text.encode()).hexdigest()[:32]}"
 
     def get(self, kind: str, recipe: Recipe) -> float | None:
-        return self.scores.get(self._key(kind, recipe))
+        return self._scores.get(self._key(kind, recipe))
 
     def add(self, kind: str, recipe: Recipe, score: float) -> None:
         key = self._key(kind, recipe)
-        self.scores[key] = score
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"key": key, "score": score}) + "\n")
+        self._scores[key] = score
+        if self._file is not None:
+            self._file.append({"key": key, "score": score, "functions": self._functions})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import logging
@@ -22,7 +23,7 @@ from typing_extensions import Unpack
 
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.errors import ArtifactExistsError, InfeasibleError
-from graphopt.files import replaced
+from graphopt.files import locked, replaced
 from graphopt.ir.program import Program
 from graphopt.run.batches import Batch
 from graphopt.run.calibration_data import read_calls
@@ -104,23 +105,51 @@ def optimize(
         CalibrationError: Inputs of a layer hold NaN or Inf, or activations have no usable range.
         LoweringError: The backend cannot hold a candidate.
         ArtifactExistsError: `out` exists and `overwrite` is False.
+        OutputError: `out` cannot be written, or another run writes it.
         MissingDependencyError: `out` is given and matplotlib is not installed.
     """
     run = RunOptions.of("optimize", options)
-    progress = run.progress
     target = None if run.out is None else Path(run.out)
     if target is not None:
         require_matplotlib()
         if target.exists() and not run.overwrite:
             raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
+    with contextlib.nullcontext() if target is None else locked(target):
+        return _optimized(
+            model,
+            (example_inputs, example_kwargs),
+            calibration_data,
+            _config(config),
+            _Evaluation(evaluate, evaluation_data),
+            run,
+        )
+
+
+class _Evaluation(NamedTuple):
+    """How the outcome is compared."""
+
+    score: Evaluate | None
+    data: Iterable[Any] | None
+
+
+def _optimized(
+    model: nn.Module | ExportedProgram | Program | str | Path,
+    example: tuple[tuple[Any, ...] | Tensor | None, Mapping[str, Any] | None],
+    calibration_data: Iterable[Any],
+    config: RDOConfig,
+    evaluation: _Evaluation,
+    run: RunOptions,
+) -> Optimized:
+    progress = run.progress
+    target = None if run.out is None else Path(run.out)
     watch = _Watch()
     with watch("capture and gradients"):
         session = Session.open(
             model,
-            example_inputs,
+            example[0],
             calibration_data,
-            _config(config),
-            example_kwargs=example_kwargs,
+            config,
+            example_kwargs=example[1],
             progress=progress,
         )
     partial = None if target is None else target.with_name(f".{target.name}.partial")
@@ -143,10 +172,10 @@ def optimize(
     with watch("conversion"):
         program = session.program(fits, progress=progress)
     batches = session.batches
-    if evaluation_data is not None:
-        batches = list(read_calls(session.exact.graph_module, evaluation_data))
+    if evaluation.data is not None:
+        batches = list(read_calls(session.exact.graph_module, evaluation.data))
     with watch("comparison"):
-        rows = compare(session, program, batches, evaluate)
+        rows = compare(session, program, batches, evaluation.score)
     report = _report(session, final, costs, fits, watch.seconds, rows)
     if target is not None:
         _write(target, session, program, report)
