@@ -4,7 +4,7 @@ if __name__ != "graphopt.backends":
     raise ImportError("import graphopt.backends, not backends")
 
 
-from graphopt.audited import own_module
+from graphopt.audited import module_of
 from graphopt.backends.base import Artifact, Backend
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.registry import ExportBackend, Target, target_of
@@ -31,6 +31,6 @@ def load_backend(name: Target | str) -> Backend:
         LoweringError: There is no such target.
     """
     module, _, attribute = target_of(name).backend.partition(":")
-    backend = getattr(own_module(module), attribute)()
+    backend = getattr(module_of(module), attribute)()
     assert isinstance(backend, Backend)
     return backend

@@ -63,11 +63,11 @@ class ExportBackend(Target):
         "graphopt.backends.executorch.backend:ExecuTorchBackend",
     )
     Torch = ("torch", ".pt2", "", "graphopt.backends.torch_export.backend:TorchBackend")
-    # coreai-opt's earlier names
-    MIL = CoreML
-    MLIR = CoreAI
 
 
+# coreai-opt's earlier names, which no list of targets has
+setattr(ExportBackend, "MIL", ExportBackend.CoreML)  # noqa: B010
+setattr(ExportBackend, "MLIR", ExportBackend.CoreAI)  # noqa: B010
 _EARLIER = {"mil": ExportBackend.CoreML, "mlir": ExportBackend.CoreAI}
 DEFAULT = ExportBackend.CoreAI  # what compressors finalize for, as in coreai-opt
 NEUTRAL = ExportBackend.Torch  # keeps our own ops; its artifacts are inputs again

@@ -305,7 +305,7 @@ def own_module(name: str) -> ModuleType:
 
 
 def module_of(name: str) -> ModuleType:
-    """A package that the library's code names: an extra, or one that is imported late."""
+    """A package that the library's code or an installed target names: an extra, or one imported late."""
     return importlib.import_module(name)
 
 
