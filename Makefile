@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+TORCH ?= 2.13.0
 
 .PHONY: demo test test-integration test-slow coverage lint bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer clean
 
@@ -31,8 +32,8 @@ lint: $(STAMP)
 # The peer lives in an environment of its own; without it the benchmarks skip it and say so.
 bench-peer:
 	$(PYTHON) -m venv .venv-peer
-	.venv-peer/bin/pip install --quiet "torch>=2.11,<2.14"
-	.venv-peer/bin/pip install --quiet "coreai-opt[coreai]==0.3.0"
+	.venv-peer/bin/pip install --quiet torch==$(TORCH)
+	.venv-peer/bin/pip install --quiet "coreai-opt[coreai]==0.4.0"
 
 bench: $(STAMP)
 	$(BIN)/python tests/benchmarks/palettization.py
@@ -57,8 +58,8 @@ bench-calibrated: $(STAMP)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	# torch first: its bounds then hold for everything that depends on it
-	$(BIN)/pip install --quiet "torch>=2.11,<2.14"
+	# torch first, in the version that is tested: it then holds for everything that depends on it
+	$(BIN)/pip install --quiet torch==$(TORCH)
 	$(BIN)/pip install --quiet --editable ".[dev]"
 	touch $@
 

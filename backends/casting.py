@@ -19,6 +19,7 @@ from graphopt.backends.precision import (
     stored_tensor,
 )
 from graphopt.ir import op_info
+from graphopt.ir.torch_private import OpOverload, OpOverloadPacket
 
 __all__ = [
     "cast_fp32_to_fp16",
@@ -167,7 +168,7 @@ def op_predicate(ignored: _Ignored) -> Callable[[fx.Node], bool]:
     """
     if ignored is None:
         return lambda node: False
-    if isinstance(ignored, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(ignored, OpOverload | OpOverloadPacket):
         ignored = [ignored]
     if callable(ignored):
         return ignored

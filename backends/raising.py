@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from torch import fx
-from torch._ops import OpOverload
 from typing_extensions import override
 
 from graphopt.backends import load_backend
@@ -15,6 +14,7 @@ from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
 from graphopt.ir.neutral_form import neutral_form
 from graphopt.ir.program import share_graph
+from graphopt.ir.torch_private import OpOverload
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 from graphopt.passes.remove_unused import RemoveUnused

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._decomp import decomposition_table
 
 from graphopt.backends.coreai.rules import forms, numbers, places, windows
 from graphopt.backends.coreai.rules.attention import attention
@@ -34,6 +33,7 @@ from graphopt.backends.decompositions.whole import Around, plain
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
 from graphopt.ir import op_info
+from graphopt.ir.torch_private import decomposition_table
 
 __all__ = ["RUNNING_SUMS", "converted_ops", "decompositions", "rewritten_ops"]
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 
-import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -12,6 +11,7 @@ from torch.utils import _pytree as pytree
 from graphopt.backends.coreai.decompose import converted_ops
 from graphopt.backends.data_sizes import has_data_size, place_of
 from graphopt.errors import LoweringError
+from graphopt.ir.torch_private import OpOverload
 
 __all__ = ["explain_failure", "refuse_impossible"]
 
@@ -69,6 +69,6 @@ def _reason(node: fx.Node, known: frozenset[str]) -> str:
         checks = name.startswith(("_assert", "sym_constrain"))
         if (target.startswith("prims.") or name not in known) and not checks:
             return "Core AI's converter has no such op, and it has no decomposition"
-    elif isinstance(node.target, torch._ops.OpOverload) and not target.startswith("coreai."):
+    elif isinstance(node.target, OpOverload) and not target.startswith("coreai."):
         return "Core AI's converter does not know the op; register a decomposition of it with torch"
     return ""

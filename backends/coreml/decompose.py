@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._decomp import decomposition_table
 from torch.export import ExportedProgram
 
 from graphopt.backends.coreml.legal_ops import Rules, composite, legal_ops, rules_by_use
 from graphopt.backends.coreml.translations import TRANSLATED
 from graphopt.backends.decompositions.products import grouped_mm
 from graphopt.errors import LoweringError
+from graphopt.ir.torch_private import core_aten_decompositions, decomposition_table
 
 __all__ = ["decompose_for_coreml", "rewritten_ops"]
 
@@ -80,7 +80,7 @@ def _where(node: fx.Node) -> str:
 @cache
 def _torchs_rules() -> Rules:
     """Torch's own rules for what coremltools does not know."""
-    table = decomposition_table | torch._decomp.core_aten_decompositions()
+    table = decomposition_table | core_aten_decompositions()
     return {op: rule for op, rule in table.items() if not _known(op)}
 
 

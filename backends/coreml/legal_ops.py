@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._decomp import decomposition_table
 
 from graphopt.analysis.quantized import quantized_ops
 from graphopt.backends.decompositions import (
@@ -33,6 +32,7 @@ from graphopt.backends.decompositions import (
     views,
 )
 from graphopt.backends.decompositions.whole import Around, plain
+from graphopt.ir.torch_private import OpOverload, decomposition_of_composite, decomposition_table
 
 __all__ = ["Rules", "composite", "legal_ops", "rules_by_use"]
 
@@ -302,10 +302,10 @@ def _overloads(name: str) -> list[Any]:
 
 def composite(op: Any) -> Callable[..., Any] | None:
     """Torch's own rule for a composite op, None for another."""
-    if not isinstance(op, torch._ops.OpOverload) or not op._can_decompose():
+    if not isinstance(op, OpOverload) or not op._can_decompose():
         return None
     # `op.decompose` would come back to the table that it is put into
-    rule: Callable[..., Any] = torch._export.utils._get_decomp_for_cia(op)
+    rule: Callable[..., Any] = decomposition_of_composite(op)
     return rule
 
 

@@ -8,8 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
-from torch._ops import OpOverload
 
 from graphopt.backends.decompositions import (
     comparisons,
@@ -29,6 +27,7 @@ from graphopt.backends.decompositions import (
 )
 from graphopt.backends.decompositions.whole import Around, plain
 from graphopt.backends.executorch import exact_ops
+from graphopt.ir.torch_private import OpOverload, decomposition_table
 
 __all__ = ["decompositions", "rewritten_ops"]
 

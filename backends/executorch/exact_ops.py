@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._decomp import decomposition_table
 
 from graphopt.backends.decompositions import pooling, products
+from graphopt.ir.torch_private import decomposition_table
 
 __all__ = ["average_volumes", "bilinear", "convolution", "exp2", "of_a_batch", "prelu", "remainder"]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import fx
-from torch._ops import OpOverload
 
 from graphopt.ir import op_info
 from graphopt.ir.op_info import OpInfo
+from graphopt.ir.torch_private import OpOverload
 
 __all__ = [
     "CLAMPS",

@@ -26,6 +26,7 @@ from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, InputGuards, holder_of
 from graphopt.ir.guards import by_signature, input_places
 from graphopt.ir.program import Program, Provenance, share_graph
+from graphopt.ir.torch_private import warn_of_untested
 
 __all__ = ["buffers_restored", "capture", "run_on_copies"]
 
@@ -73,6 +74,7 @@ def capture(
         raise InputError(
             f"cannot capture a {type(model).__name__}; give a module, an ExportedProgram or a .pt2"
         )
+    warn_of_untested()
     if example_inputs is None and not example_kwargs:
         raise InputError(f"example_inputs are needed to capture {type(model).__name__}")
     args = _as_args(example_inputs)

@@ -8,11 +8,11 @@ import re
 from typing import Any, NoReturn
 
 import torch
-from torch._ops import HigherOrderOperator, OpOverload
 
 from graphopt.audited import Limits, parse_json
 from graphopt.errors import InputError
 from graphopt.ir.conditions import is_shape_condition, is_symbol_expression
+from graphopt.ir.torch_private import HigherOrderOperator, OpOverload
 
 __all__ = ["check_payloads", "check_program"]
 

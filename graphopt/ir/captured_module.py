@@ -10,10 +10,10 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch._ops import HigherOrderOperator, OpOverload
 
 from graphopt.errors import InputError
 from graphopt.ir.conditions import condition_code, holds, is_shape_condition
+from graphopt.ir.torch_private import HigherOrderOperator, OpOverload
 
 __all__ = [
     "CapturedModule",

@@ -6,12 +6,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from graphopt.ir import op_info
 from graphopt.ir.annotations import note, record
 from graphopt.ir.captured_module import holder_of
 from graphopt.ir.records import ActivationRecord, TensorRecord
+from graphopt.ir.torch_private import FakeTensor, FakeTensorMode
 
 __all__ = ["Editor", "nodes_in", "operands"]
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.ir.torch_private import learnable_per_channel
 from graphopt.numerics.affine import Grid, dequantize, quantize
 
 __all__ = ["learned_round", "round_groups", "round_tensor"]
@@ -80,6 +81,6 @@ def learned_round(groups: Tensor, scale: Tensor, offset: Tensor | None, grid: Gr
     """Round [groups, elements] with scales that training moves (integer types only)."""
     zero = torch.zeros_like(scale) if offset is None else offset
     factor = 1.0 / math.sqrt(max(groups.shape[1] * grid.q_max, 1))
-    return torch._fake_quantize_learnable_per_channel_affine(
+    return learnable_per_channel(
         groups, scale, zero.detach().to(scale.dtype), 0, int(grid.q_min), int(grid.q_max), factor
     )

@@ -1,0 +1,96 @@
+"""The parts of torch without a public name that are used here, in the versions that the tests run with.
+
+Nothing else imports from a private module of torch. Where a later torch has moved a part, the error
+says which one, and which versions there are.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from graphopt.audited import module_of
+from graphopt.errors import MissingDependencyError, UntestedTorchVersionWarning
+
+if TYPE_CHECKING:
+    from torch._decomp import core_aten_decompositions, decomposition_table
+    from torch._export.utils import _get_decomp_for_cia as decomposition_of_composite
+    from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+    from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+
+    learnable_per_channel: Callable[..., torch.Tensor]
+
+__all__ = [
+    "TESTED",
+    "FakeTensor",
+    "FakeTensorMode",
+    "HigherOrderOperator",
+    "OpOverload",
+    "OpOverloadPacket",
+    "core_aten_decompositions",
+    "decomposition_of_composite",
+    "decomposition_table",
+    "learnable_per_channel",
+    "minor_version",
+    "part_of_torch",
+    "warn_of_untested",
+]
+
+TESTED = (
+    "2.13",
+    "2.13",
+)  # lowest and highest minor version that the whole of the tests passes with
+
+_PARTS = {
+    "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
+    "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
+    "HigherOrderOperator": ("torch._ops", "HigherOrderOperator"),
+    "OpOverload": ("torch._ops", "OpOverload"),
+    "OpOverloadPacket": ("torch._ops", "OpOverloadPacket"),
+    "core_aten_decompositions": ("torch._decomp", "core_aten_decompositions"),
+    "decomposition_of_composite": ("torch._export.utils", "_get_decomp_for_cia"),
+    "decomposition_table": ("torch._decomp", "decomposition_table"),
+    "learnable_per_channel": ("torch", "_fake_quantize_learnable_per_channel_affine"),
+}
+
+
+def part_of_torch(name: str, module: str, attribute: str) -> Any:
+    """A part of torch.
+
+    Args:
+        name: What it is called here.
+        module: Dotted name of its module.
+        attribute: Its name there.
+
+    Raises:
+        MissingDependencyError: This torch has no such part.
+    """
+    try:
+        return getattr(module_of(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise MissingDependencyError(
+            f"torch {torch.__version__} has no {module}.{attribute} ({name}), which graphopt needs;"
+            f" it is tested with torch {' to '.join(dict.fromkeys(TESTED))}: install one of these"
+        ) from error
+
+
+def minor_version(version: str) -> tuple[int, int]:
+    """First two numbers of a version, such as (2, 13)."""
+    major, minor = version.split(".")[:2]
+    return int(major), int("".join(digit for digit in minor if digit.isdigit()) or 0)
+
+
+def warn_of_untested(version: str = torch.__version__) -> None:
+    """Warn, once for each place of a call, where torch is newer than what the tests ran with."""
+    if minor_version(version) > minor_version(TESTED[1]):
+        warnings.warn(
+            f"torch {version} is newer than {TESTED[1]}, the newest that graphopt is tested with",
+            UntestedTorchVersionWarning,
+            stacklevel=3,
+        )
+
+
+globals().update({name: part_of_torch(name, *where) for name, where in _PARTS.items()})
