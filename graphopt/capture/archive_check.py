@@ -16,11 +16,10 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from graphopt.audited import Limits, parse_json, read_tensors
 from graphopt.capture.program_check import check_payloads, check_program
 from graphopt.errors import CaptureError, ConfigError, InputError
+from graphopt.ir.torch_private import ArchiveReader
 
 __all__ = ["check_archive", "is_trusted", "trusting"]
 
@@ -149,7 +148,7 @@ class _Archive:
         Where it reads nothing torch falls back on Python's.
         """
         with contextlib.suppress(RuntimeError):
-            self._reader = torch._C.PyTorchFileReader(str(self._path))
+            self._reader = ArchiveReader(str(self._path))
         if self._reader is not None and set(self._reader.get_all_records()) != set(self._members):
             raise InputError("its list of members can be read in two ways")
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
@@ -26,7 +25,7 @@ from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, InputGuards, holder_of
 from graphopt.ir.guards import by_signature, input_places
 from graphopt.ir.program import Program, Provenance, share_graph
-from graphopt.ir.torch_private import warn_of_untested
+from graphopt.ir.torch_private import symbolic_config, warn_of_untested
 
 __all__ = ["buffers_restored", "capture", "run_on_copies"]
 

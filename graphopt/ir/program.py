@@ -10,7 +10,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
-import torch.fx.experimental._config as symbolic_config
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
@@ -21,6 +20,7 @@ from graphopt.ir.captured_module import CapturedModule, InputGuards, KeptGraph
 from graphopt.ir.guards import by_signature, input_places
 from graphopt.ir.open_sizes import open_shapes, raised_ones
 from graphopt.ir.records import CompressionRecord
+from graphopt.ir.torch_private import symbolic_config
 
 __all__ = ["Program", "Provenance", "export_graph", "share_graph"]
 

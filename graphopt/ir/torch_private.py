@@ -16,15 +16,18 @@ from graphopt.audited import module_of
 from graphopt.errors import MissingDependencyError, UntestedTorchVersionWarning
 
 if TYPE_CHECKING:
+    from torch._C import PyTorchFileReader as ArchiveReader
     from torch._decomp import core_aten_decompositions, decomposition_table
     from torch._export.utils import _get_decomp_for_cia as decomposition_of_composite
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.fx.experimental import _config as symbolic_config
 
     learnable_per_channel: Callable[..., torch.Tensor]
 
 __all__ = [
     "TESTED",
+    "ArchiveReader",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
@@ -36,6 +39,7 @@ __all__ = [
     "learnable_per_channel",
     "minor_version",
     "part_of_torch",
+    "symbolic_config",
     "warn_of_untested",
 ]
 
@@ -45,6 +49,7 @@ TESTED = (
 )  # lowest and highest minor version that the whole of the tests passes with
 
 _PARTS = {
+    "ArchiveReader": ("torch._C", "PyTorchFileReader"),
     "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
     "HigherOrderOperator": ("torch._ops", "HigherOrderOperator"),
@@ -53,6 +58,7 @@ _PARTS = {
     "core_aten_decompositions": ("torch._decomp", "core_aten_decompositions"),
     "decomposition_of_composite": ("torch._export.utils", "_get_decomp_for_cia"),
     "decomposition_table": ("torch._decomp", "decomposition_table"),
+    "symbolic_config": ("torch.fx.experimental", "_config"),
     "learnable_per_channel": ("torch", "_fake_quantize_learnable_per_channel_affine"),
 }
 

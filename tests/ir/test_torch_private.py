@@ -32,7 +32,9 @@ def _names(tree: ast.AST) -> set[str]:
     return {
         name
         for name in found
-        if name.startswith("torch.") and any(part.startswith("_") for part in name.split("."))
+        if name.startswith("torch.")
+        and not name.startswith("torch.ops.")
+        and any(part.startswith("_") for part in name.split("."))
     }
 
 
