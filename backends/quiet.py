@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 
 from graphopt.capture.export_errors import without_warnings
+from graphopt.exclusive import exclusive
 
 __all__ = ["quiet", "silent"]
 
@@ -21,6 +22,7 @@ def quiet(logger_name: str) -> Iterator[None]:
     """Silence a library's prints, bars, warnings and log lines below errors; errors still raise."""
     sink = io.StringIO()
     with (
+        exclusive(),
         without_warnings(logger_name),
         contextlib.redirect_stderr(sink),
         contextlib.redirect_stdout(sink),
@@ -40,6 +42,11 @@ def silent() -> Iterator[Callable[[], str]]:
     Yields:
         A function that gives the text written so far.
     """
+    with exclusive():
+        yield from _silenced()
+
+
+def _silenced() -> Iterator[Callable[[], str]]:
     sys.stdout.flush()
     sys.stderr.flush()
     root = logging.getLogger()

@@ -25,6 +25,7 @@ from graphopt.backends.interface import named_inputs, output_names
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
 from graphopt.backends.verification import Evaluation
+from graphopt.exclusive import exclusively
 from graphopt.extras import require
 from graphopt.files import reserved
 from graphopt.ir.program import Program
@@ -58,6 +59,7 @@ class CoreAIArtifact(Artifact):
         self.ai_program = ai_program
 
     @override
+    @exclusively
     def _write(self, path: Path) -> None:
         # its writer ends the process where the disk is full
         reserved(path, self._most_bytes())
@@ -100,6 +102,7 @@ class CoreAIBackend(Backend):
         return (RaiseFromCoreAI(),)
 
     @override
+    @exclusively
     def lower(self, program: Program, **options: Any) -> CoreAIArtifact:
         """Convert a program with the shapes of its example.
 
@@ -127,6 +130,7 @@ class CoreAIBackend(Backend):
         return CoreAIArtifact(self, program, exported, ai_program, chosen)
 
     @override
+    @exclusively
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
         outputs = run_asset(path, named_inputs(program, *call))
         how = "ran the saved asset on the Core AI runtime"

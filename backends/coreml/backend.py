@@ -32,6 +32,7 @@ from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
 from graphopt.backends.verification import Evaluation
 from graphopt.errors import LoweringError
+from graphopt.exclusive import exclusively
 from graphopt.extras import require
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
@@ -61,6 +62,7 @@ class CoreMLArtifact(Artifact):
         self.model = model
 
     @override
+    @exclusively
     def _write(self, path: Path) -> None:
         with quiet("coremltools"):
             self.model.save(str(path))
@@ -95,6 +97,7 @@ class CoreMLBackend(Backend):
         return legal_passes()
 
     @override
+    @exclusively
     def lower(self, program: Program, **options: Any) -> CoreMLArtifact:
         """Convert a program with the shapes of its example.
 
@@ -138,5 +141,6 @@ class CoreMLBackend(Backend):
         return CoreMLArtifact(self, program, exported, model, chosen)
 
     @override
+    @exclusively
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
         return evaluate_package(path, program, call)

@@ -34,6 +34,7 @@ from graphopt.backends.options import TargetOptions
 from graphopt.backends.quiet import silent
 from graphopt.backends.verification import Evaluation
 from graphopt.errors import LoweringError
+from graphopt.exclusive import exclusively
 from graphopt.extras import require
 from graphopt.ir.annotations import notes_of
 from graphopt.ir.captured_module import CapturedModule
@@ -72,6 +73,7 @@ class ExecuTorchArtifact(Artifact):
         self.planned_memory = planned_memory
 
     @override
+    @exclusively
     def _write(self, path: Path) -> None:
         path.write_bytes(self.buffer)
 
@@ -126,6 +128,7 @@ class ExecuTorchBackend(Backend):
         return mine
 
     @override
+    @exclusively
     def lower(self, program: Program, **options: Any) -> ExecuTorchArtifact:
         """Convert a program with the shapes of its example.
 
@@ -195,6 +198,7 @@ class ExecuTorchBackend(Backend):
         return ExecuTorchArtifact(self, program, buffer, delegation, form.lowered, memory)
 
     @override
+    @exclusively
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
         planned = read_plan(path)
         others = {

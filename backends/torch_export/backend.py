@@ -20,6 +20,7 @@ from graphopt.backends.torch_export.options import TorchOptions
 from graphopt.backends.verification import Evaluation
 from graphopt.capture.archive_check import check_archive, is_trusted
 from graphopt.errors import VerificationError
+from graphopt.exclusive import exclusively
 from graphopt.ir.ops import STORAGE_BITS
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import RemoveUnused
@@ -48,6 +49,7 @@ class TorchArtifact(Artifact):
         self.exported = exported
 
     @override
+    @exclusively
     def _write(self, path: Path) -> None:
         plain = path.with_name(f".plain-{path.name}")
         try:
@@ -91,6 +93,7 @@ class TorchBackend(Backend):
         return ()
 
     @override
+    @exclusively
     def lower(self, program: Program, **options: Any) -> TorchArtifact:
         """Export a program.
 
@@ -119,6 +122,7 @@ class TorchBackend(Backend):
         return TorchArtifact(self, program, exported, chosen)
 
     @override
+    @exclusively
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
         try:
             if not is_trusted():

@@ -21,6 +21,7 @@ from graphopt.capture.export_errors import explain_export_error, without_warning
 from graphopt.capture.inference_form import dropout_kept, is_plain, to_inference_form
 from graphopt.capture.input_sizes import size_conditions, static_dims
 from graphopt.errors import CaptureError, GraphOptError, InputError
+from graphopt.exclusive import exclusively
 from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, InputGuards, holder_of
 from graphopt.ir.guards import by_signature, input_places
@@ -34,6 +35,7 @@ _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
 
 
+@exclusively
 def capture(
     model: nn.Module | ExportedProgram | str | Path,
     example_inputs: _Args | Tensor | None = None,

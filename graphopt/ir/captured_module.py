@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from graphopt.errors import InputError
+from graphopt.exclusive import exclusive
 from graphopt.ir.conditions import condition_code, holds, is_shape_condition
 from graphopt.ir.torch_private import HigherOrderOperator, OpOverload
 
@@ -94,7 +95,7 @@ class CapturedModule(fx.GraphModule):
     def __deepcopy__(self, memo: dict[int, Any]) -> CapturedModule:
         tree = nn.Module()
         memo[id(self)] = tree
-        with warnings.catch_warnings():
+        with exclusive(), warnings.catch_warnings():
             # torch's own tree specs warn about themselves when they are copied
             warnings.simplefilter("ignore", FutureWarning)
             tree.__dict__.update({k: copy.deepcopy(self.__dict__[k], memo) for k in _TREE})

@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import InputError
+from graphopt.exclusive import exclusively
 from graphopt.ir.annotations import record_of
 from graphopt.ir.captured_module import CapturedModule, InputGuards, KeptGraph
 from graphopt.ir.guards import by_signature, input_places
@@ -43,6 +44,7 @@ class Provenance:
     static_dims: tuple[str, ...] = ()
 
 
+@exclusively
 def export_graph(
     module: CapturedModule,
     args: tuple[Any, ...],

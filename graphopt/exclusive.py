@@ -1,0 +1,79 @@
+"""One thread at a time in what patches torch and converters for the whole process.
+
+torch.export, decompositions and the converters set flags, configs, filters of warnings and streams that
+all threads share. Whatever does so runs inside `exclusive`, which also gives the caller back what is
+the process's: random states, environment variables and warnings filters.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import random
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import ParamSpec, TypeVar
+
+import numpy as np
+import torch
+
+__all__ = ["exclusive", "exclusively"]
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+_lock = threading.RLock()
+_depth = 0  # of the thread that has the lock
+
+
+@contextmanager
+def exclusive() -> Iterator[None]:
+    """Wait for other threads; give the process's state back when the outermost block ends."""
+    global _depth
+    with _lock:
+        _depth += 1
+        try:
+            if _depth > 1:
+                yield
+            else:
+                with _kept():
+                    yield
+        finally:
+            _depth -= 1
+
+
+def exclusively(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """A function that runs inside `exclusive`."""
+
+    @functools.wraps(function)
+    def alone(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        with exclusive():
+            return function(*args, **kwargs)
+
+    return alone
+
+
+@contextmanager
+def _kept() -> Iterator[None]:
+    environment = dict(os.environ)
+    own, numbers, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
+    with warnings.catch_warnings():
+        try:
+            yield
+        finally:
+            random.setstate(own)
+            np.random.set_state(numbers)
+            torch.set_rng_state(tensors)
+            if devices is not None:
+                torch.cuda.set_rng_state_all(devices)
+            _restore(environment)
+
+
+def _restore(environment: dict[str, str]) -> None:
+    for name in [name for name in os.environ if name not in environment]:
+        del os.environ[name]
+    for name, value in environment.items():
+        if os.environ.get(name) != value:
+            os.environ[name] = value
