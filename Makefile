@@ -5,7 +5,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 TORCH ?= 2.13.0
 
-.PHONY: demo test test-integration test-slow coverage lint bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer clean
+TIME ?= 600
+
+.PHONY: demo test test-integration test-slow coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -22,6 +24,13 @@ test-slow: $(STAMP)
 # the first two tiers, with what they cover; the report's last line is the total
 coverage: $(STAMP)
 	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered $(ARGS)
+
+# random configs, files, pass pipelines and graphs for TIME seconds; what fails with a minimal reproduction
+fuzz: $(STAMP)
+	$(BIN)/python tests/fuzz/run.py --time $(TIME) $(ARGS)
+
+kills: $(STAMP)
+	$(BIN)/python tests/fuzz/kills.py $(ARGS)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ from graphopt.errors import (
     StateError,
     VerificationError,
 )
+from graphopt.exclusive import exclusively
 from graphopt.files import replaced
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
@@ -89,6 +90,7 @@ class Artifact(ABC):
                 f"{self.backend.name} could not write {path.suffix}: {type(error).__name__}: {error}"
             ) from error
 
+    @exclusively
     def save(
         self,
         path: str | Path,
@@ -183,6 +185,7 @@ class Artifact(ABC):
         args, kwargs = as_captured(self.program.graph_module, call)
         return self.backend.check(path, self.program, args, kwargs, precision=self.precision)
 
+    @exclusively
     def verify(self, *inputs: Any, **kwargs: Any) -> Verification:
         """Evaluate the saved artifact and compare it with the program in PyTorch.
 

@@ -15,6 +15,7 @@ from graphopt.backends import Artifact, load_backend
 from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.backends.registry import ExportBackend, target_of_suffix
 from graphopt.capture import capture
+from graphopt.exclusive import exclusively
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.neutral_form import neutral_form, with_neutral_form
 from graphopt.ir.program import Program, share_graph
@@ -24,6 +25,7 @@ from graphopt.passes.pass_manager import run_passes
 __all__ = ["as_program", "convert_for", "lower", "lower_by_suffix"]
 
 
+@exclusively
 def as_program(
     source: nn.Module | ExportedProgram | Program | str | Path,
     example_inputs: tuple[Any, ...] | Tensor | None = None,
@@ -52,6 +54,7 @@ def as_program(
     return program
 
 
+@exclusively
 def convert_for(program: Program, backend: ExportBackend | str) -> CapturedModule:
     """A module that holds the ops of a backend instead of ours, and keeps the program beside them.
 
@@ -67,6 +70,7 @@ def convert_for(program: Program, backend: ExportBackend | str) -> CapturedModul
     return with_neutral_form(converted.graph_module, program.graph_module)
 
 
+@exclusively
 def lower(
     model: nn.Module | ExportedProgram | Program | str | Path,
     backend: ExportBackend | str,

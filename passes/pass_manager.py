@@ -17,6 +17,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import InputError, PassError
+from graphopt.exclusive import exclusively
 from graphopt.ir.graph_text import graph_text
 from graphopt.ir.program import share_graph
 from graphopt.passes.pass_base import Pass, PassResult, missing_passes
@@ -136,6 +137,7 @@ class PassManager:
         """Run all passes; see `run`."""
         return PassResult(gm, self.run(gm).modified)
 
+    @exclusively
     def run(self, gm: fx.GraphModule) -> PassReport:
         """Run all passes on `gm`, in place.
 

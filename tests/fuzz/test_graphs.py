@@ -63,10 +63,10 @@ def test_artifacts_compute_what_their_programs_do(plan: Plan, kind: str, target:
             path = Path(folder) / f"m{suffix}"
             try:
                 program.save(path)
-            except VerificationError as error:
+            except VerificationError:
                 # refused rather than wrong, and yet to be looked at
                 with counted(f"lapse {target} {kind}"):
-                    raise error
+                    raise
             if target == "torch":
                 with torch.no_grad():
                     again = as_tuple(graphopt.capture(path).module()(x))

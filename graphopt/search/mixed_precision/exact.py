@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.exclusive import exclusively
 from graphopt.ir.program import Program
 from graphopt.run.batches import Batch
 from graphopt.run.partial_rerun import PartialRerun, RerunPlan
@@ -46,6 +47,7 @@ class Bench(CandidateGraph):
     batcher: CandidateBatcher
 
 
+@exclusively
 def make_bench(
     program: Program,
     header: Header,

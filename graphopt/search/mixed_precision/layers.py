@@ -20,6 +20,7 @@ from graphopt.capture import capture
 from graphopt.compressors.joint import compress
 from graphopt.config.selection import closest
 from graphopt.errors import CompressionError, ConfigError, InputError, LoweringError
+from graphopt.exclusive import exclusively
 from graphopt.numerics.parallel import map_tasks
 from graphopt.progress import track
 from graphopt.schemes import registry
@@ -87,6 +88,7 @@ def weights_of(gm: fx.GraphModule, threshold: int = 0) -> list[WeightTensor]:
     return sorted(weights, key=lambda weight: min(place[use.node] for use in weight.uses))
 
 
+@exclusively
 def find_layers(
     gm: fx.GraphModule,
     candidates: Sequence[Candidate],

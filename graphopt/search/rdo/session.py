@@ -17,6 +17,7 @@ from graphopt.analysis.value_facts import is_float
 from graphopt.backends.lowering import as_program
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.errors import CompressionError, ConfigError
+from graphopt.exclusive import exclusively
 from graphopt.ir.program import Program
 from graphopt.passes import (
     FoldBatchNorm,
@@ -102,6 +103,7 @@ class Session:
     curvature: Curvature
 
     @classmethod
+    @exclusively
     def open(
         cls,
         model: nn.Module | ExportedProgram | Program | str | Path,
