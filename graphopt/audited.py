@@ -337,8 +337,17 @@ def read_tensors(source: str | Path | IO[bytes]) -> Any:
 
 
 def read_arrays(path: Path) -> Any:
-    """An array of a .npy file, or a mapping of those of a .npz; objects are not read."""
-    return np.load(path, allow_pickle=False)
+    """An array of a .npy file, or a mapping of those of a .npz; objects are not read.
+
+    Raises:
+        InputError: It is none, or damaged.
+    """
+    try:
+        found = np.load(path, allow_pickle=False)
+        return found if isinstance(found, np.ndarray) else {name: found[name] for name in found}
+    except Exception as error:
+        # damage shows as errors of many kinds, deep in what unpacks
+        raise InputError(f"{path} cannot be read: {error}") from None
 
 
 def read_exported(source: str | Path | IO[bytes]) -> torch.export.ExportedProgram:

@@ -282,22 +282,20 @@ def read_data(path: Path, batch_size: int) -> list[Any]:
     Raises:
         InputError: The file cannot be read.
     """
+    data: Any = read_arrays(path) if path.suffix in (".npy", ".npz") else read_tensors(path)
     try:
-        if path.suffix in (".npy", ".npz"):
-            data: Any = read_arrays(path)
-        else:
-            data = read_tensors(path)
-    except Exception as error:
-        raise InputError(f"{path} cannot be read: {error}") from None
-    if isinstance(data, np.ndarray):
-        data = torch.from_numpy(data)
-    if isinstance(data, Tensor):
-        return list(data.split(batch_size))
+        if isinstance(data, np.ndarray):
+            data = torch.from_numpy(data)
+        if isinstance(data, Tensor):
+            return list(data.split(batch_size))
+        if isinstance(data, Mapping):
+            parts = {name: torch.as_tensor(data[name]).split(batch_size) for name in data}
+            calls = zip(*parts.values(), strict=True)
+            return [dict(zip(parts, batch, strict=True)) for batch in calls]
+    except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        raise InputError(f"{path} holds no inputs that can be cut into calls: {error}") from None
     if isinstance(data, list) and data:
         return data
-    if isinstance(data, Mapping):
-        parts = {name: torch.as_tensor(data[name]).split(batch_size) for name in data}
-        return [dict(zip(parts, batch, strict=True)) for batch in zip(*parts.values(), strict=True)]
     raise InputError(f"{path}: expected a tensor or a list of calls, got {type(data).__name__}")
 
 
