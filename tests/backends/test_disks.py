@@ -20,8 +20,8 @@ from graphopt.errors import ArtifactExistsError, OutputError
 TARGETS = [
     pytest.param("torch", ".pt2"),
     pytest.param("coreai", ".aimodel", marks=[pytest.mark.coreai, pytest.mark.integration]),
-    pytest.param("coreml", ".mlpackage", marks=[pytest.mark.coreml, pytest.mark.integration]),
-    pytest.param("executorch", ".pte", marks=[pytest.mark.executorch, pytest.mark.integration]),
+    pytest.param("coreml", ".mlpackage", marks=[pytest.mark.coreml, pytest.mark.slow]),
+    pytest.param("executorch", ".pte", marks=[pytest.mark.executorch, pytest.mark.slow]),
 ]
 
 

@@ -274,6 +274,7 @@ class Everything(nn.Module):
         return {"kept": nn.functional.gelu(kept, approximate="tanh"), "a": ahead, "c": chosen}
 
 
+@pytest.mark.slow
 def test_what_torch_saves_of_honest_models_is_read(tmp_path: Path) -> None:
     x, scale = torch.randn(2, 6, 4), torch.ones(())
     auto = torch.export.Dim.AUTO

@@ -40,7 +40,7 @@ USE = StateUse(
 
 
 @pytest.mark.parametrize("name", KINDS)
-@budget(60)
+@budget(25)
 @given(data=st.data())
 def test_configs_are_read_and_come_back_or_are_refused(name: str, data: st.DataObject) -> None:
     values = data.draw(broken(TEMPLATES[name]))
@@ -53,7 +53,7 @@ def test_configs_are_read_and_come_back_or_are_refused(name: str, data: st.DataO
         Selector(config).select(USE)
 
 
-@budget(60)
+@budget(25)
 @given(values=broken({name: TEMPLATES[name] for name in KINDS}))
 def test_joint_configs_are_read_or_refused(values: Any) -> None:
     with counted("config joint"):
@@ -62,7 +62,7 @@ def test_joint_configs_are_read_or_refused(values: Any) -> None:
         assert JointConfig.from_dict(again) == config
 
 
-@budget(60)
+@budget(25)
 @given(values=broken(TEMPLATES["rdo"]))
 def test_rdo_configs_are_read_and_come_back_or_are_refused(values: Any) -> None:
     with counted("config rdo"):
@@ -71,7 +71,7 @@ def test_rdo_configs_are_read_and_come_back_or_are_refused(values: Any) -> None:
         assert again.model_dump() == config.model_dump()
 
 
-@budget(60)
+@budget(25)
 @given(
     text=st.text(max_size=200) | odd_values().map(lambda value: yaml.dump(value)), flip=st.data()
 )
@@ -88,7 +88,7 @@ def test_texts_are_read_or_refused(text: str, flip: st.DataObject) -> None:
             read(io.StringIO(text))
 
 
-@budget(60)
+@budget(25)
 @given(values=odd_values())
 def test_candidates_are_read_or_refused(values: Any) -> None:
     with counted("candidates"), contextlib.suppress(GraphOptError):
@@ -97,7 +97,7 @@ def test_candidates_are_read_or_refused(values: Any) -> None:
             assert type(candidate).from_dict(candidate.name, plain) == candidate
 
 
-@budget(60)
+@budget(25)
 @given(
     kind=st.sampled_from([RecipeOptions, SweepOptions, CompressOptions]),
     values=st.dictionaries(

@@ -86,7 +86,7 @@ def stored(content: bytes, suffix: str) -> Path:
     return path
 
 
-@budget(40, share=0.5)
+@budget(10, share=0.5)
 @given(data=st.data(), compressed=st.booleans())
 def test_programs_compute_what_they_did_or_are_refused(
     data: st.DataObject, compressed: bool
@@ -104,7 +104,7 @@ def whole(seed: int, compressed: bool) -> Any:
     return graphopt.capture(stored(archive(seed, compressed), f"-{seed}.pt2"))
 
 
-@budget(30, share=0.3)
+@budget(8, share=0.3)
 @given(data=st.data(), seed=st.integers(0, 2**32))
 def test_programs_of_exchanged_values_load_or_are_refused(data: st.DataObject, seed: int) -> None:
     """Texts inside are changed with right checksums, as one who means harm would do."""
@@ -216,7 +216,7 @@ def data_file(suffix: str) -> bytes:
     return path.read_bytes()
 
 
-@budget(80)
+@budget(30)
 @given(data=st.data(), kind=st.sampled_from(sorted(READERS)))
 def test_files_of_data_and_results_are_read_or_refused(data: st.DataObject, kind: str) -> None:
     whole_file, other, suffix, read = READERS[kind]

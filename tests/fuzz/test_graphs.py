@@ -38,7 +38,7 @@ def near(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one.float(), other.float(), rtol=0, atol=tolerance * max(scale, 1e-6))
 
 
-@budget(4)
+@budget(3)
 @given(plan=nets(), kind=st.sampled_from(COMPRESSIONS), target=st.sampled_from(CHOSEN))
 def test_artifacts_compute_what_their_programs_do(plan: Plan, kind: str, target: str) -> None:
     suffix, package = TARGETS[target]

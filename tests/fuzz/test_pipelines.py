@@ -46,7 +46,7 @@ def passes() -> list[Pass]:
     ]
 
 
-@budget(6, share=0.3)
+@budget(3, share=0.3)
 @given(plan=nets(4), order=st.lists(st.integers(0, 10), min_size=1, max_size=8))
 def test_passes_in_any_legal_order_keep_what_they_say(plan: Plan, order: list[int]) -> None:
     known = passes()
@@ -62,7 +62,7 @@ def test_passes_in_any_legal_order_keep_what_they_say(plan: Plan, order: list[in
             raise AssertionError(f"{[each.name for each in pipeline.passes]}: {error}") from error
 
 
-@budget(3, share=0.1)
+@budget(2, share=0.1)
 @given(plan=nets(4), kind=st.sampled_from(COMPRESSIONS))
 def test_whole_flows_keep_what_they_say(plan: Plan, kind: str) -> None:
     torch.manual_seed(plan.seed)
