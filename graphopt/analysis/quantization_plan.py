@@ -9,23 +9,32 @@ equals the earliest in the graph; every other is reported.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Set
+from dataclasses import replace
 from typing import Any, cast
 
 import networkx as nx
 from torch import Tensor, fx
 
+from graphopt.analysis.activation_plan import (
+    ActivationPlan,
+    Match,
+    PlannedValue,
+    Request,
+    overruled,
+)
 from graphopt.analysis.value_facts import (
     attention_scores,
     data_values,
     entering_values,
+    hands_on,
     inside_norm,
     is_float,
     is_pooling,
     leaving_values,
     norm_behind,
     only_user,
+    read_by_norms,
     with_known_range,
 )
 from graphopt.config.selection import ModuleFrame, OpUse, Selection, Selector
@@ -43,63 +52,6 @@ from graphopt.specs import (
 )
 
 __all__ = ["ActivationPlan", "Match", "plan_activations"]
-
-
-@dataclass(frozen=True)
-class Match:
-    """An op with what is computed together with it.
-
-    Attributes:
-        node: The op.
-        info: What it is.
-        output: The node that gives the result: the op, its batch norm's item, or its activation.
-        norm: The batch norm behind it, if any.
-        use: How configs see it.
-    """
-
-    node: fx.Node
-    info: OpInfo
-    output: fx.Node
-    norm: fx.Node | None
-    use: OpUse
-
-
-@dataclass(frozen=True)
-class _Request:
-    spec: QuantizationSpec
-    rank: tuple[int, int]
-    path: str
-    order: int
-
-
-@dataclass
-class _Value:
-    output: _Request | None = None
-    inputs: dict[tuple[fx.Node, int], _Request] = field(default_factory=dict)
-    derived: bool = False  # only hands on the scale of another value
-
-    def requests(self) -> list[_Request]:
-        own = [] if self.output is None or self.derived else [self.output]
-        return [*own, *self.inputs.values()]
-
-
-@dataclass(frozen=True)
-class ActivationPlan:
-    """Where activations are quantized.
-
-    Attributes:
-        outputs: Node → its point, for all users.
-        inputs: (node, operand position) → the point of that operand for that node alone.
-        matches: Ops that were considered.
-        floats: (node, op type, why) of computing ops that stay in float at some end.
-        remarks: Requests that another overruled.
-    """
-
-    outputs: dict[fx.Node, ActivationPoint]
-    inputs: dict[tuple[fx.Node, int], ActivationPoint]
-    matches: tuple[Match, ...]
-    floats: tuple[tuple[str, str, str], ...]
-    remarks: tuple[str, ...]
 
 
 def plan_activations(
@@ -128,7 +80,8 @@ class _Planner:
         self.order = {node: place for place, node in enumerate(gm.graph.nodes)}
         self.data = data_values(gm)
         self.scores = attention_scores(gm)
-        self.values: dict[fx.Node, _Value] = {}
+        self.normed = read_by_norms(gm, self.data)
+        self.values: dict[fx.Node, PlannedValue] = {}
         self.sharing: nx.Graph[fx.Node] = nx.Graph()
         self.floats: list[tuple[str, str, str]] = []
         self.matches: list[Match] = []
@@ -173,6 +126,8 @@ class _Planner:
         wanted = out.spec if info.quantizes_output or out.named_op else None
         if node in self.scores and not named:
             self._note_float(match, "attention scores, which a softmax reads")
+        elif match.output in self.normed and not out.named_op:
+            self._note_float(match, f"result: {self._only_normed(match)}")
         elif wanted is not None and is_float(match.output):
             self._request_output(match.output, out)
             shared.append(match.output)
@@ -239,7 +194,12 @@ class _Planner:
             return f"part of {match.use.frames[-1].type.rpartition('.')[2]}"
         if node in self.scores and match.info.attention != "product":
             return "attention scores, which a softmax reads"
+        if match.output in self.normed and hands_on(node, match.info, self.data):
+            return self._only_normed(match)
         return ""
+
+    def _only_normed(self, match: Match) -> str:
+        return f"only {self.normed[match.output]} reads it, which computes in float"
 
     def _pass_on(self, node: fx.Node, names: tuple[str, ...]) -> None:
         source = node.args[0]
@@ -258,19 +218,19 @@ class _Planner:
             return
         if isinstance(value, Tensor) and not is_float(node):
             return
-        self.values[node] = _Value(known.output, derived=True)
+        self.values[node] = PlannedValue(known.output, derived=True)
         self.sharing.add_edge(source, node)
 
     def _request_output(self, node: fx.Node, selection: Selection) -> None:
-        self.values.setdefault(node, _Value()).output = self._request(node, selection)
+        self.values.setdefault(node, PlannedValue()).output = self._request(node, selection)
 
     def _request_input(
         self, operand: fx.Node, node: fx.Node, position: int, selection: Selection
     ) -> None:
-        value = self.values.setdefault(operand, _Value())
+        value = self.values.setdefault(operand, PlannedValue())
         value.inputs[node, position] = self._request(node, selection)
 
-    def _request(self, node: fx.Node, selection: Selection) -> _Request:
+    def _request(self, node: fx.Node, selection: Selection) -> Request:
         # a quantization config holds no other specs
         spec = cast("QuantizationSpec", selection.spec)
         granularity = spec.granularity
@@ -284,7 +244,7 @@ class _Planner:
         if grid_of(spec).is_float and not isinstance(granularity, PerTensorGranularity):
             raise ConfigError(f"{selection.path}: float activations have one scale per tensor")
         order = self.order[node]
-        return _Request(spec, selection.rank, selection.path, order)
+        return Request(spec, selection.rank, selection.path, order)
 
     def _note_float(self, match: Match, reason: str) -> None:
         if match.info.scales is Scales.COMPUTE or match.info.scales is Scales.SHARE:
@@ -311,7 +271,7 @@ class _Planner:
             entering = entering_values(inside, self.data)
             for index, (operand, places) in enumerate(entering.items()):
                 selection = self._boundary_spec(path, slots, index)
-                value = self.values.setdefault(operand, _Value())
+                value = self.values.setdefault(operand, PlannedValue())
                 for node, position in places:
                     if selection is None:
                         value.inputs.pop((node, position), None)
@@ -322,7 +282,7 @@ class _Planner:
             leaving = leaving_values(inside, self.data)
             for index, node in enumerate(leaving):
                 selection = self._boundary_spec(path, slots, index)
-                value = self.values.setdefault(node, _Value())
+                value = self.values.setdefault(node, PlannedValue())
                 if selection is None:
                     value.output = None
                 elif selection.spec is not None:
@@ -360,7 +320,7 @@ class _Planner:
             if not requests:
                 continue  # views of a value that a module boundary has switched off
             chosen = max(requests, key=lambda request: (request.rank, -request.order))
-            remarks += _overruled(group[0].name, chosen, requests)
+            remarks += overruled(group[0].name, chosen, requests)
             spec = with_known_range(chosen.spec, [n for n in group if not wanted[n].derived])
             point = ActivationPoint(group[0].name, spec, chosen.path)
             for node in group:
@@ -369,22 +329,30 @@ class _Planner:
                     outputs[node] = replace(point, derived=value.derived)
                 else:
                     inputs.update(dict.fromkeys(value.inputs, point))
-        floats = tuple(dict.fromkeys(self.floats))
+        rounded = outputs.keys() | {operands(node)[place] for node, place in inputs}
+        floats = tuple(dict.fromkeys((*self.floats, *self._left_over(outputs.keys(), rounded))))
         return ActivationPlan(outputs, inputs, tuple(self.matches), floats, tuple(remarks))
 
+    def _left_over(
+        self, whole: Set[fx.Node], rounded: Set[fx.Node]
+    ) -> Iterator[tuple[str, str, str]]:
+        """Why values stay in float that no computing op has spoken of."""
+        known = {name for name, _, _ in self.floats}
+        for node in self.gm.graph.nodes:
+            if node.op != "call_function" or node not in self.data or not is_float(node):
+                continue
+            if node in whole or node.name in known:
+                continue
+            info = op_info.info_of(node)
+            names = op_info.op_names(node)
+            if info is not None and info.scales is Scales.FLOAT:
+                yield node.name, names[0], self._why_float_op(node, node in rounded)
+            elif node not in rounded:
+                yield node.name, names[0], "no op that computes with integers reads it"
 
-def _overruled(name: str, chosen: _Request, requests: list[_Request]) -> Iterator[str]:
-    seen = {chosen.spec}
-    for request in requests:
-        if request.spec in seen:
-            continue
-        seen.add(request.spec)
-        yield (
-            f"{name}: {request.path} asks for {_short(request.spec)}, but {chosen.path} holds for all that"
-            f" share its scale ({_short(chosen.spec)})"
-        )
-
-
-def _short(spec: QuantizationSpec) -> str:
-    dtype = str(spec.dtype).removeprefix("torch.")
-    return f"{dtype} {spec.qscheme.value} {spec.granularity.type}"
+    def _why_float_op(self, node: fx.Node, rounded: bool) -> str:
+        if rounded:
+            return "computed in float, and rounded for the readers that are listed with its scale"
+        if node in self.normed:
+            return f"only {self.normed[node]} reads it, which computes in float"
+        return "left in float unless a config names it"

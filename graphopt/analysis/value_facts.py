@@ -11,7 +11,8 @@ from graphopt.config.selection import ModuleFrame
 from graphopt.ir import op_info
 from graphopt.ir.captured_module import holder_of
 from graphopt.ir.editor import operands
-from graphopt.ir.op_info import Scales
+from graphopt.ir.module_frames import module_frames
+from graphopt.ir.op_info import OpInfo, Scales
 from graphopt.numerics.affine import grid_of
 from graphopt.specs import QuantizationScheme, QuantizationSpec
 
@@ -20,12 +21,14 @@ __all__ = [
     "bounded_below",
     "data_values",
     "entering_values",
+    "hands_on",
     "inside_norm",
     "is_float",
     "is_pooling",
     "leaving_values",
     "norm_behind",
     "only_user",
+    "read_by_norms",
     "with_known_range",
 ]
 
@@ -122,6 +125,61 @@ def is_pooling(mean: fx.Node) -> bool:
 def inside_norm(frames: tuple[ModuleFrame, ...]) -> bool:
     """Whether the innermost module is a normalisation by its name."""
     return bool(frames) and "norm" in frames[-1].type.rpartition(".")[2].lower()
+
+
+def read_by_norms(gm: fx.GraphModule, data: set[fx.Node]) -> dict[fx.Node, str]:
+    """Values whose readers all end in a norm that is computed in float.
+
+    Between the value and the norm may stand what computes nothing in integers: sums, averages,
+    views, joins, dropouts, casts, and products with a constant. A batch norm is no such norm: with
+    its stored statistics it is a scale and a shift, which the convolution before it takes up.
+
+    Args:
+        gm: The graph.
+        data: From `data_values`.
+
+    Returns:
+        Value → name of the norm's op, or of the type of its module.
+    """
+    ends: dict[fx.Node, str] = {}
+    for node in reversed(gm.graph.nodes):
+        readers = [user for user in node.users if not _asks(user)]
+        found = [_norm_over(node, user, ends, data) for user in readers]
+        if found and all(found):
+            ends[node] = found[0]
+    return ends
+
+
+def _asks(node: fx.Node) -> bool:
+    info = op_info.info_of(node)
+    return info is not None and (info.shape_query or info.check is not None)
+
+
+def _norm_over(node: fx.Node, user: fx.Node, ends: dict[fx.Node, str], data: set[fx.Node]) -> str:
+    """The norm in which a reader of a value ends, or ""."""
+    if user.target is operator.getitem:
+        return ends.get(user, "")
+    info = op_info.info_of(user)
+    if info is None:
+        return ""
+    if info.norm is not None and info.batch_norm is None:
+        return info.names[0] if user.args[0] is node else ""
+    frames = module_frames(user)
+    kind = frames[-1].type.rpartition(".")[2] if frames else ""
+    if inside_norm(frames) and "batch" not in kind.lower() and (info.arithmetic or info.cast):
+        return kind
+    return ends.get(user, "") if hands_on(user, info, data) else ""
+
+
+def hands_on(node: fx.Node, info: OpInfo, data: set[fx.Node]) -> bool:
+    """Whether an op's values are sums, averages, places or multiples of what it reads."""
+    if info.sums or info.averages or info.view is not None or info.cast or info.dropout:
+        return True
+    if info.scales is Scales.PASS:
+        return info.activation is None
+    if info.both_data:
+        return info.arithmetic and sum(operand in data for operand in operands(node)) == 1
+    return info.scales is Scales.SHARE
 
 
 def bounded_below(node: fx.Node) -> bool:

@@ -76,6 +76,7 @@ class ActivationRecord:
         status: Whether they are quantized.
         detail: Element type and scheme, or why not.
         path: Config path that decided.
+        why: Which ops ask for the rounding; "" where it is not rounded.
         scale: The scale, None before calibration or where there are several.
         offset: Zero point, or fractional offset (MINVAL).
         low: Lower end of the observed range.
@@ -88,6 +89,7 @@ class ActivationRecord:
     status: Literal["quantized", "float"]
     detail: str = ""
     path: str = ""
+    why: str = ""
     scale: float | None = None
     offset: float | None = None
     low: float | None = None

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from graphopt.analysis.activation_places import places_of
 from graphopt.errors import CalibrationError, LoweringError
+from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.records import ActivationRecord
 from graphopt.prepared import ActivationQuantizer
@@ -48,8 +49,15 @@ def activation_records(
 ) -> Iterator[ActivationRecord]:
     """One record per activation scale, in the order of the graph."""
     values: dict[str, list[str]] = {}
-    for point, operand, _ in places_of(annotated):
+    reasons: dict[str, list[str]] = {}
+    for point, operand, users in places_of(annotated):
         values.setdefault(point.group, []).append(operand.name)
+        if users is not None:
+            readers = dict.fromkeys(node.name for node, _ in users)
+            reasons.setdefault(point.group, []).append(f"read by {', '.join(readers)}")
+        elif not point.derived:
+            kind = op_info.op_names(operand)[0] if operand.op == "call_function" else operand.op
+            reasons.setdefault(point.group, []).append(f"result of {kind}")
     for quantizer in parts_of(prepared, ActivationQuantizer):
         name = quantizer.origin.name
         dtype = str(quantizer.spec.dtype).removeprefix("torch.")
@@ -63,6 +71,7 @@ def activation_records(
             status="quantized" if bool(quantizer.known) else "float",
             detail=detail if bool(quantizer.known) else "no usable range",
             path=quantizer.origin.path,
+            why="; ".join(dict.fromkeys(reasons.get(name, ()))),
             scale=None if scale is None else float(scale),
             offset=None if scale is None else (0.0 if offset is None else float(offset)),
             low=None if low is None else float(low),

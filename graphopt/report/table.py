@@ -62,20 +62,19 @@ class CompressionTable(CompressionRecord):
     def activation_table(self) -> Table:
         """The activations, for printing."""
         table = Table(title="activations")
-        for heading in ("values", "type", "range", "scale", "offset", "seen", "decided by"):
+        for heading in ("values", "type", "range", "scale", "offset", "seen", "why", "decided by"):
             table.add_column(heading, overflow="fold")
         for record in self.activations:
             if record.status == "float":
-                table.add_row(record.name, "float", "", "", "", "", record.detail)
+                table.add_row(record.name, "float", "", "", "", "", record.detail, record.path)
                 continue
             known = record.low is not None and record.high is not None
             reach = f"[{record.low:.4g}, {record.high:.4g}]" if known else ""
             scale = "" if record.scale is None else f"{record.scale:.4g}"
             offset = "" if record.offset is None else f"{record.offset:g}"
             values = ", ".join(record.nodes)
-            table.add_row(
-                values, record.detail, reach, scale, offset, str(record.seen), record.path
-            )
+            about = (record.detail, reach, scale, offset, str(record.seen))
+            table.add_row(values, *about, record.why, record.path)
         return table
 
     def __rich__(self) -> Table:
