@@ -34,6 +34,7 @@ from graphopt.passes.insert_pruners import InsertPruners
 from graphopt.passes.insert_taps import InsertTaps
 from graphopt.passes.integers_to_tables import IntegersToTables
 from graphopt.passes.load_state import LoadState
+from graphopt.passes.migrate_scales import MigrateScales
 from graphopt.passes.palettize_weights import PalettizeWeights
 from graphopt.passes.prune_weights import PruneWeights
 from graphopt.passes.reestimate_batchnorm import ReestimateBatchNorm
@@ -69,6 +70,7 @@ __all__ = [
     "IntegersToTables",
     "KeepReference",
     "LoadState",
+    "MigrateScales",
     "PalettizeWeights",
     "PruneWeights",
     "RaiseToVocabulary",

@@ -25,6 +25,7 @@ from graphopt.passes import (
     FoldComputedWeights,
     ForgetReference,
     KeepReference,
+    MigrateScales,
     PalettizeWeights,
     PruneWeights,
     RemoveUnused,
@@ -121,8 +122,10 @@ def _integers(
     fused = None
     if how.backend is not None:
         fused = load_backend(how.backend).capabilities.fused_activations
+    migrated = [MigrateScales(inputs)] if config.migrate_scales else []
     return [
         AnnotateQuantization(config, how.on_unmatched, fused),
+        *migrated,
         CalibrateActivations(inputs, how.on_unobserved, how.progress),
         FoldBatchNorm(),
         ConvertQuantization(),

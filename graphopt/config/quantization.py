@@ -108,6 +108,8 @@ class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):
         preserved_attributes: Without effect here: captured programs keep what they use.
         execution_mode: Without effect here: the engine is graph-based.
         kv_cache_quant_configs: Cache-update op → its quantization.
+        migrate_scales: Whether ranges of channels may move from activations to weights, exactly in
+            float (`graphopt.passes.MigrateScales`), where there are calibration data.
     """
 
     root_key: ClassVar[str] = "quantization_config"
@@ -121,6 +123,7 @@ class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):
     preserved_attributes: list[str] | None = None
     execution_mode: ExecutionMode = ExecutionMode.GRAPH
     kv_cache_quant_configs: dict[str, KVCacheQuantConfig] | None = None
+    migrate_scales: bool = True
 
     @classmethod
     def default_global_config(cls) -> ModuleQuantizerConfig:

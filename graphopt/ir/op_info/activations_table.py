@@ -13,7 +13,7 @@ ACTIVATION_OPS: tuple[OpInfo, ...] = (
     OpInfo(
         ("relu",),
         aten("relu"),
-        activation=Activation(0.0),
+        activation=Activation(0.0, homogeneous=True),
         scales=Scales.PASS,
         fresh=True,
         in_place=aten("relu_")[0],
@@ -39,7 +39,7 @@ ACTIVATION_OPS: tuple[OpInfo, ...] = (
         OpInfo(
             (name,),
             aten(name),
-            activation=Activation(low),
+            activation=Activation(low, homogeneous=name == "leaky_relu"),
             scales=Scales.FLOAT,
             kept_whole=whole,
         )

@@ -123,18 +123,27 @@ class Activation:
     Attributes:
         low: Its smallest value, None where it has none.
         bounds_from: Place of its smallest value, where that is an argument.
+        homogeneous: Whether f(s·x) = s·f(x) for s > 0.
     """
 
     low: float | None = None
     bounds_from: int | None = None
+    homogeneous: bool = False
 
 
 @dataclass(frozen=True)
 class NormArguments:
-    """Places of what a norm multiplies by and adds; None where it has no such argument."""
+    """Places of what a norm multiplies by and adds; None where it has no such argument.
+
+    Attributes:
+        gain: Place of the gain.
+        shift: Place of the shift.
+        axis: Axis of the channels that they count.
+    """
 
     gain: int | None
     shift: int | None = None
+    axis: int = -1
 
 
 @dataclass(frozen=True)

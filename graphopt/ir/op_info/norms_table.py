@@ -19,14 +19,14 @@ NORM_OPS: tuple[OpInfo, ...] = (
     OpInfo(
         ("batch_norm",),
         (BATCH_NORM,),
-        norm=NormArguments(1, 2),
+        norm=NormArguments(1, 2, axis=1),
         batch_norm=BatchNormArguments(5, 6, gives_tuple=True),
         fresh=True,
     ),
     OpInfo(
         ("batch_norm",),
         aten("batch_norm"),
-        norm=NormArguments(1, 2),
+        norm=NormArguments(1, 2, axis=1),
         batch_norm=BatchNormArguments(6, 7, training=5),
         training=5,
         kept_whole=True,
@@ -41,13 +41,21 @@ NORM_OPS: tuple[OpInfo, ...] = (
     OpInfo(
         ("layer_norm",), aten("native_layer_norm"), scales=Scales.FLOAT, norm=NormArguments(2, 3)
     ),
-    OpInfo(("group_norm",), aten("group_norm"), scales=Scales.FLOAT, norm=NormArguments(2, 3)),
     OpInfo(
-        ("group_norm",), aten("native_group_norm"), scales=Scales.FLOAT, norm=NormArguments(1, 2)
+        ("group_norm",), aten("group_norm"), scales=Scales.FLOAT, norm=NormArguments(2, 3, axis=1)
+    ),
+    OpInfo(
+        ("group_norm",),
+        aten("native_group_norm"),
+        scales=Scales.FLOAT,
+        norm=NormArguments(1, 2, axis=1),
     ),
     OpInfo(("rms_norm",), aten("rms_norm"), scales=Scales.FLOAT, norm=NormArguments(2)),
     OpInfo(
-        ("instance_norm",), aten("instance_norm"), scales=Scales.FLOAT, norm=NormArguments(1, 2)
+        ("instance_norm",),
+        aten("instance_norm"),
+        scales=Scales.FLOAT,
+        norm=NormArguments(1, 2, axis=1),
     ),
     *(
         OpInfo((name,), aten(f"{name} {name}_"), dropout=True, training=2, kept_whole=True)

@@ -1,0 +1,266 @@
+"""Which scales and shifts of channels make rounding cheapest where a value is read.
+
+For a value x with channels c the graph computes `z = (x − δ) / s` instead, and its readers
+`W·diag(s)·z + (b + W·δ)`. δ is the middle of each channel's range (Wei et al., Outlier Suppression+,
+arXiv 2304.09145, section 4.1); s is `max|x − δ|^α / max|W|^(1 − α)` (Xiao et al., SmoothQuant, arXiv
+2211.10438, equation 4), which for α = ½ is the equalization of two layers (Nagel et al., Data-free
+quantization, arXiv 1906.04721, equation 11). α is that of the least error at the outputs of all
+readers, with rounded values and rounded weights, none among the candidates.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, fx
+
+from graphopt.analysis.matrix_form import WeightUse
+from graphopt.analysis.migration_sites import Reader, Site
+from graphopt.ir.annotations import quantization_annotation
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
+from graphopt.observers import observer_of
+from graphopt.run.batches import Batch
+from graphopt.run.interpreter import Interpreter, constant_value
+from graphopt.schemes.quantize import plan_blocks, quantize_weight
+from graphopt.specs import QuantizationSpec
+
+__all__ = ["Factors", "choose_factors", "column_factors", "observe_sites", "trust"]
+
+_STRENGTHS = (0.5, 0.75, 1.0)
+_ROWS = 1024  # positions of a linear layer's inputs that errors are measured on
+_ELEMENTS = 1 << 20  # elements of a convolution's inputs that errors are measured on
+_FLOOR = 1e-2  # of the mean range: what a channel that was hardly seen counts
+_GAIN = 0.95  # a change must take this share off the error
+ENOUGH = 16  # samples from which on the data are trusted in full
+
+
+@dataclass(frozen=True)
+class Factors:
+    """What becomes of a site.
+
+    Attributes:
+        scale: s of each channel, float32.
+        shift: δ of each channel, or None.
+        error: Relative squared error at the readers' outputs.
+        before: That without any change.
+        strength: α.
+    """
+
+    scale: Tensor
+    shift: Tensor | None
+    error: float
+    before: float
+    strength: float
+
+
+@dataclass
+class Observation:
+    """What was seen of a site.
+
+    Attributes:
+        low: Smallest value of each channel.
+        high: Largest.
+        samples: Some of each reader's operand, by its node.
+        count: Samples that were seen in all.
+    """
+
+    low: Tensor
+    high: Tensor
+    samples: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
+    count: int = 0
+
+
+def trust(samples: int) -> float:
+    """How far to go on the word of few samples: 0 for one, 1 from `ENOUGH` on."""
+    return min(1.0, math.log2(max(samples, 1)) / math.log2(ENOUGH))
+
+
+def observe_sites(
+    gm: CapturedModule, sites: Sequence[Site], batches: Sequence[Batch]
+) -> list[Observation]:
+    """Ranges of every site's channels, and samples of what its readers read, in one run."""
+    interpreter = Interpreter(gm)
+    seen = [
+        Observation(torch.full((s.channels,), torch.inf), torch.full((s.channels,), -torch.inf))
+        for s in sites
+    ]
+    hooks: dict[fx.Node, list[tuple[Observation, Reader]]] = {}
+    for site, observation in zip(sites, seen, strict=True):
+        for reader in site.readers:
+            known = hooks.setdefault(reader.operand, [])
+            if all(other is not observation for other, _ in known):
+                known.append((observation, reader))
+
+    def watch(node: fx.Node, value: Tensor) -> Tensor:
+        for observation, reader in hooks[node]:
+            _take(observation, reader, value.detach(), len(batches))
+        return value
+
+    behind = {node: (lambda value, node=node: watch(node, value)) for node in hooks}
+    with torch.no_grad():
+        for batch in batches:
+            interpreter.run(batch, behind)
+    return seen
+
+
+def _take(observation: Observation, reader: Reader, value: Tensor, calls: int) -> None:
+    if value.numel() == 0:
+        return
+    channels = value.movedim(reader.axis, 0).flatten(1).float()
+    low, high = torch.aminmax(channels, dim=1)
+    observation.low = torch.minimum(observation.low, low)
+    observation.high = torch.maximum(observation.high, high)
+    kept = observation.samples.setdefault(reader.operand, [])
+    if reader.operand is next(iter(observation.samples)):
+        observation.count += int(value.shape[0])
+    if reader.use.form.kind == "conv":
+        room = max(1, _ELEMENTS // calls // max(value[0].numel(), 1))
+        kept += [value[:room].clone()] if sum(map(torch.numel, kept)) < 2 * _ELEMENTS else []
+        return
+    rows = value.reshape(-1, value.shape[-1])
+    step = max(1, rows.shape[0] * calls // _ROWS)
+    kept.append(rows[len(kept) % step :: step].clone())
+
+
+def column_factors(use: WeightUse, shape: Sequence[int], factors: Tensor) -> Tensor:
+    """Factors of input channels as factors of a stored weight's elements.
+
+    Args:
+        use: How an op reads the weight.
+        shape: Shape of the stored weight.
+        factors: One per channel that the op reads.
+    """
+    form = use.form
+    probe = use.matrix(torch.zeros(list(shape)), casts=False)
+    groups, rows, columns = probe.shape
+    if form.kind == "conv":
+        spread = factors.reshape(groups, -1).repeat_interleave(math.prod(form.kernel), dim=1)
+    else:
+        spread = factors.reshape(1, columns)
+    return use.pull_back(spread[:, None].expand(groups, rows, columns).contiguous(), shape)
+
+
+def choose_factors(gm: CapturedModule, site: Site, seen: Observation, share: float) -> Factors:
+    """The best scales and shifts of a site; scales of one where nothing is better by much.
+
+    Args:
+        gm: The graph.
+        site: The site.
+        seen: From `observe_sites`.
+        share: From `trust`: how far scales and shifts may go.
+    """
+    judge = _Judge(gm, site, seen)
+    ones = torch.ones(site.channels)
+    before = judge.error(ones, None)
+    best = Factors(ones, None, before, before, 0.0)
+    if share <= 0 or not before > 0:
+        return best
+    magnitudes = judge.column_magnitudes()
+    middle = (seen.low + seen.high) / 2 * share
+    for shift in [None, middle] if site.shifts else [None]:
+        low, high = (
+            (seen.low, seen.high) if shift is None else (seen.low - shift, seen.high - shift)
+        )
+        reach = torch.maximum(low.abs(), high.abs())
+        reach = reach.clamp_min(_FLOOR * float(reach.mean())).clamp_min(1e-12)
+        for strength in (*_STRENGTHS, *((0.0,) if shift is not None else ())):
+            scale = ones
+            if strength:
+                log = strength * reach.log() - (1 - strength) * magnitudes.log()
+                scale = ((log - log.mean()) * share).exp()
+            error = judge.error(scale, shift)
+            if error < best.error:
+                best = Factors(scale, shift, error, before, strength)
+    return best if best.error < _GAIN * before else Factors(ones, None, before, before, 0.0)
+
+
+class _Judge:
+    """Errors at the outputs of a site's readers."""
+
+    def __init__(self, gm: CapturedModule, site: Site, seen: Observation) -> None:
+        self.gm, self.site, self.seen = gm, site, seen
+        self.samples = {node: torch.cat(kept) for node, kept in seen.samples.items()}
+        self.exact: dict[tuple[fx.Node, bool], Tensor] = {}
+
+    def column_magnitudes(self) -> Tensor:
+        """Largest magnitude of the weights that read each channel."""
+        largest = torch.zeros(self.site.channels)
+        for reader in self.site.readers:
+            matrix = reader.use.matrix(reader.weight.tensor.detach().float(), casts=False)
+            per_column = matrix.abs().amax(1)  # groups × columns
+            if reader.use.form.kind == "conv":
+                size = math.prod(reader.use.form.kernel)
+                per_column = per_column.reshape(per_column.shape[0], -1, size).amax(2)
+            largest = torch.maximum(largest, per_column.reshape(-1))
+        return largest.clamp_min(1e-3 * float(largest.mean())).clamp_min(1e-12)
+
+    def error(self, scale: Tensor, shift: Tensor | None) -> float:
+        """Squared error relative to the outputs' energy, summed over the readers."""
+        total = 0.0
+        rounded: dict[tuple[fx.Node, QuantizationSpec], Tensor] = {}
+        for reader in self.site.readers:
+            values = self.samples[reader.operand]
+            shape = [1] * values.ndim
+            shape[reader.axis if values.ndim == reader.operand.meta["val"].ndim else -1] = -1
+            wide = scale.reshape(shape)
+            moved = values if shift is None else values - shift.reshape(shape)
+            key = (reader.operand, reader.point.spec)
+            if key not in rounded:
+                rounded[key] = self._round(moved / wide, scale, shift, reader.point.spec) * wide
+            wanted = self._exact(reader, moved, shift is not None)
+            got = self._run(reader, rounded[key], self._weight(reader, scale))
+            energy = float(wanted.double().square().sum())
+            total += float((got - wanted).double().square().sum()) / max(energy, 1e-30)
+        return total
+
+    def _exact(self, reader: Reader, moved: Tensor, shifted: bool) -> Tensor:
+        key = (reader.node, shifted)
+        if key not in self.exact:
+            self.exact[key] = self._run(reader, moved, reader.weight.tensor.detach())
+        return self.exact[key]
+
+    def _round(
+        self, values: Tensor, scale: Tensor, shift: Tensor | None, spec: QuantizationSpec
+    ) -> Tensor:
+        observer = observer_of(spec)
+        ends = torch.stack([self.seen.low, self.seen.high])
+        ends = (ends if shift is None else ends - shift) / scale
+        state = observer.init(1)
+        for part in (values.reshape(1, -1), ends.reshape(1, -1)):
+            state = observer.update(state, part)
+        step, offset = qparams(*observer.range(state, spec), spec)
+        whole = has_whole_offsets(spec)
+        return dequantize(quantize(values, step, offset, grid_of(spec), whole=whole), step, offset)
+
+    def _weight(self, reader: Reader, scale: Tensor) -> Tensor:
+        """The weight as it would be stored, scaled back."""
+        exact = reader.weight.tensor.detach().float()
+        annotation = quantization_annotation(reader.weight.nodes[0])
+        if annotation is None:
+            return exact
+        factors = column_factors(reader.use, exact.shape, scale)
+        spec = annotation.spec.model_copy(
+            update={"range_calculator_cls": "minmax", "qparam_calculator_cls": "default"}
+        )
+        blocks, _ = plan_blocks(exact.shape, annotation.output_axis, spec.granularity)
+        return quantize_weight(exact * factors, spec, blocks).dense() / factors
+
+    def _run(self, reader: Reader, values: Tensor, weight: Tensor) -> Tensor:
+        node, use = reader.node, reader.use
+        given = {reader.operand: values}
+
+        def argument(used: fx.Node) -> object:
+            return given[used] if used in given else constant_value(self.gm, used)
+
+        args = list(
+            fx.map_arg(
+                node.args, lambda used: None if used is node.args[use.position] else argument(used)
+            )
+        )
+        args[use.position] = use.operand(weight.to(reader.weight.tensor.dtype))
+        with torch.no_grad():
+            return node.target(*args, **node.kwargs)  # type: ignore[operator]
