@@ -33,6 +33,8 @@ class Capabilities:
         activation_channels: Whether activations may have one scale per channel.
         fused_activations: Activation functions that are computed together with the quantized op
             before them; None for all.
+        integer_results: Whether an op with a weight computes with integers only where its result is
+            rounded as well.
         doubles: Whether the target computes in float64; else float32 takes its place.
     """
 
@@ -50,6 +52,7 @@ class Capabilities:
     activation_types: tuple[str, ...] = ()
     activation_channels: bool = True
     fused_activations: frozenset[str] | None = None
+    integer_results: bool = False
     doubles: bool = True
 
     @property

@@ -56,12 +56,14 @@ class AnnotateQuantization(Pass):
         on_unmatched: Whether a key that matches no module, op or state is an error or a warning.
         fused: Activation functions that the target computes together with the op before; None for
             all.
+        integer_results: Whether the target needs rounded results to compute with integers.
     """
 
     name: ClassVar[str] = "annotate-quantization"
     config: QuantizerConfig
     on_unmatched: Literal["error", "warn"] = "error"
     fused: frozenset[str] | None = None
+    integer_results: bool = False
 
     @override
     def run(self, edit: Editor) -> None:
@@ -87,7 +89,7 @@ class AnnotateQuantization(Pass):
                 edit.changed = True
             elif weight.tensor.ndim >= 2 or weight.compressed or decision.chosen:
                 rows.append(skipped_row(weight, decision))
-        plan = plan_activations(edit.gm, selector, self.fused)
+        plan = plan_activations(edit.gm, selector, self.fused, integer_results=self.integer_results)
         self._apply(edit, plan)
         uses = [match.use for match in plan.matches]
         remarks = report_unmatched(selector, edit.gm, weights, self.on_unmatched, uses)

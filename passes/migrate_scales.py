@@ -51,9 +51,11 @@ class MigrateScales(Pass):
 
     The same holds behind ops with weights, whose rows take the scales up where only functions that
     commute with scaling lie between them and their readers; behind other activation functions and
-    products in front of linear layers one multiplication by a constant is added. Scales are those of
-    least error at the readers' outputs (`graphopt.fitting.migration`). With fewer than 16 samples
-    they shrink towards one, which they are for a single sample.
+    products in front of linear layers one multiplication by a constant is added. A result that a
+    target must round though only a norm reads it is balanced by its rows, and multiplied back behind
+    the rounding. Scales are those of least error at the readers' outputs
+    (`graphopt.fitting.migration`). With fewer than 16 samples they shrink towards one, which they are
+    for a single sample.
 
     Attributes:
         data: Inputs of one call each, as for `as_batch`; without data nothing changes.
@@ -110,6 +112,7 @@ class _Move:
             self._give_back()
         elif producer.kind == "rows":
             self._scale_rows()
+            self._give_back()
         else:
             self._multiply()
         for reader in self.site.readers:
@@ -141,7 +144,7 @@ class _Move:
         return values.to(value.dtype).reshape(-1, *[1] * behind)
 
     def _give_back(self) -> None:
-        """Let other readers of a norm read what it gave before."""
+        """Let other readers of a value read what it was before."""
         node, others = self.site.value, set(self.site.others)
         if not others:
             return

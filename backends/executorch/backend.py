@@ -101,6 +101,8 @@ class ExecuTorchBackend(Backend):
         activation_types=("int8", "uint8", "int4", "uint4"),
         activation_channels=False,
         fused_activations=FUSED_ACTIVATIONS,
+        # XNNPACK's rules for linear layers and convolutions look for a quantize op behind them
+        integer_results=True,
     )
     options: ClassVar[type[TargetOptions]] = ExecuTorchOptions
 

@@ -88,7 +88,8 @@ class Site:
         value: The value, or the view or copy of it that alone reads it.
         channels: Number of its channels.
         axis: Their axis in `value`.
-        readers: Ops that take the factors up.
+        readers: Ops that take the factors up; none where the value is only balanced: it is rounded
+            for all that read it, which read it as it was.
         taken: Direct readers of the value behind which only `readers` stand.
         others: Direct readers that need the value as it was.
         shifts: Whether channels can be shifted as well, exactly.
@@ -102,6 +103,13 @@ class Site:
     taken: tuple[fx.Node, ...]
     others: tuple[fx.Node, ...]
     shifts: bool
+
+    @property
+    def operands(self) -> dict[fx.Node, int]:
+        """What is rounded → axis of its channels."""
+        if not self.readers:
+            return {self.value: self.axis}
+        return {reader.operand: reader.axis for reader in self.readers}
 
 
 def find_sites(gm: fx.GraphModule) -> list[Site]:
@@ -142,13 +150,25 @@ class _Finder:
             channels = None if producer is None else extent_of(node, axis)
             if producer is None or channels is None:
                 continue
+            point = output_point(node)
+            if point is not None and point.balanced:
+                if producer.kind == "rows":
+                    yield Site(producer, node, channels, axis, (), (), tuple(node.users), False)
+                continue
             value, axis = self._last_form(node, axis) if producer.kind == "norm" else (node, axis)
             found = self._behind(value, axis)
             if not found.readers or not self._allowed(producer, found, channels):
                 continue
-            readers, taken, others = map(tuple, (found.readers, found.taken, found.others))
-            shifts = found.straight and self._takes_shifts(producer, found.readers)
-            yield Site(producer, value, channels, axis, readers, taken, others, shifts)
+            yield Site(
+                producer,
+                value,
+                channels,
+                axis,
+                tuple(found.readers),
+                tuple(found.taken),
+                tuple(found.others),
+                found.straight and self._takes_shifts(producer, found.readers),
+            )
 
     def _last_form(self, node: fx.Node, axis: int) -> tuple[fx.Node, int]:
         """A value behind the views and dropouts that alone read it one after the other."""

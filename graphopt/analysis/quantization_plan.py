@@ -55,7 +55,11 @@ __all__ = ["ActivationPlan", "Match", "plan_activations"]
 
 
 def plan_activations(
-    gm: fx.GraphModule, selector: Selector, fused: frozenset[str] | None = None
+    gm: fx.GraphModule,
+    selector: Selector,
+    fused: frozenset[str] | None = None,
+    *,
+    integer_results: bool = False,
 ) -> ActivationPlan:
     """Plan the activations of a graph.
 
@@ -63,18 +67,26 @@ def plan_activations(
         gm: The graph.
         selector: The config.
         fused: Activation functions that the target computes with the op before; None for all.
+        integer_results: Whether the target computes an op with a weight with integers only where its
+            result is rounded as well; a result that only a norm reads is then rounded, too, with its
+            channels balanced.
 
     Raises:
         ConfigError: A spec has a granularity or class that activations cannot have.
     """
-    return _Planner(gm, selector, fused).plan()
+    return _Planner(gm, selector, fused, integer_results).plan()
 
 
 class _Planner:
     def __init__(
-        self, gm: fx.GraphModule, selector: Selector, fused: frozenset[str] | None
+        self,
+        gm: fx.GraphModule,
+        selector: Selector,
+        fused: frozenset[str] | None,
+        integer_results: bool,
     ) -> None:
         self.gm = gm
+        self.integer_results = integer_results
         self.selector = selector
         self.fused = fused
         self.order = {node: place for place, node in enumerate(gm.graph.nodes)}
@@ -126,7 +138,7 @@ class _Planner:
         wanted = out.spec if info.quantizes_output or out.named_op else None
         if node in self.scores and not named:
             self._note_float(match, "attention scores, which a softmax reads")
-        elif match.output in self.normed and not out.named_op:
+        elif match.output in self.normed and not out.named_op and not self._in_integers(match):
             self._note_float(match, f"result: {self._only_normed(match)}")
         elif wanted is not None and is_float(match.output):
             self._request_output(match.output, out)
@@ -197,6 +209,12 @@ class _Planner:
         if match.output in self.normed and hands_on(node, match.info, self.data):
             return self._only_normed(match)
         return ""
+
+    def _in_integers(self, match: Match) -> bool:
+        """Whether the target has to round a result that it could leave in float."""
+        weights = (op_info.argument(match.node, slot.position) for slot in match.info.weights)
+        stored = any(isinstance(w, fx.Node) and w not in self.data for w in weights)
+        return self.integer_results and stored
 
     def _only_normed(self, match: Match) -> str:
         return f"only {self.normed[match.output]} reads it, which computes in float"
@@ -326,7 +344,8 @@ class _Planner:
             for node in group:
                 value = wanted[node]
                 if value.output is not None:
-                    outputs[node] = replace(point, derived=value.derived)
+                    balanced = len(group) == 1 and node in self.normed
+                    outputs[node] = replace(point, derived=value.derived, balanced=balanced)
                 else:
                     inputs.update(dict.fromkeys(value.inputs, point))
         rounded = outputs.keys() | {operands(node)[place] for node, place in inputs}

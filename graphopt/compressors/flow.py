@@ -119,12 +119,13 @@ def _compared(changes: list[Pass], inputs: list[Any], how: CompressOptions) -> l
 def _integers(
     config: QuantizerConfig, inputs: list[Any] | None, how: CompressOptions
 ) -> list[Pass]:
-    fused = None
+    fused, integer_results = None, False
     if how.backend is not None:
-        fused = load_backend(how.backend).capabilities.fused_activations
+        allowed = load_backend(how.backend).capabilities
+        fused, integer_results = allowed.fused_activations, allowed.integer_results
     migrated = [MigrateScales(inputs)] if config.migrate_scales else []
     return [
-        AnnotateQuantization(config, how.on_unmatched, fused),
+        AnnotateQuantization(config, how.on_unmatched, fused, integer_results),
         *migrated,
         CalibrateActivations(inputs, how.on_unobserved, how.progress),
         FoldBatchNorm(),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,6 +18,7 @@ from graphopt.compressors.base import Compressor
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.finalized import Weights, finalized
 from graphopt.compressors.flow import joint_pipeline
+from graphopt.compressors.migration import Calls, migrate_prepared
 from graphopt.compressors.options import CompressOptions
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
@@ -36,6 +37,7 @@ from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 from graphopt.prepared.state import parts_of, take_state
 from graphopt.report.stored import as_stored
 from graphopt.report.table import CompressionTable
+from graphopt.run.calibration_data import data_list
 
 __all__ = ["Quantizer"]
 
@@ -163,7 +165,8 @@ class Quantizer(Compressor):
         """Observe the activations of every call inside the context.
 
         Statistics start empty. Weights are rounded and activations are not, the module is in
-        evaluation mode and no autograd graph is built. Ranges hold from the end of the context.
+        evaluation mode and no autograd graph is built. Ranges hold from the end of the context, where
+        scales migrate (`QuantizerConfig.migrate_scales`) and the calls are observed once more.
 
         Args:
             model: Accepted for compatibility: None, or what `prepare` returned.
@@ -172,8 +175,28 @@ class Quantizer(Compressor):
             StateError: `prepare` was not called.
         """
         del model
-        with observing(self._ready()) as prepared:
-            yield prepared
+        prepared = self._ready()
+        calls = Calls(prepared)
+        watch = prepared.register_forward_pre_hook(
+            lambda _, args, kwargs: calls.take(args, kwargs), with_kwargs=True
+        )
+        try:
+            with observing(prepared):
+                yield prepared
+        finally:
+            watch.remove()
+        if self._migrate(calls.inputs):
+            calibrate(prepared, calls.inputs, progress=False)
+
+    def _migrate(self, data: Sequence[Any]) -> bool:
+        """Move ranges of channels into weights, before any training."""
+        untouched = not self._trains_as_model and not self._step
+        if not data or not untouched or not self._config.migrate_scales:
+            return False
+        moved = migrate_prepared(self._waiting(), self._ready(), data)
+        if moved is not None:
+            self._run = moved
+        return moved is not None
 
     def calibrate(self, data: Iterable[Any], *, progress: bool | None = None) -> CapturedModule:
         """Run the prepared module on `data` in `calibration_mode`.
@@ -188,7 +211,9 @@ class Quantizer(Compressor):
             InputError: An input does not fit the captured graph.
         """
         prepared = self._ready()
-        calibrate(prepared, data, progress)
+        given = data_list(data)
+        self._migrate(given or ())
+        calibrate(prepared, given or (), progress)
         return prepared
 
     @contextmanager

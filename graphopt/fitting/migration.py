@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -24,7 +25,7 @@ from graphopt.ir.captured_module import CapturedModule
 from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
 from graphopt.observers import observer_of
 from graphopt.run.batches import Batch
-from graphopt.run.interpreter import Interpreter, constant_value
+from graphopt.run.interpreter import Interpreter, constant_value, evaluate
 from graphopt.schemes.quantize import plan_blocks, quantize_weight
 from graphopt.specs import QuantizationSpec
 
@@ -88,16 +89,14 @@ def observe_sites(
         Observation(torch.full((s.channels,), torch.inf), torch.full((s.channels,), -torch.inf))
         for s in sites
     ]
-    hooks: dict[fx.Node, list[tuple[Observation, Reader]]] = {}
+    hooks: dict[fx.Node, list[tuple[Observation, Site]]] = {}
     for site, observation in zip(sites, seen, strict=True):
-        for reader in site.readers:
-            known = hooks.setdefault(reader.operand, [])
-            if all(other is not observation for other, _ in known):
-                known.append((observation, reader))
+        for operand in site.operands:
+            hooks.setdefault(operand, []).append((observation, site))
 
     def watch(node: fx.Node, value: Tensor) -> Tensor:
-        for observation, reader in hooks[node]:
-            _take(observation, reader, value.detach(), len(batches))
+        for observation, site in hooks[node]:
+            _take(observation, site, node, value.detach(), len(batches))
         return value
 
     behind = {node: (lambda value, node=node: watch(node, value)) for node in hooks}
@@ -107,17 +106,20 @@ def observe_sites(
     return seen
 
 
-def _take(observation: Observation, reader: Reader, value: Tensor, calls: int) -> None:
+def _take(observation: Observation, site: Site, node: fx.Node, value: Tensor, calls: int) -> None:
     if value.numel() == 0:
         return
-    channels = value.movedim(reader.axis, 0).flatten(1).float()
+    channels = value.movedim(site.operands[node], 0).flatten(1).float()
     low, high = torch.aminmax(channels, dim=1)
     observation.low = torch.minimum(observation.low, low)
     observation.high = torch.maximum(observation.high, high)
-    kept = observation.samples.setdefault(reader.operand, [])
-    if reader.operand is next(iter(observation.samples)):
+    kept = observation.samples.setdefault(node, [])
+    if node is next(iter(observation.samples)):
         observation.count += int(value.shape[0])
-    if reader.use.form.kind == "conv":
+    kinds = {reader.use.form.kind for reader in site.readers if reader.operand is node}
+    if not kinds:
+        return
+    if "conv" in kinds:
         room = max(1, _ELEMENTS // calls // max(value[0].numel(), 1))
         kept += [value[:room].clone()] if sum(map(torch.numel, kept)) < 2 * _ELEMENTS else []
         return
@@ -153,8 +155,11 @@ def choose_factors(gm: CapturedModule, site: Site, seen: Observation, share: flo
         seen: From `observe_sites`.
         share: From `trust`: how far scales and shifts may go.
     """
-    judge = _Judge(gm, site, seen)
     ones = torch.ones(site.channels)
+    if not site.readers:
+        reach = _floored(torch.maximum(seen.low.abs(), seen.high.abs()))
+        return Factors(((reach / reach.max()).log() * share).exp(), None, 0.0, 1.0, 1.0)
+    judge = _Judge(gm, site, seen)
     before = judge.error(ones, None)
     best = Factors(ones, None, before, before, 0.0)
     if share <= 0 or not before > 0:
@@ -165,8 +170,7 @@ def choose_factors(gm: CapturedModule, site: Site, seen: Observation, share: flo
         low, high = (
             (seen.low, seen.high) if shift is None else (seen.low - shift, seen.high - shift)
         )
-        reach = torch.maximum(low.abs(), high.abs())
-        reach = reach.clamp_min(_FLOOR * float(reach.mean())).clamp_min(1e-12)
+        reach = _floored(torch.maximum(low.abs(), high.abs()))
         for strength in (*_STRENGTHS, *((0.0,) if shift is not None else ())):
             scale = ones
             if strength:
@@ -176,6 +180,10 @@ def choose_factors(gm: CapturedModule, site: Site, seen: Observation, share: flo
             if error < best.error:
                 best = Factors(scale, shift, error, before, strength)
     return best if best.error < _GAIN * before else Factors(ones, None, before, before, 0.0)
+
+
+def _floored(reach: Tensor) -> Tensor:
+    return reach.clamp_min(_FLOOR * float(reach.mean())).clamp_min(1e-12)
 
 
 class _Judge:
@@ -251,16 +259,16 @@ class _Judge:
 
     def _run(self, reader: Reader, values: Tensor, weight: Tensor) -> Tensor:
         node, use = reader.node, reader.use
-        given = {reader.operand: values}
+        own = node.args[use.position]
+        assert isinstance(own, fx.Node)
+        given = {
+            reader.operand: values,
+            own: use.operand(weight.to(reader.weight.tensor.dtype)),
+        }
 
-        def argument(used: fx.Node) -> object:
+        def value(used: fx.Node) -> Any:
             return given[used] if used in given else constant_value(self.gm, used)
 
-        args = list(
-            fx.map_arg(
-                node.args, lambda used: None if used is node.args[use.position] else argument(used)
-            )
-        )
-        args[use.position] = use.operand(weight.to(reader.weight.tensor.dtype))
         with torch.no_grad():
-            return node.target(*args, **node.kwargs)  # type: ignore[operator]
+            result: Tensor = evaluate(self.gm, node, value)
+            return result

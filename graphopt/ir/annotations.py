@@ -91,12 +91,15 @@ class ActivationPoint:
         path: Config path that decided.
         derived: Whether the op hands on values that are rounded already, such as a view or a max
             pool: they need no rounding in PyTorch, but targets recognise the op by it.
+        balanced: Whether its channels are to be brought to one range in the rows of the weight that
+            gives them, since a few of them are far wider than the others.
     """
 
     group: str
     spec: QuantizationSpec
     path: str = ""
     derived: bool = False
+    balanced: bool = False
 
 
 def _put(node: fx.Node, key: str, value: object) -> None:
