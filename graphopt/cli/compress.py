@@ -36,9 +36,11 @@ from graphopt.compressors.options import CompressOptions
 from graphopt.config.base import read_yaml
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
+from graphopt.errors import InputError
 from graphopt.files import replaced
 from graphopt.ir.program import Program
 from graphopt.report.stored import as_stored
+from graphopt.run.synthetic_data import SYNTHETIC, synthetic_calls
 from graphopt.search.mixed_precision.recipe import Recipe
 from graphopt.specs.options import Options
 
@@ -73,12 +75,23 @@ class CalibrationFiles(Options):
     """Data of a compression.
 
     Attributes:
-        data: Calibration inputs, as for analyze.
+        data: Calibration inputs, as for analyze, or "synthetic" for random tokens.
         batch_size: See `BatchSize`.
     """
 
-    data: Annotated[Path | None, typer.Option(exists=True, dir_okay=False)] = None
+    data: str | None = None
     batch_size: BatchSize = 32
+
+    def batches(self, program: Program, seed: int) -> list[Any] | None:
+        """The calls; None where there are no data."""
+        if self.data is None:
+            return None
+        if self.data == SYNTHETIC:
+            return synthetic_calls(program, seed=seed)
+        path = Path(self.data)
+        if not path.is_file():
+            raise InputError(f"--data {self.data}: there is no such file")
+        return read_data(path, self.batch_size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,8 +133,7 @@ def compress(
         check_report(watch.report, (".json", ".html"), overwrite=to.overwrite)
     original = as_program(model)
     wanted = None if is_recipe(config) else _config(config)
-    data = calibration.data
-    batches = None if data is None else read_data(data, calibration.batch_size)
+    batches = calibration.batches(original, how.get("seed", 0))
     if wanted is None:
         recipe = Recipe.load(config)
         recipe.check(original)

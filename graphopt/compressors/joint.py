@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from typing_extensions import Unpack
 
+from graphopt.backends.lowering import as_program
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.flow import joint_pipeline
 from graphopt.compressors.options import CompressKeywords, CompressOptions
@@ -20,6 +21,7 @@ from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
 from graphopt.fitting.sensitivity import LossFn
 from graphopt.ir.program import Program
+from graphopt.run.synthetic_data import SYNTHETIC, synthetic_calls
 
 __all__ = ["AnyConfig", "compress", "joint_config"]
 
@@ -30,7 +32,7 @@ def compress(
     model: nn.Module | ExportedProgram | Program | str | Path,
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     config: AnyConfig | Mapping[str, Any] | str | Path | None = None,
-    calibration_data: Iterable[Any] | None = None,
+    calibration_data: Iterable[Any] | Literal["synthetic"] | None = None,
     loss_fn: LossFn | None = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -53,6 +55,7 @@ def compress(
         calibration_data: Inputs of one call each: a tensor, a tuple or list of positional ones, or a
             dict of keyword ones; with `loss_fn`, pairs (inputs, target). Needed for quantized
             activations, for the algorithms "skm" and "gptq", for statistics and for tuning.
+            "synthetic" draws random tokens for models that look tokens up; the report says so.
         loss_fn: `loss_fn(output, target)`, the mean over a batch; None needs no labels.
         example_kwargs: Keyword inputs of the example call.
         options: How it runs, the fields of `graphopt.compressors.options.CompressOptions`:
@@ -76,7 +79,18 @@ def compress(
         InputError: Data do not fit the program, or the config is of no known kind.
     """
     how = CompressOptions.of("compress", options)
-    pipeline = joint_pipeline("compress", joint_config(config), calibration_data, loss_fn, how)
+    whole = joint_config(config)
+    data: Iterable[Any] | None
+    if isinstance(calibration_data, str):
+        if calibration_data != SYNTHETIC:
+            raise InputError(
+                f"calibration_data={calibration_data!r}: give a list of calls, or {SYNTHETIC!r}"
+            )
+        program = as_program(model, example_inputs, example_kwargs)
+        data = synthetic_calls(program, seed=how.seed)
+        return joint_pipeline("compress", whole, data, loss_fn, how).run(program)
+    data = calibration_data
+    pipeline = joint_pipeline("compress", whole, data, loss_fn, how)
     return pipeline.run(model, example_inputs, example_kwargs)
 
 
