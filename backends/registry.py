@@ -62,6 +62,7 @@ class ExportBackend(Target):
         "executorch",
         "graphopt.backends.executorch.backend:ExecuTorchBackend",
     )
+    ONNX = ("onnx", ".onnx", "onnx", "graphopt.backends.onnx.backend:ONNXBackend")
     Torch = ("torch", ".pt2", "", "graphopt.backends.torch_export.backend:TorchBackend")
 
 

@@ -1,0 +1,1 @@
+"""ONNX: .onnx files, run by ONNX Runtime."""

@@ -1,0 +1,93 @@
+"""The ONNX backend: torch's exporter, and ONNX Runtime on the CPU."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.utils import _pytree as pytree
+from typing_extensions import override
+
+from graphopt.backends.base import Artifact, Backend, stored_weights
+from graphopt.backends.capabilities import Capabilities
+from graphopt.backends.onnx.check import check_model, run_model
+from graphopt.backends.onnx.lower import TABLE_TYPES, legal_passes, to_model
+from graphopt.backends.onnx.options import ONNXOptions
+from graphopt.backends.onnx.refusals import refusals
+from graphopt.backends.onnx.tables import PADDED
+from graphopt.backends.options import TargetOptions, read_options
+from graphopt.backends.verification import Evaluation
+from graphopt.ir.program import Program
+from graphopt.passes.pass_base import Pass
+from graphopt.run.batches import Batch
+
+__all__ = ["ONNXArtifact", "ONNXBackend"]
+
+_MOST_BYTES = 2**31 - 2**20  # of a message of protobuf, with room for the graph
+
+
+class ONNXArtifact(Artifact):
+    """An ONNX model; saves as .onnx and runs in ONNX Runtime.
+
+    Attributes:
+        model: Of onnx_ir.
+    """
+
+    def __init__(
+        self, backend: ONNXBackend, program: Program, model: Any, options: ONNXOptions
+    ) -> None:
+        super().__init__(backend, program, vars(options))
+        self.model = model
+
+    @override
+    def _write(self, path: Path) -> None:
+        import onnx_ir as ir
+
+        ir.save(self.model, path)
+
+
+class ONNXBackend(Backend):
+    """Lower through torch.onnx."""
+
+    name: ClassVar[str] = "ONNX"
+    capabilities: ClassVar[Capabilities] = Capabilities(
+        index_bits=(1, 2, 3, 4, 6, 8),
+        padded_bits=PADDED,
+        lut_dtypes=("float32", "float16", "int8", "uint8", "fp8_e4m3", "fp8_e5m2"),
+        weight_types=("int4", "uint4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"),
+        table_types=TABLE_TYPES,
+        doubles=False,
+        activation_types=("int8", "uint8", "int4", "uint4", "fp8_e4m3", "fp8_e5m2"),
+    )
+    options: ClassVar[type[TargetOptions]] = ONNXOptions
+
+    @override
+    def unsupported(self, program: Program) -> list[str]:
+        return refusals(program, self.capabilities)
+
+    @override
+    def legalize(self) -> tuple[Pass, ...]:
+        return legal_passes()
+
+    @override
+    def lower(self, program: Program, **options: Any) -> ONNXArtifact:
+        """Convert a program.
+
+        Args:
+            program: In our vocabulary.
+            options: Fields of `ONNXOptions`.
+
+        Raises:
+            LoweringError: An option is unknown, or torch's exporter cannot convert the program.
+        """
+        chosen = read_options(ONNXOptions, self.name, options)
+        return ONNXArtifact(self, program, to_model(program, chosen), chosen)
+
+    @override
+    def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
+        check_model(path)
+        given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+        outputs = run_model(path, given)
+        how = "checked the saved model and ran it in ONNX Runtime"
+        return Evaluation(tuple(outputs), how, weights=stored_weights(program.graph_module))

@@ -1,0 +1,165 @@
+"""Turn programs into models of onnx_ir, through torch's exporter."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from graphopt.backends.double_precision import as_float32
+from graphopt.backends.interface import (
+    Interface,
+    drop_written_inputs,
+    flat_interface,
+    output_names,
+)
+from graphopt.backends.onnx.decompose import decompositions
+from graphopt.backends.onnx.expand import expand
+from graphopt.backends.onnx.options import ONNXOptions
+from graphopt.backends.onnx.state import add_state
+from graphopt.backends.quiet import quiet
+from graphopt.errors import LoweringError
+from graphopt.extras import require
+from graphopt.ir.program import Program, export_graph
+from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnused
+from graphopt.passes.pass_base import Pass
+from graphopt.passes.pass_manager import run_passes
+
+__all__ = ["OPSET", "TABLE_TYPES", "legal_passes", "to_model"]
+
+_log = logging.getLogger(__name__)
+OPSET = 23
+_INTERFACE = Interface(scalars=True)
+TABLE_TYPES = tuple(f"{sign}int{bits}" for bits in (2, 3, 5, 6, 7) for sign in ("", "u"))
+
+
+def legal_passes() -> tuple[Pass, ...]:
+    """What turns our vocabulary into forms that nodes of the standard hold."""
+    return (DequantizeToShiftScale(), IntegersToTables(frozenset(TABLE_TYPES)))
+
+
+def to_model(program: Program, options: ONNXOptions) -> Any:
+    """The program as a model of onnx_ir.
+
+    Args:
+        program: In our vocabulary.
+        options: Of `lower`.
+
+    Raises:
+        LoweringError: torch's exporter cannot convert it.
+    """
+    require("onnx", "onnx")
+    require("onnxscript", "onnx")
+    legal = as_float32(flat_interface(program, _INTERFACE))
+    run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused()])
+    if options.dynamic:
+        try:
+            return _converted(program, legal, dynamic=True)
+        except LoweringError as error:
+            model = _converted(program, legal, dynamic=False)
+            _log.warning(
+                "ONNX: sizes are those of the example, as open ones cannot be converted: %s",
+                str(error).splitlines()[-1],
+            )
+            return model
+    return _converted(program, legal, dynamic=False)
+
+
+def _converted(program: Program, legal: Program, *, dynamic: bool) -> Any:
+    names = [
+        str(node.target)
+        for node, leaf in zip(
+            legal.graph_module.graph.find_nodes(op="placeholder"),
+            pytree.tree_leaves((legal.example_args, legal.example_kwargs)),
+            strict=True,
+        )
+        if isinstance(leaf, Tensor)
+    ]
+    try:
+        with torch.no_grad(), quiet("torch.onnx"), quiet("onnxscript"), _one_registry():
+            exported = export_graph(
+                legal.graph_module,
+                legal.example_args,
+                legal.example_kwargs,
+                dynamic=dynamic,
+                decompositions=decompositions(),
+            )
+            drop_written_inputs(exported)
+            made: Any = torch.onnx.export(
+                exported,
+                (),
+                dynamo=True,
+                optimize=False,
+                opset_version=OPSET,
+                input_names=names,
+                output_names=output_names(program),
+                verbose=False,
+            )
+            add_state(made.model, made.exported_program)
+            made.optimize()
+            expand(made.model)
+    except LoweringError:
+        raise
+    except Exception as error:
+        raise LoweringError(f"torch's exporter to ONNX cannot convert it: {_cause(error)}") from error
+    _strip(made.model)
+    return made.model
+
+
+def _cause(error: BaseException) -> str:
+    """The innermost message of an error, and the op that it came from."""
+    said = str(error).splitlines()[0] if str(error) else type(error).__name__
+    while error.__cause__ is not None:
+        error = error.__cause__
+    inner = " ".join(str(error).split())[:400]
+    return f"{type(error).__name__}: {inner}" if inner else said
+
+
+def _strip(model: Any) -> None:
+    """Drop what torch notes of every node: stack traces, scopes, names of another graph."""
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
+    for graph in model.graphs():
+        for node in graph:
+            node.metadata_props.clear()
+            for value in node.outputs:
+                value.metadata_props.clear()
+        for value in (*graph.inputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+
+
+@contextlib.contextmanager
+def _one_registry() -> Iterator[None]:
+    """Let torch's exporter read its translations once, which takes longer than most exports."""
+    from torch.onnx._internal.exporter import _registration
+
+    before = _registration.ONNXRegistry.__dict__["from_torchlib"]
+    _registration.ONNXRegistry.from_torchlib = staticmethod(  # type: ignore[method-assign]
+        functools.partial(_registry, before)
+    )
+    try:
+        yield
+    finally:
+        _registration.ONNXRegistry.from_torchlib = before  # type: ignore[method-assign]
+
+
+_known: dict[int, Any] = {}
+
+
+def _registry(read: Any, opset_version: int) -> Any:
+    from torch.onnx._internal.exporter import _registration
+
+    if opset_version not in _known:
+        _known[opset_version] = read.__get__(None, _registration.ONNXRegistry)(opset_version)
+    whole = _known[opset_version]
+    copied = _registration.ONNXRegistry()
+    copied._opset_version = opset_version
+    copied.functions = {op: list(forms) for op, forms in whole.functions.items()}
+    return copied
+
