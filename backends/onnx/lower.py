@@ -21,6 +21,7 @@ from graphopt.backends.interface import (
 )
 from graphopt.backends.onnx.decompose import decompositions
 from graphopt.backends.onnx.expand import expand
+from graphopt.backends.onnx.legalize import ScalesToFloat32
 from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.state import add_state
 from graphopt.backends.quiet import quiet
@@ -41,7 +42,11 @@ TABLE_TYPES = tuple(f"{sign}int{bits}" for bits in (2, 3, 5, 6, 7) for sign in (
 
 def legal_passes() -> tuple[Pass, ...]:
     """What turns our vocabulary into forms that nodes of the standard hold."""
-    return (DequantizeToShiftScale(), IntegersToTables(frozenset(TABLE_TYPES)))
+    return (
+        DequantizeToShiftScale(),
+        IntegersToTables(frozenset(TABLE_TYPES)),
+        ScalesToFloat32(),
+    )
 
 
 def to_model(program: Program, options: ONNXOptions) -> Any:

@@ -8,7 +8,7 @@ import numpy as np
 
 from graphopt.backends.onnx.emitter import Emitter, array_of
 
-__all__ = ["expand_dequantize", "expand_quantize", "expand_round"]
+__all__ = ["expand_dequantize", "expand_quantize", "expand_round", "is_shiftable"]
 
 _FP8 = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 _FULL = {"INT8": (-128, 127), "UINT8": (0, 255)}
@@ -54,24 +54,32 @@ def expand_dequantize(emit: Emitter, node: Any) -> Any:
     zero = zero + _SHIFT if shifted else zero
     operands = _operands(emit, scale, zero, kind)
     made = emit.call("DequantizeLinear", [codes, *operands], result, kind="FLOAT", **_axis(node))
-    return made if result.dtype.name == "FLOAT" else emit.call("Cast", [made], result, to=result.dtype)
+    return _as_given(emit, made, result)
 
 
 def expand_round(emit: Emitter, node: Any) -> Any:
-    """A narrow float type and back.
+    """A narrow float type and back, by casts.
+
+    ONNX Runtime takes a `Relu` before a `QuantizeLinear` with zero point 0 for one that rounding
+    does anyway, in float types, too.
 
     Args:
         emit: At the node.
         node: `round_to_float(x)`.
     """
+    import onnx_ir as ir
+
     (result,) = node.outputs
     kind = _FP8[node.attributes["storage"].as_string()]
+    step = node.attributes["scale"].as_float()
     x = _as_float(emit, node.inputs[0])
-    scale = emit.constant(np.array(node.attributes["scale"].as_float(), np.float32), "act_scale")
-    zero = emit.constant(np.array(0, np.uint8), "act_zero", kind)
-    stored = emit.call("QuantizeLinear", [x, scale, zero], result, kind=kind, saturate=1)
-    made = emit.call("DequantizeLinear", [stored, scale, zero], result, kind="FLOAT")
-    return made if result.dtype.name == "FLOAT" else emit.call("Cast", [made], result, to=result.dtype)
+    inverse = emit.constant(np.array(1.0 / step, np.float32), "act_inverse")
+    scaled = emit.call("Mul", [x, inverse], result, kind="FLOAT")
+    narrow = emit.call("Cast", [scaled], result, kind=kind, to=ir.DataType[kind], saturate=1)
+    wide = emit.call("Cast", [narrow], result, kind="FLOAT", to=ir.DataType.FLOAT)
+    scale = emit.constant(np.array(step, np.float32), "act_scale")
+    made = emit.call("Mul", [wide, scale], result, kind="FLOAT")
+    return _as_given(emit, made, result)
 
 
 def is_shiftable(node: Any) -> bool:
@@ -109,3 +117,9 @@ def _as_float(emit: Emitter, x: Any) -> Any:
     if x.dtype == ir.DataType.FLOAT:
         return x
     return emit.call("Cast", [x], x, kind="FLOAT", to=ir.DataType.FLOAT)
+
+
+def _as_given(emit: Emitter, value: Any, result: Any) -> Any:
+    if value.dtype == result.dtype:
+        return value
+    return emit.call("Cast", [value], result, to=result.dtype)

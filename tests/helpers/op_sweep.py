@@ -25,6 +25,7 @@ import torch
 from torch.utils import _pytree as pytree
 
 import graphopt
+from graphopt.backends.registry import targets
 from graphopt.errors import GraphOptError
 
 if __name__ == "__main__":
@@ -37,7 +38,7 @@ from helpers.together import Together
 __all__ = ["SUFFIXES", "Outcome", "check_share", "sweep", "write_table"]
 
 _SECONDS = 300
-SUFFIXES = {"coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte", "torch": ".pt2"}
+SUFFIXES = {target.value: target.suffix for target in targets()}
 _OPTIONS: dict[str, dict[str, Any]] = {"coreml": {"precision": "float32"}}
 
 

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 
+from graphopt.backends.registry import targets
+
 __all__ = ["cases", "some"]
 
-EXTRAS = ("coreai", "coreml", "executorch")
+EXTRAS = tuple(target.value for target in targets() if target.extra)
 
 
 def cases(*axes: Iterable[Any], default: Callable[..., bool]) -> list[Any]:
