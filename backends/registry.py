@@ -2,17 +2,24 @@
 
 A target is a folder beside this file with a `Backend` in it, a row of `ExportBackend`, an extra in
 pyproject.toml (and the folder's name in the two lists of packages there), and a folder of tests.
+
+Another package adds a target by an entry point of the group `graphopt.backends`: its name is the target's,
+and it points at a tuple of suffix, extra and "module:class", in a module that does not import graphopt.
 """
 
 from __future__ import annotations
 
+import logging
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import Self
+from importlib.metadata import entry_points
+from typing import Any, Self
 
 from graphopt.errors import LoweringError
 
 __all__ = [
     "DEFAULT",
+    "ENTRY_POINTS",
     "NEUTRAL",
     "ExportBackend",
     "Target",
@@ -21,6 +28,9 @@ __all__ = [
     "target_of_suffix",
     "targets",
 ]
+
+_log = logging.getLogger(__name__)
+ENTRY_POINTS = "graphopt.backends"
 
 
 class Target(StrEnum):
@@ -51,8 +61,27 @@ class Target(StrEnum):
         return row
 
 
+def _installed(rows: Mapping[str, Any]) -> dict[str, tuple[str, str, str, str]]:
+    """Rows of targets in other packages, without those that cannot be read or are here already."""
+    known = [row for row in rows.values() if isinstance(row, tuple)]
+    taken = {entry for row in known for entry in row[:2]} | set(rows)
+    found = {}
+    for point in entry_points(group=ENTRY_POINTS):
+        try:
+            suffix, extra, backend = point.load()
+        except Exception as error:
+            _log.warning("target %s (%s) is left out: %s", point.name, point.value, error)
+            continue
+        if {point.name, suffix} & taken:
+            _log.warning("target %s (%s) is left out: there is one", point.name, point.value)
+            continue
+        taken |= {point.name, suffix}
+        found[point.name] = (point.name, suffix, extra, backend)
+    return found
+
+
 class ExportBackend(Target):
-    """A target toolchain."""
+    """A target toolchain; installed ones of other packages have members, too."""
 
     CoreAI = ("coreai", ".aimodel", "coreai", "graphopt.backends.coreai.backend:CoreAIBackend")
     CoreML = ("coreml", ".mlpackage", "coreml", "graphopt.backends.coreml.backend:CoreMLBackend")
@@ -64,6 +93,7 @@ class ExportBackend(Target):
     )
     ONNX = ("onnx", ".onnx", "onnx", "graphopt.backends.onnx.backend:ONNXBackend")
     Torch = ("torch", ".pt2", "", "graphopt.backends.torch_export.backend:TorchBackend")
+    vars().update(_installed(vars()))
 
 
 # coreai-opt's earlier names, which no list of targets has

@@ -15,6 +15,7 @@ from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.backends.narrow_sums import NarrowSums
 from graphopt.errors import InputError
 from graphopt.ir.program import Program
+from graphopt.ir.state import restored_state
 from graphopt.run.batches import Batch
 from graphopt.run.interpreter import Interpreter
 
@@ -176,7 +177,7 @@ class _Reference:
         self.program, self.call, self.narrow_sums = program, call, narrow_sums
         self.half = next(iter(_half_types(program)), None)
         self.is_half = precision == "float16" or self.half is not None
-        with torch.no_grad():
+        with torch.no_grad(), restored_state(program.graph_module):
             if self.half is None:
                 given = pytree.tree_leaves(program.graph_module(*call[0], **call[1]))
             else:

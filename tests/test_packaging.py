@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from graphopt.backends.registry import targets
+
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TOP_LEVEL = {
@@ -42,7 +44,8 @@ def test_top_level_holds_what_it_should() -> None:
 
 def test_extras_are_complete() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
-    named = {"coreai", "coreml", "executorch", "torchao", "plot", "distributed", "examples"}
+    named = {target.extra for target in targets() if target.extra}
+    named |= {"torchao", "plot", "distributed", "examples"}
     assert set(extras) == named | {"all", "dev"}
     assert extras["all"] == [f"graphopt[{','.join(sorted(named, key=list(extras).index))}]"]
 

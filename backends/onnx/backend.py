@@ -15,6 +15,7 @@ from graphopt.backends.onnx.check import check_model, run_model
 from graphopt.backends.onnx.lower import TABLE_TYPES, legal_passes, to_model
 from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.refusals import refusals
+from graphopt.backends.onnx.state import initial_state
 from graphopt.backends.onnx.tables import PADDED
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.verification import Evaluation
@@ -39,6 +40,11 @@ class ONNXArtifact(Artifact):
     ) -> None:
         super().__init__(backend, program, vars(options))
         self.model = model
+
+    @property
+    def initial_state(self) -> dict[str, Tensor]:
+        """What the `past_` inputs get in the first call of a sequence."""
+        return initial_state(self.program)
 
     @override
     def _write(self, path: Path) -> None:
@@ -88,6 +94,6 @@ class ONNXBackend(Backend):
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
         check_model(path)
         given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
-        outputs = run_model(path, given)
+        outputs = run_model(path, given, initial_state(program))
         how = "checked the saved model and ran it in ONNX Runtime"
         return Evaluation(tuple(outputs), how, weights=stored_weights(program.graph_module))

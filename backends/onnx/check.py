@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.backends.onnx.state import PAST, PRESENT
+from graphopt.backends.onnx.state import PRESENT
 from graphopt.errors import VerificationError
 from graphopt.extras import require
 
@@ -53,12 +53,15 @@ def session_of(path: Path, *, profile: Path | None = None) -> Any:
         ) from error
 
 
-def run_model(path: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs of a saved model for one call that starts from the initial state.
+def run_model(
+    path: Path, inputs: Sequence[Tensor], state: Mapping[str, Tensor] | None = None
+) -> list[Tensor]:
+    """Outputs of a saved model for one call.
 
     Args:
         path: An .onnx.
         inputs: Tensors in the order of the model's inputs.
+        state: Values of `past_` inputs by their names.
 
     Returns:
         Outputs in the program's order, without new values of state.
@@ -67,24 +70,22 @@ def run_model(path: Path, inputs: Sequence[Tensor]) -> list[Tensor]:
         VerificationError: It does not load or run.
     """
     session = session_of(path)
-    places = [place for place in session.get_inputs() if not place.name.startswith(PAST)]
-    if len(places) != len(inputs):
-        names = [place.name for place in places]
+    feeds = {name: tensor.numpy() for name, tensor in (state or {}).items()}
+    names = [place.name for place in session.get_inputs() if place.name not in feeds]
+    if len(names) != len(inputs):
         raise VerificationError(f"{path.name} has inputs {names}, {len(inputs)} were given")
-    feeds = {
-        place.name: _array(tensor) for place, tensor in zip(places, inputs, strict=True)
+    feeds |= {
+        name: tensor.detach().cpu().contiguous().numpy()
+        for name, tensor in zip(names, inputs, strict=True)
     }
-    names = [out.name for out in session.get_outputs() if not out.name.startswith(PRESENT)]
+    given = [out.name for out in session.get_outputs() if not out.name.startswith(PRESENT)]
     try:
-        found = session.run(names, feeds)
+        found = session.run(given, feeds)
     except Exception as error:
-        raise VerificationError(f"{path.name} does not run in ONNX Runtime: {_line(error)}") from error
+        raise VerificationError(
+            f"{path.name} does not run in ONNX Runtime: {_line(error)}"
+        ) from error
     return [torch.from_numpy(np.array(value)) for value in found]
-
-
-def _array(tensor: Tensor) -> Any:
-    given = tensor.detach().cpu().contiguous()
-    return given.numpy()
 
 
 def _line(error: Exception) -> str:

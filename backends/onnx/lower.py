@@ -23,7 +23,7 @@ from graphopt.backends.onnx.decompose import decompositions
 from graphopt.backends.onnx.expand import expand
 from graphopt.backends.onnx.legalize import ScalesToFloat32
 from graphopt.backends.onnx.options import ONNXOptions
-from graphopt.backends.onnx.state import add_state
+from graphopt.backends.onnx.state import add_state, outputs_of_state
 from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError
 from graphopt.extras import require
@@ -87,7 +87,7 @@ def _converted(program: Program, legal: Program, *, dynamic: bool) -> Any:
         if isinstance(leaf, Tensor)
     ]
     try:
-        with torch.no_grad(), quiet("torch.onnx"), quiet("onnxscript"), _one_registry():
+        with torch.no_grad(), quiet("torch"), quiet("onnxscript"), quiet("onnx_ir"), _one_registry():
             exported = export_graph(
                 legal.graph_module,
                 legal.example_args,
@@ -96,6 +96,7 @@ def _converted(program: Program, legal: Program, *, dynamic: bool) -> Any:
                 decompositions=decompositions(),
             )
             drop_written_inputs(exported)
+            state = outputs_of_state(exported)
             made: Any = torch.onnx.export(
                 exported,
                 (),
@@ -106,7 +107,7 @@ def _converted(program: Program, legal: Program, *, dynamic: bool) -> Any:
                 output_names=output_names(program),
                 verbose=False,
             )
-            add_state(made.model, made.exported_program)
+            add_state(made.model, state)
             made.optimize()
             expand(made.model)
     except LoweringError:

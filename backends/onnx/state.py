@@ -4,47 +4,77 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.export import ExportedProgram
-from torch.export.graph_signature import OutputKind
+from torch.export.graph_signature import OutputKind, OutputSpec
+from torch.utils import _pytree as pytree
 
-__all__ = ["PAST", "PRESENT", "add_state"]
+from graphopt.ir.program import Program
+from graphopt.ir.state import state_of
+
+__all__ = ["PAST", "PRESENT", "add_state", "initial_state", "outputs_of_state"]
 
 PAST, PRESENT = "past_", "present_"
 
 
-def add_state(model: Any, exported: ExportedProgram) -> None:
-    """Turn buffers that a program writes into an input and an output each.
-
-    An input's initial value is its default, so that the first call of a sequence needs to give none.
+def outputs_of_state(exported: ExportedProgram) -> list[str]:
+    """Make the new values of buffers that a program writes outputs, behind its own.
 
     Args:
-        model: Of onnx_ir, as torch exported it, before anything is folded; it is changed.
-        exported: What it was exported from.
+        exported: It is changed.
+
+    Returns:
+        Names of the buffers, in the order of these outputs.
+    """
+    signature = exported.graph_signature
+    (output,) = exported.graph.find_nodes(op="output")
+    pairs = list(zip(signature.output_specs, output.args[0], strict=True))
+    kept = [pair for pair in pairs if pair[0].kind is not OutputKind.BUFFER_MUTATION]
+    state = [pair for pair in pairs if pair[0].kind is OutputKind.BUFFER_MUTATION]
+    written = [
+        (OutputSpec(OutputKind.USER_OUTPUT, spec.arg, None), value) for spec, value in state
+    ]
+    if not written:
+        return []
+    signature.output_specs = [spec for spec, _ in (*kept, *written)]
+    flat = pytree.tree_structure(tuple(range(len(kept) + len(written))))
+    exported.module_call_graph[0].signature.out_spec = flat  # type: ignore[union-attr]
+    output.args = (tuple(value for _, value in (*kept, *written)),)
+    exported.graph_module.recompile()
+    return [str(spec.target) for spec, _ in state]
+
+
+def add_state(model: Any, names: list[str]) -> None:
+    """Make state inputs, and give its outputs their names.
+
+    Args:
+        model: Of onnx_ir, before anything is folded; its last outputs are those of state.
+        names: The buffers' names, in their order.
     """
     import onnx_ir as ir
 
     graph = model.graph
-    values = {value.name: value for node in graph for value in node.outputs}
-    values |= {value.name: value for value in graph.initializers.values()}
-    values |= {value.name: value for value in graph.inputs}
-    renamed = {
-        value.metadata_props.get("pkg.torch.onnx.original_node_name"): value
-        for value in (*graph.inputs, *graph.initializers.values(), *graph.outputs)
-    }
-    for spec in exported.graph_signature.output_specs:
-        if spec.kind is not OutputKind.BUFFER_MUTATION:
-            continue
-        name = str(spec.target)
-        written = values.get(spec.arg.name) or renamed[spec.arg.name]
-        if written.producer() is None or written.is_graph_output():
-            copied = ir.node("Identity", [written])
+    first = len(graph.outputs) - len(names)
+    for place, name in enumerate(names, start=first):
+        value = graph.outputs[place]
+        others = [other for other in graph.outputs if other is not value]
+        if value.producer() is None or len(others) < len(graph.outputs) - 1:
+            copied = ir.node("Identity", [value])
             graph.append(copied)
-            (fresh,) = copied.outputs
-            fresh.type, fresh.shape = written.type, written.shape
-            written = fresh
-        written.name = f"{PRESENT}{name}"
-        graph.outputs.append(written)
+            copied.outputs[0].type, copied.outputs[0].shape = value.type, value.shape
+            value = copied.outputs[0]
+            graph.outputs[place] = value
+        value.name = f"{PRESENT}{name}"
         held = graph.initializers.pop(name)
-        held.name = f"{PAST}{name}"
-        graph.initializers[held.name] = held
+        held.name, held.const_value = f"{PAST}{name}", None
         graph.inputs.append(held)
+
+
+def initial_state(program: Program) -> dict[str, Tensor]:
+    """What the first call of a sequence gets: the buffers' values, by the names of the inputs.
+
+    Args:
+        program: Whose state it is.
+    """
+    gm = program.graph_module
+    return {f"{PAST}{name}": gm.get_buffer(name).detach().clone() for name in state_of(gm)}

@@ -66,7 +66,7 @@ def test_tables_are_for_people(folder: Path) -> None:
     [
         (CONFIG.replace("n_bits", "nbits"), "o.pt2", 4, "op_state_spec.weight.nbits: unknown key"),
         (CONFIG.replace('"2"', '"head"'), "o.pt2", 4, "matches nothing"),
-        (CONFIG, "o.onnx", 6, "cannot tell the target"),
+        (CONFIG, "o.tflite", 6, "cannot tell the target"),
         (CONFIG, "c.yaml.pt2", 7, "exists"),
     ],
 )
