@@ -71,13 +71,15 @@ def run_model(
     """
     session = session_of(path)
     feeds = {name: tensor.numpy() for name, tensor in (state or {}).items()}
-    names = [place.name for place in session.get_inputs() if place.name not in feeds]
-    if len(names) != len(inputs):
+    places = [place for place in session.get_inputs() if place.name not in feeds]
+    if len(places) != len(inputs):
+        names = [place.name for place in places]
         raise VerificationError(f"{path.name} has inputs {names}, {len(inputs)} were given")
-    feeds |= {
-        name: tensor.detach().cpu().contiguous().numpy()
-        for name, tensor in zip(names, inputs, strict=True)
-    }
+    for place, tensor in zip(places, inputs, strict=True):
+        # a program in float64 is computed in float32
+        narrow = place.type == "tensor(float)" and tensor.dtype is torch.float64
+        held = tensor.detach().cpu().contiguous()
+        feeds[place.name] = (held.to(torch.float32) if narrow else held).numpy()
     given = [out.name for out in session.get_outputs() if not out.name.startswith(PRESENT)]
     try:
         found = session.run(given, feeds)

@@ -1,13 +1,32 @@
-"""Ops that torch's exporter has not, or not right: rules for `run_decompositions`."""
+"""Ops that torch's exporter has no translation of, or a wrong one: rules for `run_decompositions`."""
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
+from graphopt.backends.decompositions import (
+    comparisons,
+    cumulative,
+    distances,
+    indexing,
+    pointwise,
+    pooling,
+    primitives,
+    products,
+    reductions,
+    resize,
+    sampling,
+    sorting,
+    special,
+    views,
+)
 from graphopt.backends.onnx.own_nodes import rules
+from graphopt.backends.onnx.registry import translations
 
 __all__ = ["decompositions", "rewritten_ops"]
 
@@ -17,12 +36,84 @@ Table = dict[Any, Callable[..., Any]]
 
 def decompositions() -> Table:
     """The table for `run_decompositions`; ops that are not in it stay whole."""
-    return _REWRITTEN | rules()
+    return _lacking() | rules()
 
 
 def rewritten_ops() -> frozenset[Any]:
     """Ops that this module has rules for; some for certain arguments only."""
-    return frozenset(_REWRITTEN)
+    return frozenset(_lacking())
 
 
-_REWRITTEN: Table = {}
+@functools.cache
+def _lacking() -> Table:
+    """Rules of the ops that torch's exporter has no translation of."""
+    known = translations()
+    table = primitives.primitives() | _RULES
+    return {op: rule for op, rule in table.items() if not known.is_registered(op)}
+
+
+_RULES: Table = {
+    _aten.fmax.default: partial(pointwise.extremum_without_nan, largest=True),
+    _aten.fmin.default: partial(pointwise.extremum_without_nan, largest=False),
+    _aten.signbit.default: pointwise.signbit,
+    _aten.copysign.Tensor: pointwise.copysign,
+    _aten.copysign.Scalar: pointwise.copysign,
+    _aten.hypot.default: pointwise.hypot,
+    _aten.erfinv.default: pointwise.erfinv,
+    _aten.nan_to_num.default: pointwise.nan_to_num,
+    _aten.heaviside.default: special.heaviside,
+    _aten.frexp.Tensor: special.frexp,
+    _aten.nextafter.default: special.nextafter,
+    _aten.lgamma.default: special.lgamma,
+    _aten.angle.default: special.angle,
+    _aten.digamma.default: special.digamma,
+    _aten.polygamma.default: special.polygamma,
+    _aten.erfc.default: special.erfc,
+    _aten.i0.default: special.bessel_i0,
+    _aten.aminmax.default: reductions.aminmax,
+    _aten.cumprod.default: cumulative.cumprod,
+    _aten.cummax.default: cumulative.cummax,
+    _aten.cummin.default: cumulative.cummin,
+    _aten.logcumsumexp.default: cumulative.logcumsumexp,
+    _aten._cdist_forward.default: distances.cdist,
+    _aten._pdist_forward.default: distances.pdist,
+    _aten.linalg_cross.default: distances.cross,
+    _aten.kthvalue.default: sorting.kthvalue,
+    _aten.median.default: sorting.median,
+    _aten.median.dim: sorting.median_along,
+    _aten.nanmedian.default: sorting.nanmedian,
+    _aten.nanmedian.dim: sorting.nanmedian_along,
+    _aten.mode.default: sorting.mode,
+    _aten.histc.default: sorting.histc,
+    _aten.searchsorted.Tensor: sorting.searchsorted,
+    _aten.searchsorted.Scalar: sorting.searchsorted,
+    _aten.bucketize.Tensor: sorting.bucketize,
+    _aten.bucketize.Scalar: sorting.bucketize,
+    _aten.trace.default: views.trace,
+    _aten.diagonal.default: views.diagonal,
+    _aten.diagonal_copy.default: views.diagonal,
+    _aten.diagonal_scatter.default: views.diagonal_scatter,
+    _aten.as_strided.default: views.as_strided,
+    _aten.as_strided_copy.default: views.as_strided,
+    _aten.as_strided_scatter.default: comparisons.as_strided_scatter,
+    _aten.unfold.default: views.unfold,
+    _aten.unfold_copy.default: views.unfold,
+    _aten.scatter_reduce.two: comparisons.scatter_reduce,
+    _aten.index_add.default: indexing.index_add,
+    _aten.index_reduce.default: indexing.index_reduce,
+    _aten.put.default: indexing.put,
+    _aten.embedding_renorm.default: comparisons.embedding_renorm,
+    _aten._embedding_bag.default: comparisons.embedding_bag,
+    _aten._embedding_bag_forward_only.default: comparisons.embedding_bag,
+    _aten._adaptive_avg_pool3d.default: partial(pooling.adaptive_avg_pool, 3),
+    _aten.adaptive_max_pool2d.default: partial(pooling.adaptive_max_pool, 2),
+    _aten.adaptive_max_pool3d.default: partial(pooling.adaptive_max_pool, 3),
+    _aten._upsample_nearest_exact1d.default: resize.nearest_exact,
+    _aten._upsample_nearest_exact2d.default: resize.nearest_exact,
+    _aten._upsample_nearest_exact3d.default: resize.nearest_exact,
+    _aten._upsample_bilinear2d_aa.default: resize.bilinear_antialiased,
+    _aten._upsample_bicubic2d_aa.default: resize.bicubic_antialiased,
+    _aten.grid_sampler_3d.default: sampling.grid_sample,
+    _aten.addbmm.default: products.addbmm,
+    _aten._trilinear.default: products.trilinear,
+}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import logging
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +20,7 @@ from graphopt.backends.onnx.decompose import decompositions
 from graphopt.backends.onnx.expand import expand
 from graphopt.backends.onnx.legalize import ScalesToFloat32
 from graphopt.backends.onnx.options import ONNXOptions
+from graphopt.backends.onnx.registry import OPSET, read_once
 from graphopt.backends.onnx.state import add_state, outputs_of_state
 from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError
@@ -32,10 +30,9 @@ from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnus
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
-__all__ = ["OPSET", "TABLE_TYPES", "legal_passes", "to_model"]
+__all__ = ["TABLE_TYPES", "legal_passes", "to_model"]
 
 _log = logging.getLogger(__name__)
-OPSET = 23
 _INTERFACE = Interface(scalars=True)
 TABLE_TYPES = tuple(f"{sign}int{bits}" for bits in (2, 3, 5, 6, 7) for sign in ("", "u"))
 
@@ -87,7 +84,7 @@ def _converted(program: Program, legal: Program, *, dynamic: bool) -> Any:
         if isinstance(leaf, Tensor)
     ]
     try:
-        with torch.no_grad(), quiet("torch"), quiet("onnxscript"), quiet("onnx_ir"), _one_registry():
+        with torch.no_grad(), quiet("torch"), quiet("onnxscript"), quiet("onnx_ir"), read_once():
             exported = export_graph(
                 legal.graph_module,
                 legal.example_args,
@@ -113,7 +110,9 @@ def _converted(program: Program, legal: Program, *, dynamic: bool) -> Any:
     except LoweringError:
         raise
     except Exception as error:
-        raise LoweringError(f"torch's exporter to ONNX cannot convert it: {_cause(error)}") from error
+        raise LoweringError(
+            f"torch's exporter to ONNX cannot convert it: {_cause(error)}"
+        ) from error
     _strip(made.model)
     return made.model
 
@@ -138,34 +137,3 @@ def _strip(model: Any) -> None:
                 value.metadata_props.clear()
         for value in (*graph.inputs, *graph.initializers.values()):
             value.metadata_props.clear()
-
-
-@contextlib.contextmanager
-def _one_registry() -> Iterator[None]:
-    """Let torch's exporter read its translations once, which takes longer than most exports."""
-    from torch.onnx._internal.exporter import _registration
-
-    before = _registration.ONNXRegistry.__dict__["from_torchlib"]
-    _registration.ONNXRegistry.from_torchlib = staticmethod(  # type: ignore[method-assign]
-        functools.partial(_registry, before)
-    )
-    try:
-        yield
-    finally:
-        _registration.ONNXRegistry.from_torchlib = before  # type: ignore[method-assign]
-
-
-_known: dict[int, Any] = {}
-
-
-def _registry(read: Any, opset_version: int) -> Any:
-    from torch.onnx._internal.exporter import _registration
-
-    if opset_version not in _known:
-        _known[opset_version] = read.__get__(None, _registration.ONNXRegistry)(opset_version)
-    whole = _known[opset_version]
-    copied = _registration.ONNXRegistry()
-    copied._opset_version = opset_version
-    copied.functions = {op: list(forms) for op, forms in whole.functions.items()}
-    return copied
-

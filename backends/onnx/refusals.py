@@ -39,10 +39,12 @@ def _bfloat16(program: Program) -> list[str]:
     gm = program.graph_module
     state = [*gm.named_parameters(), *gm.named_buffers()]
     names = [name for name, value in state if value.dtype is torch.bfloat16]
-    for node in gm.graph.nodes:
-        for leaf in pytree.tree_leaves(node.meta.get("val")):
-            if isinstance(leaf, Tensor) and leaf.dtype is torch.bfloat16:
-                names.append(node.name)
+    names += [
+        node.name
+        for node in gm.graph.nodes
+        for leaf in pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(leaf, Tensor) and leaf.dtype is torch.bfloat16
+    ]
     if not names:
         return []
     return [

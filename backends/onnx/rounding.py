@@ -36,7 +36,9 @@ def expand_quantize(emit: Emitter, node: Any, unsigned: bool) -> Any:
         x = emit.call("Clip", [x, *bounds], x)
     if unsigned and kind == "INT8":
         kind, zero = "UINT8", zero + _SHIFT
-    return emit.call("QuantizeLinear", [x, *_operands(emit, scale, zero, kind)], result, kind=kind, **_axis(node))
+    return emit.call(
+        "QuantizeLinear", [x, *_operands(emit, scale, zero, kind)], result, kind=kind, **_axis(node)
+    )
 
 
 def expand_dequantize(emit: Emitter, node: Any) -> Any:
@@ -106,7 +108,7 @@ def _operands(emit: Emitter, scale: Any, zero: Any, kind: str) -> list[Any]:
     return [factor, emit.constant(np.asarray(zero).astype(container), "act_zero", kind)]
 
 
-def _axis(node: Any) -> dict[str, int]:
+def _axis(node: Any) -> dict[str, Any]:
     axis = node.attributes.get("axis")
     return {} if axis is None else {"axis": axis.as_int()}
 

@@ -122,7 +122,7 @@ def _dequantized(
         container = np.uint8 if kind.startswith("U") else np.int8
         points = zeros.reshape(layout.scales).astype(container)
         inputs.append(emit.constant(points, f"{held.name}_zero_point", kind))
-    attributes = {} if layout.axis is None else {"axis": layout.axis}
+    attributes: dict[str, Any] = {} if layout.axis is None else {"axis": layout.axis}
     if layout.block:
         attributes["block_size"] = layout.block
     return emit.call(
@@ -130,9 +130,7 @@ def _dequantized(
     )
 
 
-def _scaled(
-    emit: Emitter, values: Any, result: Any, factors: Array, shifts: Array | None
-) -> Any:
+def _scaled(emit: Emitter, values: Any, result: Any, factors: Array, shifts: Array | None) -> Any:
     """`(values − shift) · scale` in float32, block by block."""
     shape = [int(size) for size in result.shape]
     counts = factors.shape
@@ -145,7 +143,9 @@ def _scaled(
             return _as_type(emit, made, result)
     if kind != "FLOAT":
         values = emit.call("Cast", [values], result, kind="FLOAT", to=_data_type("FLOAT"))
-    parts = [part for count, size in zip(counts, shape, strict=True) for part in (count, size // count)]
+    parts = [
+        part for count, size in zip(counts, shape, strict=True) for part in (count, size // count)
+    ]
     blocks = [part for count in counts for part in (count, 1)]
     whole = all(count in (1, size) for count, size in zip(counts, shape, strict=True))
     if not whole:

@@ -31,14 +31,12 @@ def outputs_of_state(exported: ExportedProgram) -> list[str]:
     pairs = list(zip(signature.output_specs, output.args[0], strict=True))
     kept = [pair for pair in pairs if pair[0].kind is not OutputKind.BUFFER_MUTATION]
     state = [pair for pair in pairs if pair[0].kind is OutputKind.BUFFER_MUTATION]
-    written = [
-        (OutputSpec(OutputKind.USER_OUTPUT, spec.arg, None), value) for spec, value in state
-    ]
+    written = [(OutputSpec(OutputKind.USER_OUTPUT, spec.arg, None), value) for spec, value in state]
     if not written:
         return []
     signature.output_specs = [spec for spec, _ in (*kept, *written)]
     flat = pytree.tree_structure(tuple(range(len(kept) + len(written))))
-    exported.module_call_graph[0].signature.out_spec = flat  # type: ignore[union-attr]
+    exported.module_call_graph[0].signature.out_spec = flat
     output.args = (tuple(value for _, value in (*kept, *written)),)
     exported.graph_module.recompile()
     return [str(spec.target) for spec, _ in state]

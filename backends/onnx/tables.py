@@ -93,9 +93,7 @@ def expand_sparse(emit: Emitter, node: Any) -> Any:
     places = emit.call("NonZero", [kept], bits, kind="INT64", shape=[1, None])
     where = emit.call("Reshape", [places, _ints(emit, [-1])], places, shape=[None])
     zero = ir.tensor(np.zeros(1, result.dtype.numpy()))
-    empty = emit.call(
-        "ConstantOfShape", [_ints(emit, [count])], result, shape=[count], value=zero
-    )
+    empty = emit.call("ConstantOfShape", [_ints(emit, [count])], result, shape=[count], value=zero)
     put = emit.call("ScatterElements", [empty, where, values], result, shape=[count], axis=0)
     return emit.call("Reshape", [put, _ints(emit, shape)], result)
 
@@ -124,7 +122,7 @@ def _shifted(emit: Emitter, packed: Array, n_bits: int, name: str) -> Any:
 
     if n_bits in _WHOLE_BYTES:
         stored = emit.constant(packed.reshape(-1, 1), f"{name}_bytes", "UINT8")
-        group, kind = 8, np.uint8
+        group, kind = 8, "uint8"
     else:
         rest = -len(packed) % 3
         triples = np.concatenate([packed, np.zeros(rest, np.uint8)]).reshape(-1, 3)
@@ -136,10 +134,10 @@ def _shifted(emit: Emitter, packed: Array, n_bits: int, name: str) -> Any:
             "ReduceSum", [parts, _ints(emit, [1])], parts, shape=[len(triples), 1], keepdims=1
         )
         stored = emit.call("Cast", [sums], sums, kind="UINT32", to=ir.DataType.UINT32)
-        group, kind = 24, np.uint32
+        group, kind = 24, "uint32"
     each = group // n_bits
     shifts = emit.constant(np.arange(0, group, n_bits, dtype=kind), "places_of_codes")
-    mask = emit.constant(np.array(2**n_bits - 1, kind), "mask_of_codes")
+    mask = emit.constant(np.array(2**n_bits - 1, dtype=kind), "mask_of_codes")
     rows = int(stored.shape[0])
     moved = emit.call("BitShift", [stored, shifts], stored, shape=[rows, each], direction="RIGHT")
     cut = emit.call("BitwiseAnd", [moved, mask], moved)
