@@ -12,26 +12,35 @@ from graphopt.backends.onnx.rounding import (
     expand_round,
     is_shiftable,
 )
-from graphopt.backends.onnx.scales import expand_shift_scale
+from graphopt.backends.onnx.scales import Reading, expand_shift_scale
 from graphopt.backends.onnx.tables import expand_lookup, expand_sparse
 
 __all__ = ["expand"]
 
 
-def expand(model: Any) -> None:
+def expand(model: Any, *, dequantize: bool = False) -> None:
     """Replace every node of our own.
 
     Args:
         model: Of onnx_ir; it is changed.
+        dequantize: See `Reading`.
     """
     emit = Emitter(model.graph)
     nodes = [node for node in model.graph if node.domain == DOMAIN]
     quantized = [node for node in nodes if node.op_type == "quantize"]
     # uint8 all over, or a product of uint8 and int8 would stand beside those that are shifted
     unsigned = bool(quantized) and all(map(is_shiftable, quantized))
+    readings = {
+        node: Reading(_meets_integers(node), unsigned, dequantize)
+        for node in nodes
+        if node.op_type == "shift_scale"
+    }
     for node in nodes:
         emit.place = node
-        made, done = _expanded(emit, node, unsigned)
+        if node.op_type == "shift_scale":
+            made, done = expand_shift_scale(emit, node, readings[node])
+        else:
+            made, done = _expanded(emit, node, unsigned), node
         emit.replace(made, done)
         if done is not node:
             model.graph.remove(node, safe=True)
@@ -39,22 +48,35 @@ def expand(model: Any) -> None:
     model.opset_imports.pop(DOMAIN, None)
 
 
-def _expanded(emit: Emitter, node: Any, unsigned: bool) -> tuple[Any, Any]:
-    """What a node gives, and the node whose result that is."""
+def _expanded(emit: Emitter, node: Any, unsigned: bool) -> Any:
+    """What a node gives."""
     match node.op_type:
         case "lut_to_dense":
-            return expand_lookup(emit, node), node
+            return expand_lookup(emit, node)
         case "sparse_to_dense":
-            return expand_sparse(emit, node), node
-        case "shift_scale":
-            return expand_shift_scale(emit, node, unsigned)
+            return expand_sparse(emit, node)
         case "quantize":
-            return expand_quantize(emit, node, unsigned), node
+            return expand_quantize(emit, node, unsigned)
         case "dequantize":
-            return expand_dequantize(emit, node), node
+            return expand_dequantize(emit, node)
         case "round_to_float":
-            return expand_round(emit, node), node
+            return expand_round(emit, node)
     raise AssertionError(node.op_type)
+
+
+def _meets_integers(node: Any) -> bool:
+    """Whether a weight is read together with rounded activations, through a transposition or not."""
+    (result,) = node.outputs
+    for use in result.uses():
+        reader = use.node
+        if reader.op_type == "Transpose" and not reader.domain:
+            if _meets_integers(reader):
+                return True
+            continue
+        makers = [value.producer() for value in reader.inputs if value is not None]
+        if any(m is not None and (m.domain, m.op_type) == (DOMAIN, "dequantize") for m in makers):
+            return True
+    return False
 
 
 def _drop_unread(graph: Any) -> None:

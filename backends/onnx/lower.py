@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -62,18 +63,18 @@ def to_model(program: Program, options: ONNXOptions) -> Any:
     run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused()])
     if options.dynamic:
         try:
-            return _converted(program, legal, dynamic=True)
+            return _converted(program, legal, options)
         except LoweringError as error:
-            model = _converted(program, legal, dynamic=False)
+            model = _converted(program, legal, replace(options, dynamic=False))
             _log.warning(
                 "ONNX: sizes are those of the example, as open ones cannot be converted: %s",
                 str(error).splitlines()[-1],
             )
             return model
-    return _converted(program, legal, dynamic=False)
+    return _converted(program, legal, options)
 
 
-def _converted(program: Program, legal: Program, *, dynamic: bool) -> Any:
+def _converted(program: Program, legal: Program, options: ONNXOptions) -> Any:
     names = [
         str(node.target)
         for node, leaf in zip(
@@ -84,12 +85,12 @@ def _converted(program: Program, legal: Program, *, dynamic: bool) -> Any:
         if isinstance(leaf, Tensor)
     ]
     try:
-        with torch.no_grad(), quiet("torch"), quiet("onnxscript"), quiet("onnx_ir"), read_once():
+        with torch.no_grad(), quiet("torch.onnx"), quiet("onnx_ir"), read_once():
             exported = export_graph(
                 legal.graph_module,
                 legal.example_args,
                 legal.example_kwargs,
-                dynamic=dynamic,
+                dynamic=options.dynamic,
                 decompositions=decompositions(),
             )
             drop_written_inputs(exported)
@@ -106,7 +107,7 @@ def _converted(program: Program, legal: Program, *, dynamic: bool) -> Any:
             )
             add_state(made.model, state)
             made.optimize()
-            expand(made.model)
+            expand(made.model, dequantize=options.weights == "dequantize")
     except LoweringError:
         raise
     except Exception as error:

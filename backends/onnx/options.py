@@ -10,6 +10,7 @@ from graphopt.errors import LoweringError
 
 __all__ = ["ONNXOptions"]
 
+_WEIGHTS = ("folded", "dequantize")
 _MATMULS = ("standard", "nbits")
 
 
@@ -19,15 +20,23 @@ class ONNXOptions(TargetOptions):
 
     Attributes:
         dynamic: Leave the dimensions open that the graph leaves open.
+        weights: What integers with scales become where no kernel of integers takes them. "folded":
+            casts and products of constants, which ONNX Runtime computes once, when it loads the
+            model. "dequantize": `DequantizeLinear`, which other runtimes and execution providers know
+            and ONNX Runtime's CPU kernels compute in every call.
         matmul: "nbits" multiplies by integer weights of 4 and 8 bits with ONNX Runtime's own
             `com.microsoft.MatMulNBits`, wherever that computes the same; all else, and everything
             with "standard", is in ops of the standard.
 
     Raises:
-        LoweringError: There is no such form of products.
+        LoweringError: There is no such form of weights or products.
     """
 
     dynamic: bool = True
+    weights: Literal["folded", "dequantize"] = field(
+        default="folded",
+        metadata=in_shell(_WEIGHTS, "For .onnx: what integer weights with scales become."),
+    )
     matmul: Literal["standard", "nbits"] = field(
         default="standard",
         metadata=in_shell(
@@ -36,5 +45,7 @@ class ONNXOptions(TargetOptions):
     )
 
     def __post_init__(self) -> None:
+        if self.weights not in _WEIGHTS:
+            raise LoweringError(f"weights must be one of {list(_WEIGHTS)}, got {self.weights!r}")
         if self.matmul not in _MATMULS:
             raise LoweringError(f"matmul must be one of {list(_MATMULS)}, got {self.matmul!r}")

@@ -25,7 +25,7 @@ def translations() -> Any:
     require("onnxscript", "onnx")
     from torch.onnx._internal.exporter._registration import ONNXRegistry
 
-    with quiet("torch"):
+    with quiet("torch.onnx"):
         return ONNXRegistry.from_torchlib(OPSET)
 
 

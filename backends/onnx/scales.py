@@ -14,12 +14,12 @@ from graphopt.backends.onnx.emitter import Emitter, array_of
 from graphopt.backends.onnx.tables import stored_codes
 from graphopt.ir.ops import STORAGE_BITS
 
-__all__ = ["Layout", "expand_shift_scale", "layout_of"]
+__all__ = ["Layout", "Reading", "expand_shift_scale", "layout_of"]
 
 Array = NDArray[Any]
 _FP8 = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
 _FP4 = np.array([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0], np.float32)
-_INTEGERS = ("INT4", "UINT4", "INT8", "UINT8")
+_SHIFT = 128  # from int8 to uint8
 
 
 @dataclass(frozen=True)
@@ -60,15 +60,35 @@ def layout_of(shape: Sequence[int], counts: Sequence[int]) -> Layout | None:
     return Layout(merged, (*shape[:last], counts[last]), last, behind // counts[last])
 
 
-def expand_shift_scale(emit: Emitter, node: Any, unsigned: bool) -> tuple[Any, Any]:
+@dataclass(frozen=True)
+class Reading:
+    """How the ops that read a weight compute.
+
+    Attributes:
+        integer: Their other operand is of integers with scales: the runtime fuses both into kernels
+            of integers.
+        unsigned: These operands are uint8. Weights become uint8, too, with 128 as zero point: without
+            VNNI instructions the kernels add up products of uint8 and int8 in 16 bits, which
+            saturate.
+        dequantize: Use `DequantizeLinear` where they compute with floats, too.
+    """
+
+    integer: bool = False
+    unsigned: bool = False
+    dequantize: bool = False
+
+
+def expand_shift_scale(emit: Emitter, node: Any, reading: Reading) -> tuple[Any, Any]:
     """The dense weight of integers or narrow floats with scales.
+
+    ONNX Runtime keeps a `DequantizeLinear` of constants as it is: it serves kernels of integers, and
+    costs as much as it has elements in every call elsewhere. Casts and products of constants are
+    computed once, when a model is loaded.
 
     Args:
         emit: At the node.
         node: `shift_scale(data, scale, offset)`.
-        unsigned: Store int8 as uint8 with 128 as zero point: where activations are integers, too,
-            kernels without VNNI instructions add up products of uint8 and int8 in 16 bits, which
-            saturate.
+        reading: How the weight is read.
 
     Returns:
         The weight, and the node whose result it is: a transposition that alone reads the weight is
@@ -82,7 +102,17 @@ def expand_shift_scale(emit: Emitter, node: Any, unsigned: bool) -> tuple[Any, A
     factors = array_of(scale).astype(np.float32)
     shifts = None if offset is None else array_of(offset)
     if storage == "float":
-        return _scaled(emit, data, result, factors, shifts), node
+        values, kind = data, data.dtype.name
+        if reading.integer and _holds_bytes(kind, shape, factors, shifts):
+            zeros = None if shifts is None else shifts.astype(np.int16)
+            if reading.unsigned and kind == "INT8":
+                values, zeros = _as_unsigned(emit, values, zeros, factors)
+            layout = layout_of(shape, factors.shape)
+            assert layout is not None
+            return _as_type(
+                emit, _dequantized(emit, values, result, layout, factors, zeros), result
+            ), node
+        return _scaled(emit, values, result, factors, shifts), node
     if storage == "fp4_e2m1":
         codes = emit.constant(_codes(data, storage, shape), f"{data.name}_codes", "UINT4")
         places = emit.call("Cast", [codes], codes, kind="INT32", to=_data_type("INT32"))
@@ -90,15 +120,16 @@ def expand_shift_scale(emit: Emitter, node: Any, unsigned: bool) -> tuple[Any, A
         values = emit.call("Gather", [table, places], result, kind="FLOAT", axis=0)
         return _scaled(emit, values, result, factors, shifts), node
     stored, kind = _elements(data, storage, shape)
+    integer = reading.integer and _holds_bytes(kind, shape, factors, shifts)
     minimum = shifts is not None and shifts.dtype.kind == "f"
-    layout = None if minimum else layout_of(shape, factors.shape)
-    if layout is None:
+    layout = layout_of(shape, factors.shape)
+    if layout is None or minimum or not (integer or reading.dequantize):
         held = emit.constant(stored, f"{data.name}_values", kind)
         return _scaled(emit, held, result, factors, shifts), node
     zeros = None if shifts is None else shifts.astype(np.int16)
-    if unsigned and kind == "INT8":
-        stored, kind = (stored.astype(np.int16) + 128).astype(np.uint8), "UINT8"
-        zeros = (np.zeros(factors.shape, np.int16) if zeros is None else zeros) + 128
+    if integer and reading.unsigned and kind == "INT8":
+        stored, kind = (stored.astype(np.int16) + _SHIFT).astype(np.uint8), "UINT8"
+        zeros = (np.zeros(factors.shape, np.int16) if zeros is None else zeros) + _SHIFT
     reader = _transposed(result) if len(shape) == 2 and layout.shape == tuple(shape) else None
     if reader is not None:
         stored = stored.T
@@ -106,11 +137,31 @@ def expand_shift_scale(emit: Emitter, node: Any, unsigned: bool) -> tuple[Any, A
         factors = factors.T
         zeros = None if zeros is None else zeros.T
         result, node = reader.outputs[0], reader
+    if not integer:
+        # a matrix itself would be taken for one of `MatMulNBits`, which rounds what it is multiplied by
+        layout = _under_one(layout)
     held = emit.constant(stored.reshape(layout.shape), f"{data.name}_values", kind)
     made = _dequantized(emit, held, result, layout, factors, zeros)
-    if made.shape is None or list(made.shape) != list(result.shape):
+    if list(layout.shape) != list(result.shape):
         made = emit.call("Reshape", [made, _ints(emit, list(result.shape))], result, kind="FLOAT")
     return _as_type(emit, made, result), node
+
+
+def _holds_bytes(kind: str, shape: Sequence[int], factors: Array, shifts: Array | None) -> bool:
+    """Whether kernels of integers take a weight: bytes with a scale, or with one per channel."""
+    layout = layout_of(shape, factors.shape)
+    minimum = shifts is not None and shifts.dtype.kind == "f"
+    return kind in ("INT8", "UINT8") and layout is not None and not layout.block and not minimum
+
+
+def _as_unsigned(
+    emit: Emitter, values: Any, zeros: Array | None, factors: Array
+) -> tuple[Any, Array]:
+    """Computed int8 as uint8, and their zero points."""
+    wide = emit.call("Cast", [values], values, kind="INT32", to=_data_type("INT32"))
+    moved = emit.call("Add", [wide, emit.constant(np.array(_SHIFT, np.int32), "shift")], wide)
+    narrow = emit.call("Cast", [moved], values, kind="UINT8", to=_data_type("UINT8"))
+    return narrow, (np.zeros(factors.shape, np.int16) if zeros is None else zeros) + _SHIFT
 
 
 def _dequantized(
@@ -134,25 +185,16 @@ def _scaled(emit: Emitter, values: Any, result: Any, factors: Array, shifts: Arr
     """`(values − shift) · scale` in float32, block by block."""
     shape = [int(size) for size in result.shape]
     counts = factors.shape
-    kind = values.dtype.name
-    if kind in _INTEGERS and (shifts is None or shifts.dtype.kind != "f"):
-        layout = layout_of(shape, counts)
-        if layout is not None and layout.shape == tuple(shape):
-            zeros = None if shifts is None else shifts.astype(np.int16)
-            made = _dequantized(emit, values, result, layout, factors, zeros)
-            return _as_type(emit, made, result)
-    if kind != "FLOAT":
+    if values.dtype.name != "FLOAT":
         values = emit.call("Cast", [values], result, kind="FLOAT", to=_data_type("FLOAT"))
-    parts = [
-        part for count, size in zip(counts, shape, strict=True) for part in (count, size // count)
-    ]
-    blocks = [part for count in counts for part in (count, 1)]
-    whole = all(count in (1, size) for count, size in zip(counts, shape, strict=True))
+    pairs = list(zip(counts, shape, strict=True))
+    whole = all(count in (1, size) for count, size in pairs)
+    given = list(counts) if whole else [part for count in counts for part in (count, 1)]
     if not whole:
+        parts = [part for count, size in pairs for part in (count, size // count)]
         values = emit.call(
             "Reshape", [values, _ints(emit, parts)], result, kind="FLOAT", shape=parts
         )
-    given = list(counts) if whole else blocks
     if shifts is not None:
         low = emit.constant(shifts.astype(np.float32).reshape(given), f"{result.name}_shift")
         values = emit.call("Sub", [values, low], values)
@@ -196,6 +238,14 @@ def _turned(layout: Layout) -> Layout:
     scales = layout.scales[::-1]
     axis = None if layout.axis is None else 1 - layout.axis
     return Layout(layout.shape[::-1], scales, axis, layout.block)
+
+
+def _under_one(layout: Layout) -> Layout:
+    """The layout of the weight as the only element of a first axis."""
+    if layout.axis is None:
+        return Layout((1, *layout.shape), ())
+    scales = (1, *layout.scales) if layout.block else layout.scales
+    return Layout((1, *layout.shape), scales, layout.axis + 1, layout.block)
 
 
 def _as_type(emit: Emitter, value: Any, result: Any) -> Any:
