@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from graphopt.backends.onnx.emitter import Emitter
+from graphopt.backends.onnx.matmul_nbits import MICROSOFT, as_matmul_nbits
+from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.own_nodes import DOMAIN
 from graphopt.backends.onnx.rounding import (
     expand_dequantize,
@@ -18,18 +20,19 @@ from graphopt.backends.onnx.tables import expand_lookup, expand_sparse
 __all__ = ["expand"]
 
 
-def expand(model: Any, *, dequantize: bool = False) -> None:
+def expand(model: Any, options: ONNXOptions) -> None:
     """Replace every node of our own.
 
     Args:
         model: Of onnx_ir; it is changed.
-        dequantize: See `Reading`.
+        options: Of `lower`.
     """
     emit = Emitter(model.graph)
     nodes = [node for node in model.graph if node.domain == DOMAIN]
     quantized = [node for node in nodes if node.op_type == "quantize"]
     # uint8 all over, or a product of uint8 and int8 would stand beside those that are shifted
     unsigned = bool(quantized) and all(map(is_shiftable, quantized))
+    dequantize = options.weights == "dequantize"
     readings = {
         node: Reading(_meets_integers(node), unsigned, dequantize)
         for node in nodes
@@ -38,7 +41,12 @@ def expand(model: Any, *, dequantize: bool = False) -> None:
     for node in nodes:
         emit.place = node
         if node.op_type == "shift_scale":
-            made, done = expand_shift_scale(emit, node, readings[node])
+            reading = readings[node]
+            if options.matmul == "nbits" and not reading.integer and as_matmul_nbits(emit, node):
+                model.opset_imports[MICROSOFT] = 1
+                _drop_nodes(model.graph, node)
+                continue
+            made, done = expand_shift_scale(emit, node, reading)
         else:
             made, done = _expanded(emit, node, unsigned), node
         emit.replace(made, done)
@@ -77,6 +85,12 @@ def _meets_integers(node: Any) -> bool:
         if any(m is not None and (m.domain, m.op_type) == (DOMAIN, "dequantize") for m in makers):
             return True
     return False
+
+
+def _drop_nodes(graph: Any, node: Any) -> None:
+    """Drop a node that nothing reads, and what turned its result."""
+    (result,) = node.outputs
+    graph.remove([*(use.node for use in result.uses()), node], safe=True)
 
 
 def _drop_unread(graph: Any) -> None:

@@ -107,7 +107,7 @@ def _converted(program: Program, legal: Program, options: ONNXOptions) -> Any:
             )
             add_state(made.model, state)
             made.optimize()
-            expand(made.model, dequantize=options.weights == "dequantize")
+            expand(made.model, options)
     except LoweringError:
         raise
     except Exception as error:

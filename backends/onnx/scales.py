@@ -14,7 +14,7 @@ from graphopt.backends.onnx.emitter import Emitter, array_of
 from graphopt.backends.onnx.tables import stored_codes
 from graphopt.ir.ops import STORAGE_BITS
 
-__all__ = ["Layout", "Reading", "expand_shift_scale", "layout_of"]
+__all__ = ["Layout", "Reading", "elements_of", "expand_shift_scale", "layout_of"]
 
 Array = NDArray[Any]
 _FP8 = {"fp8_e4m3": "FLOAT8E4M3FN", "fp8_e5m2": "FLOAT8E5M2"}
@@ -119,7 +119,7 @@ def expand_shift_scale(emit: Emitter, node: Any, reading: Reading) -> tuple[Any,
         table = emit.constant(np.concatenate([_FP4, -_FP4]), "fp4_values")
         values = emit.call("Gather", [table, places], result, kind="FLOAT", axis=0)
         return _scaled(emit, values, result, factors, shifts), node
-    stored, kind = _elements(data, storage, shape)
+    stored, kind = elements_of(data, storage, shape)
     integer = reading.integer and _holds_bytes(kind, shape, factors, shifts)
     minimum = shifts is not None and shifts.dtype.kind == "f"
     layout = layout_of(shape, factors.shape)
@@ -205,7 +205,7 @@ def _scaled(emit: Emitter, values: Any, result: Any, factors: Array, shifts: Arr
     return _as_type(emit, values, result)
 
 
-def _elements(data: Any, storage: str, shape: Sequence[int]) -> tuple[Array, str]:
+def elements_of(data: Any, storage: str, shape: Sequence[int]) -> tuple[Array, str]:
     """Elements, one a byte, and their type as onnx_ir spells it."""
     codes = _codes(data, storage, shape)
     if storage in _FP8:
