@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -9,9 +10,10 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from graphopt.backends.base import Artifact, Backend, stored_weights
+from graphopt.backends.base import Artifact, Backend, stored_size, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.onnx.check import check_model, run_model
+from graphopt.backends.onnx.external_data import data_of, name_data
 from graphopt.backends.onnx.lower import TABLE_TYPES, legal_passes, to_model
 from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.refusals import refusals
@@ -25,11 +27,14 @@ from graphopt.run.batches import Batch
 
 __all__ = ["ONNXArtifact", "ONNXBackend"]
 
-_MOST_BYTES = 2**31 - 2**20  # of a message of protobuf, with room for the graph
+MOST_BYTES = 2**31 - 2**24  # of a message of protobuf, with room for the graph
 
 
 class ONNXArtifact(Artifact):
     """An ONNX model; saves as .onnx and runs in ONNX Runtime.
+
+    Weights beyond what one message of protobuf holds, 2 GB, are in a file beside it,
+    `<name>.onnx.data`.
 
     Attributes:
         model: Of onnx_ir.
@@ -40,6 +45,7 @@ class ONNXArtifact(Artifact):
     ) -> None:
         super().__init__(backend, program, vars(options))
         self.model = model
+        self._written: Path | None = None
 
     @property
     def initial_state(self) -> dict[str, Tensor]:
@@ -50,7 +56,46 @@ class ONNXArtifact(Artifact):
     def _write(self, path: Path) -> None:
         import onnx_ir as ir
 
-        ir.save(self.model, path)
+        held = sum(value.const_value.nbytes for value in self.model.graph.initializers.values())
+        if held <= MOST_BYTES:
+            ir.save(self.model, path)
+            return
+        self._written = data_of(path)
+        ir.save(self.model, path, external_data=self._written.name)
+
+    @override
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        verify: bool | Iterable[Any] = True,
+        max_error: float | None = None,
+    ) -> Path:
+        self._written = None
+        try:
+            target = super().save(path, overwrite=overwrite, verify=verify, max_error=max_error)
+            if self._written is None:
+                data_of(target).unlink(missing_ok=True)
+            else:
+                name_data(target, self._written)
+        finally:
+            if self._written is not None:
+                self._written.unlink(missing_ok=True)
+        return target
+
+    @property
+    @override
+    def size(self) -> int:
+        """Bytes on disk, with those of the file beside it.
+
+        Raises:
+            StateError: The artifact was not saved.
+        """
+        whole = super().size
+        assert self.path is not None
+        beside = data_of(self.path)
+        return whole + (stored_size(beside) if beside.exists() else 0)
 
 
 class ONNXBackend(Backend):

@@ -162,9 +162,9 @@ def _operands(
     """Weight, scales and zero points as the op has them: rows of blocks of packed bytes."""
     n, k = codes.shape
     count = factors.shape[1]
-    padded = np.zeros((n, count * block), np.uint8)
+    padded: Array = np.zeros((n, count * block), np.uint8)
     padded[:, :k] = codes
-    points = zeros.astype(np.uint8)
+    points: Array = zeros.astype(np.uint8)
     if bits == 4:
         padded = padded[:, 0::2] | (padded[:, 1::2] << 4)
         points = np.pad(points, ((0, 0), (0, count % 2)))

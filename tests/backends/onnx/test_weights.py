@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from helpers.tables_on_targets import SPECS as TABLES
-from helpers.tiers import some
 from torch import Tensor, nn
 
 import graphopt
@@ -42,7 +41,7 @@ INTEGERS: dict[str, QuantizationSpec] = {
         )
         for kind in ("int2", "uint2", "int3", "uint3", "int4", "uint4", "int6", "uint6")
         for grid in (CHANNELS, BLOCKS)
-        for scheme in QuantizationScheme
+        for scheme in (QuantizationScheme.SYMMETRIC, ASYMMETRIC)
     },
     "int4 minimum": QuantizationSpec(
         dtype="int4", granularity=CHANNELS, qscheme=ASYMMETRIC, qformulation=MINIMUM
@@ -80,7 +79,7 @@ LAYERS: dict[str, tuple[Any, Tensor]] = {
     "transposed": (lambda: nn.ConvTranspose2d(8, 4, 2, 2), torch.randn(1, 8, 3, 3)),
     "embedding": (lambda: nn.Embedding(16, 8), torch.randint(0, 16, (2, 5))),
 }
-FEW = {"linear", "conv"}
+SPECS = {"tables": TABLES, "integers": INTEGERS}
 
 
 def of_each(layer: str, specs: dict[str, Any]) -> Program:
@@ -111,77 +110,141 @@ def saved(program: Program, folder: Path, **options: Any) -> Artifact:
     return artifact
 
 
-@pytest.mark.integration
-@pytest.mark.parametrize("layer", some(LAYERS, lambda layer: layer in FEW))
-@pytest.mark.parametrize("specs", [TABLES, INTEGERS], ids=["tables", "integers"])
-def test_every_form_of_weight_runs_as_in_pytorch(
-    layer: str, specs: dict[str, Any], tmp_path: Path
-) -> None:
-    outcome = saved(of_each(layer, specs), tmp_path).verification
+def check_forms(layer: str, specs: dict[str, Any], folder: Path, **options: Any) -> None:
+    outcome = saved(of_each(layer, specs), folder, **options).verification
+    assert outcome is not None
     assert outcome.complete
     assert outcome.weights == len(specs)
     errors = dict(zip(specs, outcome.outputs, strict=True))
     assert {name: error for name, error in errors.items() if error > 1e-6} == {}
 
 
-def constants(artifact: Artifact) -> dict[str, np.ndarray]:
-    """What the saved file holds, read by `onnx`."""
-    import onnx
-    from onnx import numpy_helper
+@pytest.mark.slow
+@pytest.mark.parametrize("weights", ["folded", "dequantize"])
+@pytest.mark.parametrize("layer", LAYERS)
+@pytest.mark.parametrize("kind", SPECS)
+def test_every_form_of_weight_runs_as_in_pytorch(
+    layer: str, kind: str, weights: str, tmp_path: Path
+) -> None:
+    check_forms(layer, SPECS[kind], tmp_path, weights=weights)
 
-    model = onnx.load(artifact.path)
-    return {each.name: numpy_helper.to_array(each) for each in model.graph.initializer}
+
+# of each way to take codes and scales apart one
+FEW = {
+    "tables": ("1 bits", "3 bits", "vectors in groups", "outliers, scales and int8 tables"),
+    "integers": ("int8 affine", "int4 blocks symmetric", "uint6 asymmetric", "fp8 e4m3", "fp4"),
+}
 
 
-def bytes_of(artifact: Artifact) -> dict[str, int]:
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    ("layer", "kind", "weights"),
+    [("conv", "tables", "folded"), ("linear", "integers", "dequantize")],
+)
+def test_forms_of_weights_run_as_in_pytorch(
+    layer: str, kind: str, weights: str, tmp_path: Path
+) -> None:
+    specs = {name: SPECS[kind][name] for name in FEW[kind]}
+    check_forms(layer, specs, tmp_path, weights=weights)
+
+
+def stored_bytes(artifact: Artifact) -> dict[str, int]:
+    """Name → bytes of what the saved file holds, read by `onnx`."""
     import onnx
 
     model = onnx.load(artifact.path)
     return {each.name: len(each.raw_data) for each in model.graph.initializer}
 
 
-@pytest.mark.parametrize(("bits", "stored"), [(1, 1), (2, 2), (3, 3), (4, 4), (6, 6), (8, 8)])
 @pytest.mark.integration
-def test_codes_take_their_bits_in_the_file(bits: int, stored: int, tmp_path: Path) -> None:
-    model = nn.Linear(96, 64, bias=False).eval()
-    config = {"global_config": {"op_state_spec": {"weight": PalettizationSpec(n_bits=bits)}}}
-    palettizer = KMeansPalettizer(model, KMeansPalettizerConfig(**config))
+def test_codes_take_their_bits_in_the_file(tmp_path: Path) -> None:
+    widths = (1, 2, 3, 4, 6, 8)
+    torch.manual_seed(0)
+    model = Beside(lambda: nn.Linear(96, 64, bias=False), len(widths)).eval()
+    given = {
+        f"parts.{place}": {"op_state_spec": {"weight": PalettizationSpec(n_bits=bits)}}
+        for place, bits in enumerate(widths)
+    }
+    config = KMeansPalettizerConfig(global_config=None, module_name_configs=given)
+    palettizer = KMeansPalettizer(model, config)
     palettizer.prepare((torch.randn(2, 96),))
-    artifact = saved(palettizer.program(), tmp_path)
-    assert max(bytes_of(artifact).values()) == max(96 * 64 * stored // 8, 4 * 2**bits)
+    sizes = stored_bytes(saved(palettizer.program(), tmp_path))
+    for place, bits in enumerate(widths):
+        mine = [size for name, size in sizes.items() if name.startswith(f"parts.{place}.")]
+        assert max(mine) == 96 * 64 * bits // 8, bits
+
+
+def decoded(path: Path) -> list[np.ndarray]:
+    """Weights that the file's own integers and scales stand for, by the standard's formula."""
+    import onnx
+    from onnx import numpy_helper
+
+    graph = onnx.load(path).graph
+    held = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    found = []
+    for node in graph.node:
+        if node.op_type != "DequantizeLinear":
+            continue
+        facts = {each.name: each.i for each in node.attribute}
+        values, scale = held[node.input[0]].astype(np.float32), held[node.input[1]]
+        zero = held[node.input[2]].astype(np.float32) if len(node.input) > 2 else scale * 0
+        if facts.get("block_size"):
+            scale, zero = (np.repeat(x, facts["block_size"], facts["axis"]) for x in (scale, zero))
+        elif scale.ndim:
+            along = [-1 if axis == facts["axis"] else 1 for axis in range(values.ndim)]
+            scale, zero = scale.reshape(along), zero.reshape(along)
+        found.append((values - zero) * scale)
+    return found
 
 
 @pytest.mark.integration
-def test_integers_and_scales_are_those_of_the_program(tmp_path: Path) -> None:
-    """Decoded from the file by the standard's formula, and nothing else of ours."""
-    specs = {name: INTEGERS[name] for name in ("int4 blocks symmetric", "int4 affine", "int8")}
-    specs = {name: spec for name, spec in specs.items() if name in INTEGERS}
+def test_integers_and_scales_in_the_file_are_the_weights(tmp_path: Path) -> None:
+    names = ("int4 blocks symmetric", "uint4 asymmetric", "int8 affine", "int8 one scale")
+    specs = {name: INTEGERS[name] for name in names}
     program = of_each("linear", specs)
-    artifact = saved(program, tmp_path)
-    held = constants(artifact)
-    import onnx
+    artifact = saved(program, tmp_path, weights="dequantize")
+    assert artifact.path is not None
+    eye = torch.eye(8).expand(1, 8, 8)
+    with torch.no_grad():
+        wanted = [
+            out[0] - bias
+            for out, bias in zip(program.graph_module(eye), biases(program), strict=True)
+        ]
+    found = [weight.reshape(8, 8) for weight in decoded(artifact.path)]
+    assert len(found) == len(wanted) >= 3
+    for weight, want in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(weight, want.numpy(), rtol=0, atol=1e-6)
 
-    found = []
-    for node in onnx.load(artifact.path).graph.node:
-        if node.op_type == "DequantizeLinear":
-            axis = {each.name: each.i for each in node.attribute}
-            values, scale = held[node.input[0]].astype(np.float32), held[node.input[1]]
-            zero = held[node.input[2]].astype(np.float32) if len(node.input) > 2 else 0 * scale
-            if axis.get("block_size"):
-                scale, zero = (np.repeat(x, axis["block_size"], axis["axis"]) for x in (scale, zero))
-            elif scale.ndim:
-                along = [-1 if k == axis["axis"] else 1 for k in range(values.ndim)]
-                scale, zero = scale.reshape(along), zero.reshape(along)
-            found.append((values - zero) * scale)
-    gm = program.graph_module
-    dense = [
-        torch.ops.graphopt.shift_scale.default(
-            *(gm.get_buffer(str(a.target)) if isinstance(a, torch.fx.Node) else a for a in n.args)
-        )
-        for n in gm.graph.nodes
-        if "shift_scale" in str(n.target)
-    ]
-    assert len(dense) == len(found) or len(found) == len(specs)
-    for weight in dense:
-        turned = weight.T.numpy()
-        assert any(np.array_equal(turned, other) for other in found)
+
+def biases(program: Program) -> list[Tensor]:
+    names = [name for name, _ in program.graph_module.named_parameters() if name.endswith("bias")]
+    return [program.graph_module.get_parameter(name).detach() for name in names]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["int4", "uint4", "int8"])
+def test_products_in_the_runtimes_own_op_are_exact(kind: str, tmp_path: Path) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(64, 48), nn.Linear(48, 40, bias=False)
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            y = torch.relu(self.first(x))
+            return self.second(y), self.second(y.mean(1))
+
+    spec = QuantizationSpec(
+        dtype=kind,
+        granularity=CHANNELS if kind == "int8" else PerBlockGranularity(axis=1, block_size=16),
+        qscheme=ASYMMETRIC,
+    )
+    torch.manual_seed(0)
+    model, x = Net().eval(), torch.randn(2, 5, 64)
+    given = {"op_state_spec": {"weight": spec}, "op_input_spec": None, "op_output_spec": None}
+    quantizer = Quantizer(model, QuantizerConfig(global_config=given))
+    quantizer.prepare((x,))
+    artifact: Any = saved(quantizer.program(), tmp_path, matmul="nbits")
+    ops = [node.op_type for node in artifact.model.graph]
+    assert ops.count("MatMulNBits") == 3
+    assert not {"MatMul", "Gemm", "DequantizeLinear"} & set(ops)
+    assert artifact.verification.max_error < 1e-6

@@ -1,0 +1,107 @@
+"""What becomes of a program's interface, sizes, types and size of file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import graphopt
+from graphopt.backends.onnx import backend as onnx_backend
+from graphopt.errors import LoweringError, VerificationError
+
+pytestmark = pytest.mark.onnx
+
+
+class Named(nn.Module):
+    """Takes a mapping, numbers and None beside tensors; gives names, its input and a view."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.fc = nn.Conv2d(3, 8, 3, padding=1), nn.Linear(8, 4)
+
+    def forward(self, input: Tensor, given: dict[str, Any], times: int) -> dict[str, Any]:
+        y = torch.relu(self.conv(input)) * times + given["shift"]
+        return {
+            "logits": self.fc(y.mean((2, 3))),
+            "class": nn.functional.interpolate(y, scale_factor=2),
+            "input": input,
+            "any": (y > 0).any(),
+        }
+
+
+def call(batch: int, height: int) -> tuple[Any, ...]:
+    return torch.randn(batch, 3, height, 8), {"shift": torch.tensor(0.5)}, 2
+
+
+@pytest.mark.integration
+def test_sizes_stay_open_and_names_are_those_of_the_program(tmp_path: Path) -> None:
+    import onnxruntime
+
+    artifact = graphopt.lower(Named().eval(), "onnx", call(1, 8))
+    path = artifact.save(tmp_path / "net.onnx")
+    session = onnxruntime.InferenceSession(path)
+    outputs = [place.name for place in session.get_outputs()]
+    assert outputs == ["logits", "out_class", "input_out", "any"]
+    first, shift = session.get_inputs()
+    assert (first.name, shift.shape) == ("input", [])
+    assert [isinstance(size, str) for size in first.shape] == [True, False, True, True]
+    assert artifact.verify(*call(3, 6)).max_error < 1e-5
+
+
+def test_sizes_are_the_examples_where_that_is_asked_for(tmp_path: Path) -> None:
+    artifact: Any = graphopt.lower(nn.Linear(4, 3), "onnx", torch.randn(2, 4), dynamic=False)
+    artifact.save(tmp_path / "net.onnx")
+    assert [list(value.shape) for value in artifact.model.graph.inputs] == [[2, 4]]
+    with pytest.raises(VerificationError, match="does not run in ONNX Runtime"):
+        artifact.verify(torch.randn(3, 4))
+
+
+def test_the_file_holds_no_traces_of_where_it_was_made(tmp_path: Path) -> None:
+    artifact = graphopt.lower(nn.Linear(4, 3), "onnx", torch.randn(2, 4))
+    path = artifact.save(tmp_path / "net.onnx")
+    assert b"stack_trace" not in path.read_bytes()
+    assert str(Path(__file__).parent).encode() not in path.read_bytes()
+
+
+def test_bfloat16_and_unknown_options_are_refused() -> None:
+    model, x = nn.Linear(4, 3).to(torch.bfloat16), torch.randn(2, 4, dtype=torch.bfloat16)
+    with pytest.raises(LoweringError, match=r"bfloat16 .*; call \.float\(\) or \.half\(\)"):
+        graphopt.lower(model, "onnx", x)
+    for option in ({"matmul": "fast"}, {"weights": "dense"}):
+        with pytest.raises(LoweringError, match="must be one of"):
+            graphopt.lower(nn.Linear(4, 3), "onnx", torch.randn(2, 4), **option)
+
+
+@pytest.mark.integration
+def test_what_is_beyond_a_message_lies_beside_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(onnx_backend, "MOST_BYTES", 10_000)
+    artifact = graphopt.lower(nn.Linear(64, 128).eval(), "onnx", torch.randn(2, 64))
+    path = artifact.save(tmp_path / "net.onnx")
+    beside = tmp_path / "net.onnx.data"
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name, beside.name]
+    assert beside.stat().st_size >= 4 * 64 * 128 > path.stat().st_size
+    assert artifact.size == beside.stat().st_size + path.stat().st_size
+    assert artifact.verify(torch.randn(5, 64)).max_error < 1e-5
+    artifact.save(path, overwrite=True)
+    monkeypatch.setattr(onnx_backend, "MOST_BYTES", 2**31)
+    artifact.save(path, overwrite=True)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [path.name]
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
+def test_other_float_types_are_right(dtype: torch.dtype, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 16), nn.Sigmoid(), nn.Linear(16, 4)).to(dtype).eval()
+    x = torch.randn(3, 8).to(dtype)
+    program = graphopt.compress(model, (x,), {"palettization": {}}, progress=False)
+    artifact = graphopt.lower(program, "onnx")
+    artifact.save(tmp_path / "net.onnx")
+    assert artifact.verification is not None
+    assert artifact.verification.complete
