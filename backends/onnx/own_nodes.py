@@ -105,12 +105,10 @@ def _dequantize_channels(
     scales: Tensor,
     zeros: Tensor | None,
     axis: int,
-    low: int,
-    high: int,
-    dtype: torch.dtype,
-    *,
+    *limits: Any,
     out_dtype: torch.dtype | None = None,
 ) -> Tensor:
+    low, high, _ = limits
     inputs = [x, scales] if zeros is None else [x, scales, zeros]
     attributes = {"axis": axis, "low": low, "high": high}
     return _node("dequantize", inputs, attributes, out_dtype or torch.float32, x.shape)
