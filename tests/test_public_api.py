@@ -54,7 +54,7 @@ def test_root_names_exist_and_are_documented() -> None:
 
 def test_targets_have_their_names() -> None:
     names = {target.name for target in graphopt.ExportBackend}
-    assert names == {"CoreAI", "CoreML", "ExecuTorch", "Torch"}
+    assert names == {"CoreAI", "CoreML", "ExecuTorch", "ONNX", "Torch"}
 
 
 def test_name_that_left_its_moved_module_is_found_under_the_old_one() -> None:

@@ -62,7 +62,12 @@ def test_all_ways_in_give_the_same() -> None:
 def test_it_helps_and_can_be_switched_off_in_a_file() -> None:
     model = Net().eval()
     off = JointConfig.from_dict(
-        {"quantization_config": {**config().to_dict()["quantization_config"], "migrate_scales": False}}
+        {
+            "quantization_config": {
+                **config().to_dict()["quantization_config"],
+                "migrate_scales": False,
+            }
+        }
     )
     assert not off.quantization.migrate_scales
     errors = [
