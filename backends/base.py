@@ -2,219 +2,41 @@
 
 from __future__ import annotations
 
-import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, NoReturn
+from typing import Any, ClassVar
 
-from torch import fx
-
-from graphopt.analysis.stored_values import stored_values
 from graphopt.audited import own_module
+from graphopt.backends.artifact import Artifact, stored_size, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.double_precision import as_float32, has_doubles
-from graphopt.backends.first_difference import first_difference
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.registry import Target, target_of_class
-from graphopt.backends.verification import Evaluation, Verification, merged, verified
-from graphopt.capture.archive_check import trusting
+from graphopt.backends.sets import SetArtifact
+from graphopt.backends.verification import (
+    Evaluation,
+    Verification,
+    verified_sequence,
+)
 from graphopt.errors import (
-    ArtifactExistsError,
-    GraphOptError,
     LoweringError,
-    StateError,
     VerificationError,
 )
-from graphopt.exclusive import exclusively
-from graphopt.files import replaced
 from graphopt.ir.program import Program
+from graphopt.ir.program_set import ProgramSet
+from graphopt.ir.state import state_of
 from graphopt.passes.pass_base import Pass
-from graphopt.run.batches import Batch, as_batch, as_captured
+from graphopt.run.batches import Batch
 
-_log = logging.getLogger(__name__)
 __all__ = [
     "Artifact",
     "Backend",
     "stored_size",
     "stored_weights",
 ]
-
-
-class Artifact(ABC):
-    """What a backend emitted, in memory or saved.
-
-    Attributes:
-        backend: The backend that made it.
-        program: The program that was lowered.
-        options: Those of `lower`.
-        precision: Float type that it computes in.
-        path: Where it was saved, None before.
-        verification: How what was saved compared with PyTorch, None where that was turned off.
-    """
-
-    def __init__(
-        self,
-        backend: Backend,
-        program: Program,
-        options: Mapping[str, Any] | None = None,
-        precision: str = "float32",
-    ) -> None:
-        self.backend = backend
-        self.program = program
-        self.options = dict(options or {})
-        self.precision = precision
-        self.path: Path | None = None
-        self.verification: Verification | None = None
-
-    @property
-    def suffix(self) -> str:
-        """What its path ends in."""
-        return self.backend.target.suffix
-
-    @abstractmethod
-    def _write(self, path: Path) -> None:
-        """Write to a path that does not exist yet."""
-
-    def _put(self, path: Path) -> None:
-        """Write, with errors of the target's own writer as ours."""
-        try:
-            self._write(path)
-        except (GraphOptError, OSError):
-            raise
-        except Exception as error:
-            raise LoweringError(
-                f"{self.backend.name} could not write {path.suffix}: {type(error).__name__}: {error}"
-            ) from error
-
-    @exclusively
-    def save(
-        self,
-        path: str | Path,
-        *,
-        overwrite: bool = False,
-        verify: bool | Iterable[Any] = True,
-        max_error: float | None = None,
-    ) -> Path:
-        """Write the artifact once it has been compared with the program in PyTorch.
-
-        What was written is evaluated as the target does, before it gets its name: a failure leaves
-        nothing behind, and what was there untouched. See `Verification.holds` for the rule.
-
-        Args:
-            path: Where to.
-            overwrite: Replace what is there.
-            verify: Calls to compare on, each the inputs of one call: a tensor, a tuple of positional
-                ones or a dict of keyword ones. True takes the program's example, False compares
-                nothing.
-            max_error: Largest max|a − b| / max|b| of an output, beside the rule.
-
-        Raises:
-            ArtifactExistsError: `path` exists and `overwrite` is False.
-            OutputError: It cannot be written.
-            LoweringError: The suffix is not the target's, or the target's writer fails.
-            VerificationError: It cannot be evaluated, or computes something else; the message names
-                the first op whose value differs.
-        """
-        target = Path(path)
-        if target.suffix != self.suffix:
-            raise LoweringError(f"{target.name} must end in {self.suffix}")
-        if target.exists() and not overwrite:
-            raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
-        with replaced(target) as temporary:
-            self._put(temporary)
-            if verify is False:
-                self.verification = None
-            else:
-                with trusting():  # it was written just now
-                    self.verification = self._compared(temporary, verify, max_error)
-        self.path = target
-        return target
-
-    def _compared(
-        self, path: Path, verify: bool | Iterable[Any], max_error: float | None
-    ) -> Verification:
-        """The outcome of comparing what was written, if it is what it should be.
-
-        Raises:
-            VerificationError: It is not.
-        """
-        example = (self.program.example_args, self.program.example_kwargs)
-        calls = [example] if isinstance(verify, bool) else [as_batch(call) for call in verify]
-        outcomes = [self._check(path, call) for call in calls]
-        for call, outcome in zip(calls, outcomes, strict=True):
-            if not outcome.holds:
-                self._refuse(call, outcome)
-        outcome = merged(outcomes)
-        if max_error is not None and not (outcome.complete and outcome.max_error <= max_error):
-            raise VerificationError(
-                f"{outcome.how}: outputs differ by {outcome.max_error:.2e} of the largest; allowed is"
-                f" {max_error:g}; nothing was written"
-            )
-        if not outcome.complete:
-            _log.warning("%s: %s", self.backend.name, "; ".join((outcome.how, *outcome.notes)))
-        return outcome
-
-    def _refuse(self, call: Batch, outcome: Verification) -> NoReturn:
-        """Say which op it is that comes out otherwise."""
-        program = self.program.with_example(*as_captured(self.program.graph_module, call))
-        first = first_difference(program, self._differs)
-        where = f"; the first op whose value differs is {first}" if first else ""
-        raise VerificationError(
-            f"{self.backend.name} computes something else: outputs differ by"
-            f" {outcome.max_error:.2e} of the largest{where}; nothing was written ({outcome.how})."
-            " Leave that op out or write it otherwise; verify=False writes the artifact as it is"
-        )
-
-    def _differs(self, part: Program) -> bool | None:
-        """Whether a part of the program comes out otherwise; None where the target refuses it."""
-        try:
-            with TemporaryDirectory() as folder:
-                artifact = self.backend.lower(part, **self.options)
-                path = Path(folder) / f"part{self.suffix}"
-                artifact._put(path)
-                outcome = artifact._check(path, (part.example_args, part.example_kwargs))
-        except GraphOptError:
-            return None
-        return outcome.complete and not outcome.holds
-
-    def _check(self, path: Path, call: Batch) -> Verification:
-        args, kwargs = as_captured(self.program.graph_module, call)
-        return self.backend.check(path, self.program, args, kwargs, precision=self.precision)
-
-    @exclusively
-    def verify(self, *inputs: Any, **kwargs: Any) -> Verification:
-        """Evaluate the saved artifact and compare it with the program in PyTorch.
-
-        Args:
-            inputs: Inputs of one call, or one tuple of them; none takes the program's example.
-            kwargs: Keyword inputs.
-
-        Raises:
-            StateError: The artifact was not saved.
-            VerificationError: It cannot be evaluated.
-        """
-        if self.path is None:
-            raise StateError("save the artifact before verifying it")
-        if len(inputs) == 1 and isinstance(inputs[0], tuple | list):
-            inputs = tuple(inputs[0])
-        if not inputs and not kwargs:
-            inputs, kwargs = self.program.example_args, self.program.example_kwargs
-        return self._check(self.path, (tuple(inputs), dict(kwargs)))
-
-    @property
-    def size(self) -> int:
-        """Bytes on disk.
-
-        Raises:
-            StateError: The artifact was not saved.
-        """
-        if self.path is None:
-            raise StateError("save the artifact before asking for its size")
-        return stored_size(self.path)
 
 
 class Backend(ABC):
@@ -266,6 +88,49 @@ class Backend(ABC):
                 before any file is written.
         """
 
+    def lower_set(self, programs: ProgramSet, **options: Any) -> SetArtifact:
+        """Translate the entry points of one model, which share weights and state.
+
+        Args:
+            programs: They are not changed.
+            options: Fields of the target's `options`, for all of them.
+
+        Raises:
+            LoweringError: The target cannot hold one of them.
+        """
+        methods = {name: self.lower(each, **options) for name, each in programs.methods.items()}
+        return SetArtifact(self, programs, methods)
+
+    def write_set(self, path: Path, methods: Mapping[str, Artifact]) -> None:
+        """Write the artifacts of several entry points as one, shared weights once.
+
+        Args:
+            path: It does not exist yet.
+            methods: Entry point → its artifact.
+
+        Raises:
+            LoweringError: The target has one entry point only.
+        """
+        del path
+        raise LoweringError(
+            f"{self.name} has one entry point; save {list(methods)} as artifacts of their own"
+        )
+
+    def evaluate_set(
+        self, path: Path, programs: Mapping[str, Program], calls: Sequence[tuple[str, Batch]]
+    ) -> list[Evaluation]:
+        """Compute the outputs of calls of several entry points, one behind the other.
+
+        Args:
+            path: What `write_set` wrote.
+            programs: What it was made from.
+            calls: (entry point, inputs) of each.
+
+        Raises:
+            VerificationError: It cannot be evaluated.
+        """
+        raise VerificationError(f"{self.name}: {path.name} has one entry point")
+
     @abstractmethod
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
         """Compute the outputs of the artifact at `path` as the target does.
@@ -278,6 +143,23 @@ class Backend(ABC):
         Raises:
             VerificationError: It cannot be evaluated.
         """
+
+    def evaluate_sequence(
+        self, path: Path, program: Program, calls: Sequence[Batch]
+    ) -> list[Evaluation]:
+        """Compute the outputs of calls of which each goes on from the state of the one before.
+
+        Args:
+            path: What was saved.
+            program: What it was made from.
+            calls: Inputs of each.
+
+        Raises:
+            VerificationError: It cannot be evaluated, or not over several calls.
+        """
+        if len(calls) > 1 and state_of(program.graph_module):
+            raise VerificationError(f"{self.name}: no state is kept over several calls")
+        return [self.evaluate(path, program, call) for call in calls]
 
     def check(
         self,
@@ -300,9 +182,19 @@ class Backend(ABC):
         Raises:
             VerificationError: It cannot be evaluated.
         """
-        return verified(
-            self.evaluate(path, program, (args, kwargs)), program, (args, kwargs), precision
-        )
+        return self.check_sequence(path, program, [(args, kwargs)], precision=precision)
+
+    def check_sequence(
+        self,
+        path: Path,
+        program: Program,
+        calls: Sequence[Batch],
+        *,
+        precision: str = "float32",
+    ) -> Verification:
+        """Like `check`, over calls of which each goes on from the state of the one before."""
+        evaluations = self.evaluate_sequence(path, program, calls)
+        return verified_sequence(evaluations, program, calls, precision)
 
     def delegate(self, **options: Any) -> Delegate:
         """This target as a delegate inside ExecuTorch programs.
@@ -338,18 +230,6 @@ class Backend(ABC):
         reasons = self.unsupported(program)
         if reasons:
             raise LoweringError(f"{self.name} cannot hold this program:\n" + "\n".join(reasons))
-
-
-def stored_weights(gm: fx.GraphModule) -> int:
-    """Number of weights that a program stores compressed."""
-    return sum(not value.nested for value in stored_values(gm))
-
-
-def stored_size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def __getattr__(name: str) -> object:

@@ -226,7 +226,11 @@ def _restated(edit: Editor, node: fx.Node, leaf: Tensor, target: Interface) -> T
     if given.shape == leaf.shape and given.dtype == leaf.dtype:
         return given
     readers, value = set(node.users), node
-    node.meta["val"] = edit.fake(given)
+    held = node.meta.get("val")
+    if isinstance(held, Tensor) and given.shape == leaf.shape:
+        node.meta["val"] = held.to(given.dtype)  # its sizes may be open
+    else:
+        node.meta["val"] = edit.fake(given)
     behind = _placeholders(edit.gm)[-1].next
     if given.dtype != leaf.dtype:
         value = edit.call(_aten._to_copy.default, value, dtype=leaf.dtype, like=node, before=behind)

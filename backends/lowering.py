@@ -19,6 +19,7 @@ from graphopt.exclusive import exclusively
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.neutral_form import neutral_form, with_neutral_form
 from graphopt.ir.program import Program, share_graph
+from graphopt.ir.program_set import ProgramSet
 from graphopt.passes import FoldComputedWeights, RemoveUnused
 from graphopt.passes.pass_manager import run_passes
 
@@ -72,23 +73,24 @@ def convert_for(program: Program, backend: ExportBackend | str) -> CapturedModul
 
 @exclusively
 def lower(
-    model: nn.Module | ExportedProgram | Program | str | Path,
+    model: nn.Module | ExportedProgram | Program | ProgramSet | str | Path,
     backend: ExportBackend | str,
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
     **options: Any,
-) -> Artifact:
+) -> Any:
     """Lower to a target in one call: `graphopt.lower(finalized, "coreai", x).save("m.aimodel")`.
 
     Args:
-        model: A prepared or finalized module, an exported program, a `Program` or a .pt2 file.
+        model: A prepared or finalized module, an exported program, a `Program`, a `ProgramSet` or a
+            .pt2 file.
         backend: The target.
         example_inputs: Inputs that fix the shapes; a program's own when not given.
         example_kwargs: Keyword inputs.
         options: Options of the backend, see its `lower`.
 
     Returns:
-        An artifact with `save(path)` and `verify(inputs)`.
+        An artifact with `save(path)` and `verify(inputs)`; a `SetArtifact` for a set.
 
     Raises:
         CaptureError: The model cannot be exported.
@@ -96,6 +98,10 @@ def lower(
         MissingDependencyError: The target's packages are not installed.
     """
     target = load_backend(backend)
+    if isinstance(model, ProgramSet):
+        for each in model.methods.values():
+            target.refuse_unsupported(each, **options)
+        return target.lower_set(model, **options)
     program = as_program(model, example_inputs, example_kwargs)
     target.refuse_unsupported(program, **options)
     return target.lower(program, **options)

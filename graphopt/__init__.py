@@ -17,10 +17,12 @@ if TYPE_CHECKING:
     from graphopt.ir.program import Program
     from graphopt.ir.records import TensorRecord
     from graphopt.report.table import CompressionTable
+    from graphopt.run.batches import CallSequence
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CallSequence",
     "CapturedModule",
     "CompressedProgram",
     "CompressionTable",
@@ -47,6 +49,7 @@ _MEMBERS = {
     "TorchaoTorchIncompatibilityWarning": "graphopt.errors",
     "DependencyVersionWarning": "graphopt.errors",
     "CoreMLExportError": "graphopt.errors",
+    "CallSequence": "graphopt.run.batches",
     "CapturedModule": "graphopt.ir.captured_module",
     "CompressedProgram": "graphopt.compressors.compressed_program",
     "CompressionTable": "graphopt.report.table",

@@ -37,6 +37,7 @@ from graphopt.passes.load_state import LoadState
 from graphopt.passes.migrate_scales import MigrateScales
 from graphopt.passes.palettize_weights import PalettizeWeights
 from graphopt.passes.prune_weights import PruneWeights
+from graphopt.passes.quantize_caches import QuantizeCaches
 from graphopt.passes.reestimate_batchnorm import ReestimateBatchNorm
 from graphopt.passes.remove_unused import RemoveUnused
 from graphopt.passes.restore_training import RestoreTraining
@@ -73,6 +74,7 @@ __all__ = [
     "MigrateScales",
     "PalettizeWeights",
     "PruneWeights",
+    "QuantizeCaches",
     "RaiseToVocabulary",
     "ReestimateBatchNorm",
     "RemoveUnused",

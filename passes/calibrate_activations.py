@@ -23,6 +23,7 @@ from graphopt.prepared.conversion import activation_records, scales_of
 from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.prepared.state import parts_of
 from graphopt.progress import track
+from graphopt.run.batches import run_call
 from graphopt.run.calibration_data import read_calls, refuse_non_finite
 
 __all__ = ["CalibrateActivations", "calibrate", "observing", "with_quantizers"]
@@ -75,9 +76,9 @@ def calibrate(prepared: CapturedModule, data: Iterable[Any], progress: bool | No
     """
     total, number = len(data) if isinstance(data, Sized) else 0, 0
     with observing(prepared):
-        calls = read_calls(prepared, data)
-        for args, kwargs in track(calls, "calibrating", total, enabled=progress):
-            prepared(*args, **kwargs)
+        calls = read_calls(prepared, data, recorded=False)
+        for batch in track(calls, "calibrating", total, enabled=progress):
+            run_call(prepared, batch)
             number += 1
     if not number:
         raise InputError("there are no data: activations are calibrated by at least one call")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -23,10 +24,12 @@ from graphopt.fitting.sensitivity import LossFn, load_sensitivities
 from graphopt.ir.captured_module import callable_graph
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
+from graphopt.ir.state import state_of
 from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared.findings import keep_findings
 from graphopt.progress import track
+from graphopt.run.batches import Batch, run_call
 from graphopt.run.calibration_data import inputs_of_pairs, read_calls
 
 __all__ = ["FitPalettes"]
@@ -72,14 +75,16 @@ class FitPalettes(Pass):
             self._cluster(annotated)
             return
         module = calibrator.annotated.copy().graph_module
+        labelled = self.loss_fn is not None
+        inputs = inputs_of_pairs(self.data) if labelled else self.data
+        # inside, the state does not move
+        calls: Iterable[Batch] = read_calls(module, inputs)
+        calls = calls if not state_of(module) else list(calls)
+        targets = (sample[1] for sample in self.data) if labelled else itertools.repeat(None)
         with calibrator.watching(module):
-            inputs = self.data if self.loss_fn is None else inputs_of_pairs(self.data)
-            calls = track(
-                read_calls(module, inputs), "gradients", len(inputs), enabled=self.progress
-            )
-            for sample, (args, kwargs) in zip(self.data, calls, strict=True):
-                target = None if self.loss_fn is None else sample[1]
-                calibrator.step(module(*args, **kwargs), target)
+            batches = track(calls, "gradients", len(inputs), enabled=self.progress)
+            for batch, target in zip(batches, targets, strict=labelled):
+                calibrator.step(run_call(module, batch), target)
         fit = calibrator.palettes(self.seed, self.progress, correct_bias=True)
         set_biases(gm, fit.biases)
         edit.changed |= bool(fit.biases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,18 +14,21 @@ from typing_extensions import override
 from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.coreai.asset import without_date
-from graphopt.backends.coreai.check import run_asset
+from graphopt.backends.coreai.check import run_asset, run_calls
 from graphopt.backends.coreai.delegate import CoreAIDelegate
 from graphopt.backends.coreai.limits import explain_failure, refuse_impossible
 from graphopt.backends.coreai.lower import TABLE_TYPES, legal_export, legal_passes
 from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.coreai.raise_ import RaiseFromCoreAI
 from graphopt.backends.coreai.refusals import refusals
+from graphopt.backends.coreai.state import initial_state, state_names
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.interface import named_inputs, output_names
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
+from graphopt.backends.shapes import plan_shapes
 from graphopt.backends.verification import Evaluation
+from graphopt.errors import LoweringError
 from graphopt.exclusive import exclusively
 from graphopt.extras import require
 from graphopt.files import reserved
@@ -104,7 +108,7 @@ class CoreAIBackend(Backend):
     @override
     @exclusively
     def lower(self, program: Program, **options: Any) -> CoreAIArtifact:
-        """Convert a program with the shapes of its example.
+        """Convert a program, with the shapes of its example or with open ones.
 
         Args:
             program: In our vocabulary.
@@ -117,26 +121,83 @@ class CoreAIBackend(Backend):
         with quiet("coreai_torch"):
             coreai_torch = require("coreai_torch", "coreai")
         with torch.no_grad():
-            exported = legal_export(program, chosen)
+            plan = plan_shapes(program, chosen.shapes, self.name)
+            exported = legal_export(program, chosen, plan)
             refuse_impossible(exported)
             try:
                 with quiet("coreai_torch"):
                     converter = coreai_torch.TorchConverter().add_exported_program(
-                        exported, output_names=output_names(program)
+                        exported,
+                        output_names=output_names(program),
+                        state_names=state_names(exported),
                     )
                     ai_program = converter.to_coreai()
             except Exception as error:
                 raise explain_failure(exported, error) from error
-        return CoreAIArtifact(self, program, exported, ai_program, chosen)
+        artifact = CoreAIArtifact(self, program, exported, ai_program, chosen)
+        artifact.shapes = plan
+        return artifact
+
+    @override
+    @exclusively
+    def write_set(self, path: Path, methods: Mapping[str, Artifact]) -> None:
+        coreai_torch = require("coreai_torch", "coreai")
+        try:
+            with quiet("coreai_torch"), torch.no_grad():
+                converter = coreai_torch.TorchConverter()
+                for name, artifact in methods.items():
+                    assert isinstance(artifact, CoreAIArtifact)
+                    converter.add_exported_program(
+                        artifact.exported,
+                        output_names=output_names(artifact.program),
+                        state_names=state_names(artifact.exported),
+                        entrypoint_name=name,
+                    )
+                converter.to_coreai().save_asset(path)
+        except Exception as error:
+            raise LoweringError(f"coreai-torch cannot convert {list(methods)}: {error}") from error
+
+    @override
+    @exclusively
+    def evaluate_set(
+        self, path: Path, programs: Mapping[str, Program], calls: Sequence[tuple[str, Batch]]
+    ) -> list[Evaluation]:
+        inputs = [named_inputs(programs[name], *call) for name, call in calls]
+        state: dict[str, Tensor] = {}
+        for program in programs.values():
+            state = initial_state(program) | state
+        steps = run_calls(path, inputs, state, [name for name, _ in calls])
+        how = "ran the functions of the saved asset on the Core AI runtime"
+        return [
+            Evaluation(
+                tuple(outputs),
+                how,
+                weights=stored_weights(programs[name].graph_module),
+                narrow_sums=_NARROW_SUMS,
+            )
+            for (name, _), (outputs, _) in zip(calls, steps, strict=True)
+        ]
 
     @override
     @exclusively
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
-        outputs = run_asset(path, named_inputs(program, *call))
+        return self.evaluate_sequence(path, program, [call])[0]
+
+    @override
+    @exclusively
+    def evaluate_sequence(
+        self, path: Path, program: Program, calls: Sequence[Batch]
+    ) -> list[Evaluation]:
+        inputs = [named_inputs(program, *call) for call in calls]
+        state = initial_state(program)
         how = "ran the saved asset on the Core AI runtime"
-        return Evaluation(
-            tuple(outputs),
-            how,
-            weights=stored_weights(program.graph_module),
-            narrow_sums=_NARROW_SUMS,
-        )
+        return [
+            Evaluation(
+                tuple(outputs),
+                how,
+                weights=stored_weights(program.graph_module),
+                narrow_sums=_NARROW_SUMS,
+                state=tuple(kept),
+            )
+            for outputs, kept in run_calls(path, inputs, state)
+        ]

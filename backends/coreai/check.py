@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,19 +17,34 @@ from graphopt.backends.interface import match_inputs
 from graphopt.errors import VerificationError
 from graphopt.extras import require
 
-__all__ = ["run_asset"]
+__all__ = ["run_asset", "run_calls"]
+
+
+Step = tuple[list[Tensor], list[Tensor]]
 
 
 def run_asset(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
+    """Outputs of one call of a saved asset without state; see `run_calls`."""
+    return run_calls(path, [inputs])[0][0]
+
+
+def run_calls(
+    path: Path,
+    calls: Sequence[dict[str, Tensor]],
+    state: Mapping[str, Tensor] | None = None,
+    functions: Sequence[str] | None = None,
+) -> list[Step]:
     """Execute the saved asset at `path` on the Core AI runtime.
 
     Args:
         path: An .aimodel.
-        inputs: By the names of the graph's inputs; they are converted to the types that the asset
-            takes (64-bit integers to 32).
+        calls: Inputs of each call by the names of the graph's inputs; they are converted to the
+            types that the asset takes (64-bit integers to 32).
+        state: Name of a state → its value before the first call.
+        functions: Name of the function that each call is of; "main" by default.
 
     Returns:
-        Outputs in the program's order.
+        For each call its outputs in the program's order, and the state behind it in the given order.
 
     Raises:
         VerificationError: The runtime refuses the asset or the inputs.
@@ -38,18 +53,28 @@ def run_asset(path: Path, inputs: dict[str, Tensor]) -> list[Tensor]:
     from coreai.authoring import AIModelAsset
     from coreai.runtime import NDArray
 
-    async def execute() -> list[Tensor]:
+    async def execute() -> list[Step]:
         async with AIModelAsset.load(path).executable() as model:
-            function = model.load_function("main")
-            feeds = {}
-            for name, tensor in match_inputs(function.desc.input_names, inputs).items():
-                dtype = np.dtype(function.desc.input_descriptor(name).dtype)
-                array = as_type(name, tensor, dtype)
-                feeds[name] = NDArray(np.ascontiguousarray(array))
-            result = await function(feeds)
-            # the mapping is not in the order of the outputs
-            arrays = [np.array(result[name].numpy()) for name in function.desc.output_names]
-            return [_tensor(array) for array in arrays]
+            names = functions or ["main"] * len(calls)
+            loaded = {name: model.load_function(name) for name in dict.fromkeys(names)}
+            kept: dict[str, Any] = {}
+            steps = []
+            for each in loaded.values():
+                for name in set(each.desc.state_names) & set(state or {}) - set(kept):
+                    described = each.desc.state_descriptor(name)
+                    kept[name] = _array(NDArray, name, (state or {})[name], described)
+            for name, inputs in zip(names, calls, strict=True):
+                function, desc = loaded[name], loaded[name].desc
+                feeds = {
+                    name: _array(NDArray, name, tensor, desc.input_descriptor(name))
+                    for name, tensor in match_inputs(desc.input_names, inputs).items()
+                }
+                own = {name: kept[name] for name in state or {} if name in desc.state_names}
+                result = await function(feeds, state=own)
+                # the mapping is not in the order of the outputs
+                outputs = [_tensor(result[name]) for name in desc.output_names]
+                steps.append((outputs, [_tensor(array) for array in own.values()]))
+            return steps
 
     try:
         return _run_async(execute())
@@ -77,13 +102,19 @@ def as_type(name: str, tensor: Tensor, dtype: np.dtype[Any]) -> NDArray[Any]:
     return changed
 
 
-def _tensor(array: NDArray[Any]) -> Tensor:
+def _array(kind: Any, name: str, tensor: Tensor, descriptor: Any) -> Any:
+    value = as_type(name, tensor, np.dtype(descriptor.dtype))
+    return kind(np.ascontiguousarray(value).copy())
+
+
+def _tensor(given: Any) -> Tensor:
+    array = np.array(given.numpy())
     # numpy has no bfloat16 of its own
     known = array.dtype.kind in "biufc"
     return torch.from_numpy(array if known else array.astype(np.float32))
 
 
-def _run_async(work: Coroutine[Any, Any, list[Tensor]]) -> list[Tensor]:
+def _run_async(work: Coroutine[Any, Any, list[Step]]) -> list[Step]:
     """Run a coroutine also where an event loop runs already, as in a notebook."""
     with ThreadPoolExecutor(1, thread_name_prefix="graphopt-coreai") as pool:
         return pool.submit(asyncio.run, work).result()

@@ -16,6 +16,8 @@ from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationF
 from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.double_precision import as_float32
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_call, flat_interface
+from graphopt.backends.scalar_states import StatesWithAxes
+from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import IntegersToTables, RemoveUnused, WidenScales
 from graphopt.passes.pass_base import Pass
@@ -37,20 +39,29 @@ def legal_passes() -> tuple[Pass, ...]:
     )
 
 
-def legal_export(program: Program, options: CoreAIOptions) -> ExportedProgram:
+def legal_export(
+    program: Program, options: CoreAIOptions, plan: ShapePlan = EXAMPLE_SHAPES
+) -> ExportedProgram:
     """The program in Core AI's ops, decomposed as coreai-torch wants it.
 
     Args:
         program: In our vocabulary.
         options: What to compute in.
+        plan: Sizes of the inputs.
     """
     legal = as_float32(flat_interface(program, _INTERFACE))
-    run_passes(legal.graph_module, [RemoveUnused(), *legal_passes()])
+    run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), StatesWithAxes()])
     with torch.no_grad():
-        exported = export_graph(legal.graph_module, legal.example_args, legal.example_kwargs)
+        exported = export_graph(
+            legal.graph_module,
+            legal.example_args,
+            legal.example_kwargs,
+            limits=plan.limits(legal),
+        )
         _free_views(exported.graph)
         exported = exported.run_decompositions(decompositions(exported.graph))
         drop_written_inputs(exported)
+        refuse_fixed(exported, plan, "Core AI")
         if options.precision == "float32":
             return exported
         calls = [flat_call(call, _INTERFACE) for call in options.calibration_data or ()]

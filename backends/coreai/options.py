@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from graphopt.backends.options import TargetOptions, check_precision, in_shell
+from graphopt.backends.shapes import Shapes
 
 __all__ = ["CoreAIOptions"]
 
@@ -17,6 +18,9 @@ class CoreAIOptions(TargetOptions):
 
     Attributes:
         precision: "float16" casts floats, inputs and outputs too, to 16 bits (`graphopt.casting`).
+        shapes: Sizes of the inputs that the artifact takes: the example's; "open", those that the
+            capture leaves open; or bounds or shapes by input, see `backends.shapes`. Shapes that are
+            enumerated are taken as bounds.
         ignored_ops: Ops (or a predicate on nodes) that compute in float32 all the same.
         calibration_data: Inputs of one call each; values that overflow in float16 on them stay
             float32.
@@ -33,6 +37,7 @@ class CoreAIOptions(TargetOptions):
         ),
     )
 
+    shapes: Shapes = "example"
     ignored_ops: Any = None
     calibration_data: Iterable[Any] | None = None
 

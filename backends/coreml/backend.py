@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 from torch.export import ExportedProgram
@@ -11,9 +13,10 @@ from typing_extensions import override
 from graphopt.backends.base import Artifact, Backend
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.casting import op_predicate
-from graphopt.backends.coreml.check import evaluate_package
+from graphopt.backends.coreml.check import evaluate_calls, evaluate_functions
 from graphopt.backends.coreml.conv_bias import FUSE_CONV_BIAS, THEIRS, register_fusion
 from graphopt.backends.coreml.delegate import CoreMLDelegate
+from graphopt.backends.coreml.flexible import input_types
 from graphopt.backends.coreml.lower import (
     INTERFACE,
     TABLE_TYPES,
@@ -25,11 +28,14 @@ from graphopt.backends.coreml.options import CoreMLOptions
 from graphopt.backends.coreml.package import with_identifiers_of_content
 from graphopt.backends.coreml.precision import CLAMP, float16, register_clamp
 from graphopt.backends.coreml.refusals import refusals
+from graphopt.backends.coreml.states import state_refusals
 from graphopt.backends.coreml.translations import our_translations
+from graphopt.backends.coreml.updates import place_updates
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.interface import flat_call, output_names
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
+from graphopt.backends.shapes import plan_shapes
 from graphopt.backends.verification import Evaluation
 from graphopt.errors import LoweringError
 from graphopt.exclusive import exclusively
@@ -90,7 +96,7 @@ class CoreMLBackend(Backend):
 
     @override
     def unsupported(self, program: Program) -> list[str]:
-        return refusals(program, self.capabilities)
+        return [*refusals(program, self.capabilities), *state_refusals(program, "")]
 
     @override
     def legalize(self) -> tuple[Pass, ...]:
@@ -99,7 +105,7 @@ class CoreMLBackend(Backend):
     @override
     @exclusively
     def lower(self, program: Program, **options: Any) -> CoreMLArtifact:
-        """Convert a program with the shapes of its example.
+        """Convert a program, with the shapes of its example or with others.
 
         Args:
             program: In our vocabulary.
@@ -113,13 +119,15 @@ class CoreMLBackend(Backend):
         oldest = chosen.minimum_deployment_target
         with quiet("coremltools"):
             ct = require("coremltools", "coreml")
-        exported = legal_export(program, oldest)
+        plan = plan_shapes(program, chosen.shapes, self.name)
+        exported = legal_export(program, oldest, plan=plan)
         precision = getattr(ct.precision, chosen.precision.upper())
         pipeline = ct.PassPipeline.DEFAULT
         # it reorders quantized tables into forms that later passes cannot shape
         pipeline.remove_passes({"common::canonicalize_quantized_lut_pattern"})
         register_fusion()
         pipeline.passes = [FUSE_CONV_BIAS if name == THEIRS else name for name in pipeline.passes]
+        place_updates(pipeline)
         if chosen.precision == "float16":
             register_clamp()
             pipeline.insert_pass(pipeline.passes.index("common::add_fp16_cast"), CLAMP)
@@ -130,6 +138,7 @@ class CoreMLBackend(Backend):
             with quiet("coremltools"), small_constants_once(), our_translations():
                 model = ct.convert(
                     exported,
+                    inputs=input_types(exported, plan),
                     outputs=None if names is None else [ct.TensorType(name=name) for name in names],
                     minimum_deployment_target=getattr(ct.target, oldest),
                     compute_precision=precision,
@@ -138,9 +147,39 @@ class CoreMLBackend(Backend):
                 )
         except Exception as error:
             raise LoweringError(f"coremltools cannot convert the program: {error}") from error
-        return CoreMLArtifact(self, program, exported, model, chosen)
+        artifact = CoreMLArtifact(self, program, exported, model, chosen)
+        artifact.shapes = plan
+        return artifact
+
+    @override
+    @exclusively
+    def write_set(self, path: Path, methods: Mapping[str, Artifact]) -> None:
+        with quiet("coremltools"):
+            ct = require("coremltools", "coreml")
+        with TemporaryDirectory() as folder, quiet("coremltools"):
+            described = ct.utils.MultiFunctionDescriptor()
+            for name, artifact in methods.items():
+                alone = Path(folder) / f"{name}.mlpackage"
+                artifact._write(alone)
+                described.add_function(str(alone), "main", name)
+            described.default_function_name = next(iter(methods))
+            ct.utils.save_multifunction(described, str(path))
+
+    @override
+    @exclusively
+    def evaluate_set(
+        self, path: Path, programs: Mapping[str, Program], calls: Sequence[tuple[str, Batch]]
+    ) -> list[Evaluation]:
+        return evaluate_functions(path, programs, calls)
 
     @override
     @exclusively
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
-        return evaluate_package(path, program, call)
+        return self.evaluate_sequence(path, program, [call])[0]
+
+    @override
+    @exclusively
+    def evaluate_sequence(
+        self, path: Path, program: Program, calls: Sequence[Batch]
+    ) -> list[Evaluation]:
+        return evaluate_calls(path, program, calls)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,48 +12,114 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.backends.coreml.evaluate import evaluate, load_program
+from graphopt.backends.coreml.evaluate import ProgramRun, load_program
+from graphopt.backends.coreml.states import decoded_state
 from graphopt.backends.interface import match_inputs, named_inputs
 from graphopt.backends.quiet import quiet
 from graphopt.backends.verification import Evaluation, compare_outputs
 from graphopt.errors import VerificationError
 from graphopt.ir.program import Program
+from graphopt.ir.state import state_values
 from graphopt.run.batches import Batch
 
-__all__ = ["evaluate_package"]
+__all__ = ["evaluate_calls", "evaluate_functions"]
 
 
-def evaluate_package(path: Path, program: Program, call: Batch) -> Evaluation:
-    """Evaluate the package at `path` on the inputs of one call of `program`."""
+def evaluate_calls(
+    path: Path, program: Program, calls: Sequence[Batch], function: str = "main"
+) -> list[Evaluation]:
+    """Evaluate the package at `path`, each call going on from the state that the one before left.
+
+    Args:
+        path: A package.
+        program: What it was made from.
+        calls: Inputs of each call.
+        function: Which of the package's functions.
+    """
+    how = "read the package back, decompressed its weights and evaluated its MIL program"
+    initial = state_values(program.graph_module)
     with quiet("coremltools"):
         loaded = load_program(path)
-        known = loaded.functions["main"].inputs
-        given = match_inputs(list(known), named_inputs(program, *call))
-        feeds = {name: tensor.detach().cpu().numpy() for name, tensor in given.items()}
-        result = evaluate(loaded, feeds)
-    how = "read the package back, decompressed its weights and evaluated its MIL program"
-    if result.unevaluated:
-        notes = tuple(f"no rule for MIL op {op}" for op in result.unevaluated)
-        partial = "read the package back and decompressed its weights only"
-        return Evaluation((), partial, False, notes, result.constexprs)
-    values = result.outputs.values()
-    outputs = tuple(torch.from_numpy(np.ascontiguousarray(value)) for value in values)
-    notes = ()
+        run = ProgramRun(loaded, function)
+        known = dict(zip(run.state, initial.values(), strict=True))
+        evaluations, feeds = [], []
+        for call in calls:
+            given = match_inputs(run.inputs, named_inputs(program, *call))
+            feeds.append({name: tensor.detach().cpu().numpy() for name, tensor in given.items()})
+            result = run(feeds[-1])
+            if result.unevaluated:
+                notes = tuple(f"no rule for MIL op {op}" for op in result.unevaluated)
+                partial = "read the package back and decompressed its weights only"
+                return [Evaluation((), partial, False, notes, result.constexprs)] * len(calls)
+            values = result.outputs.values()
+            evaluations.append(
+                Evaluation(
+                    tuple(torch.from_numpy(np.ascontiguousarray(value)) for value in values),
+                    how,
+                    weights=result.constexprs,
+                    state=tuple(
+                        decoded_state(run.state[name], start) for name, start in known.items()
+                    ),
+                    state_type=torch.float16 if known else None,
+                )
+            )
     if platform.system() == "Darwin":
-        worst = max(compare_outputs(_predict(path, feeds), outputs), default=0.0)
+        predicted = _predict(path, feeds, bool(known))
+        worst = max(
+            error
+            for outputs, own in zip(predicted, evaluations, strict=True)
+            for error in (*compare_outputs(outputs, own.outputs), 0.0)
+        )
         notes = (f"Core ML's own prediction differs by {worst:.3g}",)
         how += ", and predicted with Core ML"
-    return Evaluation(outputs, how, True, notes, result.constexprs)
+        evaluations = [replace(own, how=how, notes=notes) for own in evaluations]
+    return evaluations
 
 
-def _predict(path: Path, feeds: dict[str, Any]) -> list[Tensor]:
+def evaluate_functions(
+    path: Path, programs: Mapping[str, Program], calls: Sequence[tuple[str, Batch]]
+) -> list[Evaluation]:
+    """Evaluate calls of several functions of a package, which keep their state together.
+
+    Args:
+        path: A package with several functions.
+        programs: What they were made from.
+        calls: (function, inputs) of each.
+
+    Raises:
+        VerificationError: An op has no rule here.
+    """
+    how = "read the package back and evaluated its functions"
+    evaluations = []
+    with quiet("coremltools"):
+        loaded = load_program(path)
+        state: dict[str, Any] = {}
+        runs = {name: ProgramRun(loaded, name, state) for name in programs}
+        for name, call in calls:
+            given = match_inputs(runs[name].inputs, named_inputs(programs[name], *call))
+            result = runs[name]({key: x.detach().cpu().numpy() for key, x in given.items()})
+            if result.unevaluated:
+                raise VerificationError(f"no rule for MIL ops {list(result.unevaluated)}")
+            outputs = [torch.from_numpy(np.ascontiguousarray(x)) for x in result.outputs.values()]
+            kind = torch.float16 if state else None
+            evaluations.append(
+                Evaluation(tuple(outputs), how, weights=result.constexprs, state_type=kind)
+            )
+    return evaluations
+
+
+def _predict(path: Path, feeds: Sequence[dict[str, Any]], stateful: bool) -> list[list[Tensor]]:
     """Outputs of Core ML itself, on macOS."""
     import coremltools
 
     model = coremltools.models.MLModel(str(path))
+    given = {"state": model.make_state()} if stateful else {}
+    names = [output.name for output in model.get_spec().description.output]
+    results = []
     try:
-        outputs = model.predict(feeds)
+        for inputs in feeds:
+            outputs = model.predict(inputs, **given)
+            results.append([torch.from_numpy(np.asarray(outputs[name])) for name in names])
     except Exception as error:
         raise VerificationError(f"Core ML cannot predict with {path.name}: {error}") from error
-    names = [output.name for output in model.get_spec().description.output]
-    return [torch.from_numpy(np.asarray(outputs[name])) for name in names]
+    return results

@@ -14,7 +14,7 @@ from graphopt.backends.coreml.mil_ops import OPS
 from graphopt.errors import VerificationError
 from graphopt.extras import require
 
-__all__ = ["Evaluation", "dense_value", "evaluate", "load_program"]
+__all__ = ["Evaluation", "ProgramRun", "dense_value", "evaluate", "load_program"]
 
 _CONSTEXPR_INPUTS = {
     "constexpr_blockwise_shift_scale": ("data", "scale", "offset"),
@@ -84,47 +84,86 @@ def dense_value(var: Any) -> Any:
 
 
 def evaluate(program: Any, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:
-    """Run function "main" of a loaded program.
+    """Run function "main" of a loaded program once; see `ProgramRun`."""
+    return ProgramRun(program)(inputs)
+
+
+class ProgramRun:
+    """Calls of one function of a loaded program, its state being zero before the first.
 
     Args:
         program: From `load_program`.
-        inputs: Input name → value.
+        function: Its name.
+        state: What several functions keep together; None for state of its own.
 
-    Raises:
-        VerificationError: A rule fails, or an input does not fit.
+    Attributes:
+        inputs: Names of the function's inputs.
+        state: Name of a state → what it holds now.
     """
+
+    def __init__(
+        self, program: Any, function: str = "main", state: dict[str, NDArray[Any]] | None = None
+    ) -> None:
+        from coremltools.converters.mil.mil import types
+
+        self._main = program.functions[function]
+        given = self._main.inputs.items()
+        held = {name: var for name, var in given if types.is_state(var.sym_type)}
+        self.inputs = [name for name, _ in given if name not in held]
+        self._open = any(_is_open(self._main.inputs[name]) for name in self.inputs)
+        self.state = {} if state is None else state
+        for name, var in held.items():
+            kind = types.nptype_from_builtin(var.dtype)
+            self.state.setdefault(name, np.zeros([int(size) for size in var.shape], kind))
+
+    def __call__(self, inputs: Mapping[str, NDArray[Any]]) -> Evaluation:
+        """One call, from the state that the one before left.
+
+        Args:
+            inputs: Input name → value.
+
+        Raises:
+            VerificationError: A rule fails, or an input does not fit.
+        """
+        main, state = self._main, self.state
+        missing = sorted({op.op_type for op in main.operations if not _has_rule(op)})
+        constexprs = 0
+        for name in self.inputs:
+            _set(main.inputs[name], inputs[name], open_sizes=self._open)
+        for op in main.operations:
+            if op.op_type == "const":
+                var = op.outputs[0]
+                if isinstance(var.val, np.bool_):
+                    # numpy 2.4 refuses np.bool_ where coremltools passes it on as keepdims
+                    var._sym_val.val = bool(var.val)
+            elif op.op_type.startswith("constexpr_"):
+                for var in op.outputs:
+                    if var.val is None:
+                        _set(var, dense_value(var))
+                constexprs += _is_a_weight(op)
+            elif op.op_type == "read_state":
+                _set(op.outputs[0], state[op.input.name])
+            elif op.op_type == "coreml_update_state" and not missing:
+                state[op.state.name] = np.array(op.value.val)
+                _set(op.outputs[0], op.value.val)
+            elif not missing:
+                _run(op, open_sizes=self._open)
+        if missing:
+            return Evaluation({}, constexprs, tuple(missing))
+        outputs = {var.name: np.array(var.val) for var in main.outputs}
+        return Evaluation(outputs, constexprs)
+
+
+_STATE_OPS = ("read_state", "coreml_update_state")
+
+
+def _has_rule(op: Any) -> bool:
     from coremltools.converters.mil.mil.operation import Operation
 
-    main = program.functions["main"]
-    missing = sorted(
-        {
-            op.op_type
-            for op in main.operations
-            if op.op_type not in OPS
-            and op.op_type != "const"
-            and not op.op_type.startswith("constexpr_")
-            and type(op).value_inference is Operation.value_inference
-        }
-    )
-    constexprs = 0
-    for name, var in main.inputs.items():
-        _set(var, inputs[name])
-    for op in main.operations:
-        if op.op_type == "const":
-            var = op.outputs[0]
-            if isinstance(var.val, np.bool_):
-                # numpy 2.4 refuses np.bool_ where coremltools passes it on as keepdims
-                var._sym_val.val = bool(var.val)
-        elif op.op_type.startswith("constexpr_"):
-            for var in op.outputs:
-                _set(var, dense_value(var))
-            constexprs += _is_a_weight(op)
-        elif not missing:
-            _run(op)
-    if missing:
-        return Evaluation({}, constexprs, tuple(missing))
-    outputs = {var.name: np.asarray(var.val) for var in main.outputs}
-    return Evaluation(outputs, constexprs)
+    kind = op.op_type
+    if kind in OPS or kind == "const" or kind in _STATE_OPS or kind.startswith("constexpr_"):
+        return True
+    return type(op).value_inference is not Operation.value_inference
 
 
 def _is_a_weight(op: Any) -> bool:
@@ -139,14 +178,18 @@ def _is_a_weight(op: Any) -> bool:
     return any(not user.op_type.startswith("constexpr_") for user in users)
 
 
-def _run(op: Any) -> None:
+def _is_open(var: Any) -> bool:
+    return any(not isinstance(size, int | np.integer) for size in var.shape)
+
+
+def _run(op: Any, *, open_sizes: bool = False) -> None:
     try:
         if op.op_type in OPS:
             given = {name: _plain(value) for name, value in op.inputs.items() if value is not None}
             result = OPS[op.op_type](given)
             results = result if isinstance(result, tuple) else (result,)
             for var, value in zip(op.outputs, results, strict=True):
-                _set(var, value)
+                _set(var, value, open_sizes=open_sizes)
         else:
             op.type_value_inference(overwrite_output=True)
             for var in op.outputs:
@@ -169,12 +212,16 @@ def _plain(value: Any) -> Any:
     return [_plain(item) for item in value] if isinstance(value, list | tuple) else value.val
 
 
-def _set(var: Any, value: Any) -> None:
+def _set(var: Any, value: Any, *, open_sizes: bool = False) -> None:
+    """Give a variable a value; with open sizes its type takes the value's shape."""
     from coremltools.converters.mil.mil import types
 
     kind = var._sym_type
-    holder = kind()
     array = np.asarray(value)
+    if open_sizes and types.is_tensor(kind) and array.ndim == var.rank:
+        kind = types.tensor(var.dtype, array.shape)
+        var._sym_type = kind
+    holder = kind()
     if types.is_tensor(kind):
         declared = [d for d in var.shape if isinstance(d, int | np.integer)]
         if array.ndim != var.rank or (len(declared) == var.rank and tuple(declared) != array.shape):

@@ -12,9 +12,11 @@ from graphopt.analysis.quantized import quantized_ops
 from graphopt.backends.coreml.decompose import decompose_for_coreml
 from graphopt.backends.coreml.lowerings import register_lowerings
 from graphopt.backends.coreml.refusals import PACKED, refusals
+from graphopt.backends.coreml.states import HalfStates, leave_names_to_states, state_refusals
 from graphopt.backends.double_precision import as_float32
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_interface
 from graphopt.backends.quiet import quiet
+from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
 from graphopt.errors import LoweringError
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnused, WidenScales
@@ -44,30 +46,42 @@ def legal_passes() -> tuple[Pass, ...]:
     return (DequantizeToShiftScale(), WidenScales(), IntegersToTables(tables))
 
 
-def legal_export(program: Program, target: str, *last: Pass) -> ExportedProgram:
+def legal_export(
+    program: Program, target: str, *last: Pass, plan: ShapePlan = EXAMPLE_SHAPES
+) -> ExportedProgram:
     """The program in ops that coremltools translates.
 
     Args:
         program: In our vocabulary.
         target: Deployment target.
         last: Passes to run last.
+        plan: Sizes of the inputs.
 
     Raises:
         LoweringError: The deployment target cannot hold the program.
     """
     if target in ("iOS16", "iOS17"):
-        reasons = refusals(program, PACKED, target)
+        reasons = [*refusals(program, PACKED, target), *state_refusals(program, target)]
         if reasons:
             raise LoweringError("Core ML cannot hold this program:\n" + "\n".join(reasons))
     quantized_ops()
     register_lowerings()
     legal = as_float32(flat_interface(program, INTERFACE))
-    run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused(), *last])
+    run_passes(
+        legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused(), HalfStates(), *last]
+    )
     with torch.no_grad():
         exported = decompose_for_coreml(
-            export_graph(legal.graph_module, legal.example_args, legal.example_kwargs)
+            export_graph(
+                legal.graph_module,
+                legal.example_args,
+                legal.example_kwargs,
+                limits=plan.limits(legal),
+            )
         )
     drop_written_inputs(exported)
+    refuse_fixed(exported, plan, "Core ML")
+    leave_names_to_states(exported)
     return exported
 
 

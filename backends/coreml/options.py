@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from graphopt.backends.options import TargetOptions, check_precision, in_shell
+from graphopt.backends.shapes import Shapes
 from graphopt.errors import LoweringError
 
 __all__ = ["CoreMLOptions", "DeploymentTarget"]
@@ -23,6 +24,9 @@ class CoreMLOptions(TargetOptions):
         minimum_deployment_target: "iOS16" and "iOS17" take one scalar table per tensor in the older
             packed form; "iOS18" and later everything.
         precision: Type in which Core ML computes; tables are stored in it.
+        shapes: Sizes of the inputs that the artifact takes: the example's; "open", those that the
+            capture leaves open (`RangeDim`); or by input bounds, or a list of shapes
+            (`EnumeratedShapes`), see `backends.shapes`.
         ignored_ops: Ops (or a predicate on nodes) that compute in float32 all the same.
         calibration_data: Inputs of one call each; values that overflow in float16 on them, or on the
             example, stay float32.
@@ -40,6 +44,7 @@ class CoreMLOptions(TargetOptions):
         ),
     )
 
+    shapes: Shapes = "example"
     ignored_ops: Any = None
     calibration_data: Iterable[Any] | None = None
 

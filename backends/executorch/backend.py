@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,7 +17,7 @@ from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.data_sizes import refuse_data_sizes
 from graphopt.backends.delegate import Delegate
-from graphopt.backends.executorch.check import lacking_kernels, run_program
+from graphopt.backends.executorch.check import lacking_kernels, run_calls, run_methods, run_program
 from graphopt.backends.executorch.delegation import Delegation, delegation_of
 from graphopt.backends.executorch.kernels import FUSED_ACTIVATIONS
 from graphopt.backends.executorch.lower import legal_export, legal_passes
@@ -29,16 +29,19 @@ from graphopt.backends.executorch.options import (
 from graphopt.backends.executorch.partition import partition_configs
 from graphopt.backends.executorch.plan import read_plan
 from graphopt.backends.executorch.refusals import refusals
+from graphopt.backends.executorch.state import executorch_config, set_buffer
 from graphopt.backends.interface import named_inputs
 from graphopt.backends.options import TargetOptions
 from graphopt.backends.quiet import silent
+from graphopt.backends.shapes import plan_shapes
 from graphopt.backends.verification import Evaluation
-from graphopt.errors import LoweringError
+from graphopt.errors import LoweringError, VerificationError
 from graphopt.exclusive import exclusively
 from graphopt.extras import require
 from graphopt.ir.annotations import notes_of
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
+from graphopt.ir.state import state_of
 from graphopt.passes.pass_base import Pass
 from graphopt.run.batches import Batch
 
@@ -53,6 +56,7 @@ class ExecuTorchArtifact(Artifact):
         delegation: What the delegate took.
         lowered: The program in PyTorch, in the form that was lowered; None for other targets'
             delegates.
+        exported: What was converted.
         planned_memory: Bytes that the runtime sets aside for values, constants not included; what a
             delegate allocates for itself is not known here.
     """
@@ -71,6 +75,7 @@ class ExecuTorchArtifact(Artifact):
         self.delegation = delegation
         self.lowered = lowered
         self.planned_memory = planned_memory
+        self.exported: ExportedProgram | None = None
 
     @override
     @exclusively
@@ -132,7 +137,7 @@ class ExecuTorchBackend(Backend):
     @override
     @exclusively
     def lower(self, program: Program, **options: Any) -> ExecuTorchArtifact:
-        """Convert a program with the shapes of its example.
+        """Convert a program, with the shapes of its example or with bounded ones.
 
         Args:
             program: In our vocabulary.
@@ -142,10 +147,17 @@ class ExecuTorchBackend(Backend):
             LoweringError: An option is wrong, or ExecuTorch cannot convert the program.
         """
         given = dict(options)
-        own = {name: options.pop(name) for name in ("delegate", "tables") if name in options}
+        mine = ("delegate", "tables", "shapes")
+        own = {name: options.pop(name) for name in mine if name in options}
         chosen = ExecuTorchOptions(**own)
+        plan = plan_shapes(program, chosen.shapes, self.name, bounded=True)
         if chosen.delegate in delegates_of_targets():
             backend = load_backend(chosen.delegate)
+            if plan.is_open:
+                raise LoweringError(
+                    f"delegate {chosen.delegate!r} takes the example's sizes alone; lower to"
+                    f" {chosen.delegate!r} itself, or to delegate='xnnpack', for open ones"
+                )
             backend.refuse_unsupported(program)
             try:
                 target = backend.delegate(**options)
@@ -158,11 +170,11 @@ class ExecuTorchBackend(Backend):
         if options:
             raise LoweringError(
                 f"ExecuTorch has no option {sorted(options)} for {chosen.delegate}; there are"
-                " 'delegate', 'tables'"
+                " 'delegate', 'shapes', 'tables'"
             )
-        exported, gm = legal_export(program, chosen.tables, _kept_whole(chosen.delegate))
+        exported, gm = legal_export(program, chosen.tables, _kept_whole(chosen.delegate), plan)
         artifact = self._emit(program, chosen.delegate, _Form(exported, lowered=gm))
-        artifact.options = given
+        artifact.options, artifact.shapes = given, plan
         return artifact
 
     def _emit(self, program: Program, name: str, form: _Form) -> ExecuTorchArtifact:
@@ -184,7 +196,7 @@ class ExecuTorchBackend(Backend):
                     target.finish(edge)
                 notes = () if form.lowered is None else notes_of(form.lowered)
                 delegation = delegation_of(edge, notes)
-                manager = edge.to_executorch()
+                manager = edge.to_executorch(executorch_config(form.exported))
                 buffer = bytes(manager.buffer)
                 plan = manager.executorch_program.execution_plan[0]
             except Exception as error:
@@ -197,26 +209,60 @@ class ExecuTorchBackend(Backend):
         if lacking:
             raise LoweringError(f"the ExecuTorch runtime has no kernel for {', '.join(lacking)}")
         memory = sum(int(size) for size in plan.non_const_buffer_sizes)
-        return ExecuTorchArtifact(self, program, buffer, delegation, form.lowered, memory)
+        artifact = ExecuTorchArtifact(self, program, buffer, delegation, form.lowered, memory)
+        artifact.exported = form.exported
+        return artifact
+
+    @override
+    @exclusively
+    def write_set(self, path: Path, methods: Mapping[str, Artifact]) -> None:
+        path.write_bytes(set_buffer(methods, _partitioners))
+
+    @override
+    @exclusively
+    def evaluate_set(
+        self, path: Path, programs: Mapping[str, Program], calls: Sequence[tuple[str, Batch]]
+    ) -> list[Evaluation]:
+        flat = [(name, pytree.tree_leaves(call)) for name, call in calls]
+        how = "ran the methods of the saved program on the ExecuTorch runtime"
+        weights = {name: stored_weights(each.graph_module) for name, each in programs.items()}
+        return [
+            Evaluation(tuple(outputs), how, weights=weights[name])
+            for (name, _), outputs in zip(flat, run_methods(path, flat), strict=True)
+        ]
 
     @override
     @exclusively
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
+        return self.evaluate_sequence(path, program, [call])[0]
+
+    @override
+    @exclusively
+    def evaluate_sequence(
+        self, path: Path, program: Program, calls: Sequence[Batch]
+    ) -> list[Evaluation]:
         planned = read_plan(path)
         others = {
             name: kind.id for name, kind in delegates_of_targets().items() if kind.id in planned.ids
         }
-        if others:
-            runners = {key: load_backend(name).delegate().run for name, key in others.items()}
-            with TemporaryDirectory() as folder:
-                inputs = list(named_inputs(program, *call).values())
-                outputs = planned.run(inputs, runners, Path(folder))
-            how = f"unpacked the saved program and evaluated its {' and '.join(others)} part"
-        else:
-            outputs = run_program(path, pytree.tree_leaves(call))
+        if not others:
+            results = run_calls(path, [pytree.tree_leaves(call) for call in calls])
             how = "ran the saved program on the ExecuTorch runtime"
+        elif len(calls) > 1 and state_of(program.graph_module):
+            raise VerificationError(
+                f"{self.name}: the {' and '.join(others)} part of the program is evaluated here from"
+                " its file, where no state is kept over several calls"
+            )
+        else:
+            runners = {key: load_backend(name).delegate().run for name, key in others.items()}
+            results = []
+            for call in calls:
+                with TemporaryDirectory() as folder:
+                    inputs = list(named_inputs(program, *call).values())
+                    results.append(planned.run(inputs, runners, Path(folder)))
+            how = f"unpacked the saved program and evaluated its {' and '.join(others)} part"
         weights = stored_weights(program.graph_module)
-        return Evaluation(tuple(outputs), how, weights=weights)
+        return [Evaluation(tuple(outputs), how, weights=weights) for outputs in results]
 
 
 def _kept_whole(delegate: str) -> list[Any]:

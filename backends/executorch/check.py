@@ -12,18 +12,29 @@ from graphopt.backends.quiet import silent
 from graphopt.errors import VerificationError
 from graphopt.extras import require
 
-__all__ = ["lacking_kernels", "run_program"]
+__all__ = ["lacking_kernels", "run_calls", "run_methods", "run_program"]
 
 
 def run_program(path: Path, inputs: Sequence[Any]) -> list[Tensor]:
-    """Execute the program at `path` on the ExecuTorch runtime.
+    """Outputs of one call of a saved program; see `run_calls`."""
+    return run_calls(path, [inputs])[0]
+
+
+def run_calls(path: Path, calls: Sequence[Sequence[Any]]) -> list[list[Tensor]]:
+    """Outputs of calls of a saved program, one behind the other; see `run_methods`."""
+    return run_methods(path, [("forward", inputs) for inputs in calls])
+
+
+def run_methods(path: Path, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[list[Tensor]]:
+    """Execute the program at `path` on the ExecuTorch runtime, which keeps its state between calls.
 
     Args:
         path: A .pte.
-        inputs: Flat inputs, with the types and shapes that the program was lowered with.
+        calls: (method, flat inputs) of each call, with the types and shapes that the program was
+            lowered with.
 
     Returns:
-        Outputs in the program's order.
+        For each call its outputs in the program's order.
 
     Raises:
         VerificationError: The runtime refuses the program or the inputs.
@@ -34,14 +45,21 @@ def run_program(path: Path, inputs: Sequence[Any]) -> list[Tensor]:
         from executorch.runtime import Runtime
 
         try:
-            method = Runtime.get().load_program(str(path)).load_method("forward")
-            flat = [x.detach().contiguous() if isinstance(x, Tensor) else x for x in inputs]
-            outputs = method.execute(flat)
+            program = Runtime.get().load_program(str(path))
+            methods = {
+                name: program.load_method(name) for name in dict.fromkeys(n for n, _ in calls)
+            }
+            results = []
+            for name, inputs in calls:
+                flat = [x.detach().contiguous() if isinstance(x, Tensor) else x for x in inputs]
+                outputs = methods[name].execute(flat)
+                # the next call writes where these are
+                results.append([output.clone() for output in outputs if isinstance(output, Tensor)])
         except Exception as error:
             raise VerificationError(
                 f"{path.name} does not run on the ExecuTorch runtime: {error}\n{said()}"
             ) from error
-        return [output.clone() for output in outputs if isinstance(output, Tensor)]
+        return results
 
 
 def lacking_kernels(plan: Any) -> list[str]:

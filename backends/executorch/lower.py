@@ -24,6 +24,7 @@ from graphopt.backends.executorch.legalize import (
 from graphopt.backends.executorch.options import Tables
 from graphopt.backends.executorch.weight_forms import why_not_integers
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_interface
+from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
 from graphopt.ir.annotations import clear_notes
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program, export_graph
@@ -72,7 +73,7 @@ def legal_passes(tables: Tables) -> tuple[Pass, ...]:
 
 
 def legal_export(
-    program: Program, tables: Tables, kept: Iterable[Any]
+    program: Program, tables: Tables, kept: Iterable[Any], plan: ShapePlan = EXAMPLE_SHAPES
 ) -> tuple[ExportedProgram, CapturedModule]:
     """The program as ExecuTorch wants it, exported and as the graph that was.
 
@@ -80,6 +81,7 @@ def legal_export(
         program: In our vocabulary.
         tables: What becomes of lookup tables.
         kept: Ops that the delegate takes whole.
+        plan: Sizes of the inputs.
     """
     legal = flat_interface(program, Interface(scalars=True, keeps_copies=False))
     gm = legal.graph_module
@@ -87,8 +89,10 @@ def legal_export(
     run_passes(gm, [RemoveUnused(), *legal_passes(tables)])
     _own_storage(gm)
     args, kwargs = legal.example_args, legal.example_kwargs
-    exported = export_graph(gm, args, kwargs, decompositions=decompositions(kept))
+    table, limits = decompositions(kept), plan.limits(legal)
+    exported = export_graph(gm, args, kwargs, limits=limits, decompositions=table)
     drop_written_inputs(exported)
+    refuse_fixed(exported, plan, "ExecuTorch")
     return exported, gm
 
 

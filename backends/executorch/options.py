@@ -9,6 +9,7 @@ from graphopt.backends import load_backend
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.options import TargetOptions, in_shell
 from graphopt.backends.registry import targets
+from graphopt.backends.shapes import Shapes
 from graphopt.errors import LoweringError
 
 __all__ = ["ExecuTorchOptions", "Tables", "delegates_of_targets"]
@@ -40,6 +41,9 @@ class ExecuTorchOptions(TargetOptions):
             codes that are decoded at every call, the smallest file and the slowest. "auto": int8
             where XNNPACK computes with it (then it is the fastest, too), codes for embeddings, of
             which only the rows that are read are decoded, dense for the rest.
+        shapes: Sizes of the inputs that the artifact takes: the example's; "open", those that the
+            capture leaves open, where they have upper bounds, as memory is planned for these; or
+            bounds by input, see `backends.shapes`. Enumerated shapes are taken as bounds.
 
     Raises:
         LoweringError: There is no such delegate or form of tables, or the delegate takes no tables.
@@ -55,6 +59,7 @@ class ExecuTorchOptions(TargetOptions):
             _TABLES, "For .pte with xnnpack or portable: what becomes of lookup tables."
         ),
     )
+    shapes: Shapes = "example"
 
     def __post_init__(self) -> None:
         names = _delegate_names()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from typing_extensions import override
+
+from graphopt.audited import Limits, parse_json
 
 __all__ = ["Sink", "deflate_texts"]
 
@@ -18,6 +21,8 @@ _ROOT = "model"
 _ID = "/.data/serialization_id"
 _BLOCK = 1 << 20
 _TEXTS = (".json", ".py", ".txt")
+_LIMITS = Limits(characters=1 << 30, depth=50, values=100_000_000)  # a line for each tensor
+_WEIGHTS, _CONFIG = "/data/weights/", "_weights_config.json"
 
 
 class Sink(io.RawIOBase):
@@ -64,6 +69,8 @@ class Sink(io.RawIOBase):
 def deflate_texts(archive: Path, result: Path) -> None:
     """Write an archive again with its JSON deflated; tensors stay as they are, and aligned.
 
+    What several programs of an archive share is kept once.
+
     `torch.export.load` reads both. The graph's JSON is several times the size of small weights. The
     result says nothing of when, where and under which name it was written: equal contents have equal
     bytes.
@@ -74,7 +81,9 @@ def deflate_texts(archive: Path, result: Path) -> None:
     """
     digest = hashlib.sha256()
     with zipfile.ZipFile(archive) as given, zipfile.ZipFile(result, "w") as written:
-        for member in sorted(given.infolist(), key=lambda member: member.filename.endswith(_ID)):
+        twins = _twins(given)
+        members = [each for each in given.infolist() if each.filename not in twins]
+        for member in sorted(members, key=lambda member: member.filename.endswith(_ID)):
             info = zipfile.ZipInfo(f"{_ROOT}/{member.filename.partition('/')[2]}")
             info.external_attr = member.external_attr
             if member.filename.endswith(_TEXTS):
@@ -87,11 +96,47 @@ def deflate_texts(archive: Path, result: Path) -> None:
                 written.writestr(info, content)
                 continue
             info.file_size = member.file_size
+            if member.filename.endswith(_CONFIG) and twins:
+                content = _with_first(given.read(member), twins)
+                digest.update(content)
+                info.file_size = len(content)
+                written.writestr(info, content)
+                continue
             digest.update(f"{info.filename}\0{member.file_size}\0".encode())
             with given.open(member) as source, written.open(info, "w") as target:
                 while block := source.read(_BLOCK):
                     digest.update(block)
                     target.write(block)
+
+
+def _twins(given: zipfile.ZipFile) -> dict[str, str]:
+    """Tensors of several programs that another member holds already: name → that member's."""
+    members = [each for each in given.infolist() if _WEIGHTS in each.filename]
+    if sum(each.filename.endswith(_CONFIG) for each in members) < 2:
+        return {}
+    known: dict[tuple[int, bytes], str] = {}
+    twins = {}
+    for member in members:
+        if member.filename.endswith(_TEXTS):
+            continue
+        with given.open(member) as source:
+            digest = hashlib.sha256()
+            while block := source.read(1 << 20):
+                digest.update(block)
+            key = member.file_size, digest.digest()
+        first = known.setdefault(key, member.filename)
+        if first != member.filename:
+            twins[member.filename] = first
+    return twins
+
+
+def _with_first(config: bytes, twins: dict[str, str]) -> bytes:
+    """A table of a program's tensors that names the members which are kept."""
+    names = {name.rpartition("/")[2]: first.rpartition("/")[2] for name, first in twins.items()}
+    table = parse_json(config, "the table of tensors", _LIMITS)
+    for entry in table["config"].values():
+        entry["path_name"] = names.get(entry["path_name"], entry["path_name"])
+    return json.dumps(table).encode()
 
 
 def _padding(written: zipfile.ZipFile, name: str) -> bytes:

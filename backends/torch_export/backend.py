@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
+from torch.export.pt2_archive._package import load_pt2, package_pt2
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
@@ -15,14 +17,17 @@ from graphopt.audited import read_exported
 from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.options import TargetOptions, read_options
+from graphopt.backends.shapes import EXAMPLE_SHAPES, plan_shapes
 from graphopt.backends.torch_export.archive import Sink, deflate_texts
 from graphopt.backends.torch_export.options import TorchOptions
 from graphopt.backends.verification import Evaluation
 from graphopt.capture.archive_check import check_archive, is_trusted
+from graphopt.capture.capture import run_on_copies
 from graphopt.errors import VerificationError
 from graphopt.exclusive import exclusively
 from graphopt.ir.ops import STORAGE_BITS
 from graphopt.ir.program import Program, export_graph
+from graphopt.ir.state import state_of, with_state
 from graphopt.passes import RemoveUnused
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
@@ -107,11 +112,14 @@ class TorchBackend(Backend):
         chosen = read_options(TorchOptions, self.name, options)
         neutral = program.copy()
         run_passes(neutral.graph_module, [RemoveUnused()])
+        as_captured = isinstance(chosen.shapes, str) and chosen.shapes == "captured"
+        plan = EXAMPLE_SHAPES if as_captured else plan_shapes(program, chosen.shapes, self.name)
         exported = export_graph(
             neutral.graph_module,
             program.example_args,
             program.example_kwargs,
-            dynamic=chosen.dynamic,
+            dynamic=as_captured and chosen.dynamic,
+            limits=plan.limits(neutral),
         )
         # the nodes of earlier graphs, by their addresses in memory
         dropped = ("from_node",) if chosen.stack_traces else ("from_node", "stack_trace")
@@ -119,19 +127,78 @@ class TorchBackend(Backend):
             for node in module.graph.nodes if isinstance(module, fx.GraphModule) else ():
                 for key in dropped:
                     node.meta.pop(key, None)
-        return TorchArtifact(self, program, exported, chosen)
+        artifact = TorchArtifact(self, program, exported, chosen)
+        artifact.shapes = plan
+        return artifact
+
+    @override
+    @exclusively
+    def write_set(self, path: Path, methods: Mapping[str, Artifact]) -> None:
+        exported = {
+            name: artifact.exported
+            for name, artifact in methods.items()
+            if isinstance(artifact, TorchArtifact)
+        }
+        plain = path.with_name(f".plain-{path.name}")
+        try:
+            with plain.open("wb") as file:
+                sink: Any = Sink(file)
+                package_pt2(sink, exported_programs=exported)
+                sink.check()
+            deflate_texts(plain, path)
+        finally:
+            plain.unlink(missing_ok=True)
+
+    @override
+    @exclusively
+    def evaluate_set(
+        self, path: Path, programs: Mapping[str, Program], calls: Sequence[tuple[str, Batch]]
+    ) -> list[Evaluation]:
+        how = "loaded the saved programs and ran them in PyTorch"
+        names = {name: state_of(program.graph_module) for name, program in programs.items()}
+        evaluations: list[Evaluation] = []
+        state: dict[str, Tensor] = {}
+        try:
+            if not is_trusted():
+                check_archive(path)
+            archive = load_pt2(str(path))
+            loaded = {name: archive.exported_programs[name].module() for name in programs}
+            for name, (args, kwargs) in calls:
+                module = loaded[name]
+                with_state(module, {key: state[key] for key in names[name] if key in state})
+                with torch.no_grad():
+                    leaves = pytree.tree_leaves(run_on_copies(module, args, kwargs))
+                state |= {key: module.get_buffer(key) for key in names[name]}
+                outputs = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+                weights = stored_weights(programs[name].graph_module)
+                evaluations.append(Evaluation(outputs, how, weights=weights))
+        except Exception as error:
+            raise VerificationError(f"{path.name} does not load and run: {error}") from error
+        return evaluations
 
     @override
     @exclusively
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
+        return self.evaluate_sequence(path, program, [call])[0]
+
+    @override
+    @exclusively
+    def evaluate_sequence(
+        self, path: Path, program: Program, calls: Sequence[Batch]
+    ) -> list[Evaluation]:
+        how = "loaded the saved program and ran it in PyTorch"
+        names, weights = state_of(program.graph_module), stored_weights(program.graph_module)
+        evaluations = []
         try:
             if not is_trusted():
                 check_archive(path)
             loaded = read_exported(path).module()
-            with torch.no_grad():
-                result = loaded(*call[0], **call[1])
+            for args, kwargs in calls:
+                with torch.no_grad():
+                    leaves = pytree.tree_leaves(run_on_copies(loaded, args, kwargs))
+                outputs = tuple(leaf for leaf in leaves if isinstance(leaf, Tensor))
+                state = tuple(loaded.get_buffer(name).clone() for name in names)
+                evaluations.append(Evaluation(outputs, how, weights=weights, state=state))
         except Exception as error:
             raise VerificationError(f"{path.name} does not load and run: {error}") from error
-        outputs = tuple(leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor))
-        how = "loaded the saved program and ran it in PyTorch"
-        return Evaluation(outputs, how, weights=stored_weights(program.graph_module))
+        return evaluations

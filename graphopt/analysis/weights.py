@@ -13,6 +13,7 @@ from graphopt.config.selection import ModuleFrame, StateUse
 from graphopt.ir import op_info
 from graphopt.ir.module_frames import module_frames
 from graphopt.ir.op_info import BiasSlot, View, WeightSlot
+from graphopt.ir.state import is_state
 
 __all__ = [
     "Source",
@@ -225,7 +226,7 @@ def _placed(
 
 
 def source_of(node: fx.Node, axis: int) -> Source | None:
-    """Follow an operand back to the constant it comes from; None where it is no constant."""
+    """Follow an operand back to the constant it comes from; None where it is none, as state is not."""
     compressed = False
     sparse: fx.Node | None = None
     chain: list[fx.Node] = []
@@ -244,6 +245,8 @@ def source_of(node: fx.Node, axis: int) -> Source | None:
             return None
         chain.append(node)
         node = node.args[0]
+    if is_state(node):
+        return None
     rank = _rank(node)
     # where an axis cannot be followed, the first one counts as the output
     known = place is not None and 0 <= place < max(rank, 1)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
@@ -17,15 +17,19 @@ from torch.utils import _pytree as pytree
 import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
 from graphopt.audited import read_exported
 from graphopt.capture.archive_check import check_archive, is_trusted, trusting
+from graphopt.capture.entry_points import captured_set
 from graphopt.capture.export_errors import explain_export_error, without_warnings
+from graphopt.capture.foreign import missing_module, without_cache
 from graphopt.capture.inference_form import dropout_kept, is_plain, to_inference_form
 from graphopt.capture.input_sizes import size_conditions, static_dims
+from graphopt.capture.tied_constants import tie_constants
 from graphopt.errors import CaptureError, GraphOptError, InputError
 from graphopt.exclusive import exclusively
 from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, InputGuards, holder_of
 from graphopt.ir.guards import by_signature, input_places
 from graphopt.ir.program import Program, Provenance, share_graph
+from graphopt.ir.program_set import ProgramSet
 from graphopt.ir.torch_private import symbolic_config, warn_of_untested
 
 __all__ = ["buffers_restored", "capture", "run_on_copies"]
@@ -35,7 +39,7 @@ _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
 
 
-@exclusively
+@overload
 def capture(
     model: nn.Module | ExportedProgram | str | Path,
     example_inputs: _Args | Tensor | None = None,
@@ -43,11 +47,27 @@ def capture(
     dynamic_shapes: Any = "auto",
     *,
     trust: bool = False,
-) -> Program:
+) -> Program: ...
+
+
+@overload
+def capture(model: Mapping[str, Any], *, dynamic_shapes: Any = "auto") -> ProgramSet: ...
+
+
+@exclusively
+def capture(
+    model: nn.Module | ExportedProgram | Mapping[str, Any] | str | Path,
+    example_inputs: _Args | Tensor | None = None,
+    example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = "auto",
+    *,
+    trust: bool = False,
+) -> Any:
     """Capture a model as the `Program` that passes, searches and backends work on.
 
     Args:
-        model: A module, an exported program, or the path of a .pt2 file.
+        model: A module, an exported program, or the path of a .pt2 file; or several entry points,
+            {"prefill": (module or method, example), "decode": …}, that share weights and state.
         example_inputs: Positional inputs of one call; only needed for a module, or for a program
             that was exported without inputs.
         example_kwargs: Keyword inputs of that call.
@@ -57,14 +77,16 @@ def capture(
             inputs or constants could run code is refused. Only for one's own files.
 
     Returns:
-        A program that shares the model's tensors; the model itself is not changed. It is captured
-        in evaluation mode.
+        A program that shares the model's tensors, or a `ProgramSet`; the model itself is not
+        changed. It is captured in evaluation mode.
 
     Raises:
         CaptureError: The model cannot be exported, and the message names op, module and source line;
             or the file is no program, or holds what could run code.
         InputError: Example inputs are missing, or the model fails on them.
     """
+    if isinstance(model, Mapping):
+        return captured_set(model, capture, dynamic_shapes)
     if isinstance(model, str | Path):
         with trusting(trust):
             return _from_file(Path(model), example_inputs, example_kwargs)
@@ -83,7 +105,7 @@ def capture(
     if isinstance(model, CapturedModule):
         # it is a captured graph already; its metadata would only suffer from another export
         return Program(share_graph(model), args, kwargs, Provenance(type(model).__name__))
-    with _evaluation_mode(model), buffers_restored(model), torch.no_grad():
+    with _evaluation_mode(model), without_cache(model), buffers_restored(model), torch.no_grad():
         exported = _export(model, args, kwargs, dynamic_shapes)
     return _to_program(exported, type(model).__name__, args, kwargs)
 
@@ -113,7 +135,7 @@ def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Progr
         raise
     except Exception as error:
         raise CaptureError(
-            f"{path} is not a program that torch.export can load: {error}"
+            f"{path} is not a program that torch.export can load: {error}{missing_module(path)}"
         ) from error
 
 
@@ -235,6 +257,7 @@ def _attempt(
             backed_size_oblivious=oblivious
         ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            tie_constants(exported)
             if is_plain(exported.graph):
                 return exported
             with dropout_kept(exported):

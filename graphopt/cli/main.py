@@ -74,6 +74,8 @@ def inspect(
         return
     OUT.print(inspection.tree())
     OUT.print(inspection.table())
+    for state in inspection.state:
+        OUT.print(f"state {state}")
     if inspection.static_dims:
         OUT.print(f"fixed input dimensions: {', '.join(inspection.static_dims)}")
 

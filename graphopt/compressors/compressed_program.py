@@ -12,10 +12,11 @@ from typing_extensions import override
 
 from graphopt.backends.lowering import lower_by_suffix
 from graphopt.ir.program import Program
+from graphopt.ir.program_set import ProgramSet
 from graphopt.passes.pass_manager import PassReport
 from graphopt.report.table import CompressionTable, table_of
 
-__all__ = ["CompressedProgram", "compressed"]
+__all__ = ["CompressedProgram", "CompressedSet", "compressed"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +60,21 @@ class CompressedProgram(Program):
         """
         artifact = lower_by_suffix(self, Path(path).suffix)
         return Path(artifact.save(path, overwrite=overwrite, verify=verify))
+
+
+@dataclass(frozen=True)
+class CompressedSet(ProgramSet):
+    """Converted entry points with the table of what was done to what they share.
+
+    Attributes:
+        whole: All of them in one program.
+    """
+
+    whole: CompressedProgram
+
+    def report(self) -> CompressionTable:
+        """One row per candidate tensor, as for `CompressedProgram`."""
+        return self.whole.report()
 
 
 def compressed(program: Program, pass_report: PassReport | None = None) -> CompressedProgram:

@@ -28,6 +28,7 @@ from graphopt.passes import (
     MigrateScales,
     PalettizeWeights,
     PruneWeights,
+    QuantizeCaches,
     RemoveUnused,
 )
 from graphopt.passes.calibrate_activations import CalibrateActivations
@@ -120,6 +121,7 @@ def _integers(
     config: QuantizerConfig, inputs: list[Any] | None, how: CompressOptions
 ) -> list[Pass]:
     fused, integer_results = None, False
+    caches = config.kv_cache_quant_configs
     if how.backend is not None:
         allowed = load_backend(how.backend).capabilities
         fused, integer_results = allowed.fused_activations, allowed.integer_results
@@ -130,4 +132,5 @@ def _integers(
         CalibrateActivations(inputs, how.on_unobserved, how.progress),
         FoldBatchNorm(),
         ConvertQuantization(),
+        *([QuantizeCaches(tuple(caches))] if caches else []),
     ]

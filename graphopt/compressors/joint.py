@@ -11,7 +11,7 @@ from torch.export import ExportedProgram
 from typing_extensions import Unpack
 
 from graphopt.backends.lowering import as_program
-from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.compressors.compressed_program import CompressedSet
 from graphopt.compressors.flow import joint_pipeline
 from graphopt.compressors.options import CompressKeywords, CompressOptions
 from graphopt.config.joint import JointConfig
@@ -21,6 +21,8 @@ from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
 from graphopt.fitting.sensitivity import LossFn
 from graphopt.ir.program import Program
+from graphopt.ir.program_set import ProgramSet
+from graphopt.run.set_calls import merged_calls
 from graphopt.run.synthetic_data import SYNTHETIC, synthetic_calls
 
 __all__ = ["AnyConfig", "compress", "joint_config"]
@@ -29,7 +31,7 @@ AnyConfig = JointConfig | KMeansPalettizerConfig | QuantizerConfig | MagnitudePr
 
 
 def compress(
-    model: nn.Module | ExportedProgram | Program | str | Path,
+    model: nn.Module | ExportedProgram | Program | ProgramSet | str | Path,
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     config: AnyConfig | Mapping[str, Any] | str | Path | None = None,
     calibration_data: Iterable[Any] | Literal["synthetic"] | None = None,
@@ -37,7 +39,7 @@ def compress(
     *,
     example_kwargs: Mapping[str, Any] | None = None,
     **options: Unpack[CompressKeywords],
-) -> CompressedProgram:
+) -> Any:
     """Compress a model in one capture and one calibration.
 
     >>> program = graphopt.compress(model, example, config, calibration_data=batches)
@@ -48,12 +50,14 @@ def compress(
     other weights are quantized last, so that their ranges are those of the compressed weights.
 
     Args:
-        model: A module, an exported program, a `Program` or a .pt2 file; it is never changed.
+        model: A module, an exported program, a `Program`, a `ProgramSet` or a .pt2 file; it is never
+            changed. Of a set each shared weight is decided once, from the data of all entry points.
         example_inputs: Inputs of one call.
         config: A `JointConfig`, one of its parts, or a mapping or YAML file of either form; 4-bit
             palettes everywhere by default.
         calibration_data: Inputs of one call each: a tensor, a tuple or list of positional ones, or a
-            dict of keyword ones; with `loss_fn`, pairs (inputs, target). Needed for quantized
+            dict of keyword ones; for a set, {entry point: calls}, or (entry point, inputs) pairs
+            and `CallSequence` of such. With `loss_fn`, pairs (inputs, target). Needed for quantized
             activations, for the algorithms "skm" and "gptq", for statistics and for tuning.
             "synthetic" draws random tokens for models that look tokens up; the report says so.
         loss_fn: `loss_fn(output, target)`, the mean over a batch; None needs no labels.
@@ -69,7 +73,8 @@ def compress(
             None shows them on a terminal).
 
     Returns:
-        A program with `.module()`, `.exported_program`, `.report()` and `.save(path)`.
+        A program with `.module()`, `.exported_program`, `.report()` and `.save(path)`; of a set a
+        `CompressedSet`.
 
     Raises:
         CaptureError: The model cannot be exported.
@@ -78,6 +83,13 @@ def compress(
         CalibrationError: Data are needed and missing, or leave activations without a range.
         InputError: Data do not fit the program, or the config is of no known kind.
     """
+    if isinstance(model, ProgramSet):
+        given: Any = calibration_data
+        if given is not None and not isinstance(given, str):
+            given = merged_calls(model, given)
+        merged = model.merged()
+        made = compress(merged, merged.example_args, config, given, loss_fn, **options)
+        return CompressedSet(model.split(made).methods, made)
     how = CompressOptions.of("compress", options)
     whole = joint_config(config)
     data: Iterable[Any] | None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -38,6 +38,7 @@ from graphopt.passes.pass_manager import run_passes
 from graphopt.prepared import QUANTIZERS
 from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.progress import track
+from graphopt.run.batches import Batch, CallSequence, run_call
 from graphopt.run.calibration_data import read_calls
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.specs import DKMTrainingSpec
@@ -232,11 +233,14 @@ class KMeansPalettizer(Compressor):
             options: Further options of `calibration_mode`.
         """
         prepared = self._ready()
+        total = len(data) if isinstance(data, Sized) else 0
+        calls: Iterable[Batch] = read_calls(prepared, data)
+        if isinstance(data, Sequence) and any(isinstance(each, CallSequence) for each in data):
+            # inside, the state does not move
+            calls = list(calls)
         with self.calibration_mode(progress=progress, **options) as calibrator:
-            total = len(data) if isinstance(data, Sized) else 0
-            calls = read_calls(prepared, data)
-            for args, kwargs in track(calls, "gradients", total, enabled=progress):
-                calibrator.step(prepared(*args, **kwargs))
+            for batch in track(calls, "gradients", total, enabled=progress):
+                calibrator.step(run_call(prepared, batch))
         return prepared
 
     @contextmanager

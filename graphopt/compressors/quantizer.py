@@ -23,7 +23,7 @@ from graphopt.compressors.options import CompressOptions
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QATSchedule, QuantizerConfig
-from graphopt.errors import ConfigError, InputError
+from graphopt.errors import InputError
 from graphopt.fitting.sensitivity import LossFn
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
@@ -74,10 +74,6 @@ class Quantizer(Compressor):
     ) -> None:
         super().__init__(model)
         self._config = QuantizerConfig() if config is None else config
-        if self._config.kv_cache_quant_configs:
-            raise ConfigError(
-                "kv_cache_quant_configs: quantized key-value caches are not there yet; leave it out"
-            )
         self._palettization = palettization
         self._step = 0
         self._by_hand = False

@@ -5,7 +5,8 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar, Self
 
-from pydantic import Field
+import torch
+from pydantic import Field, model_validator
 
 from graphopt.config.base import (
     ANY,
@@ -79,9 +80,25 @@ class OpQuantizerConfig(OpCompressionConfig[QuantizationSpec]):
 
 
 class KVCacheQuantConfig(SpecModel):
-    """Quantization of the op that updates a key-value cache."""
+    """Quantization of what an op writes into a key-value cache: int8, a scale per token and head.
+
+    Attributes:
+        op_quantizer_config: Its output spec says the element type; symmetric int8 is what caches can
+            be kept in. Scales come from each row as it is written, whatever granularity it has.
+    """
 
     op_quantizer_config: OpQuantizerConfig
+
+    @model_validator(mode="after")
+    def _held(self) -> Self:
+        specs = (self.op_quantizer_config.op_output_spec or {}).values()
+        for spec in specs:
+            if spec is not None and (spec.dtype, spec.qscheme) != (torch.int8, "symmetric"):
+                raise ValueError(
+                    f"caches are kept as symmetric int8 with a scale per token, not as {spec.dtype}"
+                    f" ({spec.qscheme}); set op_output_spec to QuantizationSpec(dtype='int8')"
+                )
+        return self
 
 
 class ModuleQuantizerConfig(ModuleCompressionConfig[QuantizationSpec, OpQuantizerConfig]):
@@ -107,7 +124,7 @@ class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):
     Attributes:
         preserved_attributes: Without effect here: captured programs keep what they use.
         execution_mode: Without effect here: the engine is graph-based.
-        kv_cache_quant_configs: Cache-update op → its quantization.
+        kv_cache_quant_configs: Op that updates a cache ("index_copy", "index_put") → its quantization.
         migrate_scales: Whether ranges of channels may move from activations to weights, exactly in
             float (`graphopt.passes.MigrateScales`), where there are calibration data.
     """

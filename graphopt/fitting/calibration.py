@@ -21,9 +21,9 @@ from graphopt.ir.annotations import palette_annotation
 from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program, share_graph
-from graphopt.ir.state import writes
+from graphopt.ir.state import current_start, writes
 from graphopt.progress import track
-from graphopt.run.batches import Batch
+from graphopt.run.batches import Batch, StatefulCall, run_call
 from graphopt.run.calibration_data import refuse_non_finite
 
 __all__ = [
@@ -204,7 +204,8 @@ class Calibrator:
         refuse_non_finite(cast("CapturedModule", module), (args, kwargs), self._calls)
         self._calls += 1
         if self._layerwise or self.steps == 0:
-            self.batches.append(pytree.tree_map(_detached, (args, kwargs)))
+            call, start = pytree.tree_map(_detached, ((args, kwargs), dict(current_start())))
+            self.batches.append(StatefulCall(call, start) if start else call)
         else:
             self.batches.clear()
 
@@ -222,8 +223,8 @@ class Calibrator:
             )
         batches, kept = list(self.batches), self._layerwise
         with self.watching(prepared), torch.enable_grad():
-            for args, kwargs in track(batches, "gradients", len(batches), enabled=progress):
-                self.step(prepared(*args, **kwargs))
+            for batch in track(batches, "gradients", len(batches), enabled=progress):
+                self.step(run_call(prepared, batch))
         self.batches = batches if kept else []
 
     def palettes(self, seed: int, progress: bool | None, *, correct_bias: bool) -> Palettes:

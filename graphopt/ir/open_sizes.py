@@ -12,14 +12,18 @@ from torch.utils import _pytree as pytree
 
 from graphopt.ir.captured_module import CapturedModule
 
-__all__ = ["open_shapes", "raised_ones"]
+__all__ = ["Limits", "open_shapes", "raised_ones"]
 
+Limits = Mapping[int, Mapping[int, tuple[int, int | None]]]
 _Args = tuple[Any, ...]
 _Kwargs = dict[str, Any]
 
 
 def open_shapes(
-    module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str, Any]
+    module: CapturedModule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    limits: Limits | None = None,
 ) -> ShapesCollection:
     """Each dimension that the graph leaves open, for `torch.export`.
 
@@ -27,8 +31,16 @@ def open_shapes(
         module: The graph.
         args: Inputs of a call.
         kwargs: Its keyword inputs.
+        limits: Position of an input → dimension → smallest and largest size; the other dimensions
+            are fixed. None leaves everything open.
     """
     collection = ShapesCollection()
+    if limits is not None:
+        for position, leaf in enumerate(pytree.tree_leaves((tuple(args), dict(kwargs)))):
+            if isinstance(leaf, Tensor) and leaf.ndim:
+                own = limits.get(position, {})
+                collection[leaf] = {axis: _hint(own.get(axis)) for axis in range(leaf.ndim)}
+        return collection
     known = _captured_sizes(module)
     for position, leaf in enumerate(pytree.tree_leaves((tuple(args), dict(kwargs)))):
         if isinstance(leaf, Tensor) and leaf.ndim:
@@ -39,8 +51,18 @@ def open_shapes(
     return collection
 
 
+def _hint(bounds: tuple[int, int | None] | None) -> Any:
+    if bounds is None:
+        return None
+    low, high = bounds
+    return Dim.AUTO(min=max(low, 1), max=high)
+
+
 def raised_ones(
-    module: CapturedModule, args: Sequence[Any], kwargs: Mapping[str, Any]
+    module: CapturedModule,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    limits: Limits | None = None,
 ) -> tuple[_Args, _Kwargs] | None:
     """The example with open sizes of 1 made 2, or None where there is no such size.
 
@@ -48,6 +70,7 @@ def raised_ones(
         module: The graph; it says which sizes are open, and which are one and the same.
         args: Inputs of a call.
         kwargs: Its keyword inputs.
+        limits: As for `open_shapes`.
     """
     leaves, spec = pytree.tree_flatten((tuple(args), dict(kwargs)))
     raised = False
@@ -56,6 +79,8 @@ def raised_ones(
         if not isinstance(leaf, Tensor) or leaf.ndim != len(sizes):
             return None
         for axis, size in enumerate(sizes):
+            if limits is not None and axis not in limits.get(position, {}):
+                continue
             if not isinstance(size, int) and leaf.shape[axis] == 1:
                 if not size.node.expr.is_Symbol:
                     return None

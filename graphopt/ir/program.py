@@ -19,8 +19,9 @@ from graphopt.exclusive import exclusively
 from graphopt.ir.annotations import record_of
 from graphopt.ir.captured_module import CapturedModule, InputGuards, KeptGraph
 from graphopt.ir.guards import by_signature, input_places
-from graphopt.ir.open_sizes import open_shapes, raised_ones
+from graphopt.ir.open_sizes import Limits, open_shapes, raised_ones
 from graphopt.ir.records import CompressionRecord
+from graphopt.ir.state import StateTensor, state_tensors
 from graphopt.ir.torch_private import symbolic_config
 
 __all__ = ["Program", "Provenance", "export_graph", "share_graph"]
@@ -51,6 +52,7 @@ def export_graph(
     kwargs: dict[str, Any] | None = None,
     *,
     dynamic: bool = False,
+    limits: Limits | None = None,
     decompositions: Mapping[Any, Any] | None = None,
 ) -> ExportedProgram:
     """Export a captured module again, with the shapes of `args` or with open ones.
@@ -60,6 +62,7 @@ def export_graph(
         args: Example inputs.
         kwargs: Example keyword inputs.
         dynamic: Leave every dimension open that the graph leaves open.
+        limits: Leave these open instead, see `open_shapes`; None or {} for what `dynamic` says.
         decompositions: Op → what replaces it; where None, `aten.linear` and the like stay whole.
 
     Returns:
@@ -67,16 +70,16 @@ def export_graph(
     """
     kwargs = dict(kwargs or {})
     table = dict(decompositions or {})
-    if not dynamic:
+    if not dynamic and not limits:
         return _exported(module, args, kwargs, table)
     examples = [(args, kwargs)]
-    raised = raised_ones(module, args, kwargs)
+    raised = raised_ones(module, args, kwargs, limits or None)
     if raised is not None:
         # torch.export specialises on sizes of 1
         examples.insert(0, raised)
     for position, example in enumerate(examples):
         try:
-            exported = _exported(module, *example, table, dynamic=True)
+            exported = _exported(module, *example, table, dynamic=True, limits=limits or None)
         except Exception:
             if position == len(examples) - 1:
                 raise
@@ -94,6 +97,7 @@ def _exported(
     table: dict[Any, Any],
     *,
     dynamic: bool = False,
+    limits: Limits | None = None,
 ) -> ExportedProgram:
     with (
         symbolic_config.patch(  # type: ignore[attr-defined]
@@ -101,7 +105,7 @@ def _exported(
         ),
         torch.no_grad(),
     ):
-        shapes: Any = open_shapes(module, args, kwargs) if dynamic else None
+        shapes: Any = open_shapes(module, args, kwargs, limits) if dynamic else None
         exported = torch.export.export(module, args, kwargs, dynamic_shapes=shapes, strict=False)
         return exported.run_decompositions(table)
 
@@ -181,6 +185,11 @@ class Program:
             shape = tuple(map(str, value.shape)) if isinstance(value, Tensor) else ()
             digest.update(f"{node.op}|{node.target}|{node.args}|{shape}\n".encode())
         return digest.hexdigest()
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """What the graph changes from one call to the next; empty for most programs."""
+        return state_tensors(self.graph_module)
 
     @property
     def table(self) -> CompressionRecord:

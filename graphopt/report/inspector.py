@@ -76,7 +76,7 @@ class ModelInspector:
         self._gm = program.graph_module
         self._ops = _ops_of(self._gm)
         root = _tree(self._gm, self._ops, self._shown, program.provenance.source)
-        self._summary = ModelSummary(root)
+        self._summary = ModelSummary(root, state=program.state)
 
     @property
     def summary(self) -> ModelSummary:

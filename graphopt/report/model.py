@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from graphopt.ir.state import StateTensor
+
 __all__ = [
     "BoundaryEdge",
     "InputEdge",
@@ -176,7 +178,9 @@ class ModelSummary:
     Attributes:
         model: The root module.
         mode: How it was seen, "graph".
+        state: What the model changes from one call to the next.
     """
 
     model: ModuleInfo
     mode: str = "graph"
+    state: tuple[StateTensor, ...] = ()

@@ -150,6 +150,7 @@ def _facts(program: Program, difference: Difference | None) -> str:
             shown = ", ".join(decibels(value) for value in difference.output_sqnr)
             rows.append(("signal to error of the outputs", f"{shown} dB"))
     rows += [
+        *(("state", str(state)) for state in program.state),
         ("torch", program.provenance.torch_version),
         *(("note", warning) for warning in table.warnings),
     ]

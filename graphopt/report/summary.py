@@ -49,6 +49,7 @@ class ModelReport:
     stored_bytes: int
     palettized: int
     static_dims: tuple[str, ...]
+    state: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -112,6 +113,7 @@ def inspect_program(program: Program) -> ModelReport:
         -(-stored_bits // 8),
         len(find_lookups(gm)),
         program.provenance.static_dims,
+        tuple(map(str, program.state)),
     )
 
 

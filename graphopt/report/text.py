@@ -34,6 +34,8 @@ def summary_text(summary: ModelSummary, colorize: bool | None = None) -> str:
         console.print(line, style="dim" if colours else None, markup=False)
     console.print()
     console.print(tree)
+    for state in summary.state:
+        console.print(f"state {state}", markup=False)
     if not any(True for _ in summary.model.all_ops()):
         console.print("(no op that can be compressed)")
     return stream.getvalue().rstrip()

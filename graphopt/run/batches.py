@@ -3,18 +3,102 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Self
 
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule, InputGuards
+from graphopt.ir.state import held_state, starting_from
 
-__all__ = ["Batch", "as_batch", "as_captured", "explained", "flat_inputs"]
+__all__ = [
+    "Batch",
+    "CallSequence",
+    "StatefulCall",
+    "as_batch",
+    "as_captured",
+    "explained",
+    "flat_inputs",
+    "run_call",
+]
 
 Batch = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+class CallSequence:
+    """Calls of which each goes on from the state that the one before left.
+
+    It stands where data have one call: `[CallSequence([prompt, token, token]), …]`. What a model
+    keeps from call to call (a cache, a hidden state, a counter) is at its initial value before the
+    first of them.
+
+    Args:
+        calls: Inputs of each: a tensor, a tuple or list of positional ones, or a dict of keyword
+            ones.
+
+    Raises:
+        InputError: There is none.
+    """
+
+    def __init__(self, calls: Iterable[Any]) -> None:
+        self.calls = tuple(calls)
+        if not self.calls:
+            raise InputError("a sequence of calls must hold at least one")
+
+    def __len__(self) -> int:
+        return len(self.calls)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.calls)
+
+    def __repr__(self) -> str:
+        return f"CallSequence({len(self.calls)} calls)"
+
+
+class StatefulCall(tuple[Any, ...]):
+    """A call of a sequence, with the state that it starts from.
+
+    It is a `Batch`, so that whatever runs calls in any order can take it.
+
+    Args:
+        batch: Inputs.
+        state: Name of a stored tensor → its value before the call; None where the call goes on from
+            the one before, which has just been made.
+    """
+
+    state: Mapping[str, Tensor] | None
+
+    def __new__(cls, batch: Batch, state: Mapping[str, Tensor] | None) -> Self:
+        """See the class."""
+        made = super().__new__(cls, batch)
+        made.state = state
+        return made
+
+
+def _flat_call(call: StatefulCall) -> tuple[list[Any], Mapping[str, Tensor] | None]:
+    return [call[0], call[1]], call.state
+
+
+def _whole_call(parts: Iterable[Any], state: Mapping[str, Tensor] | None) -> StatefulCall:
+    args, kwargs = parts
+    return StatefulCall((args, kwargs), state)
+
+
+pytree.register_pytree_node(StatefulCall, _flat_call, _whole_call)
+
+
+def run_call(module: nn.Module, batch: Batch) -> Any:
+    """What a module gives for a call, from the state that the call starts from.
+
+    Where the call knows its state, the module's own is afterwards as it was before.
+    """
+    if not isinstance(batch, StatefulCall):
+        return module(*batch[0], **batch[1])
+    with held_state(module, batch.state or {}), starting_from(batch.state):
+        return module(*batch[0], **batch[1])
 
 
 def as_batch(inputs: Any) -> Batch:

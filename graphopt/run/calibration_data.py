@@ -12,8 +12,8 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
-from graphopt.ir.state import writes
-from graphopt.run.batches import Batch, as_batch, flat_inputs
+from graphopt.ir.state import carried_state, state_of, state_values, writes
+from graphopt.run.batches import Batch, CallSequence, StatefulCall, as_batch, flat_inputs
 
 __all__ = ["data_list", "inputs_of_pairs", "read_calls", "refuse_non_finite"]
 
@@ -50,13 +50,18 @@ def inputs_of_pairs(data: Sequence[Any]) -> list[Any]:
     return [pair[0] for pair in data]
 
 
-def read_calls(gm: CapturedModule, data: Iterable[Any]) -> Iterator[Batch]:
+def read_calls(
+    gm: CapturedModule, data: Iterable[Any], *, recorded: bool = True
+) -> Iterator[Batch]:
     """Each call as its graph takes it: arrays as tensors, numbers in the types of the capture.
 
     Args:
         gm: The graph.
         data: Inputs of one call each, as for `as_batch`; numpy arrays and, for float inputs, other
-            float types are taken too.
+            float types are taken too. The calls of a `CallSequence` come one by one, as
+            `StatefulCall`, which is taken as it is.
+        recorded: Run the graph on sequences, so that each of their calls knows the state that it
+            starts from and can be run at any time; else the calls must be run in order.
 
     Raises:
         InputError: One does not fit, or holds NaN or Inf; with its number and the input's name.
@@ -65,7 +70,13 @@ def read_calls(gm: CapturedModule, data: Iterable[Any]) -> Iterator[Batch]:
     wanted = gm.graph.find_nodes(op="placeholder")
     spec = gm.graph._codegen.pytree_info.in_spec  # type: ignore[attr-defined]
     for number, inputs in enumerate(data):
-        given = as_batch(pytree.tree_map_only(np.ndarray, torch.from_numpy, inputs))
+        if isinstance(inputs, CallSequence):
+            calls = read_calls(gm, inputs, recorded=False)
+            yield from _recorded(gm, calls) if recorded else _in_order(calls)
+            continue
+        known = isinstance(inputs, StatefulCall)
+        tensors = pytree.tree_map_only(np.ndarray, torch.from_numpy, inputs)
+        given: Batch = (tensors[0], tensors[1]) if known else as_batch(tensors)
         try:
             leaves = flat_inputs(gm, given)
         except InputError as error:
@@ -74,7 +85,27 @@ def read_calls(gm: CapturedModule, data: Iterable[Any]) -> Iterator[Batch]:
             ) from None
         leaves = [_converted(node, leaf, number) for node, leaf in zip(wanted, leaves, strict=True)]
         args, kwargs = pytree.tree_unflatten(leaves, spec)
-        yield tuple(args), dict(kwargs)
+        batch = tuple(args), dict(kwargs)
+        yield StatefulCall(batch, inputs.state) if known else batch
+
+
+def _in_order(calls: Iterable[Batch]) -> Iterator[Batch]:
+    for number, call in enumerate(calls):
+        yield StatefulCall(call, None if number else {})
+
+
+def _recorded(gm: CapturedModule, calls: Iterable[Batch]) -> Iterator[Batch]:
+    """The calls with the state before each, which is that of the graph as it is now."""
+    batches = list(calls)
+    if not state_of(gm):
+        yield from batches
+        return
+    made = []
+    with carried_state(gm), torch.no_grad():
+        for call in batches:
+            made.append(StatefulCall(call, {k: v.clone() for k, v in state_values(gm).items()}))
+            gm(*call[0], **call[1])
+    yield from made
 
 
 def _refuse_one_tensor(data: Any) -> None:

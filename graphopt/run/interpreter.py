@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.editor import operands
-from graphopt.ir.state import writes
+from graphopt.ir.state import state_nodes, writes
 from graphopt.run.batches import Batch, explained, flat_inputs
 
 __all__ = [
@@ -96,6 +96,9 @@ class Interpreter:
         place: Node → its number.
         by_name: Name → node.
         constant: Nodes whose value is the same for all inputs.
+        given: Nodes whose values a call brings: the placeholders, and the stored tensors that the
+            graph writes.
+        computed: The others, in order, the output node left out.
         last: Node → the last node that reads it, the output node included.
         output: The output node.
     """
@@ -106,12 +109,17 @@ class Interpreter:
         self.place = {node: number for number, node in enumerate(self.nodes)}
         self.by_name = {node.name: node for node in self.nodes}
         (self.output,) = gm.graph.find_nodes(op="output")
+        self.given: set[fx.Node] = {node for node in self.nodes if node.op == "placeholder"}
+        self.given.update(node for node in state_nodes(gm) if node.op == "get_attr")
+        self.computed = [n for n in self.nodes if n not in self.given and n.op != "output"]
         self.constant: set[fx.Node] = set()
         self.last: dict[fx.Node, fx.Node] = {}
         for node in self.nodes:
             used = operands(node)
             self.last.update(dict.fromkeys(used, node))
             fixed = bool(used) and all(operand in self.constant for operand in used)
+            if node in self.given:
+                continue
             if node.op == "get_attr" or (fixed and node.op != "output"):
                 self.constant.add(node)
 
@@ -120,7 +128,9 @@ class Interpreter:
         return operands(self.output)
 
     def inputs(self, batch: Batch) -> dict[fx.Node, Any]:
-        """The placeholders' values for one call; writing into them does no harm to the batch.
+        """The values of `given` for one call; writing into them does no harm to the batch.
+
+        State is as the call says (`StatefulCall`), or as it is stored now.
 
         Raises:
             InputError: The batch does not fit the captured call.
@@ -130,6 +140,11 @@ class Interpreter:
         for node in placeholders:
             if not self.copies and any(writes(user) for user in node.users):
                 given[node] = given[node].clone()
+        start = getattr(batch, "state", None) or {}
+        for node in self.given:
+            if node.op == "get_attr":
+                holder, name = holder_of(self.gm, str(node.target))
+                given[node] = start.get(str(node.target), getattr(holder, name))
         return given
 
     def call(self, node: fx.Node, value: Value) -> Any:
@@ -191,10 +206,13 @@ class Interpreter:
             if behind and node in behind:
                 values[node] = behind[node](values[node])
         wanted = self.results()
-        nodes = [node for node in self.nodes if node.op not in ("placeholder", "output")]
         with explained(self.gm, batch):
             self.walk(
-                nodes, values, last=self.last, kept=set(wanted), hooks=Hooks(behind=behind or {})
+                self.computed,
+                values,
+                last=self.last,
+                kept=set(wanted),
+                hooks=Hooks(behind=behind or {}),
             )
         return [values[node] for node in wanted]
 

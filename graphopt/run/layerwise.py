@@ -41,9 +41,8 @@ class LayerwiseRun:
         self._done: set[fx.Node] = set()
         self._unread = {node: len(node.users) for node in gm.graph.nodes}
         given = [self.interpreter.inputs(batch) for batch in batches]
-        placeholders = gm.graph.find_nodes(op="placeholder")
         self._values: dict[fx.Node, list[Any]] = {
-            node: [inputs[node] for inputs in given] for node in placeholders
+            node: [inputs[node] for inputs in given] for node in self.interpreter.given
         }
 
     def is_constant(self, node: fx.Node) -> bool:
@@ -66,7 +65,7 @@ class LayerwiseRun:
 
     def has_run(self, node: fx.Node) -> bool:
         """Whether a node's values are known, or need not be."""
-        return node in self._done or node.op == "placeholder" or self.is_constant(node)
+        return node in self._done or node in self.interpreter.given or self.is_constant(node)
 
     @torch.no_grad()
     def step(self, node: fx.Node, *, keep_inputs: bool = False) -> None:
@@ -76,7 +75,7 @@ class LayerwiseRun:
             node: The next node of the graph.
             keep_inputs: Keep what it reads, because it will run again.
         """
-        if node.op == "placeholder" or self.is_constant(node):
+        if node in self.interpreter.given or self.is_constant(node):
             return
         self._done.add(node)
         used = set(operands(node))

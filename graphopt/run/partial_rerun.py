@@ -119,11 +119,15 @@ class PartialRerun:
         """
         for number in range(self._passed, place):
             node = self.plan.nodes[number]
-            if node.op not in ("placeholder", "output") and node not in self.plan.constant:
+            if (
+                node not in self.plan.given
+                and node.op != "output"
+                and node not in self.plan.constant
+            ):
                 self.exact(node)
             for held in (*node.all_input_nodes, node):
                 read_until = self.plan.last.get(held, held)
-                if self.plan.place[read_until] <= number and held.op != "placeholder":
+                if self.plan.place[read_until] <= number and held not in self.plan.given:
                     self._exact.pop(held, None)
         self._passed = max(self._passed, place)
 

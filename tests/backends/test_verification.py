@@ -160,7 +160,7 @@ def test_rounded_activations_may_move_by_a_few_steps() -> None:
 
 def test_one_wrong_call_among_several_is_enough() -> None:
     good, bad = Verification(0.1, (0.1,), "x"), Verification(0.2, (0.2,), "x", holds=False)
-    assert merged([good, bad, good]) == Verification(0.2, (0.2,), "x", holds=False)
+    assert merged([good, bad, good]) == Verification(0.2, (0.2,), "x", holds=False, calls=3)
     with pytest.raises(InputError, match="no call"):
         merged([])
 
@@ -231,9 +231,9 @@ def test_saving_evaluates_the_artifact_once_and_lowers_nothing_again(
     x = torch.randn(4, 8)
     artifact = graphopt.lower(program_of(Net(), x), "torch")
     backend = type(load_backend("torch"))
-    evaluate, calls = backend.evaluate, []
+    evaluate, calls = backend.evaluate_sequence, []
     monkeypatch.setattr(
-        backend, "evaluate", lambda *given: calls.append("evaluate") or evaluate(*given)
+        backend, "evaluate_sequence", lambda *given: calls.append("evaluate") or evaluate(*given)
     )
     monkeypatch.setattr(backend, "lower", lambda *given, **options: calls.append("lower"))
     artifact.save(tmp_path / "m.pt2")

@@ -10,11 +10,9 @@ import torch
 from helpers.quantized_net import Net, X, calibrated
 from torch import Tensor, nn
 
-from graphopt.errors import ConfigError
 from graphopt.palettization import KMeansPalettizer, KMeansPalettizerConfig
 from graphopt.quantization import (
     ModuleQuantizerConfig,
-    OpQuantizerConfig,
     QuantizationFormulation,
     QuantizationScheme,
     QuantizationSpec,
@@ -22,14 +20,6 @@ from graphopt.quantization import (
     QuantizerConfig,
 )
 from graphopt.quantization.spec import PerChannelGranularity
-
-
-def test_key_value_caches_are_refused_by_name() -> None:
-    from graphopt.quantization import KVCacheQuantConfig
-
-    entry = KVCacheQuantConfig(op_quantizer_config=OpQuantizerConfig())
-    with pytest.raises(ConfigError, match="kv_cache_quant_configs"):
-        Quantizer(nn.Linear(2, 2), QuantizerConfig(kv_cache_quant_configs={"cache": entry}))
 
 
 # --- forms -----------------------------------------------------------------------------------------

@@ -68,12 +68,13 @@ def avg_pool(dims: int) -> Callable[..., Any]:
         if x.ndim == dims + 1:
             args = (kernel, step, pad, ceil_mode, count_include_pad, divisor_override)
             return torch.squeeze(rule(whole, torch.unsqueeze(x, 0), *args), 0)
-        sizes = [int(size) for size in x.shape[2:]]
+        # sizes may be open
+        sizes = list(x.shape[2:])
         windows = [
             _count(*each, 1, ceil_mode) for each in zip(sizes, kernel, step, pad, strict=True)
         ]
         more = [
-            _beyond(size, width, jump, edge, 1, count)
+            _beyond(size, width, jump, edge, 1, count) if ceil_mode else 0
             for size, width, jump, edge, count in zip(
                 sizes, kernel, step, pad, windows, strict=True
             )
@@ -133,6 +134,9 @@ def max_pool2d(
     kernel = _each(kernel_size, 2, ())
     step, pad = _each(stride, 2, kernel), _each(padding, 2, ())
     dilated = _each(dilation, 2, ())
+    if not ceil_mode and any(isinstance(size, torch.SymInt) for size in x.shape):
+        first: tuple[Tensor, Tensor] = whole(x, kernel, step, pad, dilated)
+        return first
     axes = list(zip((int(size) for size in x.shape[2:]), kernel, step, pad, dilated, strict=True))
     windows = [_count(*axis, ceil_mode) for axis in axes]
     more = [_beyond(*axis, count) for axis, count in zip(axes, windows, strict=True)]

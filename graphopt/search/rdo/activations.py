@@ -11,7 +11,7 @@ from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.quantizer import Quantizer
 from graphopt.config.quantization import ModuleQuantizerConfig, QuantizerConfig
 from graphopt.ir.program import Program
-from graphopt.run.batches import Batch
+from graphopt.run.batches import Batch, run_call
 from graphopt.specs import QuantizationSpec
 
 __all__ = ["quantize_activations", "with_rounded_activations"]
@@ -59,6 +59,6 @@ def with_rounded_activations(
     quantizer = Quantizer(exact, _activation_config(spec))
     prepared = quantizer.prepare(backend=backend)
     with quantizer.calibration_mode(), torch.no_grad():
-        for args, kwargs in batches:
-            prepared(*args, **kwargs)
+        for batch in batches:
+            run_call(prepared, batch)
     return Program(prepared, exact.example_args, exact.example_kwargs, exact.provenance)

@@ -13,7 +13,7 @@ from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.quantizer import Quantizer
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
-from graphopt.run.batches import Batch
+from graphopt.run.batches import Batch, run_call
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.configs import config_for
 from graphopt.search.mixed_precision.metrics import METRICS, measure
@@ -124,5 +124,5 @@ def _form(program: CompressedProgram, session: Session) -> tuple[nn.Module, floa
 
 def _outputs(module: nn.Module, batch: Batch) -> list[Tensor]:
     with torch.no_grad():
-        leaves = pytree.tree_leaves(module(*batch[0], **batch[1]))
+        leaves = pytree.tree_leaves(run_call(module, batch))
     return [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.is_floating_point()]

@@ -1,0 +1,147 @@
+"""Artifacts with several entry points."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from graphopt.backends.verification import Verification, merged, verified
+from graphopt.capture.archive_check import trusting
+from graphopt.errors import ArtifactExistsError, LoweringError, StateError, VerificationError
+from graphopt.exclusive import exclusively
+from graphopt.files import replaced
+from graphopt.ir.program import Program, share_graph
+from graphopt.ir.program_set import ProgramSet
+from graphopt.ir.state import with_state
+from graphopt.run.batches import Batch
+from graphopt.run.set_calls import method_calls
+
+if TYPE_CHECKING:
+    from graphopt.backends.base import Artifact, Backend
+
+__all__ = ["SetArtifact"]
+
+
+class SetArtifact:
+    """The entry points of one model, lowered; they share stored weights, and state.
+
+    Attributes:
+        programs: What was lowered.
+        methods: Entry point → its artifact alone.
+        path: Where it was saved, None before.
+        verification: How what was saved compared with PyTorch.
+    """
+
+    def __init__(
+        self, backend: Backend, programs: ProgramSet, methods: Mapping[str, Artifact]
+    ) -> None:
+        self.backend, self.programs, self.methods = backend, programs, dict(methods)
+        self.path: Path | None = None
+        self.verification: Verification | None = None
+
+    @property
+    def suffix(self) -> str:
+        """What its path ends in."""
+        return self.backend.target.suffix
+
+    @exclusively
+    def save(
+        self,
+        path: str | Path,
+        *,
+        overwrite: bool = False,
+        verify: bool | Iterable[tuple[str, Any]] = True,
+    ) -> Path:
+        """Write one file with all entry points, compared with the programs in PyTorch.
+
+        Args:
+            path: Where to.
+            overwrite: Replace what is there.
+            verify: (entry point, inputs) of calls, one behind the other; True calls each once with its
+                example, in their order, False compares nothing.
+
+        Raises:
+            ArtifactExistsError: `path` exists and `overwrite` is False.
+            LoweringError: The suffix is not the target's.
+            VerificationError: It cannot be evaluated, or computes something else; nothing is written.
+        """
+        target = Path(path)
+        if target.suffix != self.suffix:
+            raise LoweringError(f"{target.name} must end in {self.suffix}")
+        if target.exists() and not overwrite:
+            raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
+        with replaced(target) as temporary:
+            self.backend.write_set(temporary, self.methods)
+            if verify is False:
+                self.verification = None
+            else:
+                calls = self._examples() if verify is True else verify
+                with trusting():  # it was written just now
+                    self.verification = self._check(temporary, calls)
+                if not self.verification.holds:
+                    raise VerificationError(
+                        f"{self.backend.name} computes something else: outputs differ by"
+                        f" {self.verification.max_error:.2e} of the largest; nothing was written"
+                        f" ({self.verification.how}). Save each of `methods` alone to learn which op"
+                    )
+        self.path = target
+        return target
+
+    @exclusively
+    def verify(self, *, calls: Iterable[tuple[str, Any]] | None = None) -> Verification:
+        """Evaluate the saved artifact and compare it with the programs in PyTorch.
+
+        Args:
+            calls: (entry point, inputs) of each, which goes on from the state that the one before
+                left; None calls each once with its example.
+
+        Raises:
+            InputError: There is no such entry point, or inputs do not fit.
+            StateError: The artifact was not saved.
+            VerificationError: It cannot be evaluated.
+        """
+        if self.path is None:
+            raise StateError("save the artifact before verifying it")
+        return self._check(self.path, self._examples() if calls is None else calls)
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk.
+
+        Raises:
+            StateError: The artifact was not saved.
+        """
+        from graphopt.backends.base import stored_size
+
+        if self.path is None:
+            raise StateError("save the artifact before asking for its size")
+        return stored_size(self.path)
+
+    def _examples(self) -> list[tuple[str, Any]]:
+        calls: list[tuple[str, Any]] = []
+        for name, program in self.programs.methods.items():
+            args, kwargs = program.example_args, program.example_kwargs
+            calls.append((name, kwargs if kwargs and not args else args))
+        return calls
+
+    def _check(self, path: Path, calls: Iterable[tuple[str, Any]]) -> Verification:
+        steps = list(method_calls(self.programs, calls))
+        given: list[tuple[str, Batch]] = [(name, (call[0], call[1])) for name, call in steps]
+        evaluations = self.backend.evaluate_set(path, self.programs.methods, given)
+        outcomes = []
+        for (name, call), evaluation in zip(steps, evaluations, strict=True):
+            program = _at(self.programs[name], call.state or {})
+            precision = self.methods[name].precision
+            outcomes.append(verified(evaluation, program, (call[0], call[1]), precision))
+        return replace(merged([replace(each, outputs=(), state=()) for each in outcomes]))
+
+
+def _at(program: Program, state: Mapping[str, Tensor]) -> Program:
+    """A program whose first call starts from a state."""
+    moved = replace(program, graph_module=share_graph(program.graph_module))
+    with_state(moved.graph_module, state)
+    return moved

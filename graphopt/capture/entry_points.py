@@ -1,0 +1,65 @@
+"""Capture of several entry points of one model."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from graphopt.errors import InputError
+from graphopt.ir.program import Program
+from graphopt.ir.program_set import ProgramSet
+
+__all__ = ["captured_set"]
+
+
+def captured_set(
+    entries: Mapping[str, Any], capture: Callable[..., Program], dynamic_shapes: Any
+) -> ProgramSet:
+    """The programs of a model's entry points.
+
+    Args:
+        entries: Name → (module or method, example), the example a tensor, a tuple of positional
+            inputs or a dict of keyword ones; a third item says `dynamic_shapes` of this one.
+        capture: What captures one.
+        dynamic_shapes: Of the others.
+
+    Raises:
+        InputError: There is none, a name is no identifier, or something else stands for a model.
+    """
+    if not entries:
+        raise InputError("there are no entry points; give {'name': (module or method, example)}")
+    methods = {}
+    for name, entry in entries.items():
+        if not name.isidentifier():
+            raise InputError(f"{name!r} is no name of an entry point: use letters, digits and _")
+        if not isinstance(entry, tuple | list) or len(entry) not in (2, 3):
+            raise InputError(
+                f"{name}: give (module or method, example), got {type(entry).__name__}"
+            )
+        model, example = _as_module(entry[0]), entry[1]
+        args = () if isinstance(example, Mapping) else example
+        kwargs = example if isinstance(example, Mapping) else None
+        shapes = entry[2] if len(entry) == 3 else dynamic_shapes
+        methods[name] = capture(model, args, kwargs, shapes)
+    return ProgramSet(methods)
+
+
+def _as_module(model: Any) -> Any:
+    owner = getattr(model, "__self__", None)
+    if not inspect.ismethod(model) or not isinstance(owner, nn.Module):
+        return model
+    if model.__name__ == "forward":
+        return owner
+    return _method_module(owner, model.__name__)
+
+
+def _method_module(owner: nn.Module, method: str) -> nn.Module:
+    """A module over the tensors of another one whose forward is a method of it."""
+    made: nn.Module = object.__new__(type(owner))
+    # the tables of tensors and submodules are the owner's own; the method is bound to the owner, as
+    # it may call its other ones
+    made.__dict__ = {**owner.__dict__, "forward": getattr(owner, method)}
+    return made
