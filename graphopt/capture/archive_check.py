@@ -77,7 +77,7 @@ def check_archive(path: Path) -> None:
     except Exception as error:
         # damage shows as errors of many kinds, deep in what unpacks and parses
         raise CaptureError(
-            f"{path} is damaged, or no program of torch.export.save: {type(error).__name__}: {error}"
+            f"{path} is not a program of torch.export.save, or damaged: {error or type(error).__name__}"
         ) from None
 
 

@@ -63,14 +63,17 @@ def main() -> int:
 
 
 def table(path: Path) -> str:
-    """Kind, tried, held, wrong: those refused with an error of graphopt are held."""
+    """Kind, tried, held, wrong: those refused with an error of graphopt are held.
+
+    What was tried and is in no other column was stopped, or ended the process.
+    """
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         row = json.loads(line)
         counts[row["kind"]][row["what"]] += row["n"]
     lines = [f"{'kind':32} {'tried':>8} {'held':>8} {'refused':>8} {'wrong':>6}"]
     for kind, own in sorted(counts.items()):
-        held = own["tried"] - own["wrong"]
+        held = own["done"] + own["refused"]
         lines.append(f"{kind:32} {own['tried']:8} {held:8} {own['refused']:8} {own['wrong']:6}")
     return "\n".join(lines)
 

@@ -6,10 +6,8 @@
 
 from __future__ import annotations
 
-import atexit
 import json
 import os
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +20,6 @@ from graphopt.errors import GraphOptError
 __all__ = ["LONG", "budget", "counted"]
 
 LONG = int(os.environ.get("GRAPHOPT_FUZZ", "0"))
-_counts: Counter[tuple[str, str]] = Counter()
 
 
 def budget(few: int, share: float = 1.0) -> Callable[[Any], Any]:
@@ -44,21 +41,29 @@ def budget(few: int, share: float = 1.0) -> Callable[[Any], Any]:
 
 @contextmanager
 def counted(kind: str) -> Iterator[None]:
-    """Count what is tried inside: it holds if it ends well or with an error of graphopt."""
-    _counts[kind, "tried"] += 1
+    """Count what is tried inside: it holds if it ends well or with an error of graphopt.
+
+    Each outcome is written at once, so that none is lost where a run is stopped or dies.
+    """
+    outcome = "died"
+    _write(kind, "tried")
     try:
         yield
+        outcome = "done"
     except GraphOptError:
-        _counts[kind, "refused"] += 1
-    except BaseException:
-        _counts[kind, "wrong"] += 1
+        outcome = "refused"
+    except (KeyboardInterrupt, SystemExit):
+        outcome = "stopped"
         raise
+    except BaseException:
+        outcome = "wrong"
+        raise
+    finally:
+        _write(kind, outcome)
 
 
-@atexit.register
-def _write() -> None:
+def _write(kind: str, what: str) -> None:
     path = os.environ.get("GRAPHOPT_FUZZ_COUNTS")
-    if path and _counts:
-        rows = [{"kind": kind, "what": what, "n": n} for (kind, what), n in _counts.items()]
+    if path:
         with Path(path).open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            file.write(json.dumps({"kind": kind, "what": what, "n": 1}) + "\n")
