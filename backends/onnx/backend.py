@@ -21,6 +21,7 @@ from graphopt.backends.onnx.state import initial_state
 from graphopt.backends.onnx.tables import PADDED
 from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.verification import Evaluation
+from graphopt.exclusive import exclusively
 from graphopt.ir.program import Program
 from graphopt.passes.pass_base import Pass
 from graphopt.run.batches import Batch
@@ -53,6 +54,7 @@ class ONNXArtifact(Artifact):
         return initial_state(self.program)
 
     @override
+    @exclusively
     def _write(self, path: Path) -> None:
         import onnx_ir as ir
 
@@ -122,6 +124,7 @@ class ONNXBackend(Backend):
         return legal_passes()
 
     @override
+    @exclusively
     def lower(self, program: Program, **options: Any) -> ONNXArtifact:
         """Convert a program.
 
@@ -136,6 +139,7 @@ class ONNXBackend(Backend):
         return ONNXArtifact(self, program, to_model(program, chosen), chosen)
 
     @override
+    @exclusively
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
         check_model(path)
         given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]

@@ -26,7 +26,7 @@ def main() -> int:
     parser.add_argument("--time", type=float, default=600, help="seconds")
     parser.add_argument("--examples", type=int, default=100, help="of each test and round")
     parser.add_argument("--kinds", nargs="*", default=list(KINDS), choices=KINDS)
-    parser.add_argument("--targets", default="torch coreai coreml executorch")
+    parser.add_argument("--targets", default="torch coreai coreml executorch onnx")
     parser.add_argument("--counts", type=Path, default=ROOT / "out" / "fuzz-counts.jsonl")
     given = parser.parse_args()
     given.counts.parent.mkdir(parents=True, exist_ok=True)

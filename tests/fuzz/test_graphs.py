@@ -23,6 +23,7 @@ TARGETS = {
     "coreai": (".aimodel", "coreai_torch"),
     "coreml": (".mlpackage", "coremltools"),
     "executorch": (".pte", "executorch"),
+    "onnx": (".onnx", "onnx"),
 }
 # a long run names the targets that it goes through
 CHOSEN = os.environ.get("GRAPHOPT_FUZZ_TARGETS", "torch").split()
