@@ -25,6 +25,7 @@ from graphopt.passes.detect_sparsity import DetectSparsity
 from graphopt.passes.expand_sparse import ExpandSparse
 from graphopt.passes.expand_tables import ExpandTables
 from graphopt.passes.fake_palettize import FakePalettize
+from graphopt.passes.fit_integers import FitIntegers
 from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
 from graphopt.passes.fold_computed_weights import FoldComputedWeights
@@ -60,6 +61,7 @@ __all__ = [
     "ExpandSparse",
     "ExpandTables",
     "FakePalettize",
+    "FitIntegers",
     "FitPalettes",
     "FoldBatchNorm",
     "FoldComputedWeights",

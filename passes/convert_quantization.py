@@ -85,7 +85,7 @@ class ConvertQuantization(Pass):
                 continue
             quantized = self._quantized(edit.gm, weight, annotation)
             rows.append(replace_weight(edit, weight, quantized, annotation.spec))
-        keep_findings(edit.gm, scales={}, quantizers={})
+        keep_findings(edit.gm, scales={}, quantizers={}, integers={})
         edit.record(rows)
 
     def _quantized(
@@ -94,13 +94,17 @@ class ConvertQuantization(Pass):
         weight: WeightTensor,
         annotation: WeightAnnotation[QuantizationSpec],
     ) -> QuantizedWeight:
-        if weight.name in self.weights:
-            return self.weights[weight.name]
+        made = self._made(gm)
+        if weight.name in made:
+            return made[weight.name]
         trained: WeightQuantizer | None = findings_of(gm).quantizers.get(weight.name)
         if trained is not None:
             return trained.quantized(weight.tensor)
         statistics = Statistics(annotation.output_axis)
         return Quantization().make(weight.tensor, annotation.spec, statistics)
+
+    def _made(self, gm: fx.GraphModule) -> dict[str, QuantizedWeight]:
+        return {**findings_of(gm).integers, **self.weights}
 
     def _scales(self, gm: fx.GraphModule) -> dict[str, Scales]:
         return {**findings_of(gm).scales, **self.activations}
@@ -109,14 +113,14 @@ class ConvertQuantization(Pass):
     def expected(self, before: fx.GraphModule, after: fx.GraphModule) -> fx.GraphModule:
         """The graph with quantizer modules that round with the same scales."""
         del after
-        known = self._scales(before)
+        known, fitted = self._scales(before), self._made(before)
         gm = InsertFakeQuantize()(before).graph_module
         for quantizer in parts_of(gm, ActivationQuantizer):
             scales = known.get(quantizer.origin.name)
             if scales is not None:
                 quantizer.hold(*scales)
         for quantizer in parts_of(gm, WeightQuantizer):
-            made = self.weights.get(quantizer.origin.name)
+            made = fitted.get(quantizer.origin.name)
             if made is not None:
                 holder, name = holder_of(gm, quantizer.origin.name)
                 set_tensor(holder, name, made.dense())

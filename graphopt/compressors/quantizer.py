@@ -17,6 +17,7 @@ from graphopt.backends.registry import DEFAULT, ExportBackend
 from graphopt.compressors.base import Compressor
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.finalized import Weights, finalized
+from graphopt.compressors.fitted_integers import fit_prepared
 from graphopt.compressors.flow import joint_pipeline
 from graphopt.compressors.migration import Calls, migrate_prepared
 from graphopt.compressors.options import CompressOptions
@@ -162,7 +163,8 @@ class Quantizer(Compressor):
 
         Statistics start empty. Weights are rounded and activations are not, the module is in
         evaluation mode and no autograd graph is built. Ranges hold from the end of the context, where
-        scales migrate (`QuantizerConfig.migrate_scales`) and the calls are observed once more.
+        scales migrate (`QuantizerConfig.migrate_scales`), the calls are observed once more, and
+        weights are fitted by them (`QuantizationSpec.algorithm`).
 
         Args:
             model: Accepted for compatibility: None, or what `prepare` returned.
@@ -183,11 +185,20 @@ class Quantizer(Compressor):
             watch.remove()
         if self._migrate(calls.inputs):
             calibrate(prepared, calls.inputs, progress=False)
+        self._fit(calls.inputs, progress=False)
+
+    @property
+    def _has_trained(self) -> bool:
+        return self._trains_as_model or self._step > 0
+
+    def _fit(self, data: Sequence[Any], progress: bool | None) -> None:
+        """Find the elements of weights by error feedback, before any training."""
+        if data and not self._has_trained:
+            fit_prepared(self._waiting(), self._ready(), data, progress)
 
     def _migrate(self, data: Sequence[Any]) -> bool:
         """Move ranges of channels into weights, before any training."""
-        untouched = not self._trains_as_model and not self._step
-        if not data or not untouched or not self._config.migrate_scales:
+        if not data or self._has_trained or not self._config.migrate_scales:
             return False
         moved = migrate_prepared(self._waiting(), self._ready(), data)
         if moved is not None:
@@ -210,6 +221,7 @@ class Quantizer(Compressor):
         given = data_list(data)
         self._migrate(given or ())
         calibrate(prepared, given or (), progress)
+        self._fit(given or (), progress)
         return prepared
 
     @contextmanager

@@ -15,6 +15,7 @@ from graphopt.specs import QuantizationFormulation, QuantizationScheme, Quantiza
 from graphopt.specs.dtypes import bits_of, dtype_name
 
 __all__ = [
+    "SMALLEST_SCALE",
     "Grid",
     "dequantize",
     "fp4_forward",
@@ -34,7 +35,7 @@ _FLOAT_STORAGE = {
 _FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 # midpoints; those that round up at a tie (to an even mantissa) are moved down by one step
 _FP4_MIDDLES = (0.25, 0.75 - 2**-24, 1.25, 1.75 - 2**-23, 2.5, 3.5 - 2**-22, 5.0)
-_TINY = 2.0**-100  # smallest scale: its reciprocal and multiples stay finite in float32
+SMALLEST_SCALE = 2.0**-100  # smallest scale: its reciprocal and multiples stay finite in float32
 
 
 @dataclass(frozen=True)
@@ -144,7 +145,9 @@ def qparams(
 
 def _rounded(scale: Tensor, dtype: torch.dtype) -> Tensor:
     exact = scale.to(dtype).to(torch.float32) if dtype.is_floating_point else scale
-    floor = max(_TINY, torch.finfo(dtype).tiny) if dtype.is_floating_point else _TINY
+    floor = (
+        max(SMALLEST_SCALE, torch.finfo(dtype).tiny) if dtype.is_floating_point else SMALLEST_SCALE
+    )
     return torch.where(scale == 0, torch.ones_like(scale), exact.clamp(min=floor))
 
 

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.extras import deferred
 from graphopt.numerics.affine import (
+    SMALLEST_SCALE,
     dequantize,
     grid_of,
     has_whole_offsets,
@@ -15,11 +19,18 @@ from graphopt.numerics.affine import (
     quantize,
     scale_limits,
 )
+from graphopt.numerics.parallel import map_tasks
 from graphopt.specs import QuantizationSpec
+
+if TYPE_CHECKING:
+    from graphopt.numerics import kernels_clipping as kernels
+else:
+    kernels = deferred("graphopt.numerics.kernels_clipping")
 
 __all__ = ["clip_by_value", "clip_by_weight"]
 
 _CHUNK = 1 << 22  # elements at a time, so that temporaries stay small beside a model
+_TASK = 1 << 18  # elements of one task
 _COARSE = tuple(1.0 - 0.025 * step for step in range(30))
 _FINE = (-0.02, -0.015, -0.01, -0.005, 0.005, 0.01, 0.015, 0.02)
 
@@ -77,12 +88,13 @@ def clip_by_value(
     Returns:
         Lower and upper ends, [groups].
     """
+    both = scale_limits(spec) == "both"
+    if groups.device.type == "cpu" and _is_compiled(spec):
+        return _clip_compiled(groups.to(torch.float32), spec, weights)
     rows = max(1, _CHUNK // max(groups.shape[1], 1))
     lows, highs = [], []
     for start in range(0, groups.shape[0], rows):
         part = groups[start : start + rows].to(torch.float32)
-        low, high = torch.aminmax(part, dim=1)
-        low, high = low.clamp(max=0), high.clamp(min=0)
         counts = None if weights is None else weights[start : start + rows].to(torch.float32)
 
         def errors(
@@ -94,10 +106,46 @@ def clip_by_value(
                 totals.append((squared if counts is None else squared.mul_(counts)).sum(dim=1))
             return torch.stack(totals)
 
-        ends = _search(low, high, errors, both=scale_limits(spec) == "both")
+        ends = _search(*_ends(part), errors, both=both)
         lows.append(ends[0])
         highs.append(ends[1])
     return torch.cat(lows), torch.cat(highs)
+
+
+def _is_compiled(spec: QuantizationSpec) -> bool:
+    powers = spec.scale_dtype is not None and "e8m0" in str(spec.scale_dtype)
+    return not grid_of(spec).is_float and has_whole_offsets(spec) and not powers
+
+
+def _ends(groups: Tensor) -> tuple[Tensor, Tensor]:
+    low, high = torch.aminmax(groups, dim=1)
+    return low.clamp(max=0), high.clamp(min=0)
+
+
+def _clip_compiled(
+    groups: Tensor, spec: QuantizationSpec, weights: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`clip_by_value` of integers with zero points, a group at a time from the cache."""
+    grid, count = grid_of(spec), groups.shape[0]
+    values = groups.contiguous().numpy()
+    counts = np.ones((1, 1), np.float32)
+    if weights is not None:
+        counts = weights.to(torch.float32).contiguous().numpy()
+    both = scale_limits(spec) == "both"
+    middle = 0 if both else grid.middle
+    limits = np.array([grid.q_min, grid.q_max, middle, SMALLEST_SCALE, both], np.float32)
+    steps = np.array(_COARSE, np.float32), np.array(_FINE, np.float32)
+    lows, highs = (end.contiguous().clone() for end in _ends(groups))
+    ends = lows.numpy(), highs.numpy()
+    share = max(1, _TASK // max(groups.shape[1], 1))
+
+    def run(start: int) -> None:
+        last = min(start + share, count)
+        kernels.shrink_ranges(values, counts, *steps, limits, start, last, *ends)
+
+    for _ in map_tasks(run, range(0, count, share)):
+        pass
+    return lows, highs
 
 
 def _squared_error(values: Tensor, low: Tensor, high: Tensor, spec: QuantizationSpec) -> Tensor:

@@ -13,6 +13,7 @@ from graphopt.ir.annotations import hand_on, handed_on
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.prepared.weight import WeightQuantizer
 from graphopt.schemes.palette import PalettizedWeight
+from graphopt.schemes.quantize import QuantizedWeight
 
 __all__ = ["Findings", "findings_of", "keep_findings"]
 
@@ -30,6 +31,7 @@ class Findings:
         prepared: The graph with quantizers that have observed its activations.
         scales: Sharing group of activations → scale and offset.
         quantizers: Name of a weight → the quantizer that was trained for it.
+        integers: Name of a weight → its quantized form.
         reference: The graph before compression.
         fitted_to_outputs: Whether every palette was fitted to the outputs of its layer.
     """
@@ -40,6 +42,7 @@ class Findings:
     prepared: CapturedModule | None = None
     scales: Mapping[str, Scales] = field(default_factory=dict)
     quantizers: Mapping[str, WeightQuantizer] = field(default_factory=dict)
+    integers: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     reference: fx.GraphModule | None = None
     fitted_to_outputs: bool = False
 
@@ -51,6 +54,7 @@ class _Fields(TypedDict, total=False):
     prepared: CapturedModule | None
     scales: Mapping[str, Scales]
     quantizers: Mapping[str, WeightQuantizer]
+    integers: Mapping[str, QuantizedWeight]
     reference: fx.GraphModule | None
     fitted_to_outputs: bool
 

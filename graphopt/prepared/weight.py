@@ -48,6 +48,8 @@ class WeightQuantizer(nn.Module):
         self.rounding = True
         self._age = 0
         self._cache: tuple[tuple[int, int], Tensor] | None = None
+        self._held: tuple[tuple[float, float], QuantizedWeight] | None = None
+        self._has_trained = False
         if self.learned:
             self.scale = nn.Parameter(torch.ones(blocks.counts))
         else:
@@ -63,6 +65,8 @@ class WeightQuantizer(nn.Module):
             return weight
         trains = weight.requires_grad or self.learned
         if torch.compiler.is_compiling():
+            if self._held is not None and not self.training:
+                return self._held[1].dense()
             return self._differentiable(weight, renew=False)
         if torch.is_grad_enabled() and trains and self.training:
             return self._differentiable(weight, renew=True)
@@ -77,13 +81,25 @@ class WeightQuantizer(nn.Module):
         return self._cache[1]
 
     def train(self, mode: bool = True) -> WeightQuantizer:
-        """Switch the mode; what was computed before is forgotten."""
+        """Switch the mode; what was computed before is forgotten, in training for good."""
         self._cache = None
+        if mode:
+            self._held, self._has_trained = None, True
         return super().train(mode)
 
     def forget(self) -> None:
         """Round anew at the next call."""
         self._cache = None
+
+    @property
+    def is_fitted(self) -> bool:
+        """Whether a fit or a training has found what it gives."""
+        return self._held is not None or self._has_trained
+
+    def hold(self, stored: QuantizedWeight, weight: Tensor) -> None:
+        """Give this form of this weight, until the weight changes or trains."""
+        self._held = (_key(weight), stored)
+        self.forget()
 
     def start(self, weight: Tensor) -> None:
         """Take the scale from a weight."""
@@ -124,6 +140,8 @@ class WeightQuantizer(nn.Module):
         Raises:
             CompressionError: The weight contains NaN or Inf.
         """
+        if self._held is not None and self._held[0] == _key(weight):
+            return self._held[1]
         if self.observing and not self.learned:
             return quantize_weight(weight, self.spec, self.blocks)
         scale = self.scale.detach().abs().clamp(min=torch.finfo(torch.float32).tiny)
@@ -131,3 +149,9 @@ class WeightQuantizer(nn.Module):
         if offset is not None and not bool(offset.any()):
             offset = None
         return quantize_weight(weight, self.spec, self.blocks, fixed=(scale, offset))
+
+
+def _key(weight: Tensor) -> tuple[float, float]:
+    """What tells a weight from what becomes of it in training."""
+    wide = weight.detach().double()
+    return float(wide.sum()), float(wide.square().sum())

@@ -59,6 +59,10 @@ class LayerwiseRun:
             return [self.constant(node)] * self._count
         return self._values[node]
 
+    def has_values(self, node: fx.Node) -> bool:
+        """Whether values of a node are at hand, so that they can be replaced."""
+        return node in self._values
+
     def set_values(self, node: fx.Node, values: list[Any]) -> None:
         """Let the readers of a node see other values."""
         self._values[node] = values

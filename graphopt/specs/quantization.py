@@ -50,6 +50,7 @@ QParamCalculator = Literal[
 ]
 FakeQuantize = Literal["default", "lsq"]
 RangeCalculator = Literal["minmax", "mse"]
+WeightAlgorithm = Literal["auto", "nearest", "gptq"]
 
 _QUANTIZED = {
     *(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 3, 4, 6, 8)),
@@ -89,6 +90,10 @@ class QuantizationSpec(CompressionSpec):
             subclass of `RangeCalculatorBase`.
         float_range: Fixed lower and upper bound of the float range; None leaves a side open.
         scale_dtype: Type in which scales are stored; None is the tensor's own type.
+        algorithm: How the elements of weights are found. "nearest" rounds each; "gptq" minimises the
+            error of the layer's outputs on the inputs that it will get, rounded ones where they are,
+            by error feedback (arXiv 2210.17323, 2504.02692), and needs data. "auto" is "gptq"
+            where there are data and "nearest" where not.
     """
 
     dtype: TorchDType = torch.int8
@@ -100,6 +105,7 @@ class QuantizationSpec(CompressionSpec):
     range_calculator_cls: RangeCalculator | type = "minmax"
     float_range: Annotated[tuple[float | None, float | None], Field()] = (None, None)
     scale_dtype: TorchDType | None = None
+    algorithm: WeightAlgorithm = "auto"
 
     @field_validator("dtype")
     @classmethod

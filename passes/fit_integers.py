@@ -1,0 +1,119 @@
+"""FitIntegers: quantized weights against the outputs of their layers, as a pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from torch import fx
+from typing_extensions import override
+
+from graphopt.analysis.weights import find_weights
+from graphopt.errors import CalibrationError
+from graphopt.fitting.integer_fit import fit_integers
+from graphopt.ir import op_info
+from graphopt.ir.annotations import is_fused_norm, quantization_annotation
+from graphopt.ir.captured_module import callable_graph
+from graphopt.ir.editor import Editor
+from graphopt.ir.program import share_graph
+from graphopt.passes.annotate_quantization import AnnotateQuantization
+from graphopt.passes.fold_batchnorm import FoldBatchNorm
+from graphopt.passes.pass_base import Pass
+from graphopt.prepared.findings import findings_of, keep_findings
+from graphopt.run.calibration_data import read_calls
+
+__all__ = ["FitIntegers"]
+
+
+@dataclass(frozen=True)
+class FitIntegers(Pass):
+    """Find the elements of annotated weights whose specs ask for error feedback.
+
+    The graph stays as it is, but for biases, and shifts of norms that are folded later, which take up
+    the mean error of their layers; `ConvertQuantization` uses what was found. The scales of
+    activations are to be known before.
+
+    Attributes:
+        data: Inputs of one call each, as for `as_batch`; None leaves "auto" to the nearest elements.
+        seed: Seed of the sample of positions.
+        progress: Show a bar; None shows it on a terminal.
+
+    Raises:
+        CalibrationError: A spec has algorithm "gptq" and there are no data.
+    """
+
+    name: ClassVar[str] = "fit-integers"
+    after: ClassVar[tuple[type[Pass], ...]] = (AnnotateQuantization,)
+    tolerance: ClassVar[float | None] = None
+    data: Sequence[Any] | None = None
+    seed: int = 0
+    progress: bool | None = None
+
+    @override
+    def run(self, edit: Editor) -> None:
+        gm = callable_graph(edit.gm)
+        wanted, waiting = [], []
+        known = findings_of(gm).quantizers
+        for weight in find_weights(gm):
+            annotation = quantization_annotation(weight.nodes[0])
+            if annotation is None or weight.sparse is not None:
+                continue
+            if annotation.spec.algorithm != "nearest":
+                wanted.append(weight.name)
+            fitted = weight.name in known and known[weight.name].is_fitted
+            if annotation.spec.algorithm == "gptq" and not fitted:
+                waiting.append(f"{weight.name} ({annotation.path})")
+        if not self.data:
+            if waiting:
+                raise CalibrationError(
+                    "there are no data for algorithm 'gptq':\n"
+                    + "\n".join(waiting)
+                    + "\ngive calibration data, or set algorithm 'auto' or 'nearest'"
+                )
+            return
+        if not wanted:
+            return
+        # weights are fitted as they will be stored, with their norms
+        shifts, folded = _shifts_of_norms(edit), share_graph(gm)
+        FoldBatchNorm()(folded)
+        stored = Editor(folded)
+        before = {str(node.target): stored.value(node).detach() for node in stored.constants()}
+        fit = fit_integers(
+            folded,
+            wanted,
+            findings_of(gm).scales,
+            list(read_calls(gm, self.data)),
+            seed=self.seed,
+            progress=self.progress,
+        )
+        nodes = {str(node.target): node for node in edit.constants()}
+        for path, value in fit.biases.items():
+            node = nodes.get(shifts.get(path, path))
+            if node is not None:
+                old = edit.value(node).detach()
+                change = value.double() - before[path].double()
+                edit.set_value(node, (old.double() + change).to(old.dtype))
+        keep_findings(gm, integers=fit.weights)
+        named = {name: why for name, why in fit.fallbacks.items() if why != "it is looked up"}
+        edit.record(
+            remarks=[f"{name}: {why}; rounded without feedback" for name, why in named.items()]
+        )
+
+
+def _shifts_of_norms(edit: Editor) -> dict[str, str]:
+    """Bias of a convolution once its norm is folded → the shift of the norm."""
+    shifts = {}
+    for norm in edit.calls(op_info.BATCH_NORM):
+        conv, shift = norm.args[0], norm.args[2]
+        if not is_fused_norm(norm) or not isinstance(conv, fx.Node):
+            continue
+        info = op_info.info_of(conv)
+        slot = None if info is None else info.weights[0]
+        weight = None if slot is None else conv.args[slot.position]
+        bias = None if slot is None else op_info.argument(conv, slot.bias)
+        if isinstance(weight, fx.Node) and isinstance(shift, fx.Node):
+            owner = str(weight.target).rpartition(".")[0]
+            own = f"{owner}.bias" if owner else "bias"
+            shifts[str(bias.target) if isinstance(bias, fx.Node) else own] = str(shift.target)
+    return shifts
