@@ -7,7 +7,7 @@ TORCH ?= 2.13.0
 
 TIME ?= 600
 
-.PHONY: demo test test-integration test-slow coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer clean
+.PHONY: demo test test-integration test-slow coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer bench-accuracy clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -64,6 +64,9 @@ bench-coreml: $(STAMP)
 
 bench-calibrated: $(STAMP)
 	$(BIN)/python tests/benchmarks/calibrated.py
+
+bench-accuracy: $(STAMP)
+	$(BIN)/python tests/benchmarks/accuracy.py
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

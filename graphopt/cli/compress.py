@@ -150,6 +150,7 @@ def compress(
     outcomes = {
         "output": str(to.output),
         "bytes": artifact.size,
+        "overall_bits_per_weight": table.overall_bits_per_weight,
         "bits_per_weight": table.bits_per_weight,
         "seconds": seconds,
         "tensors": table.to_dicts(),
@@ -167,8 +168,8 @@ def compress(
         if program.pass_report is not None and (watch.dump_passes or watch.verify_passes):
             console.print(program.pass_report)
         console.print(
-            f"{to.output}: {artifact.size:,} bytes, {table.bits_per_weight:.3f} bits per compressed"
-            f" weight, {seconds:.1f} s"
+            f"{to.output}: {artifact.size:,} bytes, {table.overall_bits_per_weight:.3f} bits per weight,"
+            f" {table.bits_per_weight:.3f} bits per compressed weight, {seconds:.1f} s"
         )
         if outcome is not None:
             console.print(sentence(outcome))

@@ -350,9 +350,10 @@ class KMeansPalettizer(Compressor):
 def _say(table: CompressionRecord) -> None:
     """Log what is palettized and what is not."""
     _log.info(
-        "palettized %d of %d tensors to %.3f bits per weight",
+        "palettized %d of %d tensors: %.3f bits per weight, %.3f over the palettized",
         len(table.palettized),
         len(table),
+        table.overall_bits_per_weight,
         table.bits_per_weight,
     )
     for row in table.skipped:

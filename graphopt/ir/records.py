@@ -159,9 +159,16 @@ class CompressionRecord:
         done = self.compressed
         return sum(row.stored_bits for row in done) / max(sum(row.numel for row in done), 1)
 
+    @property
+    def overall_bits_per_weight(self) -> float:
+        """Stored bits per element over all rows, what is left alone included."""
+        total = sum(row.numel for row in self.rows)
+        return sum(row.stored_bits for row in self.rows) / max(total, 1)
+
     def to_json(self) -> str:
         """Rows, activations and remarks as one JSON object."""
         plain = {
+            "overall_bits_per_weight": self.overall_bits_per_weight,
             "bits_per_weight": self.bits_per_weight,
             "stored_bytes": self.stored_bytes,
             "tensors": self.to_dicts(),

@@ -57,7 +57,11 @@ class CompressionTable(CompressionRecord):
             count, verb = next(((c, v) for c, v in done if c), (0, "compressed"))
             title = f"{count} of {len(self.rows)} tensors {verb}"
         scales = sum(record.status == "quantized" for record in self.activations)
-        return f"{title}, {scales} activation scales" if scales else title
+        title += f", {scales} activation scales" if scales else ""
+        if not self.compressed:
+            return title
+        overall = f"{self.overall_bits_per_weight:.3f} bits per weight"
+        return f"{title}; {overall}, {self.bits_per_weight:.3f} over the compressed"
 
     def activation_table(self) -> Table:
         """The activations, for printing."""
