@@ -36,6 +36,7 @@ ALLOWED = {
     "backends/executorch/decompose.py": "hands torch rules for what has no kernel",
     "backends/executorch/exact_ops.py": "hands torch its own rule for resizing",
     "backends/executorch/legalize.py": "emits the forms that XNNPACK computes",
+    "backends/onnx/decompose.py": "hands torch rules for what its exporter has no translation of",
     "backends/executorch/weight_forms.py": "emits biases apart from linear layers, and views",
 }
 
