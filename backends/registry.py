@@ -15,6 +15,7 @@ from enum import StrEnum
 from importlib.metadata import entry_points
 from typing import Any, Self
 
+from graphopt.audited import module_of
 from graphopt.errors import LoweringError
 
 __all__ = [
@@ -68,7 +69,8 @@ def _installed(rows: Mapping[str, Any]) -> dict[str, tuple[str, str, str, str]]:
     found = {}
     for point in entry_points(group=ENTRY_POINTS):
         try:
-            suffix, extra, backend = point.load()
+            module, _, row = point.value.partition(":")
+            suffix, extra, backend = getattr(module_of(module), row)
         except Exception as error:
             _log.warning("target %s (%s) is left out: %s", point.name, point.value, error)
             continue

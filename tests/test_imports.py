@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 import subprocess
 import sys
+import tomllib
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,7 +17,10 @@ import pytest
 ROOT = Path(__file__).parent.parent
 # optional packages, each behind an extra, and what is installed with them
 OPTIONAL = {"coreai", "coreai_torch", "coremltools", "executorch", "torchao", "matplotlib"}
-OPTIONAL |= {"pandas", "dask", "distributed", "ml_dtypes", "onnx", "onnx_ir", "onnxruntime"}
+OPTIONAL |= {"pandas", "distributed", "ml_dtypes", "onnx_ir"}
+_EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+OPTIONAL |= {re.split(r"\W", given)[0] for extra in _EXTRAS.values() for given in extra}
+OPTIONAL -= {"graphopt"}
 # a part of torch that imports onnxscript
 OPTIONAL_PARTS = {"torch.onnx._internal.exporter._registration"}
 # a backend and what makes it a delegate know each other

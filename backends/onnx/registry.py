@@ -9,6 +9,7 @@ from typing import Any
 
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
+from graphopt.ir.torch_private import part_of_torch
 
 __all__ = ["OPSET", "read_once", "translations"]
 
@@ -20,13 +21,14 @@ def translations() -> Any:
     """Torch's registry of translations, which is not to be changed.
 
     Raises:
-        MissingDependencyError: onnxscript is not installed.
+        MissingDependencyError: onnxscript is not installed, or torch keeps them elsewhere.
     """
     require("onnxscript", "onnx")
-    from torch.onnx._internal.exporter._registration import ONNXRegistry
-
+    kind = part_of_torch(
+        "translations to ONNX", "torch.onnx._internal.exporter._registration", "ONNXRegistry"
+    )
     with quiet("torch.onnx"):
-        return ONNXRegistry.from_torchlib(OPSET)
+        return kind.from_torchlib(OPSET)
 
 
 @contextlib.contextmanager
