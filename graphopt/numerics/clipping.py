@@ -140,8 +140,8 @@ def _clip_compiled(
     share = max(1, _TASK // max(groups.shape[1], 1))
 
     def run(start: int) -> None:
-        last = min(start + share, count)
-        kernels.shrink_ranges(values, counts, *steps, limits, start, last, *ends)
+        span = start, min(start + share, count)
+        kernels.shrink_ranges(values, counts, steps, limits, span, *ends)
 
     for _ in map_tasks(run, range(0, count, share)):
         pass

@@ -44,8 +44,8 @@ def _error(x, weights, weighed, low, high, grid):
 
 
 @_jit
-def shrink_ranges(values, weights, coarse, fine, grid, first, last, lows, highs):
-    """Shrink the ranges of groups `first` … `last` of `values` where that lowers their errors.
+def shrink_ranges(values, weights, shares, grid, span, lows, highs):
+    """Shrink the ranges of a span of groups of `values` where that lowers their errors.
 
     Both ends together, then each alone where they count apart, then finer steps around the best: the
     order of `graphopt.numerics.clipping._search`.
@@ -53,19 +53,18 @@ def shrink_ranges(values, weights, coarse, fine, grid, first, last, lows, highs)
     Args:
         values: [groups, elements] float32.
         weights: The same shape, or [1, 1] where all errors count 1.
-        coarse: Shares of the range, float32.
-        fine: What is added to the best share, float32.
+        shares: Shares of the range, and what is added to the best of them, float32 each.
         grid: Smallest and largest stored value, the middle of the grid, the smallest scale, and 1 where
             both ends count; float32.
-        first: First group.
-        last: Behind the last one.
+        span: First group, and the one behind the last.
         lows: [groups] float32, lower ends at most 0, replaced.
         highs: Upper ends at least 0, replaced.
     """
     weighed = weights.shape[0] == values.shape[0] and weights.shape[1] == values.shape[1]
     one = np.float32(1.0)
+    coarse, fine = shares
     limits = (grid[0], grid[1], grid[2], grid[3], grid[4])
-    for g in range(first, last):
+    for g in range(span[0], span[1]):
         x = values[g]
         w = weights[g] if weighed else weights[0]
         low = lows[g]
