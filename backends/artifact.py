@@ -29,7 +29,7 @@ from graphopt.errors import (
     VerificationError,
 )
 from graphopt.exclusive import exclusively
-from graphopt.files import replaced
+from graphopt.files import replaced, stored_size
 from graphopt.ir.program import Program
 from graphopt.ir.state import StateTensor
 from graphopt.run.batches import Batch, CallSequence, as_captured
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from graphopt.backends.base import Backend
 
 _log = logging.getLogger(__name__)
-__all__ = ["Artifact", "stored_size", "stored_weights"]
+__all__ = ["Artifact", "stored_weights"]
 
 
 class Artifact(ABC):
@@ -241,10 +241,3 @@ class Artifact(ABC):
 def stored_weights(gm: fx.GraphModule) -> int:
     """Number of weights that a program stores compressed."""
     return sum(not value.nested for value in stored_values(gm))
-
-
-def stored_size(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

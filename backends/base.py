@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from graphopt.audited import own_module
-from graphopt.backends.artifact import Artifact, stored_size, stored_weights
+from graphopt.backends.artifact import Artifact, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.double_precision import as_float32, has_doubles
@@ -25,6 +25,7 @@ from graphopt.errors import (
     LoweringError,
     VerificationError,
 )
+from graphopt.files import stored_size
 from graphopt.ir.program import Program
 from graphopt.ir.program_set import ProgramSet
 from graphopt.ir.state import state_of

@@ -13,7 +13,7 @@ from graphopt.backends.verification import Verification, merged, verified
 from graphopt.capture.archive_check import trusting
 from graphopt.errors import ArtifactExistsError, LoweringError, StateError, VerificationError
 from graphopt.exclusive import exclusively
-from graphopt.files import replaced
+from graphopt.files import replaced, stored_size
 from graphopt.ir.program import Program, share_graph
 from graphopt.ir.program_set import ProgramSet
 from graphopt.ir.state import with_state
@@ -115,8 +115,6 @@ class SetArtifact:
         Raises:
             StateError: The artifact was not saved.
         """
-        from graphopt.backends.base import stored_size
-
         if self.path is None:
             raise StateError("save the artifact before asking for its size")
         return stored_size(self.path)

@@ -28,7 +28,7 @@ from graphopt.exchange import exchange
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["delete_path", "locked", "replaced", "reserved", "write_csv"]
+__all__ = ["delete_path", "locked", "replaced", "reserved", "stored_size", "write_csv"]
 
 # bytes of what a temporary name takes over from the place's; writers put prefixes before it
 _LONGEST, _LONGEST_SUFFIX = 120, 32
@@ -255,3 +255,10 @@ def delete_path(path: Path) -> None:
         shutil.rmtree(path)
     else:
         path.unlink(missing_ok=True)
+
+
+def stored_size(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

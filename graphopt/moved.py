@@ -327,5 +327,7 @@ def provide(module: str) -> None:
         if parent == path:
             name = f"{root}.{old}"
             alias = MovedModule(name, f"{root}.{new}", {}, leaves=False)
-            setattr(sys.modules[module], child, sys.modules.setdefault(name, alias))
+            present = sys.modules.setdefault(name, alias)
+            if not hasattr(sys.modules[module], child):  # a function may have the name, too
+                setattr(sys.modules[module], child, present)
             provide(name)

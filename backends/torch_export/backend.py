@@ -9,7 +9,6 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.pt2_archive._package import load_pt2, package_pt2
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
@@ -28,6 +27,7 @@ from graphopt.exclusive import exclusively
 from graphopt.ir.ops import STORAGE_BITS
 from graphopt.ir.program import Program, export_graph
 from graphopt.ir.state import state_of, with_state
+from graphopt.ir.torch_private import load_pt2, package_pt2
 from graphopt.passes import RemoveUnused
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes

@@ -262,7 +262,7 @@ class _Judge:
         own = node.args[use.position]
         assert isinstance(own, fx.Node)
         given = {
-            reader.operand: values.to(reader.operand.meta["val"].dtype),
+            reader.operand: values.to(reader.weight.tensor.dtype),
             own: use.operand(weight.to(reader.weight.tensor.dtype)),
         }
 

@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils import _pytree as pytree
 
 from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.program import Program
 from graphopt.ir.state import StateTensor, state_nodes
+from graphopt.ir.torch_private import FakeTensor, FakeTensorMode
 
 __all__ = ["ProgramSet", "own_state"]
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch._export.utils import _get_decomp_for_cia as decomposition_of_composite
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.export.pt2_archive._package import load_pt2, package_pt2
     from torch.fx.experimental import _config as symbolic_config
 
     learnable_per_channel: Callable[..., torch.Tensor]
@@ -37,7 +38,9 @@ __all__ = [
     "decomposition_of_composite",
     "decomposition_table",
     "learnable_per_channel",
+    "load_pt2",
     "minor_version",
+    "package_pt2",
     "part_of_torch",
     "symbolic_config",
     "warn_of_untested",
@@ -56,6 +59,8 @@ _PARTS = {
     "OpOverload": ("torch._ops", "OpOverload"),
     "OpOverloadPacket": ("torch._ops", "OpOverloadPacket"),
     "core_aten_decompositions": ("torch._decomp", "core_aten_decompositions"),
+    "load_pt2": ("torch.export.pt2_archive._package", "load_pt2"),
+    "package_pt2": ("torch.export.pt2_archive._package", "package_pt2"),
     "decomposition_of_composite": ("torch._export.utils", "_get_decomp_for_cia"),
     "decomposition_table": ("torch._decomp", "decomposition_table"),
     "symbolic_config": ("torch.fx.experimental", "_config"),

@@ -159,6 +159,9 @@ def diff(
 ) -> Difference:
     """Compare a model with what became of it, layer by layer.
 
+    Weights that `MigrateScales` has moved ranges into are other weights, although the graph computes the
+    same: their own columns count the move, outputs do not.
+
     Args:
         before: The model, or a program of it.
         after: What a compressor made of it: a program, or a finalized module.

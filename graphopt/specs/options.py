@@ -69,6 +69,8 @@ def _words(hint: Any) -> str:
 def _fits(value: object, hint: Any) -> bool:
     """Whether a value may stand where a type is asked for; numbers of numpy are numbers."""
     origin, inner = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
     if origin is Annotated:
         return _fits(value, inner[0])
     if origin in (Union, UnionType):

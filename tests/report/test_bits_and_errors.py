@@ -124,7 +124,9 @@ def test_folded_norms_are_compared_as_folded() -> None:
     x = torch.randn(8, 3, 8, 8)
     for _ in range(3):
         model(torch.randn(8, 3, 8, 8) * 2 + 1)
-    program = graphopt.compress(model.eval(), (x,), {"quantization": {}}, calibration_data=[x])
+    # moved ranges are other weights, though the graph computes the same
+    config = {"quantization": {"migrate_scales": False}}
+    program = graphopt.compress(model.eval(), (x,), config, calibration_data=[x])
     found = diff(model, program, [x])
     assert len(found) == 2
     assert all(30 < layer.weight_sqnr < 60 for layer in found)

@@ -42,7 +42,7 @@ def test_ops_are_found_by_the_keys_of_configs(net: nn.Module) -> None:
         "linear_1",
         "linear_2",
     ]
-    with pytest.raises(InputError, match="no regular expression"):
+    with pytest.raises(InputError, match="not a valid regular expression"):
         inspector.get_matched_ops_for_op_name("(")
 
 
