@@ -16,7 +16,7 @@ from graphopt.ir.torch_private import TESTED, part_of_torch, warn_of_untested
 ROOT = Path(__file__).parent.parent.parent
 HOME = (ROOT / "graphopt/ir/torch_private.py").resolve()
 # a stable part of every version, and checks that torch documents
-ALLOWED = {"torch.utils._pytree", "torch._check", "torch.onnx._internal.exporter._registration"}
+ALLOWED = {"torch.utils._pytree", "torch._check"}
 
 
 def _names(tree: ast.AST) -> set[str]:
