@@ -5,7 +5,9 @@ For a value x with channels c the graph computes `z = (x − δ) / s` instead, a
 arXiv 2304.09145, section 4.1); s is `max|x − δ|^α / max|W|^(1 − α)` (Xiao et al., SmoothQuant, arXiv
 2211.10438, equation 4), which for α = ½ is the equalization of two layers (Nagel et al., Data-free
 quantization, arXiv 1906.04721, equation 11). α is that of the least error at the outputs of all
-readers, with rounded values and rounded weights, none among the candidates.
+readers, with rounded values and rounded weights, none among the candidates. Ranges are of one half
+of the samples there and errors of the other: equal ranges put every channel at its limit, where
+values that were not seen are cut off.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ _STRENGTHS = (0.5, 0.75, 1.0)
 _ROWS = 1024  # positions of a linear layer's inputs that errors are measured on
 _ELEMENTS = 1 << 20  # elements of a convolution's inputs that errors are measured on
 _FLOOR = 1e-2  # of the mean range: what a channel that was hardly seen counts
-_GAIN = 0.95  # a change must take this share off the error
+_GAIN = 0.9  # a change must take this share off the error
 ENOUGH = 16  # samples from which on the data are trusted in full
 
 
@@ -65,12 +67,16 @@ class Observation:
     Attributes:
         low: Smallest value of each channel.
         high: Largest.
-        samples: Some of each reader's operand, by its node.
+        fit_low: Smallest value of each channel in the half of the data that ranges are judged with.
+        fit_high: Largest there.
+        samples: Some of each reader's operand in the other half, by its node.
         count: Samples that were seen in all.
     """
 
     low: Tensor
     high: Tensor
+    fit_low: Tensor
+    fit_high: Tensor
     samples: dict[fx.Node, list[Tensor]] = field(default_factory=dict)
     count: int = 0
 
@@ -85,10 +91,7 @@ def observe_sites(
 ) -> list[Observation]:
     """Ranges of every site's channels, and samples of what its readers read, in one run."""
     interpreter = Interpreter(gm)
-    seen = [
-        Observation(torch.full((s.channels,), torch.inf), torch.full((s.channels,), -torch.inf))
-        for s in sites
-    ]
+    seen = [_nothing_seen(site.channels) for site in sites]
     hooks: dict[fx.Node, list[tuple[Observation, Site]]] = {}
     for site, observation in zip(sites, seen, strict=True):
         for operand in site.operands:
@@ -106,16 +109,30 @@ def observe_sites(
     return seen
 
 
+def _nothing_seen(channels: int) -> Observation:
+    low, high = torch.full((channels,), torch.inf), torch.full((channels,), -torch.inf)
+    return Observation(low, high, low.clone(), high.clone())
+
+
 def _take(observation: Observation, site: Site, node: fx.Node, value: Tensor, calls: int) -> None:
     if value.numel() == 0:
         return
-    channels = value.movedim(site.operands[node], 0).flatten(1).float()
-    low, high = torch.aminmax(channels, dim=1)
+    axis = site.operands[node]
+    low, high = _ends(value, axis)
     observation.low = torch.minimum(observation.low, low)
     observation.high = torch.maximum(observation.high, high)
+    # a call of one sample belongs to one half, the first one to that of the errors
+    half = len(value) // 2 if len(value) > 1 else (observation.count + 1) % 2
+    fit, value = value[half:], value[:half]
+    if len(fit):
+        low, high = _ends(fit, axis)
+        observation.fit_low = torch.minimum(observation.fit_low, low)
+        observation.fit_high = torch.maximum(observation.fit_high, high)
     kept = observation.samples.setdefault(node, [])
     if node is next(iter(observation.samples)):
-        observation.count += int(value.shape[0])
+        observation.count += len(fit) + len(value)
+    if not len(value):
+        return
     kinds = {reader.use.form.kind for reader in site.readers if reader.operand is node}
     if not kinds:
         return
@@ -126,6 +143,11 @@ def _take(observation: Observation, site: Site, node: fx.Node, value: Tensor, ca
     rows = value.reshape(-1, value.shape[-1])
     step = max(1, rows.shape[0] * calls // _ROWS)
     kept.append(rows[len(kept) % step :: step].clone())
+
+
+def _ends(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+    low, high = torch.aminmax(value.movedim(axis, 0).flatten(1).float(), dim=1)
+    return low, high
 
 
 def column_factors(use: WeightUse, shape: Sequence[int], factors: Tensor) -> Tensor:
@@ -159,27 +181,38 @@ def choose_factors(gm: CapturedModule, site: Site, seen: Observation, share: flo
     if not site.readers:
         reach = _floored(torch.maximum(seen.low.abs(), seen.high.abs()))
         return Factors(((reach / reach.max()).log() * share).exp(), None, 0.0, 1.0, 1.0)
+    held = all(seen.samples.get(reader.operand) for reader in site.readers)
+    if share <= 0 or not held or not bool((seen.fit_low <= seen.fit_high).all()):
+        return Factors(ones, None, 0.0, 0.0, 0.0)
     judge = _Judge(gm, site, seen)
-    before = judge.error(ones, None)
-    best = Factors(ones, None, before, before, 0.0)
-    if share <= 0 or not before > 0:
-        return best
     magnitudes = judge.column_magnitudes()
-    middle = (seen.low + seen.high) / 2 * share
-    for shift in [None, middle] if site.shifts else [None]:
-        low, high = (
-            (seen.low, seen.high) if shift is None else (seen.low - shift, seen.high - shift)
-        )
-        reach = _floored(torch.maximum(low.abs(), high.abs()))
-        for strength in (*_STRENGTHS, *((0.0,) if shift is not None else ())):
-            scale = ones
-            if strength:
-                log = strength * reach.log() - (1 - strength) * magnitudes.log()
-                scale = ((log - log.mean()) * share).exp()
-            error = judge.error(scale, shift)
-            if error < best.error:
-                best = Factors(scale, shift, error, before, strength)
-    return best if best.error < _GAIN * before else Factors(ones, None, before, before, 0.0)
+    before = judge.error(ones, None)
+    least, chosen = before, (0.0, False)
+    for shifted in (False, True) if site.shifts else (False,):
+        for strength in (*_STRENGTHS, *((0.0,) if shifted else ())):
+            ends = seen.fit_low, seen.fit_high
+            error = judge.error(*_factors(ends, magnitudes, strength, shifted, share))
+            if error < least:
+                least, chosen = error, (strength, shifted)
+    if least >= _GAIN * before:
+        return Factors(ones, None, before, before, 0.0)
+    scale, shift = _factors((seen.low, seen.high), magnitudes, *chosen, share)
+    return Factors(scale, shift, least, before, chosen[0])
+
+
+def _factors(
+    ends: tuple[Tensor, Tensor], magnitudes: Tensor, strength: float, shifted: bool, share: float
+) -> tuple[Tensor, Tensor | None]:
+    """Scales and shifts by the ranges of the channels and of the weights that read them."""
+    low, high = ends
+    shift = (low + high) / 2 * share if shifted else None
+    if not strength:
+        return torch.ones_like(low), shift
+    if shift is not None:
+        low, high = low - shift, high - shift
+    reach = _floored(torch.maximum(low.abs(), high.abs()))
+    log = strength * reach.log() - (1 - strength) * magnitudes.log()
+    return ((log - log.mean()) * share).exp(), shift
 
 
 def _floored(reach: Tensor) -> Tensor:
@@ -235,11 +268,10 @@ class _Judge:
         self, values: Tensor, scale: Tensor, shift: Tensor | None, spec: QuantizationSpec
     ) -> Tensor:
         observer = observer_of(spec)
-        ends = torch.stack([self.seen.low, self.seen.high])
+        ends = torch.stack([self.seen.fit_low, self.seen.fit_high])
         ends = (ends if shift is None else ends - shift) / scale
         state = observer.init(1)
-        for part in (values.reshape(1, -1), ends.reshape(1, -1)):
-            state = observer.update(state, part)
+        state = observer.update(state, ends.reshape(1, -1))
         step, offset = qparams(*observer.range(state, spec), spec)
         whole = has_whole_offsets(spec)
         return dequantize(quantize(values, step, offset, grid_of(spec), whole=whole), step, offset)
