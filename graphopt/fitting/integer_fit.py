@@ -91,6 +91,8 @@ def fit_integers(
         if weight.name not in fitted:
             fit.result.fallbacks[weight.name] = _why_not(weight, uses)
     rounding = _Rounding(fit.run, scales)
+    # one is a copy of the other; nodes that call modules (guards of `ep.module()`) have no partners
+    twins = dict(zip(work.graph.nodes, annotated.graph.nodes, strict=True))
     steps = [node for node in work.graph.nodes if node.op != "output"]
     for node in track(steps, "fitting layers", len(steps), enabled=progress):
         with rounding.operands_of(node):
@@ -98,7 +100,7 @@ def fit_integers(
                 fit.layer(*ops[node])
             fit.run.step(node)
         rounding.result_of(node)
-        fit.reference.step(fit.partners[node])
+        fit.reference.step(twins[node])
     return fit.result
 
 

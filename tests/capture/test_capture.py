@@ -203,5 +203,5 @@ def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no such file"):
         graphopt.capture(tmp_path / "absent.pt2")
     (tmp_path / "broken.pt2").write_bytes(b"nothing")
-    with pytest.raises(CaptureError, match="no program of torch.export"):
+    with pytest.raises(CaptureError, match="program of torch.export"):
         graphopt.capture(tmp_path / "broken.pt2")

@@ -17,8 +17,13 @@ from graphopt.palettization import (
 )
 from graphopt.pruning import MagnitudePruner, MagnitudePrunerConfig, ModuleMagnitudePrunerConfig
 from graphopt.pruning.config import PolynomialDecaySchedule
-from graphopt.quantization import QuantizationSpec, Quantizer
-from graphopt.specs import PalettizationSpec, PerGroupedChannelGranularity
+from graphopt.quantization import (
+    ModuleQuantizerConfig,
+    QuantizationSpec,
+    Quantizer,
+    QuantizerConfig,
+)
+from graphopt.specs import PalettizationSpec, PerChannelGranularity, PerGroupedChannelGranularity
 
 SPECS = {
     "one table": PalettizationSpec(),
@@ -68,10 +73,13 @@ def test_trained_palettes_go_on(kind: type[KMeansPalettizer], x: Tensor) -> None
 
 
 def test_ranges_are_those_of_the_state(x: Tensor) -> None:
-    first = Quantizer(_model(0))
+    nearest = QuantizationSpec(granularity=PerChannelGranularity(), algorithm="nearest")
+    module = ModuleQuantizerConfig(op_state_spec={"weight": nearest})
+    config = QuantizerConfig(global_config=module)
+    first = Quantizer(_model(0), config)
     prepared = first.prepare((x,))
     first.calibrate([x])
-    second = Quantizer(_model(1))
+    second = Quantizer(_model(1), config)
     again = second.prepare((x,), state_dict=prepared.state_dict())
     assert torch.equal(again(x), prepared(x))
     assert torch.equal(second.finalize(backend="torch")(x), first.finalize(backend="torch")(x))
