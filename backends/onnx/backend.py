@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from typing_extensions import override
 
 from graphopt.backends.base import Artifact, Backend, stored_size, stored_weights
 from graphopt.backends.capabilities import Capabilities
-from graphopt.backends.onnx.check import check_model, run_model
+from graphopt.backends.onnx.check import check_model, run_calls
 from graphopt.backends.onnx.external_data import data_of, name_data
 from graphopt.backends.onnx.lower import TABLE_TYPES, legal_passes, to_model
 from graphopt.backends.onnx.options import ONNXOptions
@@ -141,8 +141,21 @@ class ONNXBackend(Backend):
     @override
     @exclusively
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
+        return self.evaluate_sequence(path, program, [call])[0]
+
+    @override
+    @exclusively
+    def evaluate_sequence(
+        self, path: Path, program: Program, calls: Sequence[Batch]
+    ) -> list[Evaluation]:
         check_model(path)
-        given = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
-        outputs = run_model(path, given, initial_state(program))
+        given = [
+            [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+            for call in calls
+        ]
         how = "checked the saved model and ran it in ONNX Runtime"
-        return Evaluation(tuple(outputs), how, weights=stored_weights(program.graph_module))
+        weights = stored_weights(program.graph_module)
+        return [
+            Evaluation(tuple(outputs), how, weights=weights)
+            for outputs, _ in run_calls(path, given, initial_state(program))
+        ]

@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from graphopt.backends.onnx.state import PRESENT
+from graphopt.backends.onnx.state import PAST, PRESENT
 from graphopt.errors import VerificationError
 from graphopt.extras import require
 
-__all__ = ["check_model", "run_model", "session_of"]
+__all__ = ["check_model", "run_calls", "run_model", "session_of"]
 
 
 def check_model(path: Path) -> None:
@@ -69,8 +69,37 @@ def run_model(
     Raises:
         VerificationError: It does not load or run.
     """
-    session = session_of(path)
-    feeds = {name: tensor.numpy() for name, tensor in (state or {}).items()}
+    return run_calls(path, [inputs], state)[0][0]
+
+
+def run_calls(
+    path: Path, calls: Sequence[Sequence[Tensor]], state: Mapping[str, Tensor] | None = None
+) -> list[tuple[list[Tensor], dict[str, Tensor]]]:
+    """Outputs of calls of which each goes on from the state of the one before.
+
+    Args:
+        path: An .onnx.
+        calls: Tensors of each in the order of the model's inputs.
+        state: Values of `past_` inputs by their names, before the first one.
+
+    Returns:
+        Outputs in the program's order, and the values that the next call's `past_` inputs have.
+
+    Raises:
+        VerificationError: It does not load or run.
+    """
+    session, kept, found = session_of(path), dict(state or {}), []
+    for inputs in calls:
+        outputs, new = _run(session, path, inputs, kept)
+        kept = {name: new.get(name, value) for name, value in kept.items()}
+        found.append((outputs, kept))
+    return found
+
+
+def _run(
+    session: Any, path: Path, inputs: Sequence[Tensor], state: Mapping[str, Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    feeds = {name: tensor.numpy() for name, tensor in state.items()}
     places = [place for place in session.get_inputs() if place.name not in feeds]
     if len(places) != len(inputs):
         names = [place.name for place in places]
@@ -80,14 +109,23 @@ def run_model(
         narrow = place.type == "tensor(float)" and tensor.dtype is torch.float64
         held = tensor.detach().cpu().contiguous()
         feeds[place.name] = (held.to(torch.float32) if narrow else held).numpy()
-    given = [out.name for out in session.get_outputs() if not out.name.startswith(PRESENT)]
+    names = [out.name for out in session.get_outputs()]
     try:
-        found = session.run(given, feeds)
+        found = session.run(names, feeds)
     except Exception as error:
         raise VerificationError(
             f"{path.name} does not run in ONNX Runtime: {_line(error)}"
         ) from error
-    return [torch.from_numpy(np.array(value)) for value in found]
+    values = {
+        name: torch.from_numpy(np.array(value)) for name, value in zip(names, found, strict=True)
+    }
+    outputs = [value for name, value in values.items() if not name.startswith(PRESENT)]
+    new = {
+        f"{PAST}{name.removeprefix(PRESENT)}": value
+        for name, value in values.items()
+        if name.startswith(PRESENT)
+    }
+    return outputs, new
 
 
 def _line(error: Exception) -> str:

@@ -110,24 +110,40 @@ def deflate_texts(archive: Path, result: Path) -> None:
 
 
 def _twins(given: zipfile.ZipFile) -> dict[str, str]:
-    """Tensors of several programs that another member holds already: name → that member's."""
-    members = [each for each in given.infolist() if _WEIGHTS in each.filename]
-    if sum(each.filename.endswith(_CONFIG) for each in members) < 2:
+    """Tensors that a member of an earlier program holds already: name → that member's.
+
+    Two tensors of one program never become one: what is loaded for both would be the same memory,
+    and caches that are written begin as equal zeros.
+    """
+    members = {each.filename: each for each in given.infolist() if _WEIGHTS in each.filename}
+    configs = [name for name in members if name.endswith(_CONFIG)]
+    if len(configs) < 2:
         return {}
-    known: dict[tuple[int, bytes], str] = {}
-    twins = {}
-    for member in members:
-        if member.filename.endswith(_TEXTS):
-            continue
-        with given.open(member) as source:
-            digest = hashlib.sha256()
-            while block := source.read(1 << 20):
-                digest.update(block)
-            key = member.file_size, digest.digest()
-        first = known.setdefault(key, member.filename)
-        if first != member.filename:
-            twins[member.filename] = first
+    known: dict[tuple[int, bytes], list[str]] = {}
+    twins: dict[str, str] = {}
+    for config in configs:
+        table = parse_json(given.read(config), "the table of tensors", _LIMITS)["config"]
+        folder = config.rpartition("/")[0]
+        names = dict.fromkeys(f"{folder}/{entry['path_name']}" for entry in table.values())
+        own: dict[tuple[int, bytes], list[str]] = {}
+        for name in (name for name in names if name in members):
+            key = members[name].file_size, _digest(given, name)
+            earlier = known.get(key, [])
+            place = len(own.setdefault(key, []))
+            own[key].append(earlier[place] if place < len(earlier) else name)
+            if own[key][-1] != name:
+                twins[name] = own[key][-1]
+        for key, kept in own.items():
+            known.setdefault(key, []).extend(kept[len(known.get(key, [])) :])
     return twins
+
+
+def _digest(given: zipfile.ZipFile, name: str) -> bytes:
+    digest = hashlib.sha256()
+    with given.open(name) as source:
+        while block := source.read(_BLOCK):
+            digest.update(block)
+    return digest.digest()
 
 
 def _with_first(config: bytes, twins: dict[str, str]) -> bytes:

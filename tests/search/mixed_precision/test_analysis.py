@@ -13,6 +13,7 @@ from search.mixed_precision.nets import encoder, pictures, residual, sentences
 from torch import nn
 
 import graphopt
+from graphopt.compressors.joint import joint_config
 from graphopt.errors import CompressionError, InputError
 from graphopt.mixed_precision import METRICS, SensitivityTable, analyze
 from graphopt.search.mixed_precision.configs import config_for
@@ -42,7 +43,10 @@ def loops(
     found: dict[str, dict[str, dict[str, float]]] = {metric: {} for metric in metrics}
     for layer in table.layers:
         for name in layer.candidates:
-            config = config_for({layer.name: table.candidates[name]}, {layer.name: layer.nodes})
+            chosen = config_for({layer.name: table.candidates[name]}, {layer.name: layer.nodes})
+            config = joint_config(chosen)
+            if config.quantization is not None:
+                config.quantization.migrate_scales = False  # of one layer nothing else may change
             module = graphopt.compress(model, (data[0],), config, **options).module()
             outputs = []
             for x in data:
@@ -80,7 +84,11 @@ def test_activations_are_rounded_over_the_range_of_all_data() -> None:
     act = {
         "acts": {"activation": {"dtype": "int8", "qparam_calculator_cls": "global_minmax"}},
         "both": {
-            "quantize": {"dtype": "int4", "granularity": {"type": "per_channel"}},
+            "quantize": {
+                "dtype": "int4",
+                "granularity": {"type": "per_channel"},
+                "algorithm": "nearest",
+            },
             "activation": {
                 "dtype": "uint8",
                 "qscheme": "asymmetric",
