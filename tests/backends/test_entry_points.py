@@ -119,7 +119,7 @@ def test_calls_of_a_sequence_know_the_state_that_other_entry_points_left() -> No
     cases(
         ["coreai", "coreml", "executorch", "torch"],
         ["cached", "mixing"],
-        default=lambda target, kind: kind == "mixing" or target in ("coreai", "torch"),
+        default=lambda target, kind: (kind == "mixing") == (target in ("coreml", "executorch")),
     ),
 )
 def test_one_file_holds_all_entry_points_and_each_weight_once(

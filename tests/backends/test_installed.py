@@ -89,7 +89,7 @@ assert {"again", "broken"}.isdisjoint(graphopt.ExportBackend)
 """
 
 
-@pytest.mark.integration
+@pytest.mark.slow  # makes a package and installs it
 def test_target_of_an_installed_package_is_one_of_the_targets(tmp_path: Path) -> None:
     source, installed = tmp_path / "source", tmp_path / "installed"
     source.mkdir()

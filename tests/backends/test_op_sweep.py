@@ -14,14 +14,14 @@ TARGETS = [
     pytest.param(name, marks=[getattr(pytest.mark, name)] if name != "torch" else [])
     for name in SHARES
 ]
-SAMPLE = counted_ops()[3::10]
+SAMPLE = counted_ops()[3::20]
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("target", TARGETS[:3])
-def test_every_tenth_op_is_right_or_refused(target: str) -> None:
+def test_every_twentieth_op_is_right_or_refused(target: str) -> None:
     outcomes = list(sweep(target, SAMPLE))
-    assert len(outcomes) > 90
+    assert len(outcomes) > 45
     check_share(outcomes, SHARES[target])
 
 

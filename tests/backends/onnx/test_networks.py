@@ -15,7 +15,7 @@ SHARE = 0.9
 FEW = {("bert", "W8A8")}
 
 
-@pytest.mark.integration
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "form"), cases(NETS, FORMS, default=lambda name, form: (name, form) in FEW)
 )
