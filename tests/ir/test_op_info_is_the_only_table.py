@@ -22,6 +22,7 @@ ALLOWED = {
     "backends/interface.py": "emits casts and shapes of inputs and outputs, and copies of outputs",
     "backends/scalar_states.py": "emits reshapes of state",
     "backends/coreml/states.py": "emits what state is encoded by",
+    "passes/migrate_scales.py": "emits the products and sums that give a scaled value back",
     "passes/quantize_caches.py": "emits the rounding of what is written to caches",
     "backends/coreai/decompose.py": "names the ops that coreai-torch has not right",
     "backends/coreai/legalize_quantization.py": "emits casts",
