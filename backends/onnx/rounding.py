@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 
 from graphopt.backends.onnx.emitter import Emitter, array_of
+from graphopt.errors import LoweringError
 
 __all__ = ["expand_dequantize", "expand_quantize", "expand_round", "is_shiftable"]
 
@@ -30,7 +31,10 @@ def expand_quantize(emit: Emitter, node: Any, unsigned: bool) -> Any:
     low, high = node.attributes["low"].as_int(), node.attributes["high"].as_int()
     if (low, high) != _FULL.get(kind):
         if scale.ndim:
-            raise NotImplementedError("a narrow range with several scales")
+            raise LoweringError(
+                f"{result.name}: activations are rounded to {low} … {high} with a scale per channel,"
+                " which no op of ONNX does; use one scale, or the whole range of the type"
+            )
         ends = [(end - float(zero)) * float(scale) for end in (low, high)]
         bounds = [emit.constant(np.array(end, np.float32), "bound") for end in ends]
         x = emit.call("Clip", [x, *bounds], x)

@@ -25,9 +25,10 @@ from graphopt.numerics.kmeans1d_device import cluster_on_device
 from graphopt.numerics.parallel import map_tasks
 
 if TYPE_CHECKING:
-    from graphopt.numerics import kernels
+    from graphopt.numerics import kernels, kernels_points
 else:
     kernels = deferred("graphopt.numerics.kernels")
+    kernels_points = deferred("graphopt.numerics.kernels_points")
 
 __all__ = ["Clustering", "IntGrid", "assign_1d", "cluster_1d", "look_up", "sum_of_squares"]
 
@@ -121,7 +122,7 @@ def cluster_1d(
     if weights is not None:
         raw = np.ascontiguousarray(weights.detach().to("cpu", torch.float32).numpy())
     w = _normalised(raw)
-    if not kernels.finite_range(x.reshape(-1))[2]:
+    if not kernels_points.finite_range(x.reshape(-1))[2]:
         raise CompressionError("values contain NaN or Inf")
     n_groups = x.shape[0]
     steps = np.zeros(n_groups) if grid is None else grid.step.double().cpu().numpy()
@@ -156,7 +157,7 @@ def look_up(codes: Tensor, tables: Tensor) -> Tensor:
     if codes.device.type != "cpu" or tables.dtype is not torch.float32:
         return tables.gather(1, codes.long())
     dense = np.empty(codes.shape, dtype=np.float32)
-    kernels.look_up(codes.contiguous().numpy(), tables.contiguous().numpy(), dense)
+    kernels_points.look_up(codes.contiguous().numpy(), tables.contiguous().numpy(), dense)
     return torch.from_numpy(dense)
 
 
@@ -165,7 +166,7 @@ def sum_of_squares(tensor: Tensor) -> float:
     flat = tensor.detach().reshape(-1)
     if flat.device.type != "cpu" or flat.dtype is not torch.float32:
         return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
-    return float(kernels.sum_of_squares(flat.numpy()))
+    return float(kernels_points.sum_of_squares(flat.numpy()))
 
 
 def assign_1d(values: Tensor, tables: Tensor, weights: Tensor | None = None) -> Clustering:
@@ -196,7 +197,7 @@ def _assigned(
 
     def assign(part: slice) -> None:
         part_weights = w if w.size == 0 else w[part]
-        kernels.assign_groups(
+        kernels_points.assign_groups(
             x[part], entries[part], part_weights, indices[part], _NO_WEIGHTS, sse[part]
         )
 
@@ -302,7 +303,7 @@ def _fit_long(
 ) -> bool:
     """Fit one long row from a histogram; False when its bins are too coarse for the parts found."""
     values = x[row]
-    low, high, _ = kernels.finite_range(values)
+    low, high, _ = kernels_points.finite_range(values)
     span = float(high) - float(low)
     if span <= 0.0:
         return False
@@ -311,7 +312,7 @@ def _fit_long(
         return False
     count, total = np.zeros(_BINS), np.zeros(_BINS)
     sample_weight = w[row] if w.size else np.empty(0, dtype=np.float32)
-    kernels.histogram_moments(values, sample_weight, float(low), inverse_step, count, total)
+    kernels_points.histogram_moments(values, sample_weight, float(low), inverse_step, count, total)
     used = count > 0
     points = (total[used] / count[used])[None]
     kernels.fit_groups(

@@ -11,9 +11,9 @@ from torch import Tensor
 from graphopt.extras import deferred
 
 if TYPE_CHECKING:
-    from graphopt.numerics import kernels
+    from graphopt.numerics import kernels_packing as kernels
 else:
-    kernels = deferred("graphopt.numerics.kernels")
+    kernels = deferred("graphopt.numerics.kernels_packing")
 
 __all__ = ["pack", "packed_size", "unpack"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from typing import Annotated, Literal
 
 from pydantic import Field, field_serializer, model_validator
@@ -91,9 +92,10 @@ class PruningSpec(CompressionSpec):
         return value if isinstance(value, str) else f"{value.__module__}.{value.__qualname__}"
 
 
-class SparsityScheduleBase(SpecModel):
+class SparsityScheduleBase(SpecModel, ABC):
     """Share of zeros by training step."""
 
+    @abstractmethod
     def compute_sparsity(
         self, step_count: int, target_sparsity: float, prev_sparsity: float | None = None
     ) -> float:
@@ -104,7 +106,6 @@ class SparsityScheduleBase(SpecModel):
             target_sparsity: Share of zeros at the end, in [0, 1].
             prev_sparsity: Share that the mask has now.
         """
-        raise NotImplementedError
 
 
 class ConstantSparsitySchedule(SparsityScheduleBase):
