@@ -132,9 +132,10 @@ class Backend(ABC):
         """
         raise VerificationError(f"{self.name}: {path.name} has one entry point")
 
-    @abstractmethod
     def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
         """Compute the outputs of the artifact at `path` as the target does.
+
+        A target implements this one where it keeps no state, else `evaluate_sequence`.
 
         Args:
             path: What was saved.
@@ -144,6 +145,7 @@ class Backend(ABC):
         Raises:
             VerificationError: It cannot be evaluated.
         """
+        raise VerificationError(f"{self.name}: {path.name} cannot be evaluated")
 
     def evaluate_sequence(
         self, path: Path, program: Program, calls: Sequence[Batch]

@@ -174,11 +174,6 @@ class CoreMLBackend(Backend):
 
     @override
     @exclusively
-    def evaluate(self, path: Path, program: Program, call: Batch) -> Evaluation:
-        return self.evaluate_sequence(path, program, [call])[0]
-
-    @override
-    @exclusively
     def evaluate_sequence(
         self, path: Path, program: Program, calls: Sequence[Batch]
     ) -> list[Evaluation]:

@@ -19,7 +19,6 @@ from graphopt.backends.interface import (
 )
 from graphopt.backends.onnx.decompose import decompositions
 from graphopt.backends.onnx.expand import expand
-from graphopt.backends.onnx.legalize import ScalesToFloat32
 from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.registry import OPSET, read_once
 from graphopt.backends.onnx.state import add_state, outputs_of_state
@@ -27,7 +26,7 @@ from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError
 from graphopt.extras import require
 from graphopt.ir.program import Program, export_graph
-from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnused
+from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnused, WidenScales
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
@@ -43,7 +42,7 @@ def legal_passes() -> tuple[Pass, ...]:
     return (
         DequantizeToShiftScale(),
         IntegersToTables(frozenset(TABLE_TYPES)),
-        ScalesToFloat32(),
+        WidenScales(floats=True, dtype=torch.float32),
     )
 
 
