@@ -18,6 +18,7 @@ from graphopt.backends.double_precision import as_float32
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_call, flat_interface
 from graphopt.backends.scalar_states import StatesWithAxes
 from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
+from graphopt.ir.decomposing import decomposed
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import IntegersToTables, RemoveUnused, WidenScales
 from graphopt.passes.pass_base import Pass
@@ -59,7 +60,7 @@ def legal_export(
             limits=plan.limits(legal),
         )
         _free_views(exported.graph)
-        exported = exported.run_decompositions(decompositions(exported.graph))
+        exported = decomposed(exported, decompositions(exported.graph))
         drop_written_inputs(exported)
         refuse_fixed(exported, plan, "Core AI")
         if options.precision == "float32":

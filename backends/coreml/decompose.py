@@ -14,6 +14,7 @@ from graphopt.backends.coreml.legal_ops import Rules, composite, legal_ops, rule
 from graphopt.backends.coreml.translations import TRANSLATED
 from graphopt.backends.decompositions.products import grouped_mm
 from graphopt.errors import LoweringError
+from graphopt.ir.decomposing import decomposed
 from graphopt.ir.torch_private import core_aten_decompositions, decomposition_table
 
 __all__ = ["decompose_for_coreml", "rewritten_ops"]
@@ -38,7 +39,7 @@ def decompose_for_coreml(exported: ExportedProgram) -> ExportedProgram:
         unknown = [op for op in _unknown(exported) if op not in rules]
         rules |= {op: rule for op in unknown if (rule := _foreign(op)) is not None}
         try:
-            exported = exported.run_decompositions(rules)
+            exported = decomposed(exported, rules)
         except Exception as error:
             raise LoweringError(f"the program cannot be rewritten for Core ML: {error}") from error
         if not any(_foreign(op) for op in _unknown(exported)):

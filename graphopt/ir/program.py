@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import hashlib
 import inspect
@@ -18,7 +19,9 @@ from graphopt.errors import InputError
 from graphopt.exclusive import exclusively
 from graphopt.ir.annotations import record_of
 from graphopt.ir.captured_module import CapturedModule, InputGuards, KeptGraph
+from graphopt.ir.decomposing import decomposed
 from graphopt.ir.guards import by_signature, input_places
+from graphopt.ir.lifting import lifted
 from graphopt.ir.open_sizes import Limits, open_shapes, raised_ones
 from graphopt.ir.records import CompressionRecord
 from graphopt.ir.state import StateTensor, state_tensors
@@ -71,23 +74,37 @@ def export_graph(
     kwargs = dict(kwargs or {})
     table = dict(decompositions or {})
     if not dynamic and not limits:
-        return _exported(module, args, kwargs, table)
+        built = lifted(module, args, kwargs)
+        return _exported(module, args, kwargs, table) if built is None else decomposed(built, table)
+    exported = None if limits else lifted(module, args, kwargs, dynamic=True)
+    exported = (
+        _opened(module, args, kwargs, table, limits)
+        if exported is None
+        else decomposed(exported, table)
+    )
+    _pass_guards_on(module, exported, args, kwargs)
+    exported.example_inputs = (args, kwargs)
+    return exported
+
+
+def _opened(
+    module: CapturedModule,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    table: dict[Any, Any],
+    limits: Limits | None,
+) -> ExportedProgram:
+    """Traced by torch, with sizes of 1 doubled where they are open."""
     examples = [(args, kwargs)]
     raised = raised_ones(module, args, kwargs, limits or None)
     if raised is not None:
         # torch.export specialises on sizes of 1
         examples.insert(0, raised)
-    for position, example in enumerate(examples):
-        try:
-            exported = _exported(module, *example, table, dynamic=True, limits=limits or None)
-        except Exception:
-            if position == len(examples) - 1:
-                raise
-        else:
-            break
-    _pass_guards_on(module, exported, args, kwargs)
-    exported.example_inputs = (args, kwargs)
-    return exported
+    *narrower, last = examples
+    for example in narrower:
+        with contextlib.suppress(Exception):
+            return _exported(module, *example, table, dynamic=True, limits=limits or None)
+    return _exported(module, *last, table, dynamic=True, limits=limits or None)
 
 
 def _exported(

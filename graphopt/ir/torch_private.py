@@ -18,7 +18,9 @@ from graphopt.errors import MissingDependencyError, UntestedTorchVersionWarning
 if TYPE_CHECKING:
     from torch._C import PyTorchFileReader as ArchiveReader
     from torch._decomp import core_aten_decompositions, decomposition_table
+    from torch._export.utils import _check_valid_to_preserve as may_stay_whole
     from torch._export.utils import _get_decomp_for_cia as decomposition_of_composite
+    from torch._export.utils import _is_cia_op as is_composite
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch.export.pt2_archive._package import load_pt2, package_pt2
@@ -37,8 +39,10 @@ __all__ = [
     "core_aten_decompositions",
     "decomposition_of_composite",
     "decomposition_table",
+    "is_composite",
     "learnable_per_channel",
     "load_pt2",
+    "may_stay_whole",
     "minor_version",
     "package_pt2",
     "part_of_torch",
@@ -62,6 +66,8 @@ _PARTS = {
     "load_pt2": ("torch.export.pt2_archive._package", "load_pt2"),
     "package_pt2": ("torch.export.pt2_archive._package", "package_pt2"),
     "decomposition_of_composite": ("torch._export.utils", "_get_decomp_for_cia"),
+    "is_composite": ("torch._export.utils", "_is_cia_op"),
+    "may_stay_whole": ("torch._export.utils", "_check_valid_to_preserve"),
     "decomposition_table": ("torch._decomp", "decomposition_table"),
     "symbolic_config": ("torch.fx.experimental", "_config"),
     "learnable_per_channel": ("torch", "_fake_quantize_learnable_per_channel_affine"),

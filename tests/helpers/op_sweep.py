@@ -35,7 +35,7 @@ if __name__ == "__main__":
 from helpers.op_calls import OpCall, calls_of, counted_ops
 from helpers.together import Together
 
-__all__ = ["SUFFIXES", "Outcome", "check_share", "sweep", "write_table"]
+__all__ = ["SUFFIXES", "Outcome", "check_share", "sweep", "together_call", "write_table"]
 
 _SECONDS = 300
 SUFFIXES = {target.value: target.suffix for target in targets()}
@@ -82,7 +82,7 @@ def _rewritten_parts(program: graphopt.Program, target: str) -> set[int]:
 
 def try_calls(calls: Sequence[OpCall], target: str) -> list[Outcome]:
     """Outcomes of calls that are one program: of each if all are right, else one for all of them."""
-    call = _together(calls)
+    call = together_call(calls)
     outcome, program = _try_call(call, target)
     if outcome.kind != "right" or program is None:
         return [outcome]
@@ -132,7 +132,7 @@ def _close(ours: list[Any], want: list[Any]) -> bool:
     )
 
 
-def _together(calls: Sequence[OpCall]) -> OpCall:
+def together_call(calls: Sequence[OpCall]) -> OpCall:
     if len(calls) == 1:
         return calls[0]
     inputs = tuple(x for call in calls for x in call.inputs)
