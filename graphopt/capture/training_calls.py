@@ -1,13 +1,16 @@
-"""What a model drops in training where the graph, captured in evaluation, no longer says so."""
+"""What a model draws in training where the graph, captured in evaluation, no longer says so."""
 
 from __future__ import annotations
 
 import inspect
+import random
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -29,6 +32,15 @@ _DROPOUTS = {
     "alpha_dropout": "alpha_dropout",
     "feature_alpha_dropout": "feature_alpha_dropout",
 }
+_DRAWS = frozenset(
+    (
+        *("rand", "rand_like", "randn", "randn_like", "randint", "randint_like", "randperm"),
+        *("bernoulli", "normal", "multinomial", "poisson", "binomial", "uniform", "exponential"),
+        *("geometric", "cauchy", "log_normal", "random", "gumbel_softmax"),
+    )
+)
+_PYTHON, _NUMPY = "Python's random", "numpy.random"
+_NORMS = torch.nn.modules.batchnorm._BatchNorm  # of which some take no batch of one in training
 
 
 @dataclass
@@ -39,35 +51,36 @@ class TrainingCalls:
         attention: Rate of each fused attention, in order.
         weighted: Rate of each attention of `nn.MultiheadAttention` that gives its weights, in order.
         dropouts: (op, rate) → number of its dropouts.
+        draws: (function, name of the module that calls it) → number of its other random numbers.
     """
 
     attention: list[float] = field(default_factory=list)
     weighted: list[float] = field(default_factory=list)
     dropouts: Counter[tuple[str, float]] = field(default_factory=Counter)
+    draws: Counter[tuple[str, str]] = field(default_factory=Counter)
 
 
 def training_calls(
     model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> TrainingCalls:
-    """Run a model once in training, on the inputs it was captured with, and see what it drops.
+    """Run a model once in training, on the inputs it was captured with, and see what it draws.
 
-    The model's modes and buffers, the inputs and the random state are as before afterwards.
+    Where it draws more than dropouts, it is run in evaluation, too, and `draws` has what training adds.
+    The model's modes and buffers, the inputs and the random states are as before afterwards.
 
     Raises:
         StateError: It cannot be run in training on these inputs.
     """
-    seen = TrainingCalls()
     modes = [(module, module.training) for module in model.modules()]
     try:
-        for module, _ in modes:
-            module.training = True
-        with buffers_restored(model), torch.no_grad(), _Watch(seen):
-            run_on_copies(model, tuple(args), dict(kwargs))
+        seen = _seen(model, args, kwargs, training=True)
+        if seen.draws:
+            seen.draws -= _seen(model, args, kwargs, training=False).draws
     except Exception as error:
         raise StateError(
-            f"{type(model).__name__} has attention, whose dropout only a call in training shows, and"
-            f" fails on the example inputs in training: {type(error).__name__}: {error}; prepare it"
-            " with an example that it can be trained on"
+            f"what {type(model).__name__} draws in training only a call in training shows, and it fails"
+            f" on the example inputs in training: {type(error).__name__}: {error}; prepare it with an"
+            " example that it can be trained on"
         ) from error
     finally:
         for module, training in modes:
@@ -75,12 +88,49 @@ def training_calls(
     return seen
 
 
+def _seen(
+    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], *, training: bool
+) -> TrainingCalls:
+    seen = TrainingCalls()
+    for module in model.modules():
+        module.training = training and not isinstance(module, _NORMS)
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one
+    try:
+        with buffers_restored(model), torch.no_grad(), _path_of(model) as path, _Watch(seen, path):
+            run_on_copies(model, tuple(args), dict(kwargs))
+        if random.getstate() != python:
+            seen.draws[_PYTHON, ""] += 1
+        if str(np.random.get_state()) != str(numpy):  # noqa: NPY002
+            seen.draws[_NUMPY, ""] += 1
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+    return seen
+
+
+@contextmanager
+def _path_of(model: nn.Module) -> Iterator[list[str]]:
+    """Names of the modules that are being called, the innermost last."""
+    path = [""]
+    handles = []
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_pre_hook(lambda *_, name=name: path.append(name)))
+        handles.append(
+            module.register_forward_hook(lambda *_: [path.pop(), None][1], always_call=True)
+        )
+    try:
+        yield path
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
 class _Watch(TorchFunctionMode):
     """Notes the functions whose names it knows; it does not see what they call in turn."""
 
-    def __init__(self, seen: TrainingCalls) -> None:
+    def __init__(self, seen: TrainingCalls, path: Sequence[str]) -> None:
         super().__init__()
-        self.seen = seen
+        self.seen, self.path = seen, path
 
     @override
     def __torch_function__(
@@ -96,6 +146,8 @@ class _Watch(TorchFunctionMode):
             self._many_heads(inspect.signature(func).bind(*args, **given))
         elif name in _DROPOUTS:
             self._dropout(_DROPOUTS[name], func, args, given)
+        elif name in _DRAWS:
+            self.seen.draws[name, self.path[-1]] += 1
         return func(*args, **given)
 
     def _dropout(self, op: str, func: Any, args: Any, kwargs: Mapping[str, Any]) -> None:
@@ -105,7 +157,7 @@ class _Watch(TorchFunctionMode):
             rate, training = call.arguments["p"], call.arguments["training"]
         else:
             rate, training = (*args[1:], *kwargs.values())[:2]
-        if training:
+        if training and rate:
             self.seen.dropouts[op, float(rate)] += 1
 
     def _many_heads(self, call: inspect.BoundArguments) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -21,6 +22,8 @@ from graphopt.prepared.origin import QUANTIZERS
 
 __all__ = ["train_as_model"]
 
+_log = logging.getLogger(__name__)
+
 
 def train_as_model(
     prepared: CapturedModule, model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -28,7 +31,8 @@ def train_as_model(
     """Give attention the dropout, and batch norms the momentum, that they have in the model.
 
     A graph captured in evaluation says neither: attention has no dropout there, and a momentum of 0
-    may stand for the mean over all batches.
+    may stand for the mean over all batches. Nor has it a place for what the model draws in training
+    alone, such as stochastic depth and added noise: that is refused.
 
     Args:
         prepared: The graph, with `RestoreTraining` run.
@@ -37,13 +41,19 @@ def train_as_model(
         kwargs: Keyword inputs of that call.
 
     Raises:
-        StateError: The model cannot be run in training, or drops what the graph has no place for.
+        StateError: The model has attention and cannot be run in training, or draws what the graph has
+            no place for.
     """
     _set_momenta(prepared, model)
     attention = [part for part in _called(prepared, DropoutInside) if part.switch is None]
-    if not attention and not any(isinstance(m, nn.MultiheadAttention) for m in model.modules()):
+    depends = bool(attention) or any(isinstance(m, nn.MultiheadAttention) for m in model.modules())
+    try:
+        seen = training_calls(model, args, kwargs)
+    except StateError as error:
+        if depends:
+            raise
+        _log.warning("training_mode() knows the dropouts of the graph alone: %s", error)
         return
-    seen = training_calls(model, args, kwargs)
     weighted = [node for node in prepared.graph.nodes if _is_attention_weight(node)]
     for rates, places in ((seen.attention, attention), (seen.weighted, weighted)):
         if any(rates) and len(rates) != len(places):
@@ -59,6 +69,13 @@ def train_as_model(
             f"{type(model).__name__} has {number} calls of {kind} with rate {rate:g} in training that"
             " evaluation leaves out, so that training_mode() has no place for them: call them in both,"
             " with training=self.training, or set the rate to 0 to train without"
+        )
+    for (kind, owner), number in seen.draws.items():
+        place = f" ({owner})" if owner else ""
+        raise StateError(
+            f"{type(model).__name__}{place} calls {kind} {number} times in training alone, as stochastic"
+            " depth and added noise do, so that training_mode() has no place for it: switch it off in"
+            " the model to train without, or train the model before it is prepared"
         )
     for part, rate in zip(attention, seen.attention, strict=False):
         part.rate = rate

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import copy
 import io
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -177,3 +179,80 @@ def test_model_that_fails_in_training_is_refused_where_attention_is_unknown() ->
     with pytest.raises(StateError, match="labels are missing"):
         quantizer.training_mode().__enter__()
     assert model.training
+
+
+class Noisy(nn.Module):
+    """A layer, and something that is random in training alone."""
+
+    def __init__(self, noise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.fc, self.block = nn.Linear(8, 8), _Noise(noise)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.block(self.fc(x))
+
+
+class _Noise(nn.Module):
+    def __init__(self, noise: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.noise(x) if self.training else x
+
+
+def rows_kept(x: Tensor) -> Tensor:
+    return x * x.new_empty([len(x), 1]).bernoulli_(0.5) / 0.5
+
+
+NOISES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "stochastic depth": (rows_kept, r"\(block\) calls bernoulli 1 times"),
+    "depth by a comparison": (lambda x: x * (torch.rand(len(x), 1) < 0.5), "calls rand 1"),
+    "added noise": (lambda x: x + torch.randn_like(x), "calls randn_like 1"),
+    "multiplied noise": (lambda x: x * torch.normal(1.0, 0.1, x.shape), "calls normal 1"),
+    "uniform noise": (lambda x: x + torch.empty_like(x).uniform_(-1, 1), "calls uniform 1"),
+    "layers left out": (lambda x: x if random.random() < 0.5 else x * 0, "Python's random"),
+    "numpy's noise": (
+        lambda x: x + float(np.random.rand()),  # noqa: NPY002
+        "numpy.random",
+    ),
+    "dropout in training alone": (lambda x: F.dropout(x, 0.3), "1 calls of dropout with rate 0.3"),
+}
+
+
+@pytest.mark.parametrize("name", NOISES)
+def test_noise_of_training_alone_is_refused_with_its_place(name: str) -> None:
+    noise, words = NOISES[name]
+    model = Noisy(noise).eval()
+    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
+    quantizer = Quantizer(model, QuantizerConfig.presets.w8())
+    quantizer.prepare((torch.randn(4, 8),))
+    with pytest.raises(StateError, match=words), quantizer.training_mode():
+        pass
+    assert not model.training
+    assert random.getstate() == states[0]
+    assert str(np.random.get_state()) == states[1]  # noqa: NPY002
+
+
+def test_noise_of_evaluation_is_in_the_graph_and_trains() -> None:
+    class Always(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(8, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.fc(x) + torch.randn_like(x)
+
+    quantizer = Quantizer(Always().eval(), QuantizerConfig.presets.w8())
+    prepared = quantizer.prepare((torch.randn(4, 8),))
+    x = torch.ones(4, 8)
+    with quantizer.training_mode():
+        assert not torch.equal(prepared(x), prepared(x))
+
+
+def test_batch_of_one_is_no_hindrance_to_batch_norms() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8), nn.Dropout(0.5)).eval()
+    quantizer = Quantizer(model, QuantizerConfig.presets.w8())
+    quantizer.prepare((torch.randn(1, 8),))
+    with quantizer.training_mode() as prepared:
+        del prepared
