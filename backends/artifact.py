@@ -23,6 +23,7 @@ from graphopt.capture.archive_check import trusting
 from graphopt.errors import (
     ArtifactExistsError,
     GraphOptError,
+    InfeasibleError,
     InputError,
     LoweringError,
     StateError,
@@ -33,6 +34,7 @@ from graphopt.files import replaced, stored_size
 from graphopt.ir.program import Program
 from graphopt.ir.state import StateTensor
 from graphopt.run.batches import Batch, CallSequence, as_captured
+from graphopt.specs.artifact import ArtifactSpec
 
 if TYPE_CHECKING:
     from graphopt.backends.base import Backend
@@ -51,6 +53,7 @@ class Artifact(ABC):
         precision: Float type that it computes in.
         path: Where it was saved, None before.
         shapes: Sizes of the inputs that it takes.
+        wanted: The file that the program is for, where it is one of this target.
         verification: How what was saved compared with PyTorch, None where that was turned off.
     """
 
@@ -67,6 +70,7 @@ class Artifact(ABC):
         self.precision = precision
         self.path: Path | None = None
         self.shapes = EXAMPLE_SHAPES
+        self.wanted: ArtifactSpec | None = None
         self.verification: Verification | None = None
 
     @property
@@ -115,6 +119,7 @@ class Artifact(ABC):
             ArtifactExistsError: `path` exists and `overwrite` is False.
             OutputError: It cannot be written.
             LoweringError: The suffix is not the target's, or the target's writer fails.
+            InfeasibleError: It has more bytes than the file that the program is for may have.
             VerificationError: It cannot be evaluated, or computes something else; the message names
                 the first op whose value differs.
         """
@@ -125,6 +130,7 @@ class Artifact(ABC):
             raise ArtifactExistsError(f"{target} exists; pass overwrite=True to replace it")
         with replaced(target) as temporary:
             self._put(temporary)
+            self._refuse_larger(stored_size(temporary))
             if verify is False:
                 self.verification = None
             else:
@@ -132,6 +138,31 @@ class Artifact(ABC):
                     self.verification = self._compared(temporary, verify, max_error)
         self.path = target
         return target
+
+    def _refuse_larger(self, size: int) -> None:
+        """Hold to the budget of the file that the program is for.
+
+        Raises:
+            InfeasibleError: The file has more bytes.
+        """
+        wanted = self.wanted
+        if wanted is None or wanted.max_bytes is None or size <= wanted.max_bytes:
+            return
+        changed = {
+            name: value
+            for name, value in self.options.items()
+            if name not in wanted.lowering or wanted.lowering[name] != value
+        }
+        advice = f"the nearest that this program fits is {size:,} bytes; ask the recipe for"
+        advice += f" target_bytes={2 * wanted.max_bytes - size:,} to get within the budget"
+        if changed:
+            advice = (
+                f"the recipe counted on {dict(wanted.lowering)}, and {changed} was given instead"
+            )
+        raise InfeasibleError(
+            f"the file has {size:,} bytes, {size - wanted.max_bytes:,} above the budget of"
+            f" {wanted.max_bytes:,}; nothing was written; {advice}"
+        )
 
     def _compared(
         self, path: Path, verify: bool | Iterable[Any], max_error: float | None

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
+
+import torch
+from torch import fx
 
 from graphopt.audited import own_module
 from graphopt.backends.artifact import Artifact, stored_weights
@@ -31,6 +34,8 @@ from graphopt.ir.program_set import ProgramSet
 from graphopt.ir.state import state_of
 from graphopt.passes.pass_base import Pass
 from graphopt.run.batches import Batch
+from graphopt.schemes.sizes import Parts
+from graphopt.specs.storage import StorageRules
 
 __all__ = [
     "Artifact",
@@ -216,6 +221,41 @@ class Backend(ABC):
         """Those of the given options that `lower` takes together."""
         known = [field.name for field in fields(self.options)]
         return {name: value for name, value in given.items() if name in known}
+
+    def storage(self, options: Mapping[str, Any], floats: torch.dtype) -> StorageRules:
+        """What decides the sizes of weights in an artifact.
+
+        Args:
+            options: Those of `lower`.
+            floats: Float type of the program's weights.
+
+        Raises:
+            LoweringError: There is no such option.
+        """
+        chosen = read_options(self.options, self.name, options)
+        kind = torch.float16 if chosen.float_type == "float16" else floats
+        return replace(self.capabilities.storage, float_dtype=kind)
+
+    def stored_bits(
+        self,
+        parts: Parts,
+        rules: StorageRules,
+        options: Mapping[str, Any],
+        reader: fx.Node | None = None,
+        *,
+        rounded: bool = False,
+    ) -> int:
+        """Bits that an artifact stores of one compressed weight.
+
+        Args:
+            parts: What is stored of it in our own vocabulary.
+            rules: What `storage` gave, perhaps with other float types.
+            options: Those of `lower`.
+            reader: The op that reads it; None is a linear layer.
+            rounded: Whether the op computes with rounded activations.
+        """
+        del options, reader, rounded
+        return parts.bits(rules)
 
     def refuse_unsupported(self, program: Program, **options: Any) -> None:
         """Raise once with everything that the target cannot hold.

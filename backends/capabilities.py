@@ -8,7 +8,7 @@ from torch import fx
 
 from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.analysis.stored_values import find_quantized_weights
-from graphopt.specs.storage import StorageRules
+from graphopt.specs.storage import PowerScales, StorageRules
 
 __all__ = ["Capabilities", "quantization_refusals"]
 
@@ -36,6 +36,7 @@ class Capabilities:
         integer_results: Whether an op with a weight computes with integers only where its result is
             rounded as well.
         doubles: Whether the target computes in float64; else float32 takes its place.
+        power_scales: Weights whose e8m0 scales are stored in a byte: all, narrow floats, or none.
     """
 
     index_bits: tuple[int, ...]
@@ -54,11 +55,17 @@ class Capabilities:
     fused_activations: frozenset[str] | None = None
     integer_results: bool = False
     doubles: bool = True
+    power_scales: PowerScales = "none"
 
     @property
     def storage(self) -> StorageRules:
         """What decides the sizes of weights."""
-        return StorageRules(self.index_bits, self.padded_bits, self.table_types)
+        return StorageRules(
+            self.index_bits,
+            self.padded_bits,
+            self.table_types,
+            power_scales=self.power_scales,
+        )
 
     def stored_bits(self, n_bits: int) -> int | None:
         """Width that an index of `n_bits` takes in the target, None where it cannot hold it."""

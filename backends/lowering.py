@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.backends import Artifact, load_backend
+from graphopt.backends.base import Backend
 from graphopt.backends.raising import RaiseToVocabulary
-from graphopt.backends.registry import ExportBackend, target_of_suffix
+from graphopt.backends.registry import ExportBackend, target_of, target_of_suffix
 from graphopt.capture import capture
 from graphopt.exclusive import exclusively
 from graphopt.ir.captured_module import CapturedModule
@@ -22,8 +24,11 @@ from graphopt.ir.program import Program, share_graph
 from graphopt.ir.program_set import ProgramSet
 from graphopt.passes import FoldComputedWeights, RemoveUnused
 from graphopt.passes.pass_manager import run_passes
+from graphopt.specs.artifact import ArtifactSpec
 
 __all__ = ["as_program", "convert_for", "lower", "lower_by_suffix"]
+
+_log = logging.getLogger(__name__)
 
 
 @exclusively
@@ -87,7 +92,8 @@ def lower(
         backend: The target.
         example_inputs: Inputs that fix the shapes; a program's own when not given.
         example_kwargs: Keyword inputs.
-        options: Options of the backend, see its `lower`.
+        options: Options of the backend, see its `lower`; those of a recipe, where the program is for
+            this backend, are its defaults.
 
     Returns:
         An artifact with `save(path)` and `verify(inputs)`; a `SetArtifact` for a set.
@@ -103,8 +109,28 @@ def lower(
             target.refuse_unsupported(each, **options)
         return target.lower_set(model, **options)
     program = as_program(model, example_inputs, example_kwargs)
+    wanted = _wanted(program, target)
+    if wanted is not None:
+        options = {**wanted.lowering, **options}
     target.refuse_unsupported(program, **options)
-    return target.lower(program, **options)
+    artifact = target.lower(program, **options)
+    artifact.wanted = wanted
+    return artifact
+
+
+def _wanted(program: Program, target: Backend) -> ArtifactSpec | None:
+    """The file that a program is for, where it is one of this target."""
+    wanted = program.artifact
+    if wanted is None or target_of(wanted.backend) == target.target:
+        return wanted
+    if wanted.max_bytes is not None:
+        _log.warning(
+            "the program is for %s, within %d bytes; that does not hold for %s",
+            wanted.backend,
+            wanted.max_bytes,
+            target.name,
+        )
+    return None
 
 
 def lower_by_suffix(program: Program, suffix: str) -> Artifact:

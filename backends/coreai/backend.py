@@ -87,6 +87,7 @@ class CoreAIBackend(Backend):
         lut_dtypes=("float32", "float16", "int8", "uint8", "fp8_e4m3", "fp8_e5m2"),
         weight_types=("int2", "int4", "uint4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"),
         table_types=TABLE_TYPES,
+        power_scales="floats",
         doubles=False,
         activation_types=("int8", "uint8", "fp8_e4m3", "fp8_e5m2"),
     )

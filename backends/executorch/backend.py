@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
+import torch
+from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from typing_extensions import override
@@ -29,6 +31,7 @@ from graphopt.backends.executorch.options import (
 from graphopt.backends.executorch.partition import partition_configs
 from graphopt.backends.executorch.plan import read_plan
 from graphopt.backends.executorch.refusals import refusals
+from graphopt.backends.executorch.sizes import stored_bits
 from graphopt.backends.executorch.state import executorch_config, set_buffer
 from graphopt.backends.interface import named_inputs
 from graphopt.backends.options import TargetOptions
@@ -44,6 +47,8 @@ from graphopt.ir.program import Program
 from graphopt.ir.state import state_of
 from graphopt.passes.pass_base import Pass
 from graphopt.run.batches import Batch
+from graphopt.schemes.sizes import Parts
+from graphopt.specs.storage import StorageRules
 
 __all__ = ["Delegation", "ExecuTorchArtifact", "ExecuTorchBackend", "run_program"]
 
@@ -135,6 +140,30 @@ class ExecuTorchBackend(Backend):
         return mine
 
     @override
+    def storage(self, options: Mapping[str, Any], floats: torch.dtype) -> StorageRules:
+        own, others = _split(options)
+        if own.delegate in delegates_of_targets():
+            return load_backend(own.delegate).storage(others, floats)
+        _refuse_options(others, own.delegate)
+        return replace(self.capabilities.storage, float_dtype=floats)
+
+    @override
+    def stored_bits(
+        self,
+        parts: Parts,
+        rules: StorageRules,
+        options: Mapping[str, Any],
+        reader: fx.Node | None = None,
+        *,
+        rounded: bool = False,
+    ) -> int:
+        own, others = _split(options)
+        if own.delegate in delegates_of_targets():
+            backend = load_backend(own.delegate)
+            return backend.stored_bits(parts, rules, others, reader, rounded=rounded)
+        return stored_bits(parts, rules, own.tables, reader, rounded=rounded)
+
+    @override
     @exclusively
     def lower(self, program: Program, **options: Any) -> ExecuTorchArtifact:
         """Convert a program, with the shapes of its example or with bounded ones.
@@ -147,9 +176,7 @@ class ExecuTorchBackend(Backend):
             LoweringError: An option is wrong, or ExecuTorch cannot convert the program.
         """
         given = dict(options)
-        mine = ("delegate", "tables", "shapes")
-        own = {name: options.pop(name) for name in mine if name in options}
-        chosen = ExecuTorchOptions(**own)
+        chosen, options = _split(given)
         plan = plan_shapes(program, chosen.shapes, self.name, bounded=True)
         if chosen.delegate in delegates_of_targets():
             backend = load_backend(chosen.delegate)
@@ -167,11 +194,7 @@ class ExecuTorchBackend(Backend):
             artifact = self._emit(program, chosen.delegate, form)
             artifact.options, artifact.precision = given, target.options.float_type
             return artifact
-        if options:
-            raise LoweringError(
-                f"ExecuTorch has no option {sorted(options)} for {chosen.delegate}; there are"
-                " 'delegate', 'shapes', 'tables'"
-            )
+        _refuse_options(options, chosen.delegate)
         exported, gm = legal_export(program, chosen.tables, _kept_whole(chosen.delegate), plan)
         artifact = self._emit(program, chosen.delegate, _Form(exported, lowered=gm))
         artifact.options, artifact.shapes = given, plan
@@ -258,6 +281,22 @@ class ExecuTorchBackend(Backend):
             how = f"unpacked the saved program and evaluated its {' and '.join(others)} part"
         weights = stored_weights(program.graph_module)
         return [Evaluation(tuple(outputs), how, weights=weights) for outputs in results]
+
+
+def _split(options: Mapping[str, Any]) -> tuple[ExecuTorchOptions, dict[str, Any]]:
+    """ExecuTorch's own options, and those of another target as its delegate."""
+    others = dict(options)
+    mine = ("delegate", "tables", "shapes")
+    own = {name: others.pop(name) for name in mine if name in others}
+    return ExecuTorchOptions(**own), others
+
+
+def _refuse_options(others: Mapping[str, Any], delegate: str) -> None:
+    if others:
+        raise LoweringError(
+            f"ExecuTorch has no option {sorted(others)} for {delegate}; there are"
+            " 'delegate', 'shapes', 'tables'"
+        )
 
 
 def _kept_whole(delegate: str) -> list[Any]:

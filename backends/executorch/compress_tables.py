@@ -20,15 +20,15 @@ from graphopt.passes.expand_tables import drop_unread
 from graphopt.passes.pass_base import Pass
 from graphopt.run.interpreter import constant_value
 
-__all__ = ["CompressTables"]
+__all__ = ["BYTE", "TABLE_SHARE", "CompressTables"]
 
 _aten = torch.ops.aten
 _ops = torch.ops.graphopt
-_BYTE = 256
+BYTE = 256  # rows of a table that bytes of codes look up
 # widths as sums of those that fill a byte
 _PLANES = {1: (1,), 2: (2,), 3: (1, 2), 4: (4,), 6: (2, 4), 8: (8,)}
 # tables of whole bytes may add this share of the codes' own bytes
-_TABLE_SHARE = 0.25
+TABLE_SHARE = 0.25
 
 
 @dataclass(frozen=True)
@@ -186,18 +186,18 @@ class _Decoder:
         if len(_PLANES[self.bits]) > 1:
             return False
         per_byte = 8 // self.bits
-        table_bytes = self.groups * _BYTE * per_byte * self.entries * self.table.element_size()
-        return table_bytes <= _TABLE_SHARE * self.codes.numel() * self.bits / 8
+        table_bytes = self.groups * BYTE * per_byte * self.entries * self.table.element_size()
+        return table_bytes <= TABLE_SHARE * self.codes.numel() * self.bits / 8
 
     def _direct(self) -> fx.Node:
         """Bytes to values in one step, [groups, codes, entries]."""
         per_byte = 8 // self.bits
         listed = _codes_of_bytes(self.bits).to(torch.long)
-        rows = self.table[:, listed].reshape(self.groups * _BYTE, per_byte * self.entries)
+        rows = self.table[:, listed].reshape(self.groups * BYTE, per_byte * self.entries)
         table = self._constant("table", rows.contiguous())
         index = self._bytes(self.bits, self.codes, "codes")
         if self.groups > 1:
-            index = self._offset(index, _BYTE)
+            index = self._offset(index, BYTE)
         return self._decoded(table, index, per_byte, self.entries)
 
     def _staged(self) -> fx.Node:
@@ -297,8 +297,8 @@ class _Decoder:
             table = self._constant("table", self.table.reshape(-1, 1))
             return call(_aten.squeeze.dim, call(_aten.embedding.default, table, index), -1)
         listed = _codes_of_bytes(self.bits).to(torch.long)
-        values = self.table[:, listed].reshape(self.groups * _BYTE, per_byte)
-        index = self._row_offset(index, _BYTE, call, ids)
+        values = self.table[:, listed].reshape(self.groups * BYTE, per_byte)
+        index = self._row_offset(index, BYTE, call, ids)
         decoded = call(_aten.embedding.default, self._constant("table", values), index)
         return call(_aten.flatten.using_ints, decoded, -2, -1)
 
@@ -333,4 +333,4 @@ def _merged(sizes: list[int], order: list[int]) -> tuple[list[int], list[int]]:
 def _codes_of_bytes(bits: int) -> Tensor:
     """The codes that each byte holds, [256, 8 / bits], uint8."""
     shifts = torch.arange(0, 8, bits)
-    return ((torch.arange(_BYTE)[:, None] >> shifts) & (2**bits - 1)).to(torch.uint8)
+    return ((torch.arange(BYTE)[:, None] >> shifts) & (2**bits - 1)).to(torch.uint8)

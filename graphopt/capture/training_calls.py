@@ -94,17 +94,17 @@ def _seen(
     seen = TrainingCalls()
     for module in model.modules():
         module.training = training and not isinstance(module, _NORMS)
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - the global one
+    python, numpy = random.getstate(), np.random.get_state()
     try:
         with buffers_restored(model), torch.no_grad(), _path_of(model) as path, _Watch(seen, path):
             run_on_copies(model, tuple(args), dict(kwargs))
         if random.getstate() != python:
             seen.draws[_PYTHON, ""] += 1
-        if str(np.random.get_state()) != str(numpy):  # noqa: NPY002
+        if str(np.random.get_state()) != str(numpy):
             seen.draws[_NUMPY, ""] += 1
     finally:
         random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
+        np.random.set_state(numpy)
     return seen
 
 

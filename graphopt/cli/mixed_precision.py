@@ -16,6 +16,7 @@ from torch.utils import _pytree as pytree
 from graphopt.audited import read_arrays, read_tensors
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.cli.options import Fields, Given
+from graphopt.cli.target_options import TargetFields
 from graphopt.config.base import read_yaml
 from graphopt.errors import ArtifactExistsError, InputError
 from graphopt.run.batches import as_batch
@@ -105,11 +106,13 @@ class RefinementFiles(Options):
     """What a recipe is refined on.
 
     Attributes:
+        model: The model of the table, a .pt2 file, for sizes of files.
         refine: Refine on this model, a .pt2 file; needs --data.
         data: Inputs, as for analyze.
         batch_size: See `BatchSize`.
     """
 
+    model: Annotated[Path | None, typer.Option(exists=True, dir_okay=False)] = None
     refine: Path | None = None
     data: Annotated[Path | None, typer.Option(exists=True, dir_okay=False)] = None
     batch_size: BatchSize = 32
@@ -158,6 +161,7 @@ def analyze(
     how: Annotated[
         Given, Fields(AnalysisOptions, "mode", "backend", "correction", "resume", "seed")
     ],
+    form: Annotated[Given, TargetFields()],
     candidates: Annotated[
         str, typer.Option(help="Such as '2,4,6,int8', or a YAML file with 'candidates'.")
     ] = "2,4,6",
@@ -180,6 +184,7 @@ def analyze(
         layer_candidates=special,
         path=to.output,
         progress=False if to.as_json else None,
+        lowering=form,
         **how,
     )
     if to.csv is not None:
@@ -197,18 +202,23 @@ def recipe(
     to: RecipeFile,
     asked: Annotated[
         Given,
-        Fields(RecipeOptions, "target_bpw", "target_bytes", "max_loss", "solver", "pin"),
+        Fields(RecipeOptions, "target_bpw", "target_bytes", "max_loss", "backend", "solver", "pin"),
     ],
     on: RefinementFiles,
     how: Annotated[Given, Fields(RefinementOptions, "evaluations")],
+    form: Annotated[Given, TargetFields()],
 ) -> None:
-    """Choose a candidate for every layer."""
+    """Choose a candidate for every layer.
+
+    --bytes is the size of the file, where the table or --backend names a target: files are made to
+    measure it, which takes the model (--model).
+    """
     if to.output.exists() and not to.overwrite:
         raise ArtifactExistsError(f"{to.output} exists; pass --overwrite to replace it")
     if (on.refine is None) != (on.data is None):
         raise InputError("--refine and --data belong together")
-    known = SensitivityTable.load(table, on.refine)
-    chosen = known.recipe(**asked)
+    known = SensitivityTable.load(table, on.model or on.refine)
+    chosen = known.recipe(lowering=form, **asked)
     if on.data is not None:
         data, progress = read_data(on.data, on.batch_size), False if to.as_json else None
         chosen = known.refine(chosen, data, pin=asked["pin"], progress=progress, **how)

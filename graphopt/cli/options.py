@@ -15,6 +15,7 @@ from typer.models import OptionInfo, ParameterInfo
 from graphopt.backends.registry import ExportBackend
 from graphopt.cli.target_options import TargetFields
 from graphopt.errors import ConfigError
+from graphopt.specs.artifact import read_bytes
 from graphopt.specs.model import SpecModel
 from graphopt.specs.options import Options, field_help
 
@@ -78,7 +79,12 @@ _FLAGS: Mapping[str, Flag] = {
     ),
     "resume": Flag(("--resume/--restart",)),
     "target_bpw": Flag(("--bpw",)),
-    "target_bytes": Flag(("--bytes",)),
+    "target_bytes": Flag(
+        ("--bytes",),
+        str | None,
+        lambda text: None if text is None else read_bytes(text),
+        "Largest size of the file, as 1500000, 1.5MB (powers of 1000) or 1.5MiB (of 1024).",
+    ),
 }
 
 

@@ -15,6 +15,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.program_set import ProgramSet
 from graphopt.passes.pass_manager import PassReport
 from graphopt.report.table import CompressionTable, table_of
+from graphopt.specs.artifact import ArtifactSpec
 
 __all__ = ["CompressedProgram", "CompressedSet", "compressed"]
 
@@ -48,6 +49,8 @@ class CompressedProgram(Program):
     ) -> Path:
         """Lower to the target that the suffix names, compare with PyTorch and save.
 
+        A program of a recipe is lowered as the recipe says, and saved within its budget.
+
         Args:
             path: Where to; it ends in .aimodel, .mlpackage, .pte or .pt2.
             overwrite: Replace what is there.
@@ -57,6 +60,7 @@ class CompressedProgram(Program):
             LoweringError: The target cannot hold it, or no target has such files.
             ArtifactExistsError: The path exists and `overwrite` is False.
             VerificationError: The artifact computes something else; nothing is written.
+            InfeasibleError: The file has more bytes than the recipe's budget; nothing is written.
         """
         artifact = lower_by_suffix(self, Path(path).suffix)
         return Path(artifact.save(path, overwrite=overwrite, verify=verify))
@@ -77,12 +81,17 @@ class CompressedSet(ProgramSet):
         return self.whole.report()
 
 
-def compressed(program: Program, pass_report: PassReport | None = None) -> CompressedProgram:
+def compressed(
+    program: Program,
+    pass_report: PassReport | None = None,
+    artifact: ArtifactSpec | None = None,
+) -> CompressedProgram:
     """What passes made of a program, as one that can be reported and saved.
 
     Args:
         program: The converted program; the result shares nothing with it.
         pass_report: What the passes did.
+        artifact: The file that it is for; None is the program's own.
     """
     return CompressedProgram(
         # the original weights are gone by now; what is copied here is small
@@ -91,4 +100,5 @@ def compressed(program: Program, pass_report: PassReport | None = None) -> Compr
         example_kwargs=program.example_kwargs,
         provenance=program.provenance,
         pass_report=pass_report,
+        artifact=program.artifact if artifact is None else artifact,
     )

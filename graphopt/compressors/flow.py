@@ -84,7 +84,7 @@ def joint_pipeline(
     passes += changes if inputs is None or not shifting else _compared(changes, inputs, how)
     if quantization is not None:
         passes += _integers(quantization, inputs, how)
-    return Pipeline(name, (*passes, RemoveUnused(keep_tied=True)))
+    return Pipeline(name, (*passes, RemoveUnused(keep_tied=True)), joint.artifact)
 
 
 def _zeros(config: MagnitudePrunerConfig, how: CompressOptions) -> list[Pass]:

@@ -18,7 +18,7 @@ from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.flow import joint_pipeline
 from graphopt.compressors.options import CompressOptions
 from graphopt.compressors.training import PaletteTraining
-from graphopt.config.joint import JointConfig
+from graphopt.config.joint import JointConfig, only_part
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.errors import StateError
 from graphopt.fitting.calibration import (
@@ -60,7 +60,8 @@ class KMeansPalettizer(Compressor):
 
     Args:
         model: A module, an `ExportedProgram`, or a `Program`; it is never changed.
-        config: What becomes of which weight; 4 bits per tensor everywhere by default.
+        config: What becomes of which weight; 4 bits per tensor everywhere by default. What
+            `Recipe.to_config` gives is one, where it asks for tables alone.
     """
 
     compresses: ClassVar[str] = "weights"
@@ -70,10 +71,11 @@ class KMeansPalettizer(Compressor):
     def __init__(
         self,
         model: nn.Module | ExportedProgram | Program,
-        config: KMeansPalettizerConfig | None = None,
+        config: KMeansPalettizerConfig | JointConfig | None = None,
     ) -> None:
         super().__init__(model)
-        self._config = KMeansPalettizerConfig() if config is None else config
+        own, self._artifact = only_part(config, KMeansPalettizerConfig)
+        self._config = KMeansPalettizerConfig() if own is None else own
         self._fitted: Program | None = None
         self._sensitivities: dict[str, Tensor] = {}
         self._training: PaletteTraining | None = None
@@ -140,7 +142,7 @@ class KMeansPalettizer(Compressor):
             sensitivity_path=sensitivity_path,
             calibrated_later=True,
         )
-        joint = JointConfig(palettization=self._config)
+        joint = JointConfig(palettization=self._config, artifact=self._artifact)
         pipeline = joint_pipeline("palettize", joint, options=how).replace(cluster.name, cluster)
         if state_dict is not None:
             pipeline = pipeline.insert_before("annotate-palettization", LoadState(state_dict))

@@ -23,6 +23,7 @@ from graphopt.passes.pass_manager import (
     name_of,
 )
 from graphopt.prepared.findings import keep_findings
+from graphopt.specs.artifact import ArtifactSpec
 
 __all__ = ["PausedRun", "Pipeline"]
 
@@ -38,6 +39,7 @@ class Pipeline(Sequence[AnyPass]):
         name: Name for people.
         passes: Ours, any callable in torch.fx's pass form, or pipelines, whose passes take their
             place.
+        artifact: The file that its programs are for; None for any.
 
     Raises:
         PassError: A pass comes before one that it needs, or is no pass.
@@ -45,6 +47,7 @@ class Pipeline(Sequence[AnyPass]):
 
     name: str
     passes: tuple[AnyPass, ...]
+    artifact: ArtifactSpec | None = None
 
     def __post_init__(self) -> None:
         flat: list[AnyPass] = []
@@ -148,7 +151,7 @@ class Pipeline(Sequence[AnyPass]):
             self.passes, dump_dir, verify, program.example_args, program.example_kwargs
         )
         report = manager.run(program.graph_module)
-        return compressed(program, report)
+        return compressed(program, report, self.artifact)
 
     def pause(
         self,
@@ -220,4 +223,5 @@ class PausedRun:
         going = self.program.copy() if program is None else program
         keep_findings(going.graph_module, **results)
         report = PassManager(waiting).run(going.graph_module)
-        return compressed(going, PassReport((*self.report, *report)))
+        whole = PassReport((*self.report, *report))
+        return compressed(going, whole, self.pipeline.artifact)

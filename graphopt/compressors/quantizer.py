@@ -21,7 +21,7 @@ from graphopt.compressors.fitted_integers import fit_prepared
 from graphopt.compressors.flow import joint_pipeline
 from graphopt.compressors.migration import Calls, migrate_prepared
 from graphopt.compressors.options import CompressOptions
-from graphopt.config.joint import JointConfig
+from graphopt.config.joint import JointConfig, only_part
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QATSchedule, QuantizerConfig
 from graphopt.errors import InputError
@@ -59,7 +59,8 @@ class Quantizer(Compressor):
     Args:
         model: A module, an `ExportedProgram`, or a `Program`, palettized before or not; it is never
             changed.
-        config: What becomes of which weight and activation; int8 everywhere by default.
+        config: What becomes of which weight and activation; int8 everywhere by default. What
+            `Recipe.to_config` gives is one, where it asks for integers alone.
         palettization: Weights to turn into tables in the same `prepare`, batch norms being folded
             before; `config` then holds for the activations and for the other weights.
     """
@@ -69,12 +70,13 @@ class Quantizer(Compressor):
     def __init__(
         self,
         model: nn.Module | ExportedProgram | Program,
-        config: QuantizerConfig | None = None,
+        config: QuantizerConfig | JointConfig | None = None,
         *,
         palettization: KMeansPalettizerConfig | None = None,
     ) -> None:
         super().__init__(model)
-        self._config = QuantizerConfig() if config is None else config
+        own, self._artifact = only_part(config, QuantizerConfig)
+        self._config = QuantizerConfig() if own is None else own
         self._palettization = palettization
         self._step = 0
         self._by_hand = False
@@ -134,7 +136,11 @@ class Quantizer(Compressor):
                 "calibration_data fits the tables of `palettization`, and there is none; activations"
                 " are calibrated by calibrate() or calibration_mode()"
             )
-        joint = JointConfig(palettization=self._palettization, quantization=self._config)
+        joint = JointConfig(
+            palettization=self._palettization,
+            quantization=self._config,
+            artifact=self._artifact,
+        )
         how = CompressOptions(
             backend=backend,
             correct_statistics=False,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import IO, Any, Self, TypeVar
 
 from pydantic import model_validator
 
@@ -11,10 +11,13 @@ from graphopt.config.base import CompressionConfig, read_yaml
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.pruning import MagnitudePrunerConfig
 from graphopt.config.quantization import QuantizerConfig
-from graphopt.errors import ConfigError
+from graphopt.errors import ConfigError, InputError
+from graphopt.specs.artifact import ArtifactSpec
 from graphopt.specs.model import SpecModel
 
-__all__ = ["JointConfig"]
+__all__ = ["JointConfig", "only_part"]
+
+ConfigT = TypeVar("ConfigT", bound=CompressionConfig[Any])
 
 
 class JointConfig(SpecModel):
@@ -28,11 +31,14 @@ class JointConfig(SpecModel):
         pruning: Weights that get zeros, or None.
         palettization: Weights that become tables, or None.
         quantization: Activations and weights that are quantized, or None.
+        artifact: The file that it is for: the program is lowered with its options, and saved only
+            if it has no more bytes; None for any file.
     """
 
     pruning: MagnitudePrunerConfig | None = None
     palettization: KMeansPalettizerConfig | None = None
     quantization: QuantizerConfig | None = None
+    artifact: ArtifactSpec | None = None
 
     @model_validator(mode="after")
     def _asks_for_something(self) -> Self:
@@ -44,8 +50,8 @@ class JointConfig(SpecModel):
     def from_dict(cls, data: dict[str, Any]) -> Self:
         """Read a config from plain values, or from parts that are configs already.
 
-        The keys are "pruning", "palettization" and "quantization" or the parts' own root keys; a mapping of one
-        part alone will do.
+        The keys are "pruning", "palettization" and "quantization" or the parts' own root keys, and
+        "artifact"; a mapping of one part alone will do.
 
         Raises:
             ConfigError: A key is unknown or a value is wrong.
@@ -63,7 +69,12 @@ class JointConfig(SpecModel):
                 given = data.get(key)
                 if given is not None:
                     parts[name] = given if isinstance(given, kind) else kind.from_dict(given)
-        known = {*kinds, *(kind.root_key for kind in kinds.values())}
+        given = data.get("artifact")
+        if given is not None:
+            parts["artifact"] = (
+                given if isinstance(given, ArtifactSpec) else ArtifactSpec.model_validate(given)
+            )
+        known = {*kinds, "artifact", *(kind.root_key for kind in kinds.values())}
         unknown = sorted(map(str, set(data) - known))
         if unknown:
             raise ConfigError(f"{cls.__name__}: unknown keys {unknown}; known are {sorted(known)}")
@@ -77,3 +88,30 @@ class JointConfig(SpecModel):
             ConfigError: The file is no YAML mapping, or see `from_dict`.
         """
         return cls.from_dict(read_yaml(source, cls.__name__))
+
+
+def only_part(
+    config: ConfigT | JointConfig | None, kind: type[ConfigT]
+) -> tuple[ConfigT | None, ArtifactSpec | None]:
+    """What a compressor of one kind takes of a config, and the file that it is for.
+
+    Args:
+        config: A config of this kind, or a joint one with no part of another; None for neither.
+        kind: The compressor's own kind.
+
+    Raises:
+        InputError: A joint config asks for something else, too.
+    """
+    if not isinstance(config, JointConfig):
+        return config, None
+    parts = [
+        part
+        for part in (config.pruning, config.palettization, config.quantization)
+        if part is not None
+    ]
+    if len(parts) != 1 or not isinstance(parts[0], kind):
+        raise InputError(
+            f"the config asks for {', '.join(type(part).__name__ for part in parts)}; this class takes"
+            f" {kind.__name__} alone, `graphopt.compress` takes all"
+        )
+    return parts[0], config.artifact

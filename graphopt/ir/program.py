@@ -26,6 +26,7 @@ from graphopt.ir.open_sizes import Limits, open_shapes, raised_ones
 from graphopt.ir.records import CompressionRecord
 from graphopt.ir.state import StateTensor, state_tensors
 from graphopt.ir.torch_private import symbolic_config
+from graphopt.specs.artifact import ArtifactSpec
 
 __all__ = ["Program", "Provenance", "export_graph", "share_graph"]
 
@@ -153,12 +154,14 @@ class Program:
         example_args: Inputs that it was captured with.
         example_kwargs: Keyword inputs that it was captured with.
         provenance: Where it came from.
+        artifact: The file that it is for; None for any.
     """
 
     graph_module: CapturedModule
     example_args: tuple[Any, ...]
     example_kwargs: dict[str, Any] = field(default_factory=dict)
     provenance: Provenance = field(default_factory=lambda: Provenance("unknown"))
+    artifact: ArtifactSpec | None = None
 
     def __post_init__(self) -> None:
         for name in ("example_args", "example_kwargs"):

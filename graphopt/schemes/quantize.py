@@ -27,7 +27,7 @@ from graphopt.specs import (
     QuantizationScheme,
     QuantizationSpec,
 )
-from graphopt.specs.dtypes import bits_of, dtype_name, parse_dtype
+from graphopt.specs.dtypes import dtype_name, parse_dtype
 from graphopt.specs.storage import Codes, StorageRules
 
 __all__ = [
@@ -202,7 +202,7 @@ class Quantization(Scheme[QuantizationSpec, QuantizedWeight]):
         """See `Scheme.parts`."""
         blocks, _ = plan_blocks(shape, output_axis, spec.granularity)
         grid, elements = grid_of(spec), math.prod(shape)
-        scale = bits_of(spec.scale_dtype or rules.float_dtype)
+        scale = rules.scale_bits(spec.scale_dtype, grid.storage)
         if has_offset(spec):
             scale += 8 if has_whole_offsets(spec) else 32
         codes = Codes(elements, grid.bits, grid.storage)

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
-__all__ = ["Codes", "StorageRules"]
+from graphopt.specs.dtypes import bits_of, dtype_name
+
+__all__ = ["Codes", "PowerScales", "StorageRules"]
+
+PowerScales = Literal["all", "floats", "none"]  # narrow floats alone, for "floats"
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,7 @@ class StorageRules:
             the type.
         float_dtype: Type of tables, scales and uncompressed weights.
         lut_dtype: Type of table entries where it differs.
+        power_scales: Weights whose e8m0 scales are held in a byte; others hold them as floats.
     """
 
     index_bits: tuple[int, ...] | None = None
@@ -46,6 +52,26 @@ class StorageRules:
     table_types: tuple[str, ...] = ()
     float_dtype: torch.dtype = torch.float16
     lut_dtype: torch.dtype | None = None
+    power_scales: PowerScales = "all"
+
+    def keeps_power_scales(self, storage: str) -> bool:
+        """Whether e8m0 scales of weights of an element type are held in a byte."""
+        return self.power_scales == "all" or (
+            self.power_scales == "floats" and "int" not in storage
+        )
+
+    def scale_bits(self, dtype: torch.dtype | None, storage: str) -> int:
+        """Bits of one scale.
+
+        Args:
+            dtype: Type that it was asked for in; None is that of floats.
+            storage: Element type of the weight.
+        """
+        if dtype is None:
+            return bits_of(self.float_dtype)
+        powers = dtype_name(dtype) == "float8_e8m0fnu"
+        held = self.keeps_power_scales(storage) if powers else True
+        return bits_of(dtype if held else self.float_dtype)
 
     def code_bits(self, n_bits: int) -> int | None:
         """Width that a code of `n_bits` takes, None where it cannot be held."""

@@ -213,7 +213,7 @@ NOISES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "uniform noise": (lambda x: x + torch.empty_like(x).uniform_(-1, 1), "calls uniform 1"),
     "layers left out": (lambda x: x if random.random() < 0.5 else x * 0, "Python's random"),
     "numpy's noise": (
-        lambda x: x + float(np.random.rand()),  # noqa: NPY002
+        lambda x: x + float(np.random.rand()),
         "numpy.random",
     ),
     "dropout in training alone": (lambda x: F.dropout(x, 0.3), "1 calls of dropout with rate 0.3"),
@@ -224,14 +224,14 @@ NOISES: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
 def test_noise_of_training_alone_is_refused_with_its_place(name: str) -> None:
     noise, words = NOISES[name]
     model = Noisy(noise).eval()
-    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()  # noqa: NPY002
+    states = random.getstate(), str(np.random.get_state()), torch.get_rng_state()
     quantizer = Quantizer(model, QuantizerConfig.presets.w8())
     quantizer.prepare((torch.randn(4, 8),))
     with pytest.raises(StateError, match=words), quantizer.training_mode():
         pass
     assert not model.training
     assert random.getstate() == states[0]
-    assert str(np.random.get_state()) == states[1]  # noqa: NPY002
+    assert str(np.random.get_state()) == states[1]
 
 
 def test_noise_of_evaluation_is_in_the_graph_and_trains() -> None:

@@ -132,7 +132,7 @@ def test_a_pattern_that_takes_for_ever_ends_as_an_error() -> None:
     [
         {"target_bpw": "x"},
         {"target_bpw": True},
-        {"target_bytes": "1"},
+        {"target_bytes": [1]},
         {"pin": [1]},
         {"keep": "no"},
     ],

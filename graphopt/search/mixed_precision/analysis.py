@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import io
-import itertools
 import logging
 import math
 import pickle
@@ -31,13 +30,15 @@ from graphopt.progress import track
 from graphopt.run.batches import Batch
 from graphopt.run.calibration_data import data_list, read_calls
 from graphopt.search.content import content_hash, tensors_hash
+from graphopt.search.mixed_precision.artifacts import artifact_for
 from graphopt.search.mixed_precision.candidates import as_candidates
 from graphopt.search.mixed_precision.exact import Bench, Values, make_bench, measure_batch
 from graphopt.search.mixed_precision.fast import FAST_METRICS, draw_vectors
 from graphopt.search.mixed_precision.layers import (
     find_layers,
+    floats_of,
     refuse_unsupported,
-    weights_of,
+    rest_bits,
 )
 from graphopt.search.mixed_precision.measurements import Measurements
 from graphopt.search.mixed_precision.metrics import METRICS, Compare, Metric, as_metric
@@ -51,7 +52,6 @@ from graphopt.search.mixed_precision.records import (
 )
 from graphopt.search.mixed_precision.sensitivity_table import SensitivityTable
 from graphopt.search.mixed_precision.sizes import SizeModel
-from graphopt.specs.dtypes import bits_of
 
 __all__ = ["analyze"]
 
@@ -87,15 +87,16 @@ def analyze(
             decides. The mean over outputs and batches counts.
         example_kwargs: Keyword inputs of the example call.
         options: How it is measured, the fields of `AnalysisOptions`: `mode` ("exact", "fast" or
-            "hybrid"), `backend` (target whose sizes and limits count), `layer_candidates`
-            (candidates of single layers), `correction` (measure under it), `path` (file that grows
-            with every measurement), `resume` (go on with it), `executor` (runs batches), `draws`,
-            `max_vectors`, `weight_threshold`, `float_dtype`, `lut_dtype`, `seed` and `progress`.
+            "hybrid"), `backend` (target whose sizes and limits count), `precision` and `lowering`
+            (its options), `layer_candidates` (candidates of single layers), `correction` (measure
+            under it), `path` (file that grows with every measurement), `resume` (go on with it),
+            `executor` (runs batches), `draws`, `max_vectors`, `weight_threshold`, `float_dtype`,
+            `lut_dtype`, `seed` and `progress`.
 
     Raises:
         CaptureError: The model cannot be exported.
         ConfigError: A candidate cannot be read, or a pattern matches no layer.
-        LoweringError: The backend cannot hold a candidate.
+        LoweringError: The backend cannot hold a candidate, or has no such option.
         InputError: There are no data, they do not fit the model, the metric is unknown or cannot be
             predicted, or the file belongs to another model, other data, settings or metrics.
         OutputError: The file cannot be written, or another run writes it.
@@ -115,14 +116,16 @@ def analyze(
     special = {
         pattern: as_candidates(group) for pattern, group in (how.layer_candidates or {}).items()
     }
-    sizes = SizeModel.of(how.backend, how.float_dtype, how.lut_dtype)
+    artifact = artifact_for(how.backend, how.precision, how.lowering, how.float_dtype)
     program = as_program(model, example_inputs, example_kwargs)
     gm = program.graph_module
+    lowering = {} if artifact is None else dict(artifact.lowering)
+    own = floats_of(program)
+    sizes = SizeModel.of(how.backend, how.float_dtype, how.lut_dtype, lowering, own)
     batches = list(read_calls(gm, calls))
     layers, known = find_layers(gm, general, special, sizes, how.weight_threshold)
     if sizes.backend is not None:
         refuse_unsupported(tuple(known.values()), sizes.backend)
-    names = {layer.name for layer in layers}
     header = Header(
         program.fingerprint(),
         tensors_hash(gm),
@@ -137,9 +140,10 @@ def analyze(
         _group(batches, how.draws, how.max_vectors),
         how.seed,
         sizes.to_dict(),
-        _rest_bits(program, names, sizes),
+        rest_bits(program, layers, sizes),
         known,
         tuple(layers),
+        lowering,
     )
     path = None if how.path is None else Path(how.path)
     with contextlib.nullcontext() if path is None else locked(path):
@@ -160,21 +164,6 @@ def _group(batches: Sequence[Batch], draws: int, most: int) -> int:
     first = [leaf for leaf in pytree.tree_leaves(batches[0]) if isinstance(leaf, Tensor)]
     samples = int(first[0].shape[0]) if first and first[0].ndim else 1
     return min(max(1, math.ceil(samples * len(batches) * draws / most)), samples)
-
-
-def _rest_bits(program: Program, chosen: set[str], sizes: SizeModel) -> int:
-    """Stored bits of every tensor that no candidate is for."""
-    gm = program.graph_module
-    seen = {id(weight.tensor) for weight in weights_of(gm) if weight.name in chosen}
-    total = 0
-    for tensor in itertools.chain(gm.parameters(), gm.buffers()):
-        if id(tensor) in seen:
-            continue
-        seen.add(id(tensor))
-        floats = tensor.is_floating_point()
-        width = bits_of(sizes.float_dtype) if floats else 8 * tensor.element_size()
-        total += tensor.numel() * width
-    return total
 
 
 def _drop_beyond(records: Records, count: int) -> None:

@@ -120,7 +120,7 @@ def choose(table: Measurements, **options: Unpack[RecipeKeywords]) -> Recipe:
     if asked.target_bpw is not None:
         budget = asked.target_bpw * table.weights
     elif asked.target_bytes is not None:
-        budget = 8 * asked.target_bytes - table.header.rest_bits
+        budget = 8 * float(asked.target_bytes) - table.header.rest_bits
     _require_attainable(table, choices, budget, greedy=solver == "greedy")
     if solver == "greedy":
         return _greedy(table, choices, budget)
@@ -236,6 +236,7 @@ def make_recipe(
         bound,
         budget,
         measured,
+        artifact=table.artifact,
     )
 
 

@@ -6,7 +6,7 @@ import itertools
 import logging
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -21,6 +21,7 @@ from graphopt.compressors.joint import compress
 from graphopt.config.selection import closest
 from graphopt.errors import CompressionError, ConfigError, InputError, LoweringError
 from graphopt.exclusive import exclusively
+from graphopt.ir.program import Program
 from graphopt.numerics.parallel import map_tasks
 from graphopt.progress import track
 from graphopt.schemes import registry
@@ -28,8 +29,19 @@ from graphopt.schemes.base import Statistics, StoredWeight
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.configs import config_for
 from graphopt.search.mixed_precision.sizes import SizeModel
+from graphopt.specs.dtypes import bits_of
 
-__all__ = ["Layer", "find_layers", "matches", "refuse_unsupported", "stored_forms", "weights_of"]
+__all__ = [
+    "Layer",
+    "find_layers",
+    "floats_of",
+    "matches",
+    "priced",
+    "refuse_unsupported",
+    "rest_bits",
+    "stored_forms",
+    "weights_of",
+]
 
 _log = logging.getLogger(__name__)
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -116,6 +128,7 @@ def find_layers(
             raise ConfigError(f"two candidates are called {candidate.name!r}")
     matched: set[str] = set()
     layers, names = [], []
+    nodes = {node.name: node for node in gm.graph.nodes}
     for weight in weights_of(gm, threshold):
         owner = weight.name.rpartition(".")[0]
         names += [weight.name, owner, weight.module_type]
@@ -124,7 +137,7 @@ def find_layers(
             if any(matches(expression, name) for name in names[-3:]):
                 matched.add(expression)
                 chosen = group
-        layers.append(_layer(weight, chosen, sizes))
+        layers.append(_layer(weight, chosen, sizes, nodes[weight.uses[0].node]))
     missing = [given for given in special if given not in matched]
     if missing:
         near = closest(missing[0], dict.fromkeys(names))
@@ -146,13 +159,15 @@ def matches(expression: str, name: str) -> bool:
     return pattern(expression).fullmatch(name)
 
 
-def _layer(weight: WeightTensor, candidates: Sequence[Candidate], sizes: SizeModel) -> Layer:
+def _layer(
+    weight: WeightTensor, candidates: Sequence[Candidate], sizes: SizeModel, reader: fx.Node
+) -> Layer:
     shape = tuple(int(size) for size in weight.tensor.shape)
     kept = sizes.weight_bits(None, shape, weight.output_axis)
     names, bits = [], []
     for candidate in candidates:
         try:
-            cost = sizes.weight_bits(candidate.weight, shape, weight.output_axis)
+            cost = _price(candidate, shape, weight.output_axis, sizes, reader)
         except CompressionError as error:
             _log.info("%s cannot be %s: %s", weight.name, candidate.name, error)
             continue
@@ -171,6 +186,64 @@ def _layer(weight: WeightTensor, candidates: Sequence[Candidate], sizes: SizeMod
         tuple(bits),
         kept,
     )
+
+
+def _price(
+    candidate: Candidate, shape: Sequence[int], axis: int, sizes: SizeModel, reader: fx.Node
+) -> int:
+    rounded = candidate.activation is not None
+    return sizes.weight_bits(candidate.weight, shape, axis, reader, rounded=rounded)
+
+
+def priced(
+    gm: fx.GraphModule,
+    layers: Sequence[Layer],
+    candidates: Mapping[str, Candidate],
+    sizes: SizeModel,
+) -> tuple[Layer, ...]:
+    """Layers with other prices.
+
+    Args:
+        gm: Their graph.
+        layers: With the same candidates.
+        candidates: All candidates by name.
+        sizes: Prices.
+    """
+    nodes = {node.name: node for node in gm.graph.nodes}
+    found = []
+    for layer in layers:
+        reader = nodes[layer.nodes[0]]
+        bits = tuple(
+            _price(candidates[name], layer.shape, layer.output_axis, sizes, reader)
+            for name in layer.candidates
+        )
+        kept = sizes.weight_bits(None, layer.shape, layer.output_axis)
+        found.append(replace(layer, bits=bits, kept_bits=kept))
+    return tuple(found)
+
+
+def rest_bits(program: Program, layers: Sequence[Layer], sizes: SizeModel) -> int:
+    """Stored bits of every tensor of a program that no candidate is for."""
+    gm, chosen = program.graph_module, {layer.name for layer in layers}
+    seen = {id(weight.tensor) for weight in weights_of(gm) if weight.name in chosen}
+    total = 0
+    for tensor in itertools.chain(gm.parameters(), gm.buffers()):
+        if id(tensor) in seen:
+            continue
+        seen.add(id(tensor))
+        floats = tensor.is_floating_point()
+        width = bits_of(sizes.float_dtype) if floats else 8 * tensor.element_size()
+        total += tensor.numel() * width
+    return total
+
+
+def floats_of(program: Program) -> torch.dtype:
+    """The float type that most weights of a program have."""
+    counts: dict[torch.dtype, int] = {}
+    for weight in weights_of(program.graph_module):
+        kind = weight.tensor.dtype
+        counts[kind] = counts.get(kind, 0) + weight.tensor.numel()
+    return max(counts, key=lambda kind: counts[kind]) if counts else torch.float32
 
 
 def refuse_unsupported(candidates: Sequence[Candidate], backend: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
@@ -28,6 +29,7 @@ from graphopt.search.mixed_precision.metrics import METRICS, Metric, as_metric
 from graphopt.search.mixed_precision.reach import Reach
 from graphopt.search.mixed_precision.records import Header, Records
 from graphopt.search.mixed_precision.solvers import Problem
+from graphopt.specs.artifact import ArtifactSpec
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -112,6 +114,19 @@ class Measurements:
     def header(self) -> Header:
         """What was measured, and how."""
         return self._records.header
+
+    @property
+    def artifact(self) -> ArtifactSpec | None:
+        """The file that the sizes are of; None where no target was named."""
+        backend = self.header.sizes["backend"]
+        if backend is None:
+            return None
+        return ArtifactSpec(backend=backend, lowering=self.header.lowering)
+
+    def with_header(self, header: Header) -> Self:
+        """The same measurements with other sizes; they are kept in memory alone."""
+        records = replace(self._records, header=header, path=None, file=None)
+        return type(self)(records, self._program, self._metric)
 
     @property
     def layers(self) -> tuple[Layer, ...]:

@@ -13,6 +13,7 @@ import torch
 from graphopt.backends.registry import ExportBackend
 from graphopt.errors import InputError
 from graphopt.search.mixed_precision.candidates import CandidateLike
+from graphopt.specs.artifact import read_bytes
 from graphopt.specs.options import Options
 
 __all__ = [
@@ -47,6 +48,8 @@ class AnalysisOptions(Options):
             pass and gives the cross terms between layers too (`graphopt.mixed_precision.fast`);
             "hybrid" does both: measured numbers, predicted cross terms.
         backend: Target whose sizes and limits count. Candidates that it cannot hold are refused.
+        precision: Float type of the artifact, for targets with the option. Their own default when None.
+        lowering: Other options with which the artifact will be made. Recipes carry them to `save`.
         layer_candidates: Regular expression over tensor names, module names or module types →
             candidates of those layers; the last that matches counts.
         correction: Measure under this correction. It is the one that will be applied afterwards:
@@ -59,7 +62,8 @@ class AnalysisOptions(Options):
         draws: Random directions per sample ("fast", "hybrid"), a backward pass each.
         max_vectors: About as many vectors are drawn at most; more samples are summed in groups.
         weight_threshold: Weights of at most this many elements are left out.
-        float_dtype: Type of tables, scales and uncompressed weights in the artifact.
+        float_dtype: Type of tables, scales and uncompressed weights that sizes count. None is that of
+            the target's artifact, float16 without a target.
         lut_dtype: Type of table entries where it differs.
         seed: Seed of vector tables and directions.
         progress: Show bars; None shows them on a terminal.
@@ -67,6 +71,8 @@ class AnalysisOptions(Options):
 
     mode: Mode = "exact"
     backend: ExportBackend | str | None = None
+    precision: str | None = None
+    lowering: Mapping[str, Any] | None = None
     layer_candidates: Mapping[str, Candidates] | None = None
     correction: Correction | None = None
     path: str | Path | None = None
@@ -75,7 +81,7 @@ class AnalysisOptions(Options):
     draws: int = 1
     max_vectors: int = 128
     weight_threshold: int = 0
-    float_dtype: torch.dtype | str = torch.float16
+    float_dtype: torch.dtype | str | None = None
     lut_dtype: torch.dtype | str | None = None
     seed: int = 0
     progress: bool | None = None
@@ -95,6 +101,8 @@ class AnalysisKeywords(TypedDict, total=False):
 
     mode: Mode
     backend: ExportBackend | str | None
+    precision: str | None
+    lowering: Mapping[str, Any] | None
     layer_candidates: Mapping[str, Candidates] | None
     correction: Correction | None
     path: str | Path | None
@@ -103,7 +111,7 @@ class AnalysisKeywords(TypedDict, total=False):
     draws: int
     max_vectors: int
     weight_threshold: int
-    float_dtype: torch.dtype | str
+    float_dtype: torch.dtype | str | None
     lut_dtype: torch.dtype | str | None
     seed: int
     progress: bool | None
@@ -115,9 +123,13 @@ class RecipeOptions(Options):
 
     Attributes:
         target_bpw: Largest bits per weight. Over all layers, tables included.
-        target_bytes: Largest size. Of the saved artifact, in bytes, where the table is for a backend
-            and has its model: artifacts are made to measure it. Else of all tensors of the program.
-        lowering: Options of the target with which the artifact will be made.
+        target_bytes: Largest size. Of the saved artifact, in bytes or as a text such as "1.5 MB"
+            (powers of 1000) or "1.5 MiB" (of 1024), where there is a backend: artifacts are made to
+            measure it, so the table must have its model. Else of all tensors of the program.
+        backend: Target of the artifact. The table's own when None; sizes are counted anew for another.
+        precision: Float type of the artifact, for targets with the option. The table's when None.
+        lowering: Other options of the target with which the artifact will be made. They take the place
+            of the table's, one by one.
         max_loss: Largest predicted loss. The smallest recipe within it is taken (`Metric.loss`).
         max_drop: Smallest recipe on the hull whose score certainly falls by at most this, by
             bisection with `evaluate`.
@@ -133,7 +145,9 @@ class RecipeOptions(Options):
     """
 
     target_bpw: float | None = None
-    target_bytes: float | None = None
+    target_bytes: float | str | None = None
+    backend: ExportBackend | str | None = None
+    precision: str | None = None
     lowering: Mapping[str, Any] | None = None
     max_loss: float | None = None
     max_drop: float | None = None
@@ -142,12 +156,18 @@ class RecipeOptions(Options):
     keep: bool = True
     seconds: float = 60.0
 
+    def __post_init__(self) -> None:
+        if isinstance(self.target_bytes, str):
+            object.__setattr__(self, "target_bytes", read_bytes(self.target_bytes))
+
 
 class RecipeKeywords(TypedDict, total=False):
     """The options of `RecipeOptions` as keywords of a call."""
 
     target_bpw: float | None
-    target_bytes: float | None
+    target_bytes: float | str | None
+    backend: ExportBackend | str | None
+    precision: str | None
     lowering: Mapping[str, Any] | None
     max_loss: float | None
     max_drop: float | None

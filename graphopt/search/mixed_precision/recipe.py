@@ -13,6 +13,7 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
+from graphopt.compressors.joint import joint_config
 from graphopt.config.base import read_yaml
 from graphopt.errors import ArtifactExistsError, InputError
 from graphopt.files import replaced
@@ -21,6 +22,7 @@ from graphopt.schemes.registry import scheme_of
 from graphopt.search.mixed_precision.candidates import KEEP, Candidate
 from graphopt.search.mixed_precision.configs import AnyConfig, config_for
 from graphopt.search.mixed_precision.layers import Layer
+from graphopt.specs.artifact import ArtifactSpec
 
 __all__ = ["Recipe"]
 
@@ -43,6 +45,8 @@ class Recipe:
         budget: Bits that the layers were allowed, None without a size target.
         measured: The metric of the whole compressed model, where it was measured.
         file_bytes: Bytes of its artifact on the table's target, where that was measured.
+        artifact: Target and options of its artifact, and the bytes that it may have; None where no
+            target was named.
     """
 
     choice: Mapping[str, str]
@@ -58,6 +62,7 @@ class Recipe:
     budget: float | None = None
     measured: float | None = field(default=None)
     file_bytes: int | None = None
+    artifact: ArtifactSpec | None = None
 
     @property
     def bits(self) -> int:
@@ -97,6 +102,10 @@ class Recipe:
         Args:
             algorithm: How tables are found: "kmeans", "skm" or "gptq" (see `PalettizationSpec`);
                 None leaves it as the candidates say.
+
+        Returns:
+            One that carries `artifact`, where there is one, so that what is compressed with it is
+            lowered with these options and saved within the budget.
         """
         chosen = {}
         for layer in self.layers:
@@ -105,7 +114,10 @@ class Recipe:
                 spec = scheme_of(candidate.weight).with_algorithm(candidate.weight, algorithm)
                 candidate = Candidate(candidate.name, spec, candidate.activation)
             chosen[layer.name] = candidate
-        return config_for(chosen, {layer.name: layer.nodes for layer in self.layers})
+        config = config_for(chosen, {layer.name: layer.nodes for layer in self.layers})
+        if self.artifact is None:
+            return config
+        return joint_config(config).model_copy(update={"artifact": self.artifact})
 
     def check(self, program: Program) -> None:
         """Make sure that the recipe is for a program.
@@ -136,6 +148,9 @@ class Recipe:
                 "budget": self.budget,
                 "measured": self.measured,
                 "file_bytes": self.file_bytes,
+                "artifact": None
+                if self.artifact is None
+                else self.artifact.model_dump(mode="json"),
                 "rest_bits": self.rest_bits,
             },
             "candidates": {
@@ -204,6 +219,8 @@ class Recipe:
             known = {**head}
             for derived in ("bits_per_weight", "bytes"):
                 known.pop(derived, None)
+            if known.get("artifact") is not None:
+                known["artifact"] = ArtifactSpec.model_validate(known["artifact"])
             recipe = cls(choice=choice, candidates=candidates, layers=tuple(layers), **known)
         except (KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not a recipe: {error}") from None

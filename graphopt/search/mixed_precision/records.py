@@ -48,6 +48,7 @@ class Header:
         rest_bits: Stored bits of everything that no candidate is for.
         candidates: Candidates by name.
         layers: Layers in the order of the graph.
+        lowering: Options of the target that the sizes are for.
     """
 
     fingerprint: str
@@ -63,6 +64,7 @@ class Header:
     rest_bits: int
     candidates: dict[str, Candidate]
     layers: tuple[Layer, ...]
+    lowering: dict[str, Any] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values."""
@@ -106,9 +108,11 @@ class Header:
             "scores": "what the metric computes",
             "layers": "layers or their candidates",
             "sizes": "the size model (backend, dtypes)",
+            "lowering": "options of the target",
         }
         mine = parse_json(json.dumps(self.to_dict()), "header", Limits(1 << 30, 64, 10_000_000))
-        differing = [key for key in mine if mine[key] != other.get(key)]
+        absent: dict[str, Any] = {"lowering": {}}  # of files from before there was any
+        differing = [key for key in mine if mine[key] != other.get(key, absent.get(key))]
         return ", ".join(words.get(key, key) for key in differing)
 
 

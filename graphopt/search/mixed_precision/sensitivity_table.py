@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
@@ -12,7 +14,12 @@ from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.search.mixed_precision.accuracy_drop import within_drop
 from graphopt.search.mixed_precision.choose import choose, uniform
-from graphopt.search.mixed_precision.file_budget import recipe_for_file
+from graphopt.search.mixed_precision.file_budget import (
+    file_size,
+    priced_as,
+    priced_for,
+    recipe_for_file,
+)
 from graphopt.search.mixed_precision.measurements import Measurements
 from graphopt.search.mixed_precision.options import (
     RecipeKeywords,
@@ -31,6 +38,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 __all__ = ["SensitivityTable"]
+
+_log = logging.getLogger(__name__)
 
 
 class SensitivityTable(Measurements):
@@ -56,28 +65,35 @@ class SensitivityTable(Measurements):
                 which the drop is judged by paired differences (one-sided, 95 %).
             apply: For `max_drop`: recipe → compressed module; k-means palettes by default.
             options: The fields of `RecipeOptions`: a target, `target_bpw` (largest number of bits per
-                weight), `target_bytes` (largest size, of the saved artifact where the table is for a
-                backend), `max_loss` (largest predicted loss) or
-                `max_drop` (largest drop of the score); `solver` ("milp"), `pin` (regular expression
-                over layer names → candidate), `keep` (layers may stay uncompressed; True) and
-                `seconds` (time limit of "milp"; 60) and `lowering` (options of the target).
+                weight), `target_bytes` (largest size, of the saved artifact where there is a
+                backend), `max_loss` (largest predicted loss) or `max_drop` (largest drop of the
+                score); `backend`, `precision` and `lowering` (the file that it is for, where that is
+                not the table's); `solver` ("milp"), `pin` (regular expression over layer names →
+                candidate), `keep` (layers may stay uncompressed; True) and `seconds` (time limit of
+                "milp"; 60).
 
         Raises:
             InfeasibleError: No choice meets the target; the message has the attainable range.
-            InputError: Targets are missing or contradict each other.
+            InputError: Targets are missing or contradict each other, or the table has no model to
+                measure a file with.
+            LoweringError: The backend has no such option, or cannot hold a candidate.
             ConfigError: A pin matches nothing.
         """
         asked = RecipeOptions.of("recipe", options)
+        of_a_file = (asked.backend or self.artifact) is not None
+        if asked.target_bytes is not None and of_a_file:
+            others = (asked.target_bpw, asked.max_loss, asked.max_drop)
+            if any(target is not None for target in others):
+                raise InputError("give one of target_bpw, target_bytes, max_loss and max_drop")
+            return recipe_for_file(self, asked)
+        table = priced_as(self, asked)
         if asked.max_drop is None:
-            measurable = self.header.sizes["backend"] is not None and self.has_program
-            if asked.target_bytes is not None and measurable:
-                return recipe_for_file(self, asked)
-            return choose(self, **options)
-        others = (asked.target_bpw, asked.target_bytes, asked.max_loss)
-        if evaluate is None or any(target is not None for target in others):
+            return choose(table, **options)
+        given = (asked.target_bpw, asked.target_bytes, asked.max_loss)
+        if evaluate is None or any(target is not None for target in given):
             raise InputError("max_drop needs evaluate=, and no other target")
         by = apply or self._by_kmeans
-        return within_drop(self, asked.max_drop, evaluate, by, asked.pin, keep=asked.keep)
+        return within_drop(table, asked.max_drop, evaluate, by, asked.pin, keep=asked.keep)
 
     def uniform(self, candidate: str) -> Recipe:
         """The recipe that gives every layer the same candidate; "keep" is the uncompressed model.
@@ -97,7 +113,8 @@ class SensitivityTable(Measurements):
 
         Cross terms propose exchanges of one and two layers; local models at the best choice so far
         propose more. The result is never worse on `data` than the recipe, and never larger than its
-        budget (its own size where it has none).
+        budget (its own size where it has none); where the file of what was found misses the
+        recipe's budget, the recipe itself is given back.
 
         Args:
             recipe: Where to begin.
@@ -110,7 +127,17 @@ class SensitivityTable(Measurements):
             StateError: The table has no model.
             InputError: The recipe is for another model, or there are no data.
         """
-        return refine_recipe(self, recipe, data, RefinementOptions.of("refine", options))
+        how = RefinementOptions.of("refine", options)
+        wanted = recipe.artifact
+        table = self if wanted is None else priced_for(self, wanted)
+        made = replace(refine_recipe(table, recipe, data, how), artifact=wanted)
+        if wanted is None or wanted.max_bytes is None:
+            return made
+        size = file_size(table, made, None)
+        if size > wanted.max_bytes:
+            _log.info("the refined recipe's file has %d bytes, more than its budget", size)
+            return recipe
+        return replace(made, file_bytes=size)
 
     def sweep(
         self,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +12,10 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.errors import InfeasibleError
-from graphopt.mixed_precision import SensitivityTable, analyze
+from graphopt.errors import GraphOptError, InfeasibleError, InputError
+from graphopt.files import stored_size
+from graphopt.mixed_precision import Recipe, SensitivityTable, analyze
+from graphopt.palettization import KMeansPalettizer
 
 SUFFIXES = {"torch": ".pt2", "coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte"}
 X = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
@@ -23,21 +27,19 @@ def net() -> nn.Module:
     return nn.Sequential(*layers).eval()
 
 
-def table(backend: str) -> SensitivityTable:
-    half = backend in ("coreai", "coreml")
-    kind = torch.float16 if half else torch.float32
+def table(backend: str, **options: Any) -> SensitivityTable:
+    if backend in ("coreai", "coreml"):
+        options.setdefault("precision", "float16")
     # XNNPACK keeps tables dense
     integers = {"int8": {"quantize": {"dtype": "int8"}}}
     candidates: Any = integers if backend == "executorch" else [2, 4, 6]
-    return analyze(net(), (X,), candidates, [X], backend=backend, float_dtype=kind)
+    return analyze(net(), (X,), candidates, [X], backend=backend, **options)
 
 
-def saved(recipe: graphopt.Recipe, backend: str, folder: Path) -> int:
+def saved(recipe: Recipe, backend: str, folder: Path) -> int:
+    """Bytes of the file, which is lowered and checked as the recipe says."""
     program = graphopt.compress(net(), (X,), recipe.to_config())
-    options = {"precision": "float16"} if backend in ("coreai", "coreml") else {}
-    artifact = graphopt.lower(program, backend, **options)
-    artifact.save(folder / f"model{SUFFIXES[backend]}")
-    return artifact.size
+    return stored_size(program.save(folder / f"model{SUFFIXES[backend]}"))
 
 
 @pytest.mark.integration
@@ -72,17 +74,125 @@ def test_budget_that_tensors_alone_would_meet_is_met_by_the_file(tmp_path: Path)
     assert 0.75 * 48 * 1024 < size <= 48 * 1024
 
 
-def test_budget_below_the_program_itself_is_refused_with_the_nearest() -> None:
-    known = table("torch")
-    smallest = known.recipe(target_bpw=2.2).bytes
-    with pytest.raises(InfeasibleError, match="the nearest that was tried has"):
-        known.recipe(target_bytes=smallest + 1000)
+@pytest.fixture(scope="module")
+def neutral() -> SensitivityTable:
+    return table("torch")
 
 
-def test_table_without_its_model_counts_tensors(tmp_path: Path) -> None:
+def test_budget_below_the_program_itself_is_refused_with_the_nearest(
+    neutral: SensitivityTable, tmp_path: Path
+) -> None:
+    smallest = neutral.recipe(target_bpw=2.2).bytes
+    with pytest.raises(InfeasibleError, match="the nearest budget that fits") as refused:
+        neutral.recipe(target_bytes=smallest + 1000)
+    found = re.search(r"takes ([\d,]+), the nearest", str(refused.value))
+    assert found is not None
+    nearest = int(found[1].replace(",", ""))
+    assert nearest - 200 < saved(neutral.recipe(target_bytes=nearest), "torch", tmp_path) <= nearest
+
+
+def test_file_that_misses_the_budget_is_refused_before_it_is_written(
+    neutral: SensitivityTable, tmp_path: Path
+) -> None:
+    recipe = neutral.recipe(target_bytes="60 KB")
+    assert recipe.artifact is not None
+    assert recipe.artifact.max_bytes == 60_000
+    program = graphopt.compress(net(), (X,), recipe.to_config())
+    assert program.artifact == recipe.artifact
+    small = replace(program, artifact=recipe.artifact.model_copy(update={"max_bytes": 40_000}))
+    with pytest.raises(InfeasibleError, match=r"above the budget of 40,000; nothing was written"):
+        small.save(tmp_path / "model.pt2")
+    artifact = graphopt.lower(program, "torch", stack_traces=True)
+    artifact.wanted = small.artifact
+    with pytest.raises(InfeasibleError, match="'stack_traces': True"):
+        artifact.save(tmp_path / "model.pt2")
+    assert not list(tmp_path.iterdir())
+
+
+def test_recipe_keeps_its_file_in_yaml_and_in_the_config(
+    neutral: SensitivityTable, tmp_path: Path
+) -> None:
+    recipe = neutral.recipe(target_bytes=60_000, lowering={"stack_traces": False})
+    loaded = Recipe.load(recipe.save(tmp_path / "recipe.yaml"))
+    assert loaded.artifact == recipe.artifact
+    wanted = loaded.artifact
+    assert wanted is not None
+    assert (wanted.backend, dict(wanted.lowering)) == ("torch", {"stack_traces": False})
+    palettizer = KMeansPalettizer(net(), loaded.to_config())
+    palettizer.prepare((X,))
+    assert palettizer.program().artifact == wanted
+
+
+def test_another_target_has_other_sizes_and_its_own_budget(neutral: SensitivityTable) -> None:
+    narrow = neutral.recipe(target_bpw=6, backend="coreai", precision="float16")
+    wide = neutral.recipe(target_bpw=6, backend="coreai")
+    layer, other = narrow.layers[0], wide.layers[0]
+    assert (layer.kept_bits, other.kept_bits) == (16 * 128 * 128, 32 * 128 * 128)
+    assert narrow.artifact is not None
+    assert dict(narrow.artifact.lowering) == {"precision": "float16"}
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"precision": "float16"}, "has no option"),
+        ({"lowering": {"tables": "int8"}}, "has no option"),
+        ({"backend": "coreai", "precision": "float8"}, "precision must be"),
+        (
+            {"backend": "coreai", "precision": "float16", "lowering": {"precision": "float32"}},
+            "contradict",
+        ),
+        ({"backend": "coreai", "lowering": {"ignored_ops": print}}, "cannot be kept in a file"),
+    ],
+)
+def test_options_that_a_target_does_not_have_are_refused(
+    neutral: SensitivityTable, options: dict[str, Any], words: str
+) -> None:
+    with pytest.raises(GraphOptError, match=words):
+        neutral.recipe(target_bytes=60_000, **options)
+
+
+def test_options_without_a_target_are_refused() -> None:
+    with pytest.raises(InputError, match="give backend"):
+        analyze(net(), (X,), [4], [X], precision="float16")
+
+
+def test_budget_of_a_file_takes_the_model(tmp_path: Path) -> None:
     path = tmp_path / "table.jsonl"
     analyze(net(), (X,), [2, 4, 6], [X], backend="torch", path=path)
-    known = SensitivityTable.load(path)
-    recipe = known.recipe(target_bytes=60_000)
-    assert recipe.file_bytes is None
+    with pytest.raises(InputError, match="load the table with model="):
+        SensitivityTable.load(path).recipe(target_bytes=60_000)
+
+
+def test_budget_without_a_target_counts_tensors() -> None:
+    recipe = analyze(net(), (X,), [2, 4, 6], [X]).recipe(target_bytes=60_000)
+    assert recipe.artifact is None
     assert recipe.bytes <= 60_000
+
+
+@pytest.mark.parametrize(
+    ("module", "candidate", "bits"),
+    [
+        # tables of linear layers are expanded; integers of them are held, of convolutions not
+        ("linear", "4-bit", 32 * 64 * 64),
+        ("linear", "int8", 8 * 64 * 64 + 64 * (32 + 64)),
+        ("convolution", "int8", 32 * 64 * 64),
+        ("convolution", "int8 a8", 8 * 64 * 64 + 64 * (32 + 64)),
+        ("embedding", "4-bit", 4 * 64 * 64 + 32 * 16),
+    ],
+)
+def test_weights_that_a_target_expands_are_priced_dense(
+    module: str, candidate: str, bits: int
+) -> None:
+    torch.manual_seed(0)
+    layers = {
+        "linear": (nn.Linear(64, 64), torch.randn(2, 64)),
+        "convolution": (nn.Conv2d(64, 64, 1), torch.randn(2, 64, 3, 3)),
+        "embedding": (nn.Embedding(64, 64), torch.arange(6).reshape(2, 3)),
+    }
+    layer, x = layers[module]
+    model = nn.Sequential(layer, nn.ReLU()).eval()
+    names: Any = {candidate: candidate if candidate != "4-bit" else 4}
+    known = analyze(model, (x,), names, [x], backend="executorch")
+    (found,) = known.layers
+    assert found.bits_of(candidate) == bits
