@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -34,16 +35,18 @@ class IntegersToTables(Pass):
 
     Attributes:
         storages: Element types to rewrite.
+        wanted: Which of their weights, by the node of `shift_scale`; None takes all.
     """
 
     name: ClassVar[str] = "integers-to-tables"
     storages: frozenset[str] = frozenset({"int3", "uint3", "int6", "uint6"})
+    wanted: Callable[[fx.Node], bool] | None = None
 
     @override
     def run(self, edit: Editor) -> None:
         for node in edit.calls(_ops.shift_scale.default):
             storage = str(node.args[3])
-            if storage in self.storages:
+            if storage in self.storages and (self.wanted is None or self.wanted(node)):
                 self._rewrite(edit, node, storage)
 
     def _rewrite(self, edit: Editor, node: fx.Node, storage: str) -> None:

@@ -47,7 +47,7 @@ class CompressTables(Pass):
     would make that larger than a quarter of the codes, bytes are first turned into codes by a table
     that all layers share; 3- and 6-bit codes are split into planes of 1, 2 and 4 bits for that. An
     embedding layer decodes the rows it reads, other layers their whole weight at every call. What
-    has outliers or block-wise scales behind the lookup is stored densely.
+    has outliers or a float minimum behind the lookup is stored densely.
 
     Attributes:
         rows_only: Only take weights that embedding layers alone read, and leave all others.
@@ -93,13 +93,16 @@ def _refusal(edit: Editor, lookup: Lookup) -> str:
         # they become linear layers with biases after these passes
         return "a recurrent layer reads it"
     if lookup.channel_scale:
-        scale = edit.value(lookup.dense.args[1])  # type: ignore[arg-type]
-        whole = all(
-            count in (1, size) for count, size in zip(scale.shape, lookup.shape, strict=True)
-        )
-        if not whole or (len(lookup.dense.args) > 2 and lookup.dense.args[2] is not None):
-            return "its scales run over blocks"
+        offset = _offset_of(lookup)
+        if offset is not None and edit.value(offset).is_floating_point():
+            return "its elements have a float minimum"
     return ""
+
+
+def _offset_of(lookup: Lookup) -> fx.Node | None:
+    """The zero points behind a lookup."""
+    offset = lookup.dense.args[2] if len(lookup.dense.args) > 2 else None
+    return offset if isinstance(offset, fx.Node) else None
 
 
 def _is_recurrent(node: fx.Node) -> bool:
@@ -264,9 +267,32 @@ class _Decoder:
     def _scaled(self, dense: fx.Node) -> fx.Node:
         if not self.lookup.channel_scale:
             return dense
-        scale = self.edit.value(self.lookup.dense.args[1])  # type: ignore[arg-type]
-        factors = self._constant("factors", scale.to(self.table.dtype))
-        return self.edit.call(_aten.mul.Tensor, dense, factors, like=self.lookup.dense)
+        edit, lookup = self.edit, self.lookup
+        scale = edit.value(lookup.dense.args[1])  # type: ignore[arg-type]
+        # an axis is split where its scales are of blocks
+        split = [
+            part
+            for count, size in zip(scale.shape, lookup.shape, strict=True)
+            for part in ([size] if count in (1, size) else [count, size // count])
+        ]
+        counts = [
+            part
+            for count, size in zip(scale.shape, lookup.shape, strict=True)
+            for part in ([count] if count in (1, size) else [count, 1])
+        ]
+        blocks = len(split) > len(lookup.shape)
+        if blocks:
+            dense = edit.call(_aten.view.default, dense, split, like=lookup.dense)
+        offset = _offset_of(lookup)
+        if offset is not None:
+            zero = edit.value(offset).expand(scale.shape).reshape(counts)
+            points = self._constant("zero_points", zero.to(self.table.dtype))
+            dense = edit.call(_aten.sub.Tensor, dense, points, like=lookup.dense)
+        factors = self._constant("factors", scale.to(self.table.dtype).reshape(counts))
+        dense = edit.call(_aten.mul.Tensor, dense, factors, like=lookup.dense)
+        if not blocks:
+            return dense
+        return edit.call(_aten.view.default, dense, list(lookup.shape), like=lookup.dense)
 
     # --- rows of an embedding -----------------------------------------------------------------------
     def _by_rows(self) -> bool:

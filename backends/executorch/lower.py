@@ -22,7 +22,7 @@ from graphopt.backends.executorch.legalize import (
     LegalizeForXNNPACK,
 )
 from graphopt.backends.executorch.options import Tables
-from graphopt.backends.executorch.weight_forms import why_not_integers
+from graphopt.backends.executorch.weight_forms import PACKED, is_packed, why_not_integers
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_interface
 from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
 from graphopt.ir.annotations import clear_notes
@@ -32,6 +32,7 @@ from graphopt.passes import (
     DequantizeToShiftScale,
     ExpandSparse,
     ExpandTables,
+    IntegersToTables,
     RemoveUnused,
     TablesToIntegers,
 )
@@ -49,7 +50,12 @@ _TABLE_PASSES: dict[str, tuple[Pass, ...]] = {
     "auto": (CompressTables(rows_only=True), TablesToIntegers(_as_integers), ExpandTables()),
     "int8": (TablesToIntegers(), ExpandTables()),
     "dense": (ExpandTables(),),
-    "compressed": (CompressTables(), ConvolutionsAsLinear()),
+    "compressed": (
+        DequantizeToShiftScale(),
+        IntegersToTables(PACKED, wanted=is_packed),
+        CompressTables(),
+        ConvolutionsAsLinear(),
+    ),
 }
 
 

@@ -38,7 +38,9 @@ class ExecuTorchOptions(TargetOptions):
         tables: What becomes of lookup tables for "xnnpack" and "portable". "dense": the weights that
             they stand for, the fastest and largest. "int8": tables of int8 entries become int8
             weights, exactly equal and a quarter of the size; others dense. "compressed": packed
-            codes that are decoded at every call, the smallest file and the slowest. "auto": int8
+            codes that are decoded at every call, the smallest file and the slowest; integers that
+            no kernel computes with as they are (narrower than 8 bits, or of convolutions that read
+            floats) are such codes, too, where else they take a byte or become floats. "auto": int8
             where XNNPACK computes with it (then it is the fastest, too), codes for embeddings, of
             which only the rows that are read are decoded, dense for the rest.
         shapes: Sizes of the inputs that the artifact takes: the example's; "open", those that the

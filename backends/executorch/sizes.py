@@ -48,8 +48,11 @@ def stored_bits(
         return parts.elements * _ELEMENT if integers else dense
     linear = reader is None or reader.target in LINEAR
     with_integers = rounded and reader is not None and takes_integers(reader)
-    if not (linear or rows or with_integers):
+    if tables != "compressed" and not (linear or rows or with_integers):
         return dense
+    eight = codes.bits == _ELEMENT and (linear or rows)
+    if tables == "compressed" and not with_integers and not eight:
+        return min(dense, parts.side_bits + _decoded(parts, codes, rules))
     scales = parts.side_bits // bits_of(rules.float_dtype)
     return parts.elements * _ELEMENT + scales * (_FLOAT + _ZERO_POINT)
 
@@ -58,8 +61,9 @@ def _decoded(parts: Parts, codes: Codes, rules: StorageRules) -> int:
     """Codes in bytes, and the tables that decode them (see `compress_tables`)."""
     packed = whole_bytes(codes.count * codes.bits)
     entry = parts.elements // codes.count * bits_of(rules.float_dtype)
+    count = max(1, codes.tables)
     if codes.bits in (1, 2, 4, 8):
-        direct = codes.tables * BYTE * (8 // codes.bits) * entry
+        direct = count * BYTE * (8 // codes.bits) * entry
         if direct <= TABLE_SHARE * packed:
             return packed + direct
-    return packed + codes.tables * 2**codes.bits * entry
+    return packed + count * 2**codes.bits * entry

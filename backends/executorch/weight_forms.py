@@ -16,12 +16,15 @@ from graphopt.backends.executorch.kernels import (
 from graphopt.ir import op_info
 from graphopt.ir.editor import Editor
 from graphopt.ir.op_info import WeightSlot
+from graphopt.ir.ops import STORAGE_BITS
 
 __all__ = [
     "DEQUANTIZE",
+    "PACKED",
     "QUANTIZE",
     "bias_apart",
     "bias_place",
+    "is_packed",
     "is_rounded",
     "only_user",
     "store_weight",
@@ -34,6 +37,21 @@ QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
 # ops whose weight may be computed when the program runs
 _TAKES_ROWS = LINEAR | LOOKUPS
+
+
+PACKED = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 3, 4, 6, 8))
+
+
+def is_packed(weight: fx.Node) -> bool:
+    """Whether codes of a `shift_scale` weight are smaller than what XNNPACK can hold of it.
+
+    Weights that kernels compute with stay integers, and so do those of eight bits whose rows are
+    dequantized when the program runs.
+    """
+    if any(not why_not_integers(weight, reader) for reader in weight.users):
+        return False
+    narrow = STORAGE_BITS[str(weight.args[3])] < 8
+    return narrow or any(reader.target not in _TAKES_ROWS for reader in weight.users)
 
 
 def is_rounded(node: object) -> bool:
