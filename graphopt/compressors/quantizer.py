@@ -113,7 +113,7 @@ class Quantizer(Compressor):
             loss_fn: `loss_fn(output, target)` of that fitting; None needs no labels.
             state_dict: State dict of a model that was prepared with the same config: weights, scales
                 and statistics are taken from it, and activations with known ranges are rounded.
-                Weights that a calibration fitted by error feedback are fitted by the next one.
+                What a calibration has fitted by error feedback comes with it.
 
         Returns:
             A module with the model's signature and state-dict names that computes with rounded

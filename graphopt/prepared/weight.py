@@ -16,6 +16,7 @@ from graphopt.specs import QuantizationSpec
 
 __all__ = ["WeightQuantizer"]
 
+_HELD = "held_"  # in front of what a state dict has of a fit
 _SEARCH_PERIOD = 100  # in training a searched range is renewed this often
 
 
@@ -97,9 +98,47 @@ class WeightQuantizer(nn.Module):
         return self._held is not None or self._has_trained
 
     def hold(self, stored: QuantizedWeight, weight: Tensor) -> None:
-        """Give this form of this weight, until the weight changes or trains."""
+        """Give this form of this weight, until the weight changes or trains; state dicts keep it."""
         self._held = (_key(weight), stored)
         self.forget()
+
+    def _save_to_state_dict(
+        self, destination: dict[str, Any], prefix: str, keep_vars: bool
+    ) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self._held is None:
+            return
+        key, stored = self._held
+        figures = torch.tensor([*key, stored.sse, stored.energy], dtype=torch.float64)
+        held = {"data": stored.data, "scale": stored.scale, "offset": stored.offset}
+        for name, value in {**held, "figures": figures}.items():
+            if value is not None:
+                destination[f"{prefix}{_HELD}{name}"] = value
+
+    def _load_from_state_dict(
+        self, state_dict: dict[str, Any], prefix: str, *given: Any, **options: Any
+    ) -> None:
+        start = f"{prefix}{_HELD}"
+        names = [name for name in state_dict if name.startswith(start)]
+        held = {name.removeprefix(start): state_dict.pop(name) for name in names}
+        super()._load_from_state_dict(state_dict, prefix, *given, **options)
+        self.forget()
+        if not {"data", "scale", "figures"} <= held.keys():
+            self._held = None
+            return
+        total, squares, sse, energy = map(float, held["figures"])
+        offset = held.get("offset")
+        stored = QuantizedWeight(
+            held["data"].clone(),
+            held["scale"].clone(),
+            None if offset is None else offset.clone(),
+            self.grid.storage,
+            self.blocks,
+            self.dtype,
+            sse,
+            energy,
+        )
+        self._held = ((total, squares), stored)
 
     def start(self, weight: Tensor) -> None:
         """Take the scale from a weight."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
@@ -83,6 +84,31 @@ def test_ranges_are_those_of_the_state(x: Tensor) -> None:
     again = second.prepare((x,), state_dict=prepared.state_dict())
     assert torch.equal(again(x), prepared(x))
     assert torch.equal(second.finalize(backend="torch")(x), first.finalize(backend="torch")(x))
+
+
+@pytest.mark.parametrize("qscheme", ["symmetric", "asymmetric"])
+def test_weights_fitted_by_error_feedback_are_those_of_the_state(qscheme: str, x: Tensor) -> None:
+    spec = QuantizationSpec(
+        dtype=torch.int4,
+        qscheme=qscheme,
+        granularity=PerChannelGranularity(),
+        algorithm="gptq",
+    )
+    module = ModuleQuantizerConfig(op_state_spec={"weight": spec})
+    config = QuantizerConfig(global_config=module, migrate_scales=False)
+    first = Quantizer(_model(0), config)
+    prepared = first.prepare((x,))
+    first.calibrate([x])
+    buffer = io.BytesIO()
+    torch.save(prepared.state_dict(), buffer)
+    buffer.seek(0)
+    second = Quantizer(_model(1), config)
+    again = second.prepare((x,), state_dict=torch.load(buffer, weights_only=True))
+    assert torch.equal(again(x), prepared(x))
+    assert torch.equal(second.finalize(backend="torch")(x), first.finalize(backend="torch")(x))
+    third = Quantizer(_model(1), config)
+    without = {name: value for name, value in again.state_dict().items() if ".held_" not in name}
+    assert not torch.equal(third.prepare((x,), state_dict=without)(x), prepared(x))
 
 
 def test_a_schedule_goes_on_at_its_step(x: Tensor) -> None:
