@@ -119,6 +119,24 @@ def test_analyze_recipe_sweep_and_compress_follow_each_other(files: Path, tmp_pa
 
 
 @pytest.mark.integration
+def test_bytes_are_those_of_the_file(files: Path, tmp_path: Path) -> None:
+    x, model, data = pictures(), files / "model.pt2", tmp_path / "table.jsonl"
+    analyze(model, None, [2, 4, 6], x[:1], path=data)
+    recipe, out = tmp_path / "recipe.yaml", tmp_path / "out.pt2"
+    with pytest.raises(InputError, match="load the table with model="):
+        call("recipe", data, "--bytes", "30KB", "--backend", "torch", "-o", recipe)
+    words = ("recipe", data, "--backend", "torch", "--model", model, "-o", recipe)
+    with pytest.raises(InfeasibleError, match="the nearest budget that fits"):
+        call(*words, "--bytes", "1KiB")
+    call(*words, "--bytes", "40KB")
+    wanted = Recipe.load(recipe).artifact
+    assert wanted is not None
+    assert (wanted.backend, wanted.max_bytes) == ("torch", 40_000)
+    call("compress", model, "--config", recipe, "-o", out)
+    assert out.stat().st_size <= 40_000
+
+
+@pytest.mark.integration
 def test_analyze_resumes_and_restarts(files: Path, tmp_path: Path) -> None:
     table = tmp_path / "table.jsonl"
     words = (
