@@ -26,7 +26,7 @@ def scales_of(
     for quantizer in parts_of(prepared, ActivationQuantizer):
         if quantizer.dynamic:
             raise LoweringError(
-                f"{quantizer.origin.name}: no target takes scales that are computed at run time"
+                f"{quantizer.origin.name}: scales that are computed at run time are lowered to no target"
                 f" ({quantizer.origin.path}); use another qparam_calculator_cls than 'dynamic'"
             )
         if bool(quantizer.known):
