@@ -17,6 +17,7 @@ from graphopt.backends.coreml.check import evaluate_calls, evaluate_functions
 from graphopt.backends.coreml.conv_bias import FUSE_CONV_BIAS, THEIRS, register_fusion
 from graphopt.backends.coreml.delegate import CoreMLDelegate
 from graphopt.backends.coreml.flexible import input_types
+from graphopt.backends.coreml.limits import Progress, explain_failure, following
 from graphopt.backends.coreml.lower import (
     INTERFACE,
     TABLE_TYPES,
@@ -37,7 +38,6 @@ from graphopt.backends.options import TargetOptions, read_options
 from graphopt.backends.quiet import quiet
 from graphopt.backends.shapes import plan_shapes
 from graphopt.backends.verification import Evaluation
-from graphopt.errors import LoweringError
 from graphopt.exclusive import exclusively
 from graphopt.extras import require
 from graphopt.ir.program import Program
@@ -134,8 +134,14 @@ class CoreMLBackend(Backend):
             calls = [flat_call(call, INTERFACE) for call in chosen.calibration_data or ()]
             precision = float16(exported, op_predicate(chosen.ignored_ops), calls)
         names = output_names(program)
+        progress = Progress()
         try:
-            with quiet("coremltools"), small_constants_once(), our_translations():
+            with (
+                quiet("coremltools"),
+                small_constants_once(),
+                our_translations(),
+                following(progress),
+            ):
                 model = ct.convert(
                     exported,
                     inputs=input_types(exported, plan),
@@ -146,7 +152,7 @@ class CoreMLBackend(Backend):
                     skip_model_load=True,
                 )
         except Exception as error:
-            raise LoweringError(f"coremltools cannot convert the program: {error}") from error
+            raise explain_failure(exported, error, progress.name) from error
         artifact = CoreMLArtifact(self, program, exported, model, chosen)
         artifact.shapes = plan
         return artifact

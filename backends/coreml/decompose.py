@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from graphopt.backends.coreml.legal_ops import Rules, composite, legal_ops, rules_by_use
+from graphopt.backends.coreml.limits import explain_failure
 from graphopt.backends.coreml.translations import TRANSLATED
 from graphopt.backends.decompositions.products import grouped_mm
 from graphopt.errors import LoweringError
@@ -41,7 +42,7 @@ def decompose_for_coreml(exported: ExportedProgram) -> ExportedProgram:
         try:
             exported = decomposed(exported, rules)
         except Exception as error:
-            raise LoweringError(f"the program cannot be rewritten for Core ML: {error}") from error
+            raise explain_failure(exported, error) from error
         if not any(_foreign(op) for op in _unknown(exported)):
             break
     _refuse_unknown(exported)

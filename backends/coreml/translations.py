@@ -140,6 +140,25 @@ def layer_norm(context: Any, node: Any) -> None:
     context.add((result, None, None) if node.kind == "native_layer_norm" else result, node.name)
 
 
+def instance_norm(context: Any, node: Any) -> None:
+    """Factors and shifts that are computed come behind the norm."""
+    from coremltools.converters.mil.mil import Builder
+
+    values = _inputs(context, node)
+    x, weight, bias = values[:3]
+    epsilon = _of_type(float(values[7].val), x)
+    constant = all(value is None or value.val is not None for value in (weight, bias))
+    options = {"gamma": weight, "beta": bias} if constant else {}
+    given = {name: value for name, value in options.items() if value is not None}
+    result = Builder.instance_norm(x=x, epsilon=epsilon, **given)
+    shape = [1, -1, *[1] * (x.rank - 2)]
+    if not constant and weight is not None:
+        result = Builder.mul(x=result, y=Builder.reshape(x=weight, shape=shape))
+    if not constant and bias is not None:
+        result = Builder.add(x=result, y=Builder.reshape(x=bias, shape=shape))
+    context.add(Builder.identity(x=result, name=node.name))
+
+
 def _constant(value: Any) -> bool:
     source = value.op
     return value.val is not None or (source is not None and source.op_type.startswith("constexpr_"))
@@ -189,6 +208,7 @@ TRANSLATED: dict[str, Callable[[Any, Any], None]] = {
     "scatter_reduce": scatter_reduce,
     "scatter_reduce.two": scatter_reduce,
     "prelu": prelu,
+    "instance_norm": instance_norm,
     "layer_norm": layer_norm,
     "native_layer_norm": layer_norm,
     "where": where,

@@ -74,6 +74,10 @@ KINDS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda x, k: F.scaled_dot_product_attention(x, k, k, enable_gqa=True),
         (of(1, 4, 5, 8), of(1, 2, 5, 8)),
     ),
+    "computed factors of a norm": (
+        lambda x, w, b: F.instance_norm(x, weight=w, bias=b * 2),
+        (of(1, 3, 4, 8), of(3), of(3)),
+    ),
     "smaller image": (
         lambda x: F.interpolate(x, (3, 5), mode="bilinear", antialias=True),
         (of(1, 2, 8, 8),),
