@@ -16,6 +16,7 @@ from graphopt.backends.casting import op_predicate
 from graphopt.backends.coreml.check import evaluate_calls, evaluate_functions
 from graphopt.backends.coreml.conv_bias import FUSE_CONV_BIAS, THEIRS, register_fusion
 from graphopt.backends.coreml.delegate import CoreMLDelegate
+from graphopt.backends.coreml.distinct_outputs import keep_outputs_distinct
 from graphopt.backends.coreml.flexible import input_types
 from graphopt.backends.coreml.limits import Progress, explain_failure, following
 from graphopt.backends.coreml.lower import (
@@ -128,6 +129,7 @@ class CoreMLBackend(Backend):
         register_fusion()
         pipeline.passes = [FUSE_CONV_BIAS if name == THEIRS else name for name in pipeline.passes]
         place_updates(pipeline)
+        keep_outputs_distinct(pipeline)
         if chosen.precision == "float16":
             register_clamp()
             pipeline.insert_pass(pipeline.passes.index("common::add_fp16_cast"), CLAMP)

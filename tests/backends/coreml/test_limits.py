@@ -22,7 +22,7 @@ class Part(nn.Module):
     def __init__(self, function: Callable[..., Any]) -> None:
         super().__init__()
         self.part = nn.Module()
-        self.part.forward = function  # type: ignore[method-assign]
+        self.part.forward = function
 
     def forward(self, *args: Tensor) -> Any:
         return self.part(*args)
