@@ -9,7 +9,7 @@ from graphopt.capture import capture
 
 if TYPE_CHECKING:
     from graphopt import casting, mixed_precision, pipelines, rdo
-    from graphopt.api import compress, lower, tune
+    from graphopt.api import compress, fit, lower, tune
     from graphopt.backends.registry import ExportBackend
     from graphopt.compressors.compressed_program import CompressedProgram
     from graphopt.config.joint import JointConfig
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from graphopt.ir.records import TensorRecord
     from graphopt.report.table import CompressionTable
     from graphopt.run.batches import CallSequence
+    from graphopt.search.budget.result import FitResult
 
 __version__ = "0.1.0"
 
@@ -27,6 +28,7 @@ __all__ = [
     "CompressedProgram",
     "CompressionTable",
     "ExportBackend",
+    "FitResult",
     "JointConfig",
     "Program",
     "TensorRecord",
@@ -35,6 +37,7 @@ __all__ = [
     "casting",
     "compress",
     "errors",
+    "fit",
     "lower",
     "mixed_precision",
     "ops",
@@ -54,10 +57,12 @@ _MEMBERS = {
     "CompressedProgram": "graphopt.compressors.compressed_program",
     "CompressionTable": "graphopt.report.table",
     "ExportBackend": "graphopt.backends.registry",
+    "FitResult": "graphopt.search.budget.result",
     "JointConfig": "graphopt.config.joint",
     "Program": "graphopt.ir.program",
     "TensorRecord": "graphopt.ir.records",
     "compress": "graphopt.api",
+    "fit": "graphopt.api",
     "lower": "graphopt.api",
     "tune": "graphopt.api",
 }

@@ -5,8 +5,9 @@ from graphopt.capture import capture
 from graphopt.compressors.joint import compress
 from graphopt.moved import moved_name
 from graphopt.passes.tune import tune
+from graphopt.search.budget.fit import fit
 
-__all__ = ["capture", "compress", "lower", "tune"]
+__all__ = ["capture", "compress", "fit", "lower", "tune"]
 
 
 def __getattr__(name: str) -> object:

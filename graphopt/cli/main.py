@@ -1,4 +1,4 @@
-"""graphopt compress, lower, inspect, verify, diff, report; analyze, recipe, sweep; rdo.
+"""graphopt fit; compress, lower, inspect, verify, diff, report; analyze, recipe, sweep; rdo.
 
 Exit codes: 0 done; 1 an unexpected failure; 2 wrong usage; 3 the model cannot be captured; 4 the
 config is wrong or does not fit the model; 5 a tensor cannot be compressed, or data for it are
@@ -24,6 +24,7 @@ from graphopt.cli import mixed_precision
 from graphopt.cli.artifacts import Limit, backend_of, check_limit, plain, sentence
 from graphopt.cli.common import ERR, OUT, Json, Model, print_json, reading
 from graphopt.cli.compress import compress, lower_program
+from graphopt.cli.fit import fit
 from graphopt.cli.options import shell_command
 from graphopt.cli.rdo import rdo
 from graphopt.cli.reports import compare, report
@@ -51,6 +52,7 @@ _EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
 )
 
 
+app.command()(reading(shell_command(fit)))
 app.command()(reading(shell_command(compress)))
 app.command("lower")(reading(shell_command(lower_program)))
 

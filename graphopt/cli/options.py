@@ -53,7 +53,9 @@ def _pins(given: list[str] | None) -> dict[str, str]:
     return pins
 
 
-def _numbers(text: str) -> list[int | str]:
+def _numbers(text: str | None) -> list[int | str] | None:
+    if text is None:
+        return None
     parts = [part.strip() for part in text.split(",")]
     return [int(part) if part.isdigit() else part for part in parts]
 

@@ -37,6 +37,7 @@ __all__ = [
     "floats_of",
     "matches",
     "priced",
+    "refusals_of",
     "refuse_unsupported",
     "rest_bits",
     "stored_forms",
@@ -249,15 +250,28 @@ def floats_of(program: Program) -> torch.dtype:
 def refuse_unsupported(candidates: Sequence[Candidate], backend: str) -> None:
     """Raise where a target cannot hold a candidate.
 
-    Each is tried on a linear layer of 64 × 64, so that the target's own refusal speaks.
-
     Raises:
         LoweringError: With all of them, and what would work.
+    """
+    refused = refusals_of(candidates, backend)
+    reasons = [f"candidate {name!r}: {why}" for name, own in refused.items() for why in own]
+    if reasons:
+        name = load_backend(backend).name
+        raise LoweringError(f"{name} cannot hold these candidates:\n" + "\n".join(reasons))
+
+
+def refusals_of(candidates: Sequence[Candidate], backend: str) -> dict[str, list[str]]:
+    """Why a target cannot hold a linear layer of 64 × 64 in the form of each candidate.
+
+    Each is tried, so that the target's own refusal speaks.
+
+    Returns:
+        Name of the candidate → reasons, for those that it cannot hold.
     """
     target = load_backend(backend)
     probe = capture(nn.Sequential(nn.Linear(64, 64)), (torch.randn(4, 64),))
     (layer,) = weights_of(probe.graph_module)
-    reasons = []
+    refused = {}
     for candidate in candidates:
         if candidate.is_kept:
             continue
@@ -265,9 +279,10 @@ def refuse_unsupported(candidates: Sequence[Candidate], backend: str) -> None:
         program = compress(
             probe, None, config, calibration_data=[torch.randn(4, 64)], correct_statistics=False
         )
-        reasons += [f"candidate {candidate.name!r}: {why}" for why in target.unsupported(program)]
-    if reasons:
-        raise LoweringError(f"{target.name} cannot hold these candidates:\n" + "\n".join(reasons))
+        reasons = target.unsupported(program)
+        if reasons:
+            refused[candidate.name] = reasons
+    return refused
 
 
 def stored_forms(
