@@ -73,6 +73,10 @@ class Artifact(ABC):
         self.wanted: ArtifactSpec | None = None
         self.verification: Verification | None = None
 
+    def __repr__(self) -> str:
+        about = "not saved" if self.path is None else f"{self.path}, {self.size:,} bytes"
+        return f"{type(self).__name__}({about})"
+
     @property
     def suffix(self) -> str:
         """What its path ends in."""

@@ -43,6 +43,10 @@ class SetArtifact:
         self.path: Path | None = None
         self.verification: Verification | None = None
 
+    def __repr__(self) -> str:
+        about = "not saved" if self.path is None else str(self.path)
+        return f"{type(self).__name__}({', '.join(self.methods)}: {about})"
+
     @property
     def suffix(self) -> str:
         """What its path ends in."""

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from types import ModuleType
 
 from graphopt.audited import module_of
 from graphopt.errors import MissingDependencyError
+from graphopt.silence import silent
 
 __all__ = ["deferred", "require"]
 
 
 def require(module: str, extra: str) -> ModuleType:
-    """Import `module`, or say which extra of graphopt provides it.
+    """Import `module`, or say which extra of graphopt provides it; what it writes meanwhile is lost.
 
     Args:
         module: Dotted module name, for instance "coreai_torch".
@@ -21,7 +23,10 @@ def require(module: str, extra: str) -> ModuleType:
         MissingDependencyError: The module is not installed.
     """
     try:
-        return module_of(module)
+        if module in sys.modules:
+            return module_of(module)
+        with silent():  # packages tell of compiled parts that are not for this machine
+            return module_of(module)
     except ImportError as error:
         missing = error.name or module
         if missing.split(".")[0] != module.split(".")[0]:

@@ -57,6 +57,9 @@ class PassReport:
 
     records: tuple[PassRecord, ...]
 
+    def __repr__(self) -> str:
+        return f"PassReport({len(self)} passes, {self.seconds:.2f} s)"
+
     def __iter__(self) -> Iterator[PassRecord]:
         return iter(self.records)
 

@@ -16,6 +16,7 @@ from torch import Tensor
 from graphopt.backends.interface import match_inputs
 from graphopt.errors import VerificationError
 from graphopt.extras import require
+from graphopt.silence import silent
 
 __all__ = ["run_asset", "run_calls"]
 
@@ -77,7 +78,8 @@ def run_calls(
             return steps
 
     try:
-        return _run_async(execute())
+        with silent():  # the runtime tells of each function that it loads
+            return _run_async(execute())
     except VerificationError:
         raise
     except Exception as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -36,10 +37,12 @@ from graphopt.compressors.options import CompressOptions
 from graphopt.config.base import read_yaml
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
-from graphopt.errors import InputError
+from graphopt.config.presets import DEFAULT_PRESET, preset
+from graphopt.errors import ConfigError, InputError
 from graphopt.files import replaced
 from graphopt.ir.program import Program
 from graphopt.report.stored import as_stored
+from graphopt.report.table import CompressionTable
 from graphopt.run.synthetic_data import SYNTHETIC, synthetic_calls
 from graphopt.search.mixed_precision.recipe import Recipe
 from graphopt.specs.options import Options
@@ -80,7 +83,7 @@ class CalibrationFiles(Options):
     """
 
     data: str | None = None
-    batch_size: BatchSize = 32
+    batch_size: BatchSize = None
 
     def batches(self, program: Program, seed: int) -> list[Any] | None:
         """The calls; None where there are no data."""
@@ -91,7 +94,7 @@ class CalibrationFiles(Options):
         path = Path(self.data)
         if not path.is_file():
             raise InputError(f"--data {self.data}: there is no such file")
-        return read_data(path, self.batch_size)
+        return read_data(path, self.batch_size, program)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,20 +114,18 @@ class WatchOptions(Options):
 
 def compress(
     model: Model,
-    config: Annotated[
-        Path,
-        typer.Option(
-            help="YAML or JSON config of palettization, quantization, pruning or several of them, or"
-            " a recipe.",
-            exists=True,
-            dir_okay=False,
-        ),
-    ],
     to: OutputOptions,
     form: Annotated[Given, TargetFields()],
     calibration: CalibrationFiles,
     how: Annotated[Given, Fields(CompressOptions, "on_unmatched", "seed")],
     watch: WatchOptions,
+    config: Annotated[
+        str,
+        typer.Option(
+            help="YAML or JSON config of palettization, quantization, pruning or several of them, a"
+            " recipe, or the name of a preset: w4, int8, w8a8, …, or cnn, vit, bert, decoder, …"
+        ),
+    ] = DEFAULT_PRESET,
 ) -> None:
     """Compress a program as a config or a recipe says and write it for a target."""
     started = time.perf_counter()
@@ -132,12 +133,11 @@ def compress(
     if watch.report is not None:
         check_report(watch.report, (".json", ".html"), overwrite=to.overwrite)
     original = as_program(model)
-    wanted = None if is_recipe(config) else _config(config)
+    recipe = _recipe(config)
+    wanted = _config(config) if recipe is None else recipe.to_config()
     batches = calibration.batches(original, how.get("seed", 0))
-    if wanted is None:
-        recipe = Recipe.load(config)
+    if recipe is not None:
         recipe.check(original)
-        wanted = recipe.to_config()
     progress = False if to.as_json else None
     pipeline = pipelines.joint(wanted, batches, backend=target, progress=progress, **how)
     program = pipeline.run(original, dump_dir=watch.dump_passes, verify=watch.verify_passes)
@@ -167,12 +167,26 @@ def compress(
         console.print(table)
         if program.pass_report is not None and (watch.dump_passes or watch.verify_passes):
             console.print(program.pass_report)
+        for line in _contents(to.output, artifact, table):
+            console.print(line)
         console.print(
-            f"{to.output}: {artifact.size:,} bytes, {table.overall_bits_per_weight:.3f} bits per weight,"
-            f" {table.bits_per_weight:.3f} bits per compressed weight, {seconds:.1f} s"
+            f"{table.overall_bits_per_weight:.3f} bits per weight over all, {seconds:.1f} s"
         )
         if outcome is not None:
             console.print(sentence(outcome))
+
+
+def _contents(output: Path, artifact: Artifact, table: CompressionTable) -> Iterator[str]:
+    """Which file it is, how large, and what takes the room, line by line."""
+    done, size = table.compressed, artifact.size
+    stored = sum(-(-row.stored_bits // 8) for row in done)
+    weights = "1 compressed weight" if len(done) == 1 else f"{len(done)} compressed weights"
+    yield f"{output}: {size:,} bytes for {artifact.backend.name}"
+    # the target may have a form of its own, or pack the file
+    packed = ", before it is packed" if stored > size else ""
+    yield f"  {stored:,} of {weights}{packed}, {table.bits_per_weight:.3f} bits per compressed weight"
+    if not packed:
+        yield f"  {size - stored:,} of other tensors and the program"
 
 
 def lower_program(model: Model, to: OutputOptions, form: Annotated[Given, TargetFields()]) -> None:
@@ -204,12 +218,27 @@ def _checks(to: OutputOptions, program: Program) -> Checks:
         return {"verify": to.verify, "max_error": to.max_error}
     leaves = pytree.tree_leaves((program.example_args, program.example_kwargs))
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
-    calls = read_data(to.verify_data, sizes[0] if sizes else 1)
+    calls = read_data(to.verify_data, sizes[0] if sizes else 1, program)
     return {"verify": calls, "max_error": to.max_error}
 
 
-def _config(path: Path) -> AnyConfig:
-    """A config of one or several parts; one without a root key is of palettization."""
+def _recipe(given: str) -> Recipe | None:
+    """The recipe in a file, where it is one."""
+    path = Path(given)
+    return Recipe.load(path) if path.is_file() and is_recipe(path) else None
+
+
+def _config(given: str) -> AnyConfig:
+    """A preset, or a config of one or several parts; one without a root key is of palettization.
+
+    Raises:
+        ConfigError: There is no such file or preset, or it is wrong.
+    """
+    path = Path(given)
+    if not path.exists():
+        if path.suffix in (".yaml", ".yml", ".json"):
+            raise ConfigError(f"--config {given}: there is no such file")
+        return preset(given)
     content = read_yaml(path, "config")
     joint = {
         "pruning",

@@ -1,30 +1,26 @@
-"""graphopt fit; compress, lower, inspect, verify, diff, report; analyze, recipe, sweep; rdo.
-
-Exit codes: 0 done; 1 an unexpected failure; 2 wrong usage; 3 the model cannot be captured; 4 the
-config is wrong or does not fit the model; 5 a tensor cannot be compressed, or data for it are
-missing; 6 the target cannot hold the program; 7 the output exists; 8 the artifact differs from
-PyTorch by more than `--max-error`, or could be checked only in part where that was given; 9 an
-optional package is missing; 10 no recipe meets the target.
-"""
+"""The commands of `graphopt`; `exit_codes` says what they end with."""
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from graphopt import errors
+from graphopt import __version__, errors
 from graphopt.backends import load_backend
 from graphopt.backends.lowering import as_program
 from graphopt.cli import mixed_precision
 from graphopt.cli.artifacts import Limit, backend_of, check_limit, plain, sentence
 from graphopt.cli.common import ERR, OUT, Json, Model, print_json, reading
 from graphopt.cli.compress import compress, lower_program
+from graphopt.cli.doctor import doctor
+from graphopt.cli.exit_codes import code_of, epilog
 from graphopt.cli.fit import fit
+from graphopt.cli.init import init
+from graphopt.cli.messages import grouped_warnings
 from graphopt.cli.options import shell_command
 from graphopt.cli.rdo import rdo
 from graphopt.cli.reports import compare, report
@@ -38,27 +34,31 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-_EXIT_CODES: tuple[tuple[type[Exception], int], ...] = (
-    (errors.CaptureError, 3),
-    (errors.ConfigError, 4),
-    (errors.CompressionError, 5),
-    (errors.CalibrationError, 5),
-    (errors.LoweringError, 6),
-    (errors.ArtifactExistsError, 7),
-    (errors.VerificationError, 8),
-    (errors.MissingDependencyError, 9),
-    (errors.InputError, 3),
-    (errors.InfeasibleError, 10),
-)
 
 
-app.command()(reading(shell_command(fit)))
-app.command()(reading(shell_command(compress)))
-app.command("lower")(reading(shell_command(lower_program)))
+def _version(wanted: bool) -> None:
+    if wanted:
+        OUT.print(f"graphopt {__version__}", highlight=False)
+        raise typer.Exit
 
 
-@app.command()
-@reading
+@app.callback(epilog=epilog("fit model.pt2 --data data.pt --size 12MB -o model.mlpackage"))
+def main(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_version, is_eager=True, help="Print the version."),
+    ] = False,
+) -> None:
+    """Compress exported PyTorch programs for edge targets."""
+    del version
+
+
+def _command(function: Callable[..., None], name: str, example: str, *, reads: bool = True) -> None:
+    """Add a command; one that reads programs has the option `--trust`."""
+    command = shell_command(function)
+    app.command(name, epilog=epilog(f"{name} {example}"))(reading(command) if reads else command)
+
+
 def inspect(
     model: Model,
     graph: Annotated[
@@ -82,8 +82,6 @@ def inspect(
         OUT.print(f"fixed input dimensions: {', '.join(inspection.static_dims)}")
 
 
-@app.command()
-@reading
 def verify(
     artifact: Annotated[Path, typer.Argument(help="What to check.", exists=True)],
     reference: Annotated[Path, typer.Option(help="A .pt2 to compare with.", exists=True)],
@@ -103,33 +101,30 @@ def verify(
     check_limit(outcome, max_error)
 
 
-app.command()(reading(shell_command(mixed_precision.analyze)))
-app.command()(shell_command(mixed_precision.recipe))
-app.command()(reading(shell_command(mixed_precision.sweep)))
-app.command()(reading(shell_command(rdo)))
-app.command("diff")(reading(compare))
-app.command()(reading(report))
-
-
-def _show_warning(message: Warning | str, category: type[Warning], *place: Any) -> None:
-    del place
-    if issubclass(category, errors.ConfigWarning):
-        ERR.print("[yellow]warning[/yellow]: ", end="")
-        ERR.print(str(message), markup=False, highlight=False)
+_command(fit, "fit", "model.pt2 --data data.pt --size 12MB -o model.mlpackage")
+_command(compress, "compress", "model.pt2 --config w4 -o model.aimodel")
+_command(lower_program, "lower", "compressed.pt2 -o model.mlpackage --precision float16")
+_command(inspect, "inspect", "model.pt2 --graph model.svg")
+_command(init, "init", "model.pt2 --preset bert -o config.yaml")
+_command(verify, "verify", "model.aimodel --reference compressed.pt2 --max-error 1e-3")
+_command(compare, "diff", "model.pt2 compressed.pt2 --data data.pt")
+_command(report, "report", "compressed.pt2 --before model.pt2 -o page.html")
+_command(mixed_precision.analyze, "analyze", "model.pt2 --data data.pt --mode fast -o model.jsonl")
+_command(mixed_precision.recipe, "recipe", "model.jsonl --bpw 4 -o recipe.yaml", reads=False)
+_command(mixed_precision.sweep, "sweep", "model.jsonl model.pt2 --data data.pt -o curve.jsonl")
+_command(rdo, "rdo", "model.pt2 --data data.pt --target-bits 4 --out out/rdo")
+_command(doctor, "doctor", "--json", reads=False)
 
 
 def run() -> None:
     """Entry point: run the command and turn our errors into exit codes."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(message)s")
-    warnings.simplefilter("ignore", FutureWarning)
-    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
-        app()
+        with grouped_warnings():
+            app()
     except errors.GraphOptError as error:
         ERR.print(f"[red]{type(error).__name__}[/red]: ", end="")
         ERR.print(str(error), markup=False, highlight=False)
-        code = next((code for kind, code in _EXIT_CODES if isinstance(error, kind)), 1)
-        sys.exit(code)
+        sys.exit(code_of(error))
     except OSError as error:
         ERR.print("[red]OSError[/red]: ", end="")
         ERR.print(str(error), markup=False, highlight=False)

@@ -14,11 +14,13 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from graphopt.audited import read_arrays, read_tensors
+from graphopt.backends.lowering import as_program
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.cli.options import Fields, Given
 from graphopt.cli.target_options import TargetFields
 from graphopt.config.base import read_yaml
 from graphopt.errors import ArtifactExistsError, InputError
+from graphopt.ir.program import Program
 from graphopt.run.batches import as_batch
 from graphopt.search.mixed_precision.analysis import analyze as run_analysis
 from graphopt.search.mixed_precision.candidates import as_candidates, read_candidates
@@ -33,7 +35,7 @@ from graphopt.search.mixed_precision.plots import save_plot
 from graphopt.search.mixed_precision.sensitivity_table import SensitivityTable
 from graphopt.specs.options import Options
 
-__all__ = ["analyze", "is_recipe", "read_data", "recipe", "sweep"]
+__all__ = ["analyze", "fixed_batch", "is_recipe", "read_data", "recipe", "sweep"]
 
 Data = Annotated[
     Path,
@@ -44,7 +46,11 @@ Data = Annotated[
     ),
 ]
 BatchSize = Annotated[
-    int, typer.Option(help="Samples of a call, where the file has one array.", min=1)
+    int | None,
+    typer.Option(
+        help="Samples of a call, where the file has one array; those that the program takes, or 32.",
+        min=1,
+    ),
 ]
 TableFile = Annotated[
     Path, typer.Argument(help="What `graphopt analyze` has written.", exists=True, dir_okay=False)
@@ -62,11 +68,11 @@ class Inputs(Options):
     """
 
     data: Data
-    batch_size: BatchSize = 32
+    batch_size: BatchSize = None
 
-    def read(self) -> list[Any]:
+    def read(self, program: Program) -> list[Any]:
         """Inputs of one call each."""
-        return read_data(self.data, self.batch_size)
+        return read_data(self.data, self.batch_size, program)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,7 +121,7 @@ class RefinementFiles(Options):
     model: Annotated[Path | None, typer.Option(exists=True, dir_okay=False)] = None
     refine: Path | None = None
     data: Annotated[Path | None, typer.Option(exists=True, dir_okay=False)] = None
-    batch_size: BatchSize = 32
+    batch_size: BatchSize = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,11 +181,12 @@ def analyze(
         chosen, special = read_candidates(Path(candidates))
     else:
         chosen = as_candidates([text.strip() for text in candidates.split(",")])
+    program = as_program(model)
     table = run_analysis(
-        model,
+        program,
         None,
         chosen,
-        inputs.read(),
+        inputs.read(program),
         metric or ["psnr"],
         layer_candidates=special,
         path=to.output,
@@ -220,7 +227,8 @@ def recipe(
     known = SensitivityTable.load(table, on.model or on.refine)
     chosen = known.recipe(lowering=form, **asked)
     if on.data is not None:
-        data, progress = read_data(on.data, on.batch_size), False if to.as_json else None
+        data = read_data(on.data, on.batch_size, known.program)
+        progress = False if to.as_json else None
         chosen = known.refine(chosen, data, pin=asked["pin"], progress=progress, **how)
     chosen.save(to.output, overwrite=to.overwrite)
     if to.as_json:
@@ -240,8 +248,8 @@ def sweep(
     """Compress and evaluate over targets: the curve of accuracy over bits per weight."""
     if targets.metric not in METRICS:
         raise InputError(f"no metric {targets.metric!r}; use one of {sorted(METRICS)}")
-    calls = inputs.read()
     known = SensitivityTable.load(table, model)
+    calls = inputs.read(known.program)
     metric = METRICS[targets.metric]
     exact = known.program.module()
     with torch.no_grad():
@@ -281,32 +289,62 @@ def is_recipe(path: Path) -> bool:
     return isinstance(data, dict) and "recipe" in data
 
 
-def read_data(path: Path, batch_size: int) -> list[Any]:
+def read_data(path: Path, batch_size: int | None, program: Program | None = None) -> list[Any]:
     """Inputs of one call each.
 
     Args:
         path: A .pt file with a tensor (cut into batches) or a list of calls, a .npy file (cut into
             batches), or a .npz file whose arrays are keyword inputs (cut into batches together).
-        batch_size: Samples of a call.
+        batch_size: Samples of a call; None for those that the program takes, or 32.
+        program: Whose calls they are, where it is known; where it takes calls of one size only, samples
+            that do not fill a call are left out.
 
     Raises:
-        InputError: The file cannot be read.
+        InputError: The file cannot be read, or the program takes calls of another size.
     """
     data: Any = read_arrays(path) if path.suffix in (".npy", ".npz") else read_tensors(path)
+    fixed = None if program is None else fixed_batch(program)
+    size = batch_size or fixed or 32
     try:
         if isinstance(data, np.ndarray):
             data = torch.from_numpy(data)
         if isinstance(data, Tensor):
-            return list(data.split(batch_size))
+            _refuse_other_sizes(size, fixed)
+            return _whole(list(data.split(size)), fixed)
         if isinstance(data, Mapping):
-            parts = {name: torch.as_tensor(data[name]).split(batch_size) for name in data}
+            _refuse_other_sizes(size, fixed)
+            parts = {name: torch.as_tensor(data[name]).split(size) for name in data}
             calls = zip(*parts.values(), strict=True)
-            return [dict(zip(parts, batch, strict=True)) for batch in calls]
+            return _whole([dict(zip(parts, batch, strict=True)) for batch in calls], fixed)
     except (TypeError, ValueError, RuntimeError, IndexError) as error:
+        if isinstance(error, InputError):
+            raise
         raise InputError(f"{path} holds no inputs that can be cut into calls: {error}") from None
     if isinstance(data, list) and data:
         return data
     raise InputError(f"{path}: expected a tensor or a list of calls, got {type(data).__name__}")
+
+
+def fixed_batch(program: Program) -> int | None:
+    """Samples of a call, where a program takes one number of them only."""
+    inputs = program.graph_module.graph.find_nodes(op="placeholder")
+    values = [node.meta.get("val") for node in inputs]
+    sizes = {value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim}
+    return next(iter(sizes)) if len(sizes) == 1 and isinstance(next(iter(sizes)), int) else None
+
+
+def _refuse_other_sizes(size: int, fixed: int | None) -> None:
+    if fixed is not None and size != fixed:
+        raise InputError(
+            f"--batch-size {size}: the program takes calls of {fixed}; leave --batch-size out, or"
+            " capture the model with an open batch"
+        )
+
+
+def _whole(calls: list[Any], fixed: int | None) -> list[Any]:
+    """The calls without a last one that is too small for a program of one size."""
+    leaves = pytree.tree_leaves(calls[-1])
+    return calls[:-1] if fixed is not None and len(leaves[0]) < fixed and len(calls) > 1 else calls
 
 
 def _called(module: torch.nn.Module, call: Any) -> list[Tensor]:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from graphopt.backends.lowering import as_program
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.cli.mixed_precision import BatchSize, Data, read_data
 from graphopt.cli.options import Fields, Given
@@ -32,7 +33,7 @@ class RDOFiles(Options):
     """
 
     data: Data
-    batch_size: BatchSize = 32
+    batch_size: BatchSize = None
     evaluation: Annotated[Path | None, typer.Option(exists=True, dir_okay=False)] = None
 
 
@@ -56,14 +57,13 @@ def rdo(
     whole |= settings
     if whole.get("target_bits") is None and whole.get("rate_weight") is None:
         raise ConfigError("give --target-bits, or target_bits or rate_weight in --config")
+    program, others = as_program(model), files.evaluation
     done = optimize(
-        model,
+        program,
         None,
-        read_data(files.data, files.batch_size),
+        read_data(files.data, files.batch_size, program),
         RDOConfig.from_dict(whole),
-        evaluation_data=(
-            None if files.evaluation is None else read_data(files.evaluation, files.batch_size)
-        ),
+        evaluation_data=None if others is None else read_data(others, files.batch_size, program),
         progress=False if as_json else None,
         **run,
     )

@@ -30,12 +30,13 @@ def compare(
     before: Before,
     after: Model,
     data: Inputs = None,
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
     as_json: Json = False,
 ) -> None:
     """Show type, size and errors of each layer before and after."""
-    batches = None if data is None else read_data(data, batch_size)
-    difference = diff(as_program(before), as_program(after), batches)
+    original = as_program(before)
+    batches = None if data is None else read_data(data, batch_size, original)
+    difference = diff(original, as_program(after), batches)
     if as_json:
         print_json(difference.to_dict())
     else:
@@ -49,12 +50,12 @@ def report(
         Path | None, typer.Option(help="The .pt2 before compression.", exists=True, dir_okay=False)
     ] = None,
     data: Inputs = None,
-    batch_size: BatchSize = 32,
+    batch_size: BatchSize = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Write one self-contained HTML page about a compressed program."""
     check_report(output, (".html",), overwrite=overwrite)
-    batches = None if data is None else read_data(data, batch_size)
-    source = None if before is None else as_program(before)
-    path = write_page(as_program(program), output, before=source, data=batches, overwrite=overwrite)
+    shown, source = as_program(program), None if before is None else as_program(before)
+    batches = None if data is None else read_data(data, batch_size, shown)
+    path = write_page(shown, output, before=source, data=batches, overwrite=overwrite)
     OUT.print(f"{path}: {path.stat().st_size:,} bytes")

@@ -48,6 +48,10 @@ class Compressor(ABC):
         self._prepared: CapturedModule | None = None
         self._trains_as_model = False
 
+    def __repr__(self) -> str:
+        state = "not prepared" if self._run is None else "prepared"
+        return f"{type(self).__name__}({type(self._model).__name__}, {state})"
+
     @abstractmethod
     def prepare(
         self,

@@ -30,6 +30,9 @@ class CompressedProgram(Program):
 
     pass_report: PassReport | None = None
 
+    # a dataclass would make one of its own, with every tensor
+    __repr__ = Program.__repr__
+
     def report(self) -> CompressionTable:
         """One row per candidate tensor; prints as a table, with `to_json()` and `to_html(path)`."""
         return table_of(self)
@@ -75,6 +78,8 @@ class CompressedSet(ProgramSet):
     """
 
     whole: CompressedProgram
+
+    __repr__ = ProgramSet.__repr__
 
     def report(self) -> CompressionTable:
         """One row per candidate tensor, as for `CompressedProgram`."""

@@ -69,6 +69,13 @@ class Pipeline(Sequence[AnyPass]):
     def __iter__(self) -> Iterator[AnyPass]:
         return iter(self.passes)
 
+    def __repr__(self) -> str:
+        return f"Pipeline({self.name!r}: {len(self)} passes, {self._ends})"
+
+    @property
+    def _ends(self) -> str:
+        return " … ".join(dict.fromkeys((*self.names[:1], *self.names[-1:]))) or "none"
+
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Run on a graph module in place, as a pass."""
         return PassManager(self.passes)(gm)
@@ -199,6 +206,12 @@ class PausedRun:
     place: int
     program: Program
     report: PassReport
+
+    def __repr__(self) -> str:
+        waits = name_of(self.pipeline.passes[self.place])
+        return (
+            f"PausedRun({self.pipeline.name!r}: waits before {waits!r}, {self.place} passes done)"
+        )
 
     def finish(
         self, program: Program | None = None, *passes: AnyPass, **results: Any

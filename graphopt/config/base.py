@@ -301,7 +301,9 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
         if cls.root_key in body:
             others = sorted(map(str, set(body) - {cls.root_key}))
             if others:
-                raise ConfigError(f"{cls.__name__}: unknown keys {others} beside {cls.root_key!r}")
+                raise ConfigError(
+                    f"{cls.__name__}: unknown keys {others} beside {cls.root_key!r}; write them inside it"
+                )
             body = body[cls.root_key] or {}
         if not isinstance(body, dict):
             raise ConfigError(f"{cls.root_key}: expected a mapping, got {type(body).__name__}")

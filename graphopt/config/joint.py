@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from pathlib import Path
 from typing import IO, Any, Self, TypeVar
 
@@ -77,7 +78,11 @@ class JointConfig(SpecModel):
         known = {*kinds, "artifact", *(kind.root_key for kind in kinds.values())}
         unknown = sorted(map(str, set(data) - known))
         if unknown:
-            raise ConfigError(f"{cls.__name__}: unknown keys {unknown}; known are {sorted(known)}")
+            near = difflib.get_close_matches(unknown[0], sorted(known), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise ConfigError(
+                f"{cls.__name__}: unknown keys {unknown}; {hint}known are {sorted(known)}"
+            )
         return cls(**parts)
 
     @classmethod

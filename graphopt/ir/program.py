@@ -168,6 +168,15 @@ class Program:
             # a slice of a dataset would be saved with all of the dataset
             object.__setattr__(self, name, pytree.tree_map(_without_rest, getattr(self, name)))
 
+    def __repr__(self) -> str:
+        nodes = self.graph_module.graph.nodes
+        ops = sum(node.op.startswith("call") for node in nodes)
+        inputs = [str(node.target) for node in nodes if node.op == "placeholder"]
+        size = sum(tensor.nbytes for tensor in self.graph_module.parameters())
+        size += sum(tensor.nbytes for tensor in self.graph_module.buffers())
+        about = f"{ops} ops, inputs {', '.join(inputs) or 'none'}, {size:,} bytes of tensors"
+        return f"{type(self).__name__}({self.provenance.source}: {about})"
+
     def module(self) -> CapturedModule:
         """A callable copy, independent of the program."""
         return copy.deepcopy(self.graph_module)

@@ -43,6 +43,9 @@ class ProgramSet:
     def __len__(self) -> int:
         return len(self.methods)
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.methods)})"
+
     @property
     def state(self) -> tuple[StateTensor, ...]:
         """What any of the methods changes, each tensor once."""

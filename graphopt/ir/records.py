@@ -111,6 +111,11 @@ class CompressionRecord:
     warnings: tuple[str, ...] = ()
     activations: tuple[ActivationRecord, ...] = ()
 
+    def __repr__(self) -> str:
+        done = f"{len(self.compressed)} of {len(self.rows)} tensors compressed"
+        dense = f"{self.overall_bits_per_weight:.3f} bits per weight"
+        return f"{type(self).__name__}({done}, {dense})"
+
     def __iter__(self) -> Iterator[TensorRecord]:
         return iter(self.rows)
 

@@ -29,6 +29,8 @@ class CompressionTable(CompressionRecord):
 
     program: Program | None = field(default=None, compare=False, repr=False)
 
+    __repr__ = CompressionRecord.__repr__
+
     def to_html(self, path: str | Path, **options: Any) -> Path:
         """Write a self-contained page about the program that this is the report of.
 

@@ -94,6 +94,10 @@ class Measurements:
             raise InputError("the table was measured on another model: the graph differs")
         self._program = program
 
+    def __repr__(self) -> str:
+        about = f"{len(self.layers)} layers, {len(self.candidates)} candidates"
+        return f"{type(self).__name__}({about}, {', '.join(self.header.metrics)})"
+
     @property
     def program(self) -> Program:
         """The uncompressed program.

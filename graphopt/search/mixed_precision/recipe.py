@@ -96,6 +96,12 @@ class Recipe:
                 counts[name] = (len(own), sum(own))
         return counts
 
+    def __repr__(self) -> str:
+        dense = f"{self.bits_per_weight:.3f} bits per weight, {self.bytes:,} bytes"
+        return (
+            f"Recipe({len(self.layers)} layers: {dense}, predicted {self.metric} {self.value:.4g})"
+        )
+
     def to_config(self, *, algorithm: str | None = None) -> AnyConfig:
         """The config that the compressors and `graphopt.compress` take.
 

@@ -99,6 +99,9 @@ class Sweep:
         above = (score - score.min()) / np.ptp(score) - (size - size.min()) / np.ptp(size)
         return points[int(above.argmax())]
 
+    def __repr__(self) -> str:
+        return f"Sweep({len(self.points)} points of {self.score})"
+
     def to_rows(self) -> list[dict[str, Any]]:
         """Points as plain values."""
         return [asdict(point) for point in self.points]

@@ -1,0 +1,78 @@
+"""graphopt init: a config to begin with, with the names and types of a model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from graphopt.analysis.weights import find_weights
+from graphopt.backends.lowering import as_program
+from graphopt.cli.artifacts import check_report
+from graphopt.cli.common import OUT, Model
+from graphopt.config.presets import DEFAULT_PRESET, preset_text
+from graphopt.files import replaced
+from graphopt.ir.program import Program
+
+__all__ = ["init"]
+
+
+def init(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", help="Config to write, .yaml.")] = Path(
+        "config.yaml"
+    ),
+    preset: Annotated[str, typer.Option(help="What it begins with.")] = DEFAULT_PRESET,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
+) -> None:
+    """Write a commented config with the module names and types of a model."""
+    check_report(output, (".yaml", ".yml"), overwrite=overwrite)
+    text = config_text(as_program(model), preset, model)
+    with replaced(output) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+    OUT.print(
+        f"{output}: preset {preset}; edit it, then graphopt compress {model} --config {output}"
+    )
+
+
+def config_text(program: Program, preset: str, source: Path) -> str:
+    """A preset as YAML, followed by comments with what can be named of a program.
+
+    Args:
+        program: Whose modules are listed.
+        preset: Name of the preset.
+        source: File of the program, for the heading.
+
+    Raises:
+        ConfigError: There is no such preset.
+    """
+    text = preset_text(preset)
+    weights = [weight for weight in find_weights(program.graph_module) if weight.uses]
+    types: dict[str, list[str]] = {}
+    for weight in weights:
+        types.setdefault(weight.module_type or "?", []).append(weight.name)
+    width = max((len(name) for name in types), default=0)
+    lines = [
+        f"# A config for {source.name}: preset {preset!r}. The entries below are those of this model;",
+        "# take a `#` away to give a module a config of its own. null leaves it as it is; names are",
+        "# regular expressions, the last that matches counts, and names come before types.",
+        text.rstrip(),
+    ]
+    if "module_type_configs" not in text:
+        lines.append("  # module_type_configs:")
+        for kind, names in types.items():
+            count = "1 weight" if len(names) == 1 else f"{len(names)} weights"
+            lines.append(f"  #   {kind}: {'null':<{width - len(kind) + 5}}# {count}")
+    if "module_name_configs" not in text:
+        lines.append("  # module_name_configs:")
+        for weight in weights:
+            owner = weight.name.rpartition(".")[0] or weight.name
+            shape = "×".join(map(str, weight.tensor.shape))
+            lines.append(f'  #   "{_escaped(owner)}": null  # {weight.name} {shape}')
+    return "\n".join(lines) + "\n"
+
+
+def _escaped(name: str) -> str:
+    """A name as a regular expression within a double-quoted YAML text."""
+    return name.replace(".", r"\\.")
