@@ -34,18 +34,23 @@ def _silenced() -> Iterator[Callable[[], str]]:
     sys.stderr.flush()
     root = logging.getLogger()
     handlers, level, disabled = list(root.handlers), root.level, root.manager.disable
-    with tempfile.TemporaryFile() as sink:
+    with tempfile.TemporaryFile() as sink, open(sink.fileno(), "w", closefd=False) as text:
         saved = [os.dup(1), os.dup(2)]
         os.dup2(sink.fileno(), 1)
         os.dup2(sink.fileno(), 2)
         logging.disable(logging.WARNING)
 
         def said() -> str:
+            text.flush()
             sink.seek(0)
             return sink.read().decode(errors="replace").strip()
 
         try:
-            with warnings.catch_warnings():
+            with (
+                warnings.catch_warnings(),
+                contextlib.redirect_stdout(text),  # it need not be the process's own
+                contextlib.redirect_stderr(text),
+            ):
                 warnings.simplefilter("ignore")
                 yield said
         finally:

@@ -7,12 +7,12 @@ from typing import Annotated
 
 import typer
 
-from graphopt.analysis.weights import find_weights
 from graphopt.backends.lowering import as_program
 from graphopt.cli.artifacts import check_report
 from graphopt.cli.common import OUT, Model
 from graphopt.config.presets import DEFAULT_PRESET, preset_text
 from graphopt.files import replaced
+from graphopt.inspection import inspect_program
 from graphopt.ir.program import Program
 
 __all__ = ["init"]
@@ -48,28 +48,25 @@ def config_text(program: Program, preset: str, source: Path) -> str:
         ConfigError: There is no such preset.
     """
     text = preset_text(preset)
-    weights = [weight for weight in find_weights(program.graph_module) if weight.uses]
-    types: dict[str, list[str]] = {}
-    for weight in weights:
-        types.setdefault(weight.module_type or "?", []).append(weight.name)
-    width = max((len(name) for name in types), default=0)
+    modules = [row for row in inspect_program(program).modules if row.ops and row.parameters]
+    types: dict[str, int] = {}
+    for row in modules:
+        types[row.type] = types.get(row.type, 0) + 1
+    width = max(map(len, types), default=0)
     lines = [
-        f"# A config for {source.name}: preset {preset!r}. The entries below are those of this model;",
-        "# take a `#` away to give a module a config of its own. null leaves it as it is; names are",
-        "# regular expressions, the last that matches counts, and names come before types.",
+        f"# A config for {source.name}, from preset {preset!r}; below it the modules of this model. Take a `# `",
+        "# away to give one a config of its own: null leaves it as it is, names are regular expressions, the",
+        "# last that matches counts, and names come before types.",
         text.rstrip(),
+        "  # module_type_configs:",
     ]
-    if "module_type_configs" not in text:
-        lines.append("  # module_type_configs:")
-        for kind, names in types.items():
-            count = "1 weight" if len(names) == 1 else f"{len(names)} weights"
-            lines.append(f"  #   {kind}: {'null':<{width - len(kind) + 5}}# {count}")
-    if "module_name_configs" not in text:
-        lines.append("  # module_name_configs:")
-        for weight in weights:
-            owner = weight.name.rpartition(".")[0] or weight.name
-            shape = "×".join(map(str, weight.tensor.shape))
-            lines.append(f'  #   "{_escaped(owner)}": null  # {weight.name} {shape}')
+    for kind, count in types.items():
+        number = "1 module" if count == 1 else f"{count} modules"
+        lines.append(f"  #   {kind}: {'null':<{width - len(kind) + 6}}# {number}")
+    lines.append("  # module_name_configs:")
+    for row in modules:
+        about = f"{row.type.rpartition('.')[2]}, {row.parameters:,} parameters"
+        lines.append(f'  #   "{_escaped(row.name)}": null  # {about}')
     return "\n".join(lines) + "\n"
 
 

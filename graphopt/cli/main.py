@@ -112,7 +112,7 @@ _command(report, "report", "compressed.pt2 --before model.pt2 -o page.html")
 _command(mixed_precision.analyze, "analyze", "model.pt2 --data data.pt --mode fast -o model.jsonl")
 _command(mixed_precision.recipe, "recipe", "model.jsonl --bpw 4 -o recipe.yaml", reads=False)
 _command(mixed_precision.sweep, "sweep", "model.jsonl model.pt2 --data data.pt -o curve.jsonl")
-_command(rdo, "rdo", "model.pt2 --data data.pt --target-bits 4 --out out/rdo")
+_command(rdo, "rdo", "model.pt2 --data data.pt --target-bits 4 -o out/rdo")
 _command(doctor, "doctor", "--json", reads=False)
 
 

@@ -329,8 +329,10 @@ def fixed_batch(program: Program) -> int | None:
     """Samples of a call, where a program takes one number of them only."""
     inputs = program.graph_module.graph.find_nodes(op="placeholder")
     values = [node.meta.get("val") for node in inputs]
-    sizes = {value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim}
-    return next(iter(sizes)) if len(sizes) == 1 and isinstance(next(iter(sizes)), int) else None
+    sizes = [value.shape[0] for value in values if isinstance(value, Tensor) and value.ndim]
+    if not sizes or not all(isinstance(size, int) for size in sizes):
+        return None  # an open size is no int
+    return sizes[0] if len(set(sizes)) == 1 else None
 
 
 def _refuse_other_sizes(size: int, fixed: int | None) -> None:

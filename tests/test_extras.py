@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+import pytest
+
+from graphopt.errors import MissingDependencyError
+from graphopt.extras import require
+
+NOISY = """
+import logging, os, sys, warnings
+print("printed")
+print("to errors", file=sys.stderr)
+os.write(2, b"from compiled parts")
+warnings.warn("old")
+logging.warning("logged")
+VALUE = 3
+"""
+
+
+def test_what_a_package_writes_while_it_is_imported_is_kept_from_the_streams(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "noisy_package.py").write_text(NOISY)
+    monkeypatch.syspath_prepend(tmp_path)
+    handlers, level = list(logging.getLogger().handlers), logging.getLogger().level
+    assert require("noisy_package", "some").VALUE == 3
+    assert capfd.readouterr() == ("", "")
+    assert (logging.getLogger().handlers, logging.getLogger().level) == (handlers, level)
+    print("shown")
+    assert capfd.readouterr().out == "shown\n"
+    assert require("noisy_package", "some") is sys.modules["noisy_package"]
+
+
+def test_missing_package_is_named_with_its_extra() -> None:
+    with pytest.raises(MissingDependencyError, match=r"pip install 'graphopt\[some\]'"):
+        require("no_such_package", "some")
