@@ -60,6 +60,8 @@ def _kept() -> Iterator[None]:
     own, numbers, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     with warnings.catch_warnings():
+        # torch.export warns of its own tree specs wherever it copies them
+        warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
         try:
             yield
         finally:

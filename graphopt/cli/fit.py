@@ -17,7 +17,7 @@ from graphopt.cli.options import Fields, Given
 from graphopt.cli.target_options import TargetFields
 from graphopt.search.budget.fit import fit as run_fit
 from graphopt.search.budget.options import FitOptions
-from graphopt.specs.byte_sizes import parse_bytes
+from graphopt.specs.artifact import read_bytes
 from graphopt.specs.options import Options
 
 __all__ = ["fit"]
@@ -50,7 +50,7 @@ def fit(
 ) -> None:
     """Make the best artifact of a size: measure, choose, fit, lower, compare with PyTorch, save."""
     target = check_output(to.output, None, overwrite=how["overwrite"])
-    asked, program = parse_bytes(to.size), as_program(model)
+    asked, program = read_bytes(to.size), as_program(model)
     result = run_fit(
         program,
         None,

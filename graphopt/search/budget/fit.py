@@ -19,7 +19,6 @@ from graphopt.backends import load_backend
 from graphopt.backends.artifact import Artifact
 from graphopt.backends.base import Backend
 from graphopt.backends.lowering import as_program, lower
-from graphopt.backends.options import read_options
 from graphopt.backends.registry import target_of, target_of_suffix
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.joint import compress
@@ -34,11 +33,10 @@ from graphopt.search.budget.options import FitKeywords, FitOptions
 from graphopt.search.budget.result import Alternative, FitResult, MeasuredError
 from graphopt.search.mixed_precision.analysis import analyze
 from graphopt.search.mixed_precision.choose import every_recipe
-from graphopt.search.mixed_precision.file_budget import file_size
 from graphopt.search.mixed_precision.metrics import METRICS, measure
 from graphopt.search.mixed_precision.recipe import Recipe
 from graphopt.search.mixed_precision.sensitivity_table import SensitivityTable
-from graphopt.specs.byte_sizes import parse_bytes
+from graphopt.specs.artifact import read_bytes
 
 __all__ = ["fit"]
 
@@ -86,7 +84,7 @@ def fit(
         VerificationError: The artifact computes something else; nothing is written.
     """
     started = time.perf_counter()
-    asked, target_path = parse_bytes(size), Path(path)
+    asked, target_path = read_bytes(size), Path(path)
     how = FitOptions.of("fit", options)
     backend = _backend(target_path, how)
     if target_path.exists() and not how.overwrite:
@@ -106,7 +104,7 @@ def fit(
         mode=how.mode,
         backend=backend.target,
         correction=None if calls is None else "statistics",
-        float_dtype=read_options(backend.options, backend.name, how.lowering or {}).float_type,
+        lowering=how.lowering,
         seed=how.seed,
         progress=shown,
     )
@@ -194,15 +192,15 @@ class _Made:
         budget = asked
         for _ in range(_TRIES):
             with step("choosing", enabled=how.progress):
-                try:
-                    recipe = table.recipe(target_bytes=budget, lowering=how.lowering)
-                except InfeasibleError as error:
-                    raise _refusal(table, asked, how) from error
+                recipe = table.recipe(target_bytes=budget)
             made = cls._carried_out(table.program, recipe, backend, data, how)
             if made.size <= asked:
                 return made
-            budget -= made.size - asked
-        raise _refusal(table, asked, how)
+            budget -= made.size - asked  # what fitting has added, such as biases
+        raise InfeasibleError(
+            f"no choice was found whose file has at most {asked:,} bytes once its weights are fitted; the"
+            f" nearest has {made.size:,}"
+        )
 
     @classmethod
     def _carried_out(
@@ -212,7 +210,7 @@ class _Made:
         compressed = compress(
             program,
             None,
-            recipe.to_config(),
+            replace(recipe, artifact=None).to_config(),  # the size is looked at here
             given,
             backend=backend.target,
             seed=how.seed,
@@ -225,17 +223,6 @@ class _Made:
             artifact = lower(compressed, backend.target, **dict(how.lowering or {}))
             artifact.save(Path(folder) / f"model{artifact.suffix}", verify=False)
             return cls(recipe, compressed, artifact, artifact.size)
-
-
-def _refusal(table: SensitivityTable, asked: int, how: FitOptions) -> InfeasibleError:
-    """That nothing is so small, and what the smallest choice takes."""
-    smallest = every_recipe(table)[0]
-    size = file_size(table, smallest, how.lowering)
-    return InfeasibleError(
-        f"no choice gives a file of at most {asked:,} bytes: the smallest has {size:,}, of which"
-        f" {smallest.bytes:,} are tensors ({smallest.bits_per_weight:.2f} bits per weight, predicted"
-        f" PSNR {smallest.value:.1f} dB); raise the size, or add smaller candidates"
-    )
 
 
 def _neighbours(
