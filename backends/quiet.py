@@ -21,6 +21,7 @@ def quiet(logger_name: str) -> Iterator[None]:
     with (
         exclusive(),
         without_warnings(logger_name),
+        without_warnings("torch"),  # of what the library does with it, or imports
         contextlib.redirect_stderr(sink),
         contextlib.redirect_stdout(sink),
         warnings.catch_warnings(),
