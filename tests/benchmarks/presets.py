@@ -3,7 +3,7 @@
 python tests/benchmarks/presets.py [--families cnn bert …]
 
 A row per family: bits per weight, the task's score of the float net and of the compressed one, and the
-PSNR of its outputs on data that nothing was fitted to. Two minutes of CPU time.
+PSNR of its outputs on data that nothing was fitted to.
 """
 
 from __future__ import annotations
