@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Mapping
 from dataclasses import replace
@@ -64,6 +63,10 @@ def as_program(
 def convert_for(program: Program, backend: ExportBackend | str) -> CapturedModule:
     """A module that holds the ops of a backend instead of ours, and keeps the program beside them.
 
+    Args:
+        program: What it computes; its tensors are taken over, so that nothing lies in memory twice.
+        backend: The target.
+
     Raises:
         LoweringError: The backend cannot hold the program.
     """
@@ -72,7 +75,7 @@ def convert_for(program: Program, backend: ExportBackend | str) -> CapturedModul
     converted = program.copy()
     run_passes(converted.graph_module, [RemoveUnused(), *target.legalize()])
     if not target.legalize():
-        return copy.deepcopy(converted.graph_module)
+        return converted.graph_module
     return with_neutral_form(converted.graph_module, program.graph_module)
 
 

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from graphopt.report.table import CompressionTable
     from graphopt.run.batches import CallSequence
     from graphopt.search.budget.result import FitResult
+    from graphopt.run.workers import Workers
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "JointConfig",
     "Program",
     "TensorRecord",
+    "Workers",
     "__version__",
     "capture",
     "casting",
@@ -61,6 +63,7 @@ _MEMBERS = {
     "JointConfig": "graphopt.config.joint",
     "Program": "graphopt.ir.program",
     "TensorRecord": "graphopt.ir.records",
+    "Workers": "graphopt.run.workers",
     "compress": "graphopt.api",
     "fit": "graphopt.api",
     "lower": "graphopt.api",

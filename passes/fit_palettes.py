@@ -51,6 +51,7 @@ class FitPalettes(Pass):
         sensitivity_path: File of `KMeansPalettizer.save_sensitivities`, by which errors are weighed
             where there are no data.
         calibrated_later: Cluster by k-means what has to wait for its data.
+        executor: Where weights are clustered without data (`graphopt.run.workers.run_tasks`).
 
     Raises:
         CalibrationError: An algorithm needs data and there are none.
@@ -65,6 +66,7 @@ class FitPalettes(Pass):
     progress: bool | None = None
     sensitivity_path: str | Path | None = None
     calibrated_later: bool = False
+    executor: Any = None
 
     @override
     def run(self, edit: Editor) -> None:
@@ -105,5 +107,11 @@ class FitPalettes(Pass):
                 + "\ngive calibration data (`calibration_data=`, `data=` of a pipeline, --data), or"
                 " set algorithm 'kmeans' or 'auto'"
             )
-        palettes = cluster_annotated(gm, progress=self.progress, seed=self.seed, importance=weighed)
+        palettes = cluster_annotated(
+            gm,
+            progress=self.progress,
+            seed=self.seed,
+            importance=weighed,
+            executor=self.executor,
+        )
         keep_findings(gm, palettes=palettes, sensitivities=weighed, fitted_to_outputs=False)

@@ -27,6 +27,7 @@ from graphopt.errors import CaptureError, GraphOptError, InputError
 from graphopt.exclusive import exclusively
 from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, InputGuards, holder_of
+from graphopt.ir.decoded_tensor import with_plain_tensors
 from graphopt.ir.guards import by_signature, input_places
 from graphopt.ir.program import Program, Provenance, share_graph
 from graphopt.ir.program_set import ProgramSet
@@ -100,11 +101,11 @@ def capture(
     warn_of_untested()
     if example_inputs is None and not example_kwargs:
         raise InputError(f"example_inputs are needed to capture {type(model).__name__}")
-    args = _as_args(example_inputs)
-    kwargs = dict(example_kwargs or {})
+    args, kwargs = _as_args(example_inputs), dict(example_kwargs or {})
     if isinstance(model, CapturedModule):
         # it is a captured graph already; its metadata would only suffer from another export
-        return Program(share_graph(model), args, kwargs, Provenance(type(model).__name__))
+        plain = with_plain_tensors(share_graph(model))
+        return Program(plain, args, kwargs, Provenance(type(model).__name__))
     with _evaluation_mode(model), without_cache(model), buffers_restored(model), torch.no_grad():
         exported = _export(model, args, kwargs, dynamic_shapes)
     return _to_program(exported, type(model).__name__, args, kwargs)
@@ -116,9 +117,7 @@ def _as_args(example_inputs: _Args | Tensor | None) -> _Args:
     if isinstance(example_inputs, Tensor):
         return (example_inputs,)
     if not isinstance(example_inputs, tuple | list):
-        raise InputError(
-            f"example_inputs must be a tuple of inputs, got {type(example_inputs).__name__}"
-        )
+        raise InputError(f"example_inputs must be a tuple, got {type(example_inputs).__name__}")
     return tuple(example_inputs)
 
 

@@ -9,6 +9,8 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -16,11 +18,15 @@ import typer
 from rich.console import Console
 
 from graphopt.capture.archive_check import trusting
+from graphopt.errors import InputError
 from graphopt.ir.records import finite_values
+from graphopt.run.workers import Workers, dask_workers
+from graphopt.specs.options import Options
 
 __all__ = [
     "ERR",
     "OUT",
+    "Cluster",
     "Json",
     "Model",
     "is_stream",
@@ -92,6 +98,30 @@ def to_stdout(path: Path) -> None:
     with path.open("rb") as file:
         shutil.copyfileobj(file, sys.stdout.buffer)
     sys.stdout.buffer.flush()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cluster(Options):
+    """Machines that take a share of the work.
+
+    Attributes:
+        dask: Address of a Dask scheduler whose workers do what is independent, such as tcp://host:8786.
+        shared_folder: Folder that all workers see under this path, for weights on their way.
+    """
+
+    dask: str | None = None
+    shared_folder: Annotated[Path | None, typer.Option(exists=True, file_okay=False)] = None
+
+    def workers(self) -> AbstractContextManager[Workers | None]:
+        """Workers of the scheduler; None without one.
+
+        Raises:
+            InputError: A folder without a scheduler, or no scheduler answers.
+            MissingDependencyError: Dask is not installed.
+        """
+        if self.shared_folder is not None and self.dask is None:
+            raise InputError("--shared-folder is for the workers of --dask")
+        return dask_workers(self.dask, self.shared_folder)
 
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]

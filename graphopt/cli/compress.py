@@ -27,7 +27,7 @@ from graphopt.cli.artifacts import (
     sentence,
     write,
 )
-from graphopt.cli.common import ERR, OUT, Json, Model, is_stream, print_json
+from graphopt.cli.common import ERR, OUT, Cluster, Json, Model, is_stream, print_json
 from graphopt.cli.mixed_precision import BatchSize, is_recipe, read_data
 from graphopt.cli.options import Fields, Given
 from graphopt.cli.target_options import TargetFields
@@ -98,8 +98,8 @@ class CalibrationFiles(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class WatchOptions(Options):
-    """What is written and checked on the way.
+class WatchOptions(Cluster):
+    """Where the work is done, and what is written and checked on the way.
 
     Attributes:
         dump_passes: Folder for the graph before and after each pass.
@@ -139,8 +139,10 @@ def compress(
     if recipe is not None:
         recipe.check(original)
     progress = False if to.as_json else None
-    pipeline = pipelines.joint(wanted, batches, backend=target, progress=progress, **how)
-    program = pipeline.run(original, dump_dir=watch.dump_passes, verify=watch.verify_passes)
+    with watch.workers() as workers:
+        how |= {"backend": target, "progress": progress, "executor": workers}
+        pipeline = pipelines.joint(wanted, batches, **how)
+        program = pipeline.run(original, dump_dir=watch.dump_passes, verify=watch.verify_passes)
     table = as_stored(program, target)
     artifact = _lowered(program, target, form)
     write(artifact, to.output, overwrite=to.overwrite, **_checks(to, artifact.program))

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.audited import read_arrays, read_tensors
 from graphopt.backends.lowering import as_program
-from graphopt.cli.common import OUT, Json, Model, print_json
+from graphopt.cli.common import OUT, Cluster, Json, Model, print_json
 from graphopt.cli.options import Fields, Given
 from graphopt.cli.target_options import TargetFields
 from graphopt.config.base import read_yaml
@@ -168,6 +168,7 @@ def analyze(
         Given, Fields(AnalysisOptions, "mode", "backend", "correction", "resume", "seed")
     ],
     form: Annotated[Given, TargetFields()],
+    cluster: Cluster,
     candidates: Annotated[
         str, typer.Option(help="Such as '2,4,6,int8', or a YAML file with 'candidates'.")
     ] = "2,4,6",
@@ -182,18 +183,20 @@ def analyze(
     else:
         chosen = as_candidates([text.strip() for text in candidates.split(",")])
     program = as_program(model)
-    table = run_analysis(
-        program,
-        None,
-        chosen,
-        inputs.read(program),
-        metric or ["psnr"],
-        layer_candidates=special,
-        path=to.output,
-        progress=False if to.as_json else None,
-        lowering=form,
-        **how,
-    )
+    with cluster.workers() as workers:
+        table = run_analysis(
+            program,
+            None,
+            chosen,
+            inputs.read(program),
+            metric or ["psnr"],
+            layer_candidates=special,
+            path=to.output,
+            progress=False if to.as_json else None,
+            lowering=form,
+            executor=workers,
+            **how,
+        )
     if to.csv is not None:
         table.to_csv(to.csv)
     if to.plot is not None:

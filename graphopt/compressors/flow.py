@@ -101,7 +101,7 @@ def _tables(
     return [
         *detect,
         AnnotatePalettization(config, how.on_unmatched),
-        FitPalettes(data, loss_fn, how.seed, how.progress),
+        FitPalettes(data, loss_fn, how.seed, how.progress, executor=how.executor),
         PalettizeWeights(seed=how.seed),
     ]
 

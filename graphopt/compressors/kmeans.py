@@ -81,6 +81,7 @@ class KMeansPalettizer(Compressor):
         self._training: PaletteTraining | None = None
         self._seed = 0
         self._palettes: dict[str, PalettizedWeight] = {}
+        self._cache_dense = False
 
     @override
     def prepare(
@@ -93,9 +94,11 @@ class KMeansPalettizer(Compressor):
         sensitivity_path: str | Path | None = None,
         on_unmatched: Literal["error", "warn"] = "error",
         num_workers: int = 1,
+        executor: Any = None,
         progress: bool | None = None,
         seed: int = 0,
         state_dict: Mapping[str, Tensor] | None = None,
+        cache_dense: bool = False,
     ) -> CapturedModule:
         """Capture the model and cluster its weights.
 
@@ -108,11 +111,15 @@ class KMeansPalettizer(Compressor):
                 dict, and one table has to serve channels of different gains.
             sensitivity_path: File of `save_sensitivities`, by which errors are weighed.
             on_unmatched: Whether a config key that matches no module, op or state raises or warns.
-            num_workers: Accepted for compatibility; clustering uses torch's threads.
+            num_workers: Accepted for compatibility; clustering uses torch's threads, or `executor`.
+            executor: Where weights are clustered, as in `CompressOptions`.
             progress: Show a bar; None shows it on a terminal.
             seed: Seed of vector tables.
             state_dict: State dict of a model that was prepared with the same config: its weights,
                 which hold few values each, give the tables back; errors are counted from them.
+            cache_dense: Let the module hold the palettized weights decoded: calls run at the model's
+                speed, for as much memory as the model's weights take. Otherwise it holds codes and
+                tables, and each call decodes a weight where it is read.
 
         Returns:
             A module with the model's signature and state-dict names that computes with the
@@ -128,7 +135,7 @@ class KMeansPalettizer(Compressor):
         """
         self._refuse_second_prepare()
         if num_workers != 1:
-            _log.info("num_workers has no effect: clustering uses torch's threads")
+            _log.info("num_workers has no effect: clustering uses torch's threads, or `executor`")
         how = CompressOptions(
             on_unmatched=on_unmatched,
             fold_batch_norm=fold_batch_norm,
@@ -141,6 +148,7 @@ class KMeansPalettizer(Compressor):
             progress=progress,
             sensitivity_path=sensitivity_path,
             calibrated_later=True,
+            executor=executor,
         )
         joint = JointConfig(palettization=self._config, artifact=self._artifact)
         pipeline = joint_pipeline("palettize", joint, options=how).replace(cluster.name, cluster)
@@ -154,9 +162,9 @@ class KMeansPalettizer(Compressor):
         self._palettes, self._sensitivities = dict(findings.palettes), dict(findings.sensitivities)
         keep_findings(gm, palettes={}, sensitivities={})
         fake = run.program.copy().graph_module
-        run_passes(fake, [FakePalettize(self._palettes)])
+        run_passes(fake, [FakePalettize(self._palettes, cache_dense)])
         _say(record_of(fake))
-        self._run, self._seed = run, seed
+        self._run, self._seed, self._cache_dense = run, seed, cache_dense
         self._prepared = copy.deepcopy(fake)
         if state_dict is not None and any(name.startswith(f"{QUANTIZERS}.") for name in state_dict):
             self._load(self._train().prepared, state_dict)
@@ -308,7 +316,7 @@ class KMeansPalettizer(Compressor):
         record(fitted.graph_module, remarks=remarks)
         self._fitted = fitted
         fake = fitted.copy().graph_module
-        run_passes(fake, [FakePalettize(palettes)])
+        run_passes(fake, [FakePalettize(palettes, self._cache_dense)])
         for path in {**dict(prepared.named_parameters()), **palettes}:
             holder, name = holder_of(fake, path)
             target, name = holder_of(prepared, path)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, TypedDict
+from typing import Any, Literal, TypedDict
 
 from graphopt.backends.registry import ExportBackend
 from graphopt.specs.options import Options
@@ -26,6 +26,10 @@ class CompressOptions(Options):
             activations are quantized too.
         seed: Seed of everything that is drawn.
         progress: Show bars; None shows them on a terminal.
+        executor: Where weights are compressed that need nothing of each other: any
+            `concurrent.futures.Executor`, or a Dask client or cluster (`graphopt.Workers` says which
+            folder its workers share); None takes the cores that torch may use. Results do not depend
+            on it.
     """
 
     backend: ExportBackend | str | None = None
@@ -36,6 +40,7 @@ class CompressOptions(Options):
     fold_batch_norm: bool | None = None
     seed: int = 0
     progress: bool | None = None
+    executor: Any = None
 
 
 class CompressKeywords(TypedDict, total=False):
@@ -49,3 +54,4 @@ class CompressKeywords(TypedDict, total=False):
     fold_batch_norm: bool | None
     seed: int
     progress: bool | None
+    executor: Any

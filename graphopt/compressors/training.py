@@ -7,6 +7,7 @@ from torch import nn
 from graphopt.config.palettization import KMeansPalettizerConfig, PATSchedule
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule, holder_of
+from graphopt.ir.decoded_tensor import settle
 from graphopt.ir.program import Program, share_graph
 from graphopt.passes import InsertPalettizers, RestoreTraining
 from graphopt.passes.pass_manager import run_passes
@@ -47,7 +48,7 @@ class PaletteTraining:
         for name in palettes:
             holder, attribute = holder_of(annotated.graph_module, name)
             target, attribute = holder_of(prepared, name)
-            getattr(target, attribute).data = getattr(holder, attribute).detach().clone()
+            settle(getattr(target, attribute), getattr(holder, attribute).detach().clone())
         prepared.add_module(QUANTIZERS, getattr(form, QUANTIZERS))
         prepared.graph = form.graph
         self.follow()

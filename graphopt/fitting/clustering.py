@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from torch import Tensor, fx
 
 from graphopt.errors import CompressionError
 from graphopt.ir.annotations import WeightAnnotation, palette_annotation
 from graphopt.ir.editor import Editor
-from graphopt.numerics.parallel import map_tasks
 from graphopt.progress import track
+from graphopt.run.workers import Task, run_tasks
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 from graphopt.specs import PalettizationSpec
 
@@ -26,6 +27,7 @@ def cluster_annotated(
     seed: int = 0,
     importance: Mapping[str, Tensor] | None = None,
     names: Collection[str] | None = None,
+    executor: Any = None,
 ) -> dict[str, PalettizedWeight]:
     """Cluster every annotated weight of a graph, layers side by side.
 
@@ -36,6 +38,7 @@ def cluster_annotated(
         importance: Name → weight of each element's squared error; others weigh all alike, and so
             do elements without any beside a thousandth of the mean.
         names: Weights to cluster; None is all.
+        executor: Where weights are clustered, as for `run_tasks`; the tables do not depend on it.
 
     Returns:
         Name of the tensor → its palettized form, in the order of the graph.
@@ -47,24 +50,39 @@ def cluster_annotated(
     if names is not None:
         weights = {name: weights[name] for name in weights if name in set(names)}
     order = sorted(weights, key=lambda name: -weights[name][0].numel())
-
-    def cluster(name: str) -> tuple[str, PalettizedWeight]:
-        tensor, annotation = weights[name]
-        try:
-            return name, palettize(
-                tensor,
-                annotation.spec,
-                output_axis=annotation.output_axis,
-                seed=seed,
-                importance=_smoothed((importance or {}).get(name)),
-            )
-        except CompressionError as error:
-            raise CompressionError(
-                f"{name}: {error}; exclude it in the config or repair the model"
-            ) from None
-
-    done = dict(track(map_tasks(cluster, order), "palettizing", len(order), enabled=progress))
+    tasks = (_task(name, *weights[name], importance or {}, seed) for name in order)
+    found = track(run_tasks(_cluster, tasks, executor), "palettizing", len(order), enabled=progress)
+    done = dict(zip(order, found, strict=True))
     return {name: done[name] for name in weights}
+
+
+def _task(
+    name: str,
+    tensor: Tensor,
+    annotation: WeightAnnotation[PalettizationSpec],
+    importance: Mapping[str, Tensor],
+    seed: int,
+) -> Task:
+    weighed = {"importance": importance[name]} if name in importance else {}
+    arguments = (name, annotation.spec, annotation.output_axis, seed)
+    return Task(arguments, {"weight": tensor, **weighed})
+
+
+def _cluster(
+    tensors: Mapping[str, Tensor], name: str, spec: PalettizationSpec, output_axis: int, seed: int
+) -> PalettizedWeight:
+    try:
+        return palettize(
+            tensors["weight"],
+            spec,
+            output_axis=output_axis,
+            seed=seed,
+            importance=_smoothed(tensors.get("importance")),
+        )
+    except CompressionError as error:
+        raise CompressionError(
+            f"{name}: {error}; exclude it in the config or repair the model"
+        ) from None
 
 
 def _smoothed(importance: Tensor | None) -> Tensor | None:

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +14,17 @@ __all__ = ["content_digest", "neutral_form", "with_neutral_form"]
 
 
 def with_neutral_form(finalized: CapturedModule, neutral: CapturedModule) -> CapturedModule:
-    """A copy of a finalized module that keeps the graph which it was made from.
+    """The finalized module, which keeps the graph that it was made from.
 
-    Tensors that both hold are copied once. The kept graph goes along with copies of the module; it
-    is neither exported nor saved.
+    Both are taken over and share the tensors that both hold. The kept graph goes along with copies
+    of the module; it is neither exported nor saved.
 
     Args:
         finalized: In a target's ops.
         neutral: The same program in ours.
     """
-    memo: dict[int, Any] = {}
-    made = copy.deepcopy(finalized, memo)
-    kept = KeptGraph(copy.deepcopy(neutral, memo), content_digest(made))
-    keep_neutral_graph(made, kept)
-    return made
+    keep_neutral_graph(finalized, KeptGraph(neutral, content_digest(finalized)))
+    return finalized
 
 
 def neutral_form(gm: CapturedModule) -> CapturedModule | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from torch.fx.experimental import _config as symbolic_config
 
     learnable_per_channel: Callable[..., torch.Tensor]
+    without_torch_function: Callable[[], AbstractContextManager[None]]
 
 __all__ = [
     "TESTED",
@@ -48,6 +50,7 @@ __all__ = [
     "part_of_torch",
     "symbolic_config",
     "warn_of_untested",
+    "without_torch_function",
 ]
 
 TESTED = (
@@ -70,6 +73,7 @@ _PARTS = {
     "may_stay_whole": ("torch._export.utils", "_check_valid_to_preserve"),
     "decomposition_table": ("torch._decomp", "decomposition_table"),
     "symbolic_config": ("torch.fx.experimental", "_config"),
+    "without_torch_function": ("torch._C", "DisableTorchFunctionSubclass"),
     "learnable_per_channel": ("torch", "_fake_quantize_learnable_per_channel_affine"),
 }
 

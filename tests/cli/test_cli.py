@@ -197,6 +197,11 @@ def test_differences_and_pages_are_written(with_data: Path) -> None:
             4,
             "must end in .json or .html",
         ),
+        (
+            ("compress", "m.pt2", "--config", "c.yaml", "-o", "p.pt2", "--shared-folder", "."),
+            4,
+            "is for the workers of --dask",
+        ),
     ],
 )
 def test_mistakes_are_told_without_a_traceback(

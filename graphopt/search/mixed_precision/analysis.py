@@ -29,6 +29,7 @@ from graphopt.ir.program import Program
 from graphopt.progress import track
 from graphopt.run.batches import Batch
 from graphopt.run.calibration_data import data_list, read_calls
+from graphopt.run.workers import executor_of
 from graphopt.search.content import content_hash, tensors_hash
 from graphopt.search.mixed_precision.artifacts import artifact_for
 from graphopt.search.mixed_precision.candidates import as_candidates
@@ -153,7 +154,7 @@ def analyze(
         _drop_beyond(records, len(batches))
         if _missing(records, len(batches)):
             bench = make_bench(program, header, metrics, batches, progress=how.progress)
-            _run(bench, program, records, batches, how.executor, how.progress)
+            _run(bench, program, records, batches, executor_of(how.executor), how.progress)
     table = SensitivityTable(records, program, metrics[0])
     _say_unreached(table)
     return table

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Executor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, get_args
@@ -57,8 +56,9 @@ class AnalysisOptions(Options):
             what `compress` does), or None. A layer's own output is corrected.
         path: File that grows with every measurement; None keeps them in memory.
         resume: Go on with the output, or begin anew.
-        executor: Any `concurrent.futures.Executor`, over which batches are distributed. Workers in
-            other processes get the program as a .pt2 file. Results do not depend on it.
+        executor: Any `concurrent.futures.Executor`, or a Dask client or cluster, over which batches
+            are distributed. Workers in other processes get the program as a .pt2 file. Results do
+            not depend on it.
         draws: Random directions per sample ("fast", "hybrid"), a backward pass each.
         max_vectors: About as many vectors are drawn at most; more samples are summed in groups.
         weight_threshold: Weights of at most this many elements are left out.
@@ -77,7 +77,7 @@ class AnalysisOptions(Options):
     correction: Correction | None = None
     path: str | Path | None = None
     resume: bool = True
-    executor: Executor | None = None
+    executor: Any = None
     draws: int = 1
     max_vectors: int = 128
     weight_threshold: int = 0
@@ -107,7 +107,7 @@ class AnalysisKeywords(TypedDict, total=False):
     correction: Correction | None
     path: str | Path | None
     resume: bool
-    executor: Executor | None
+    executor: Any
     draws: int
     max_vectors: int
     weight_threshold: int

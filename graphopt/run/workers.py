@@ -1,0 +1,175 @@
+"""Independent tasks on the threads of this process, or on any executor; results do not depend on which."""
+
+from __future__ import annotations
+
+import pickle
+import tempfile
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from graphopt.audited import read_pickle_of_ours
+from graphopt.errors import InputError
+from graphopt.extras import require
+from graphopt.numerics.parallel import map_tasks
+
+__all__ = ["Task", "Workers", "dask_workers", "executor_of", "run_tasks"]
+
+R = TypeVar("R")
+_UNKNOWN_WORKERS = 16
+
+
+@dataclass(frozen=True)
+class Task:
+    """One of many that need nothing of each other.
+
+    Attributes:
+        arguments: Small plain values, which travel to the worker.
+        tensors: What the worker reads from storage that it shares with this process.
+    """
+
+    arguments: Sequence[Any]
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Workers:
+    """An executor, and how its workers come by tensors.
+
+    Attributes:
+        executor: Any `concurrent.futures.Executor`, or a `distributed.Client` or cluster of Dask.
+        folder: Folder that all workers see under this path, for tensors on their way; None is one of
+            this machine's, which is enough for workers on it. Files are gone when the work is done.
+    """
+
+    executor: Any
+    folder: str | Path | None = None
+
+
+def executor_of(given: Any) -> Executor | None:
+    """What can be submitted to, of whatever `executor=` takes.
+
+    Args:
+        given: None, an executor, a client or cluster of Dask, or `Workers` of any of these.
+
+    Raises:
+        InputError: It is nothing of these.
+    """
+    if isinstance(given, Workers):
+        given = given.executor
+    if given is None or isinstance(given, Executor):
+        return given
+    if hasattr(given, "get_client") and not hasattr(given, "get_executor"):
+        given = given.get_client()  # a cluster
+    if hasattr(given, "get_executor"):
+        executor = given.get_executor(pure=False)
+        assert isinstance(executor, Executor)
+        return executor
+    raise InputError(
+        "executor must be a concurrent.futures.Executor or a Dask client or cluster, got"
+        f" {type(given).__name__}"
+    )
+
+
+@contextmanager
+def dask_workers(address: str | None, folder: str | Path | None = None) -> Iterator[Workers | None]:
+    """The workers of a Dask scheduler; None without an address.
+
+    Args:
+        address: Such as "tcp://10.0.0.1:8786".
+        folder: As for `Workers`.
+
+    Raises:
+        MissingDependencyError: Dask is not installed; the message names the extra.
+        InputError: No scheduler answers.
+    """
+    if address is None:
+        yield None
+        return
+    distributed: Any = require("distributed", "distributed")
+    try:
+        client = distributed.Client(address, timeout="10s")
+    except (OSError, ValueError) as error:
+        raise InputError(f"no Dask scheduler answers at {address}: {error}") from error
+    with client:
+        yield Workers(client, folder)
+
+
+def run_tasks(
+    function: Callable[..., R], tasks: Iterable[Task], workers: Any = None
+) -> Iterator[R]:
+    """`function(tensors, *arguments)` of every task, in their order.
+
+    Where the executor's workers are other processes, the tensors of the next few tasks lie in files
+    that the workers map into memory; only arguments and results travel.
+
+    Args:
+        function: Of a module, so that other processes find it.
+        tasks: They are read as they are needed.
+        workers: What `executor=` takes; None runs them on the cores that torch may use here.
+
+    Raises:
+        InputError: `workers` is no executor.
+    """
+    executor = executor_of(workers)
+    if executor is None:
+        yield from map_tasks(lambda task: function(task.tensors, *task.arguments), tasks)
+        return
+    here = isinstance(executor, ThreadPoolExecutor)
+    folder = workers.folder if isinstance(workers, Workers) else None
+    waiting: deque[tuple[Future[Any], Path | None]] = deque()
+    with tempfile.TemporaryDirectory(prefix="graphopt-", dir=folder) as name:
+        try:
+            for task in tasks:
+                if len(waiting) >= 2 * _count(executor):
+                    yield _taken(*waiting.popleft())
+                waiting.append(_submitted(executor, function, task, None if here else Path(name)))
+            while waiting:
+                yield _taken(*waiting.popleft())
+        finally:
+            for future, _ in waiting:
+                future.cancel()
+
+
+def _count(executor: Executor) -> int:
+    """How many workers there are; a Dask client counts their threads."""
+    client = getattr(executor, "_client", None)
+    if client is not None:
+        return max(1, sum(client.ncores().values()))
+    return int(getattr(executor, "_max_workers", _UNKNOWN_WORKERS))
+
+
+def _submitted(
+    executor: Executor, function: Callable[..., Any], task: Task, folder: Path | None
+) -> tuple[Future[Any], Path | None]:
+    if folder is None:
+        return executor.submit(function, task.tensors, *task.arguments), None
+    path = folder / f"{uuid.uuid4().hex}.safetensors"
+    save_file({key: value.detach().contiguous() for key, value in task.tensors.items()}, path)
+    return executor.submit(_elsewhere, function, str(path), pickle.dumps(task.arguments)), path
+
+
+def _taken(future: Future[Any], path: Path | None) -> Any:
+    result = future.result()
+    if path is None:
+        return result
+    path.unlink()
+    return read_pickle_of_ours(result)
+
+
+def _elsewhere(function: Callable[..., Any], path: str, arguments: bytes) -> bytes:
+    """What a worker does; tensors come back by value, not by handles that end with the worker."""
+    with safe_open(path, framework="pt") as file, torch.no_grad():
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
+        result = function(tensors, *read_pickle_of_ours(arguments))
+    return pickle.dumps(result)
