@@ -7,7 +7,7 @@ TORCH ?= 2.13.0
 
 TIME ?= 600
 
-.PHONY: demo test test-integration test-slow coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer bench-accuracy clean
+.PHONY: demo test test-integration test-slow coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer bench-accuracy bench-memory clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -67,6 +67,10 @@ bench-calibrated: $(STAMP)
 
 bench-accuracy: $(STAMP)
 	$(BIN)/python tests/benchmarks/accuracy.py
+
+# peak memory of a model on disk: ARGS="12" makes it of 12 GiB
+bench-memory: $(STAMP)
+	$(BIN)/python tests/benchmarks/low_memory.py $(ARGS)
 
 $(STAMP): pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from graphopt.compressors.compressed_program import CompressedProgram
     from graphopt.config.joint import JointConfig
     from graphopt.ir.captured_module import CapturedModule
+    from graphopt.ir.mapped import mapped_weights
     from graphopt.ir.program import Program
     from graphopt.ir.records import TensorRecord
     from graphopt.report.table import CompressionTable
@@ -41,6 +42,7 @@ __all__ = [
     "errors",
     "fit",
     "lower",
+    "mapped_weights",
     "mixed_precision",
     "ops",
     "pipelines",
@@ -67,6 +69,7 @@ _MEMBERS = {
     "compress": "graphopt.api",
     "fit": "graphopt.api",
     "lower": "graphopt.api",
+    "mapped_weights": "graphopt.ir.mapped",
     "tune": "graphopt.api",
 }
 _PACKAGES = ("casting", "mixed_precision", "pipelines", "rdo")

@@ -52,6 +52,7 @@ class FitPalettes(Pass):
             where there are no data.
         calibrated_later: Cluster by k-means what has to wait for its data.
         executor: Where weights are clustered without data (`graphopt.run.workers.run_tasks`).
+        mmap_dir: Folder that codes move to as soon as they are found without data.
 
     Raises:
         CalibrationError: An algorithm needs data and there are none.
@@ -67,6 +68,7 @@ class FitPalettes(Pass):
     sensitivity_path: str | Path | None = None
     calibrated_later: bool = False
     executor: Any = None
+    mmap_dir: str | Path | None = None
 
     @override
     def run(self, edit: Editor) -> None:
@@ -113,5 +115,6 @@ class FitPalettes(Pass):
             seed=self.seed,
             importance=weighed,
             executor=self.executor,
+            folder=None if self.mmap_dir is None else Path(self.mmap_dir),
         )
         keep_findings(gm, palettes=palettes, sensitivities=weighed, fitted_to_outputs=False)

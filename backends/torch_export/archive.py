@@ -12,6 +12,7 @@ from typing import Any, BinaryIO
 from typing_extensions import override
 
 from graphopt.audited import Limits, parse_json
+from graphopt.ir.mapped import release
 
 __all__ = ["Sink", "deflate_texts"]
 
@@ -20,6 +21,7 @@ _HEADER = 30  # bytes of a member's header, before its name
 _ROOT = "model"
 _ID = "/.data/serialization_id"
 _BLOCK = 1 << 20
+_RELEASED = 1 << 28  # bytes
 _TEXTS = (".json", ".py", ".txt")
 _LIMITS = Limits(characters=1 << 30, depth=50, values=100_000_000)  # a line for each tensor
 _WEIGHTS, _CONFIG = "/data/weights/", "_weights_config.json"
@@ -32,6 +34,7 @@ class Sink(io.RawIOBase):
         super().__init__()
         self._file = file
         self._error: OSError | None = None
+        self._written = 0
 
     @override
     def writable(self) -> bool:
@@ -48,6 +51,11 @@ class Sink(io.RawIOBase):
     @override
     def write(self, data: Any) -> int:
         size = memoryview(data).nbytes
+        self._written += size
+        if self._written >= _RELEASED:
+            # tensors that lie in files were read to be written
+            release()
+            self._written = 0
         if self._error is None:
             try:
                 self._file.write(data)

@@ -15,13 +15,13 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
-from graphopt.audited import read_exported
 from graphopt.capture.archive_check import check_archive, is_trusted, trusting
 from graphopt.capture.entry_points import captured_set
 from graphopt.capture.export_errors import explain_export_error, without_warnings
 from graphopt.capture.foreign import missing_module, without_cache
 from graphopt.capture.inference_form import dropout_kept, is_plain, to_inference_form
 from graphopt.capture.input_sizes import size_conditions, static_dims
+from graphopt.capture.mapped_archive import read_program
 from graphopt.capture.tied_constants import tie_constants
 from graphopt.errors import CaptureError, GraphOptError, InputError
 from graphopt.exclusive import exclusively
@@ -128,7 +128,7 @@ def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Progr
         check_archive(path)
     try:
         with without_warnings("torch.export"):
-            exported = read_exported(path)
+            exported = read_program(path)
         return _from_exported(exported, str(path), args, kwargs)
     except GraphOptError:
         raise

@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -18,6 +20,7 @@ from graphopt.backends import load_backend
 from graphopt.backends.base import Artifact
 from graphopt.backends.lowering import as_program, lower
 from graphopt.backends.registry import ExportBackend, Target
+from graphopt.capture.mapped_archive import mapping_weights
 from graphopt.cli.artifacts import (
     Checks,
     Limit,
@@ -105,11 +108,28 @@ class WatchOptions(Cluster):
         dump_passes: Folder for the graph before and after each pass.
         verify_passes: Compare each pass with its input.
         report: Write the report here, too: .json or .html.
+        low_memory: Leave weights on disk but for the one at work; outputs are not compared then.
     """
 
     dump_passes: Path | None = None
     verify_passes: Annotated[bool, typer.Option("--verify-passes")] = False
     report: Path | None = None
+    low_memory: Annotated[bool, typer.Option("--low-memory")] = False
+
+    @contextmanager
+    def folder(self, output: Path) -> Iterator[Path | None]:
+        """Where codes go: beside the output, and only with `low_memory`, where programs are mapped.
+
+        Raises:
+            InputError: The output has no place of its own.
+        """
+        if not self.low_memory:
+            yield None
+            return
+        if is_stream(output):
+            raise InputError("--low-memory needs an --output that is a file")
+        with mapping_weights(), TemporaryDirectory(prefix=".codes-", dir=output.parent) as folder:
+            yield Path(folder)
 
 
 def compress(
@@ -132,20 +152,23 @@ def compress(
     target = check_output(to.output, to.backend, overwrite=to.overwrite)
     if watch.report is not None:
         check_report(watch.report, (".json", ".html"), overwrite=to.overwrite)
-    original = as_program(model)
-    recipe = _recipe(config)
-    wanted = _config(config) if recipe is None else recipe.to_config()
-    batches = calibration.batches(original, how.get("seed", 0))
-    if recipe is not None:
-        recipe.check(original)
-    progress = False if to.as_json else None
-    with watch.workers() as workers:
-        how |= {"backend": target, "progress": progress, "executor": workers}
+    with ExitStack() as stack:
+        folder = stack.enter_context(watch.folder(to.output))
+        workers = stack.enter_context(watch.workers())
+        original = as_program(model)
+        recipe = _recipe(config)
+        wanted = _config(config) if recipe is None else recipe.to_config()
+        batches = calibration.batches(original, how.get("seed", 0))
+        if recipe is not None:
+            recipe.check(original)
+        how |= {"backend": target, "progress": False if to.as_json else None}
+        how |= {"executor": workers, "mmap_dir": folder}
         pipeline = pipelines.joint(wanted, batches, **how)
         program = pipeline.run(original, dump_dir=watch.dump_passes, verify=watch.verify_passes)
-    table = as_stored(program, target)
-    artifact = _lowered(program, target, form)
-    write(artifact, to.output, overwrite=to.overwrite, **_checks(to, artifact.program))
+        table = as_stored(program, target)
+        artifact = _lowered(program, target, form)
+        checks = _checks(to, artifact.program, compare=folder is None)
+        write(artifact, to.output, overwrite=to.overwrite, **checks)
     outcome = artifact.verification
     seconds = time.perf_counter() - started
     passes = [] if program.pass_report is None else program.pass_report.to_dicts()
@@ -176,6 +199,8 @@ def compress(
         )
         if outcome is not None:
             console.print(sentence(outcome))
+        elif watch.low_memory:
+            console.print("outputs were not compared: that would read both programs into memory")
 
 
 def _contents(output: Path, artifact: Artifact, table: CompressionTable) -> Iterator[str]:
@@ -214,10 +239,19 @@ def _lowered(program: Program, target: Target, form: Given) -> Artifact:
     return lower(program, target, **load_backend(target).options_among(form))
 
 
-def _checks(to: OutputOptions, program: Program) -> Checks:
-    """How what is written is compared, on calls as large as the example."""
+def _checks(to: OutputOptions, program: Program, *, compare: bool = True) -> Checks:
+    """How what is written is compared, on calls as large as the example.
+
+    Args:
+        to: What was asked for.
+        program: What is written.
+        compare: Compare where nothing is asked for.
+    """
     if to.verify_data is None:
-        return {"verify": to.verify, "max_error": to.max_error}
+        return {
+            "verify": to.verify and (compare or to.max_error is not None),
+            "max_error": to.max_error,
+        }
     leaves = pytree.tree_leaves((program.example_args, program.example_kwargs))
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
     calls = read_data(to.verify_data, sizes[0] if sizes else 1, program)

@@ -11,6 +11,8 @@ from typing import Any
 from typing_extensions import override
 
 from graphopt.backends.lowering import lower_by_suffix
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.mapped import is_mapped
 from graphopt.ir.program import Program
 from graphopt.ir.program_set import ProgramSet
 from graphopt.passes.pass_manager import PassReport
@@ -99,11 +101,17 @@ def compressed(
         artifact: The file that it is for; None is the program's own.
     """
     return CompressedProgram(
-        # the original weights are gone by now; what is copied here is small
-        graph_module=copy.deepcopy(program.graph_module),
+        graph_module=_copied(program.graph_module),
         example_args=program.example_args,
         example_kwargs=program.example_kwargs,
         provenance=program.provenance,
         pass_report=pass_report,
         artifact=program.artifact if artifact is None else artifact,
     )
+
+
+def _copied(module: CapturedModule) -> CapturedModule:
+    """The original weights are gone by now: what is copied is small, and what lies in files stays there."""
+    tensors = (*module.parameters(), *module.buffers())
+    in_files: dict[int, Any] = {id(tensor): tensor for tensor in tensors if is_mapped(tensor)}
+    return copy.deepcopy(module, in_files)

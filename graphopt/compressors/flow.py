@@ -101,7 +101,14 @@ def _tables(
     return [
         *detect,
         AnnotatePalettization(config, how.on_unmatched),
-        FitPalettes(data, loss_fn, how.seed, how.progress, executor=how.executor),
+        FitPalettes(
+            data,
+            loss_fn,
+            how.seed,
+            how.progress,
+            executor=how.executor,
+            mmap_dir=how.mmap_dir,
+        ),
         PalettizeWeights(seed=how.seed),
     ]
 

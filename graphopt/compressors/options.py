@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypedDict
 
 from graphopt.backends.registry import ExportBackend
@@ -30,6 +31,8 @@ class CompressOptions(Options):
             `concurrent.futures.Executor`, or a Dask client or cluster (`graphopt.Workers` says which
             folder its workers share); None takes the cores that torch may use. Results do not depend
             on it.
+        mmap_dir: Folder that the codes of palettes move to as soon as they are found without data; the
+            program reads them from there as long as it lives. None keeps them in memory.
     """
 
     backend: ExportBackend | str | None = None
@@ -41,6 +44,7 @@ class CompressOptions(Options):
     seed: int = 0
     progress: bool | None = None
     executor: Any = None
+    mmap_dir: str | Path | None = None
 
 
 class CompressKeywords(TypedDict, total=False):
@@ -55,3 +59,4 @@ class CompressKeywords(TypedDict, total=False):
     seed: int
     progress: bool | None
     executor: Any
+    mmap_dir: str | Path | None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 from torch import Tensor, fx
@@ -10,6 +11,7 @@ from torch import Tensor, fx
 from graphopt.errors import CompressionError
 from graphopt.ir.annotations import WeightAnnotation, palette_annotation
 from graphopt.ir.editor import Editor
+from graphopt.ir.mapped import kept_in_files, release
 from graphopt.progress import track
 from graphopt.run.workers import Task, run_tasks
 from graphopt.schemes.palettize import PalettizedWeight, palettize
@@ -28,6 +30,7 @@ def cluster_annotated(
     importance: Mapping[str, Tensor] | None = None,
     names: Collection[str] | None = None,
     executor: Any = None,
+    folder: Path | None = None,
 ) -> dict[str, PalettizedWeight]:
     """Cluster every annotated weight of a graph, layers side by side.
 
@@ -39,6 +42,7 @@ def cluster_annotated(
             do elements without any beside a thousandth of the mean.
         names: Weights to cluster; None is all.
         executor: Where weights are clustered, as for `run_tasks`; the tables do not depend on it.
+        folder: Folder that codes move to as soon as they are found; None keeps them in memory.
 
     Returns:
         Name of the tensor → its palettized form, in the order of the graph.
@@ -52,7 +56,10 @@ def cluster_annotated(
     order = sorted(weights, key=lambda name: -weights[name][0].numel())
     tasks = (_task(name, *weights[name], importance or {}, seed) for name in order)
     found = track(run_tasks(_cluster, tasks, executor), "palettizing", len(order), enabled=progress)
-    done = dict(zip(order, found, strict=True))
+    done = {}
+    for name, palettized in zip(order, found, strict=True):
+        done[name] = kept_in_files(palettized, folder)
+        release(weights[name][0])
     return {name: done[name] for name in weights}
 
 

@@ -87,9 +87,8 @@ class DecodedTensor(Tensor):
         Tensor.data.__set__(self, value)  # type: ignore[attr-defined]
         self._held = value._held if isinstance(value, DecodedTensor) else _Values(value)
 
-    @override
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
-        return repr(self._held.read().requires_grad_(self.requires_grad))
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
+        return repr(self._held.read().detach().requires_grad_(self.requires_grad))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
         if id(self) not in memo:
@@ -127,7 +126,7 @@ class DecodedTensor(Tensor):
 
     @classmethod
     @override
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]
         cls,
         func: Any,
         types: Iterable[type],

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from torch._export.utils import _is_cia_op as is_composite
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch.export.pt2_archive import _package as archive_package
     from torch.export.pt2_archive._package import load_pt2, package_pt2
     from torch.fx.experimental import _config as symbolic_config
 
@@ -38,6 +39,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
+    "archive_package",
     "core_aten_decompositions",
     "decomposition_of_composite",
     "decomposition_table",
@@ -66,6 +68,7 @@ _PARTS = {
     "OpOverload": ("torch._ops", "OpOverload"),
     "OpOverloadPacket": ("torch._ops", "OpOverloadPacket"),
     "core_aten_decompositions": ("torch._decomp", "core_aten_decompositions"),
+    "archive_package": ("torch.export.pt2_archive", "_package"),
     "load_pt2": ("torch.export.pt2_archive._package", "load_pt2"),
     "package_pt2": ("torch.export.pt2_archive._package", "package_pt2"),
     "decomposition_of_composite": ("torch._export.utils", "_get_decomp_for_cia"),

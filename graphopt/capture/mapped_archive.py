@@ -1,0 +1,67 @@
+"""Weights of a .pt2 file that stay in the file until they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import ExportedProgram
+
+from graphopt.audited import read_exported
+from graphopt.exclusive import exclusive
+from graphopt.ir.mapped import map_tensor
+from graphopt.ir.torch_private import archive_package
+
+__all__ = ["mapping_weights", "read_program"]
+
+_mapping: ContextVar[bool] = ContextVar("graphopt_map_weights", default=False)
+
+
+@contextmanager
+def mapping_weights(enabled: bool = True) -> Iterator[None]:
+    """Let the weights of .pt2 files that are opened inside stay in these files.
+
+    A file must stay as it is as long as its program lives, or be replaced by another of its name.
+    """
+    token = _mapping.set(enabled)
+    try:
+        yield
+    finally:
+        _mapping.reset(token)
+
+
+def read_program(path: Path) -> ExportedProgram:
+    """A program that the caller has checked or trusts; its weights are mapped inside `mapping_weights`."""
+    if not _mapping.get():
+        return read_exported(path)
+    package: Any = archive_package
+    build = package._build_file_map
+
+    def mapped(reader: Any, config: Any, folder: str) -> dict[str, Tensor]:
+        return {
+            meta.path_name: _flat(path, reader.archive_file, f"{folder}{meta.path_name}", meta)
+            for meta in config.config.values()
+            if not meta.use_pickle
+        }
+
+    with exclusive():
+        package._build_file_map = mapped
+        try:
+            return read_exported(path)
+        finally:
+            package._build_file_map = build
+
+
+def _flat(path: Path, archive: Any, record: str, meta: Any) -> Tensor:
+    """All elements of a stored tensor, 1-D."""
+    package: Any = archive_package
+    dtype: torch.dtype = package.deserialize_scalar_type(meta.tensor_meta.dtype)
+    size = archive.get_record_size(record)
+    if size == 0:
+        return torch.zeros(package.deserialize_size(meta.tensor_meta.sizes), dtype=dtype)
+    return map_tensor(path, archive.get_record_offset(record), [size // dtype.itemsize], dtype)
