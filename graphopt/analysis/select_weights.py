@@ -14,6 +14,7 @@ from graphopt.analysis.weights import WeightTensor
 from graphopt.config.selection import OpUse, Selector, StateUse, closest
 from graphopt.errors import CompressionError, ConfigError, ConfigWarning
 from graphopt.ir.captured_module import callable_graph
+from graphopt.ir.mapped import release
 from graphopt.ir.module_frames import module_frames
 from graphopt.ir.records import TensorRecord
 from graphopt.specs.model import SpecModel
@@ -109,7 +110,9 @@ def decide(
     against = refusal(chosen)
     if against:
         return Decision(None, reason=against, conflict=conflict, chosen=True)
-    if not bool(torch.isfinite(weight.tensor).all()):
+    finite = bool(torch.isfinite(weight.tensor).all())
+    release(weight.tensor)
+    if not finite:
         raise CompressionError(
             f"{weight.name}: contains NaN or Inf; exclude it in the config ({path} asks for it) or"
             " repair the model"

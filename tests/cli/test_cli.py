@@ -199,7 +199,7 @@ def test_differences_and_pages_are_written(with_data: Path) -> None:
         ),
         (
             ("compress", "m.pt2", "--config", "c.yaml", "-o", "p.pt2", "--shared-folder", "."),
-            4,
+            3,
             "is for the workers of --dask",
         ),
     ],
