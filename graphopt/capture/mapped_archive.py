@@ -64,4 +64,5 @@ def _flat(path: Path, archive: Any, record: str, meta: Any) -> Tensor:
     size = archive.get_record_size(record)
     if size == 0:
         return torch.zeros(package.deserialize_size(meta.tensor_meta.sizes), dtype=dtype)
-    return map_tensor(path, archive.get_record_offset(record), [size // dtype.itemsize], dtype)
+    flat = map_tensor(path, archive.get_record_offset(record), [size // dtype.itemsize], dtype)
+    return flat.to(package.deserialize_device(meta.tensor_meta.device))

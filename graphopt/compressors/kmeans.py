@@ -119,7 +119,8 @@ class KMeansPalettizer(Compressor):
                 which hold few values each, give the tables back; errors are counted from them.
             cache_dense: Let the module hold the palettized weights decoded: calls run at the model's
                 speed, for as much memory as the model's weights take. Otherwise it holds codes and
-                tables, and each call decodes a weight where it is read.
+                tables, each call decodes a weight where it is read, and torch.export takes it only
+                with `strict=False`.
 
         Returns:
             A module with the model's signature and state-dict names that computes with the
