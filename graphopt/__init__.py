@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from graphopt.ir.records import TensorRecord
     from graphopt.report.table import CompressionTable
     from graphopt.run.batches import CallSequence
-    from graphopt.search.budget.result import FitResult
     from graphopt.run.workers import Workers
+    from graphopt.search.budget.result import FitResult
 
 __version__ = "0.1.0"
 
