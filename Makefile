@@ -3,11 +3,12 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+DOCS := $(VENV)/.docs-installed
 TORCH ?= 2.13.0
 
 TIME ?= 600
 
-.PHONY: demo test test-integration test-slow coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer bench-accuracy bench-memory clean
+.PHONY: demo test test-integration test-slow docs notebooks walk coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer bench-accuracy bench-memory clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -18,7 +19,19 @@ test: $(STAMP)
 test-integration: $(STAMP)
 	$(BIN)/python -m pytest -m "integration and not slow" -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
-test-slow: $(STAMP)
+# the guide with the API from docstrings, in out/docs; a dead link or an unknown name stops it
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+# technique pages of the guide as executed notebooks, in out/notebooks
+notebooks: $(DOCS)
+	$(BIN)/python examples/notebooks.py out/notebooks
+
+# README and guide as a reader follows them: a fresh clone, a fresh environment, every step, with times
+walk:
+	$(PYTHON) tests/helpers/walk.py $(ARGS)
+
+test-slow: $(DOCS)
 	$(BIN)/python -m pytest -m slow $(ARGS)
 
 # the first two tiers, with what they cover; the report's last line is the total
@@ -77,6 +90,10 @@ $(STAMP): pyproject.toml
 	# torch first, in the version that is tested: it then holds for everything that depends on it
 	$(BIN)/pip install --quiet torch==$(TORCH)
 	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+$(DOCS): $(STAMP)
+	$(BIN)/pip install --quiet --editable ".[docs]"
 	touch $@
 
 clean:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from graphopt.run.workers import Workers
     from graphopt.search.budget.result import FitResult
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CallSequence",

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import importlib
+import re
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 
@@ -160,6 +162,14 @@ def test_names_are_importable_at_their_paths(module: str) -> None:
 
 def test_few_names_are_left_out() -> None:
     assert len(LEFT_OUT) <= 6
+
+
+def test_every_module_and_name_stands_on_the_page_for_those_who_move() -> None:
+    page = Path(__file__).parent.parent / "examples" / "guide" / "from_coreai_opt.md"
+    words = set(re.findall(r"`([\w.]+)`", page.read_text()))
+    wanted = {name for names in NAMES.values() for name in names.split()} | set(NAMES) - {""}
+    assert wanted - words == set()
+    assert set(LEFT_OUT) <= words
 
 
 def test_deep_modules_are_importable_first() -> None:

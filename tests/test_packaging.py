@@ -15,7 +15,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 TOP_LEVEL = {
     *("pyproject.toml", "README.md", "graphopt", "passes", "backends", "tests", "examples"),
     *("Makefile", "LICENSE", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md"),
-    *(".gitignore", ".ci"),
+    *("mkdocs.yml", "llms.txt", ".gitignore", ".ci"),
 }
 
 
@@ -47,7 +47,7 @@ def test_extras_are_complete() -> None:
     extras = PROJECT["project"]["optional-dependencies"]
     named = {target.extra for target in targets() if target.extra}
     named |= {"torchao", "plot", "distributed", "examples"}
-    assert set(extras) == named | {"all", "dev"}
+    assert set(extras) == named | {"all", "dev", "docs"}
     assert extras["all"] == [f"graphopt[{','.join(sorted(named, key=list(extras).index))}]"]
 
 

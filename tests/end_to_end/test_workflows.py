@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
-import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -23,48 +19,6 @@ from graphopt.palettization import (
     PalettizationSpec,
 )
 from graphopt.palettization.spec import PerGroupedChannelGranularity
-
-ROOT = Path(__file__).parent.parent.parent
-
-
-@pytest.mark.integration
-@pytest.mark.coreai
-def test_readme_snippets_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    snippets = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    assert len(snippets) == 14
-    names: dict[str, object] = {}
-    for snippet in snippets:
-        exec(compile(snippet, "README.md", "exec"), names)
-    assert (tmp_path / "out" / "model.aimodel").exists()
-    assert (tmp_path / "out" / "model16.aimodel").exists()
-    assert names["artifact"].verify().max_error < 1e-5  # type: ignore[attr-defined]
-
-
-@pytest.mark.slow
-@pytest.mark.coreai
-def test_readme_shell_pipe_runs(tmp_path: Path) -> None:
-    blocks = re.findall(r"```sh\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (pipe,) = [block for block in blocks if "graphopt compress - " in block]
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 10)).eval()
-    x = torch.randn(32, 64)
-    torch.export.save(torch.export.export(model, (x,)), tmp_path / "model.pt2")
-    torch.save(torch.randn(64, 64), tmp_path / "data.pt")
-    (tmp_path / "palettes.yaml").write_text("palettization: {}\n")
-    (tmp_path / "activations.yaml").write_text("quantization: {}\n")
-    path = os.pathsep.join((str(Path(sys.executable).parent), os.environ["PATH"]))
-    done = subprocess.run(
-        ["bash", "-o", "pipefail", "-c", pipe],
-        cwd=tmp_path,
-        env={**os.environ, "PATH": path},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "ran the saved asset on the Core AI runtime" in done.stdout
-    assert (tmp_path / "small.aimodel").exists()
 
 
 @pytest.mark.integration
