@@ -37,6 +37,11 @@ class Capabilities:
             rounded as well.
         doubles: Whether the target computes in float64; else float32 takes its place.
         power_scales: Weights whose e8m0 scales are stored in a byte: all, narrow floats, or none.
+
+    Examples:
+        >>> from graphopt.backends import load_backend
+        >>> load_backend("coreai").capabilities.stored_bits(3)
+        4
     """
 
     index_bits: tuple[int, ...]

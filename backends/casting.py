@@ -47,6 +47,12 @@ def cast_to_16_bit_precision(
 
     Returns:
         The same program.
+
+    Examples:
+        >>> exported = torch.export.export(model, example).run_decompositions({})
+        >>> _ = cast_to_16_bit_precision(exported)
+        >>> {tensor.dtype for tensor in exported.state_dict.values()}
+        {torch.float16}
     """
     cast_fp32_to_fp16(exported_program, ignored_ops, calibration_data)
     cast_int32_to_int16(exported_program)
@@ -78,6 +84,12 @@ def cast_fp32_to_fp16(
 
     Raises:
         InputError: A call of the calibration data does not fit the program.
+
+    Examples:
+        >>> exported = torch.export.export(model, example).run_decompositions({})
+        >>> _ = cast_fp32_to_fp16(exported)
+        >>> {tensor.dtype for tensor in exported.state_dict.values()}
+        {torch.float16}
     """
     program = exported_program
     graph = program.graph_module.graph

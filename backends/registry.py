@@ -41,6 +41,10 @@ class Target(StrEnum):
         suffix: What the paths of its artifacts end in.
         extra: The extra of pyproject.toml that installs its toolchain; "" where it needs none.
         backend: Its `Backend`, as "module:class".
+
+    Examples:
+        >>> isinstance(graphopt.ExportBackend.ONNX, Target), graphopt.ExportBackend.ONNX.extra
+        (True, 'onnx')
     """
 
     suffix: str
@@ -83,7 +87,12 @@ def _installed(rows: Mapping[str, Any]) -> dict[str, tuple[str, str, str, str]]:
 
 
 class ExportBackend(Target):
-    """A target toolchain; installed ones of other packages have members, too."""
+    """A target toolchain; installed ones of other packages have members, too.
+
+    Examples:
+        >>> ExportBackend("coreml") is ExportBackend.CoreML, ExportBackend.CoreML.suffix
+        (True, '.mlpackage')
+    """
 
     CoreAI = ("coreai", ".aimodel", "coreai", "graphopt.backends.coreai.backend:CoreAIBackend")
     CoreML = ("coreml", ".mlpackage", "coreml", "graphopt.backends.coreml.backend:CoreMLBackend")

@@ -74,6 +74,11 @@ class Verification:
             none, or the target does not show it.
         calls: Number of calls that were compared, each going on from the state of the one before.
         failed: Number of the first call of a sequence that does not hold, from 0.
+
+    Examples:
+        >>> artifact = graphopt.lower(model, "torch", example)
+        >>> artifact.save("model.pt2").name, artifact.verification.holds
+        ('model.pt2', True)
     """
 
     max_error: float

@@ -58,6 +58,10 @@ def palettize(
         loss_fn: `loss_fn(output, target)`; None needs no labels.
         options: `correct_statistics`, `tune_steps`, `on_unmatched`, `fold_batch_norm`, `seed` and
             `progress`, as for `graphopt.compress`.
+
+    Examples:
+        >>> "palettize-weights" in palettize().names
+        True
     """
     whole = joint_config(config)
     if whole.quantization is not None:
@@ -79,6 +83,10 @@ def quantize(
         data: Calibration inputs of one call each, needed for the ranges of activations.
         options: `backend`, `on_unmatched`, `on_unobserved` and `progress`, as for
             `graphopt.compress`.
+
+    Examples:
+        >>> "convert-quantization" in quantize(data=batches).names
+        True
     """
     whole = joint_config(QuantizerConfig() if config is None else config)
     if whole.palettization is not None:
@@ -102,6 +110,11 @@ def joint(
         data: Calibration inputs of one call each; pairs (inputs, target) with `loss_fn`.
         loss_fn: `loss_fn(output, target)`; None needs no labels.
         options: As for `graphopt.compress`.
+
+    Examples:
+        >>> program = joint(data=batches).run(model, example)
+        >>> len(program.report().palettized)
+        2
     """
     both = JointConfig(palettization=KMeansPalettizerConfig(), quantization=QuantizerConfig())
     whole = both if config is None else joint_config(config)

@@ -40,6 +40,12 @@ class AnnotatePalettization(Pass):
         config: What is asked for.
         on_unmatched: Whether a key that matches no module, op or state is an error or a warning.
             Module types are always a warning, since one config serves many models.
+
+    Examples:
+        >>> from graphopt.palettization import KMeansPalettizerConfig
+        >>> captured = graphopt.capture(model, example)
+        >>> AnnotatePalettization(KMeansPalettizerConfig())(captured.graph_module).modified
+        True
     """
 
     name: ClassVar[str] = "annotate-palettization"

@@ -32,6 +32,11 @@ class DequantizeWeights(Pass):
     A model that torchao's `convert_pt2e` made has integer weights that are left alone as compressed
     already; behind this pass they can be palettized or quantized again, the activations' rounding
     untouched.
+
+    Examples:
+        >>> program = graphopt.compress(model, example, {"quantization": {"global_config": None}})
+        >>> DequantizeWeights()(program.graph_module).modified  # nothing was quantized
+        False
     """
 
     name: ClassVar[str] = "dequantize-weights"

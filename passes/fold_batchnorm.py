@@ -32,6 +32,12 @@ class FoldBatchNorm(Pass):
 
     Left alone: norms in training mode, norms behind anything else, convolutions whose output or
     weight has other users, and weights that are compressed already.
+
+    Examples:
+        >>> net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8)).eval()
+        >>> captured = graphopt.capture(net, torch.randn(1, 3, 8, 8))
+        >>> FoldBatchNorm()(captured.graph_module).modified
+        True
     """
 
     name: ClassVar[str] = "fold-batch-norm"

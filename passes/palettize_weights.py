@@ -44,6 +44,16 @@ class PalettizeWeights(Pass):
         palettes: Clusterings made before (`cluster_annotated`), beside those that an earlier pass
             found; weights without one are clustered here.
         seed: Seed of vector tables.
+
+    Examples:
+        >>> from graphopt.palettization import KMeansPalettizerConfig
+        >>> from graphopt.passes import AnnotatePalettization
+        >>> module = graphopt.capture(model, example).graph_module
+        >>> for step in (AnnotatePalettization(KMeansPalettizerConfig()), PalettizeWeights()):
+        ...     _ = step(module)
+        >>> lookup = torch.ops.graphopt.lut_to_dense.default
+        >>> len(module.graph.find_nodes(op="call_function", target=lookup))
+        2
     """
 
     name: ClassVar[str] = "palettize-weights"

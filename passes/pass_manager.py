@@ -116,7 +116,10 @@ def name_of(step: AnyPass) -> str:
 class PassManager:
     """Runs passes in order on a graph module, in place; it is itself such a pass.
 
-    >>> report = PassManager(passes, dump_dir="out/passes", verify=True, example_inputs=x).run(gm)
+    >>> from graphopt.passes import FoldBatchNorm, RemoveUnused
+    >>> gm = graphopt.capture(model, example).graph_module
+    >>> passes = (FoldBatchNorm(), RemoveUnused())
+    >>> report = PassManager(passes, dump_dir="passes", verify=True, example_inputs=example).run(gm)
 
     Attributes:
         passes: Ours, or any callable in torch.fx's pass form.

@@ -28,6 +28,11 @@ class RemoveUnused(Pass):
 
     Attributes:
         keep_tied: Keep other names of tensors that are read under one, so that state dicts keep them.
+
+    Examples:
+        >>> captured = graphopt.capture(model, example)
+        >>> RemoveUnused()(captured.graph_module).modified  # nothing is unused
+        False
     """
 
     name: ClassVar[str] = "remove-unused"

@@ -28,6 +28,11 @@ class CompressedProgram(Program):
 
     Attributes:
         pass_report: What each pass did, where a pipeline made the program.
+
+    Examples:
+        >>> program = graphopt.compress(model, example, {"palettization": {}})
+        >>> isinstance(program, CompressedProgram), len(program.report())
+        (True, 2)
     """
 
     pass_report: PassReport | None = None

@@ -21,14 +21,15 @@ __all__ = ["DKMPalettizer"]
 class DKMPalettizer(KMeansPalettizer):
     """Learn tables and codes in training (Cho et al., DKM, arXiv 2108.12659).
 
-    >>> palettizer = DKMPalettizer(model, DKMPalettizerConfig())
-    >>> prepared = palettizer.prepare(example_inputs)
+    >>> palettizer = DKMPalettizer(model)
+    >>> prepared = palettizer.prepare(example)
     >>> optimizer = torch.optim.Adam(prepared.parameters())
     >>> with palettizer.training_mode():
-    ...     for x, y in batches:
-    ...         F.cross_entropy(prepared(x), y).backward()
-    ...         optimizer.step(), optimizer.zero_grad(), palettizer.step()
-    >>> finalized = palettizer.finalize(backend=ExportBackend.CoreAI)
+    ...     for x in batches:
+    ...         optimizer.zero_grad()
+    ...         (prepared(x) - model(x).detach()).square().mean().backward()
+    ...         _ = optimizer.step(), palettizer.step()
+    >>> finalized = palettizer.finalize(backend=graphopt.ExportBackend.Torch)
 
     A training step keeps no attention matrix: long tables work on the weights' distinct 16-bit
     values (eDKM, arXiv 2309.00964), others in chunks.

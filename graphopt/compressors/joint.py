@@ -42,8 +42,10 @@ def compress(
 ) -> Any:
     """Compress a model in one capture and one calibration.
 
+    >>> config = {"palettization": {}}  # 4-bit tables
     >>> program = graphopt.compress(model, example, config, calibration_data=batches)
-    >>> program.save("model.aimodel")
+    >>> program.save("model.pt2").name
+    'model.pt2'
 
     Weights are palettized first, with the algorithms that their specs name; then batch norms and
     biases take up what tables have shifted; then, if asked for, tables are tuned; activations and the

@@ -51,12 +51,12 @@ _log = logging.getLogger(__name__)
 class KMeansPalettizer(Compressor):
     """Replace weights by tables of centroids and indices.
 
-    >>> palettizer = KMeansPalettizer(model, KMeansPalettizerConfig.presets.w4())
-    >>> prepared = palettizer.prepare(example_inputs)     # computes with the palettes
-    >>> with palettizer.calibration_mode(loss_fn=F.cross_entropy) as skm:    # optional
-    ...     for x, y in batches:
-    ...         skm.step(prepared(x), y)
-    >>> finalized = palettizer.finalize(backend=ExportBackend.CoreAI)
+    >>> palettizer = KMeansPalettizer(model)
+    >>> prepared = palettizer.prepare(example)  # computes with the palettes
+    >>> with palettizer.calibration_mode(loss_fn=torch.nn.functional.cross_entropy) as skm:  # optional
+    ...     for x in batches:
+    ...         _ = skm.step(prepared(x), model(x).argmax(1))
+    >>> finalized = palettizer.finalize(backend=graphopt.ExportBackend.Torch)
 
     Args:
         model: A module, an `ExportedProgram`, or a `Program`; it is never changed.

@@ -43,6 +43,13 @@ class Pipeline(Sequence[AnyPass]):
 
     Raises:
         PassError: A pass comes before one that it needs, or is no pass.
+
+    Examples:
+        >>> from graphopt import pipelines
+        >>> from graphopt.passes import RemoveUnused
+        >>> pipeline = pipelines.palettize().insert_after("palettize-weights", RemoveUnused())
+        >>> isinstance(pipeline, Pipeline), len(pipeline.run(model, example).report())
+        (True, 2)
     """
 
     name: str

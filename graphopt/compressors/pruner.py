@@ -34,13 +34,15 @@ _log = logging.getLogger(__name__)
 class MagnitudePruner(Compressor):
     """Set the smallest elements, blocks or channels of weights to zero, and store the rest.
 
-    >>> pruner = MagnitudePruner(model, config)
-    >>> prepared = pruner.prepare(example_inputs)   # computes with the zeros of the schedule's start
-    >>> with pruner.training_mode():                # optional
-    ...     for batch in batches:
-    ...         loss(prepared(batch)).backward(); optimizer.step(); optimizer.zero_grad()
-    ...         pruner.step()
-    >>> finalized = pruner.finalize(backend=ExportBackend.CoreAI)
+    >>> pruner = MagnitudePruner(model)
+    >>> prepared = pruner.prepare(example)  # computes with the zeros of the schedule's start
+    >>> optimizer = torch.optim.Adam(prepared.parameters())
+    >>> with pruner.training_mode():  # optional
+    ...     for x in batches:
+    ...         optimizer.zero_grad()
+    ...         (prepared(x) - model(x).detach()).square().mean().backward()
+    ...         _ = optimizer.step(), pruner.step()
+    >>> finalized = pruner.finalize(backend=graphopt.ExportBackend.Torch)
 
     Args:
         model: A module, an `ExportedProgram`, or a `Program`; it is never changed.

@@ -49,12 +49,12 @@ _AnyQuantizer = ActivationQuantizer | WeightQuantizer
 class Quantizer(Compressor):
     """Quantize weights and activations, from data or in training.
 
-    >>> quantizer = Quantizer(model, QuantizerConfig.presets.w8a8())
-    >>> prepared = quantizer.prepare(example_inputs)
+    >>> quantizer = Quantizer(model)
+    >>> prepared = quantizer.prepare(example)
     >>> with quantizer.calibration_mode():
     ...     for batch in batches:
-    ...         prepared(batch)
-    >>> finalized = quantizer.finalize(backend=ExportBackend.CoreAI)
+    ...         _ = prepared(batch)
+    >>> finalized = quantizer.finalize(backend=graphopt.ExportBackend.Torch)
 
     Args:
         model: A module, an `ExportedProgram`, or a `Program`, palettized before or not; it is never

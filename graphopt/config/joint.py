@@ -34,6 +34,12 @@ class JointConfig(SpecModel):
         quantization: Activations and weights that are quantized, or None.
         artifact: The file that it is for: the program is lowered with its options, and saved only
             if it has no more bytes; None for any file.
+
+    Examples:
+        >>> config = JointConfig.from_dict({"palettization": {}, "quantization": {}})
+        >>> program = graphopt.compress(model, example, config, calibration_data=batches)
+        >>> [row.status for row in program.report()]
+        ['palettized', 'palettized']
     """
 
     pruning: MagnitudePrunerConfig | None = None

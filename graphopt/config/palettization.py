@@ -45,6 +45,10 @@ class PATSchedule(SpecModel):
     Attributes:
         enable_fake_palettize: First step with palettes; before it weights train as they are.
         freeze_codes: Step from which codes stay and only tables, biases and norms train, or None.
+
+    Examples:
+        >>> PATSchedule(enable_fake_palettize=100, freeze_codes=900).freeze_codes
+        900
     """
 
     enable_fake_palettize: Annotated[int, Field(ge=0)] = 0
@@ -52,7 +56,13 @@ class PATSchedule(SpecModel):
 
 
 class OpKMeansPalettizerConfig(WeightOnlyOpValidationMixin, OpCompressionConfig[PalettizationSpec]):
-    """Palettization of one op's state; 4 bits per tensor for its weight by default."""
+    """Palettization of one op's state; 4 bits per tensor for its weight by default.
+
+    Examples:
+        >>> spec = graphopt.palettization.PalettizationSpec(n_bits=8)
+        >>> OpKMeansPalettizerConfig(op_state_spec={"weight": spec}).op_state_spec["weight"].n_bits
+        8
+    """
 
     @classmethod
     def default_slots(cls) -> dict[str, dict[Any, Any]]:
@@ -72,6 +82,10 @@ class ModuleKMeansPalettizerConfig(
         pat_schedule: When training-time palettization starts.
         vector_kmeans_config: How tables of vectors are clustered; there must be a spec with
             `cluster_dim` above 1.
+
+    Examples:
+        >>> ModuleKMeansPalettizerConfig.presets.w6(group_size=8).op_state_spec["weight"].n_bits
+        6
     """
 
     no_effect: ClassVar[dict[str, str]] = {
@@ -109,6 +123,12 @@ class KMeansPalettizerConfig(CompressionConfig[ModuleKMeansPalettizerConfig]):
     Attributes:
         weight_threshold: Tensors of at most this many elements are left alone. 0 compresses all;
             coremltools uses 2048.
+
+    Examples:
+        >>> config = KMeansPalettizerConfig.presets.w4(group_size=16)
+        >>> program = graphopt.compress(model, example, config)
+        >>> [row.n_bits for row in program.report()]
+        [4, 4]
     """
 
     root_key: ClassVar[str] = "kmeans_palettization_config"
@@ -190,11 +210,22 @@ class _Presets:
 
 
 class OpDKMPalettizerConfig(OpKMeansPalettizerConfig):
-    """Palettization of one op's state by differentiable k-means."""
+    """Palettization of one op's state by differentiable k-means.
+
+    Examples:
+        >>> OpDKMPalettizerConfig().op_state_spec["weight"].n_bits
+        4
+    """
 
 
 class ModuleDKMPalettizerConfig(ModuleKMeansPalettizerConfig):
-    """Palettization of everything inside a module by differentiable k-means."""
+    """Palettization of everything inside a module by differentiable k-means.
+
+    Examples:
+        >>> from graphopt.palettization.config import PATSchedule
+        >>> ModuleDKMPalettizerConfig(pat_schedule=PATSchedule(freeze_codes=50)).pat_schedule.freeze_codes
+        50
+    """
 
 
 class DKMPalettizerConfig(KMeansPalettizerConfig):
@@ -202,6 +233,10 @@ class DKMPalettizerConfig(KMeansPalettizerConfig):
 
     The fields are those of `KMeansPalettizerConfig`; temperature and iterations are in a spec's
     `training_strategy_spec=DKMTrainingSpec(...)`, the schedule in `pat_schedule`.
+
+    Examples:
+        >>> DKMPalettizerConfig().global_config.op_state_spec["weight"].n_bits
+        4
     """
 
     root_key: ClassVar[str] = "dkm_palettization_config"

@@ -26,7 +26,12 @@ def _default_slots() -> dict[str, dict[Any, Any]]:
 
 
 class OpMagnitudePrunerConfig(WeightOnlyOpValidationMixin, OpCompressionConfig[PruningSpec]):
-    """Pruning of one op's state."""
+    """Pruning of one op's state.
+
+    Examples:
+        >>> OpMagnitudePrunerConfig().op_state_spec["weight"].target_sparsity
+        0.5
+    """
 
     @classmethod
     def default_slots(cls) -> dict[str, dict[Any, Any]]:
@@ -41,6 +46,12 @@ class ModuleMagnitudePrunerConfig(
 
     Attributes:
         sparsity_schedule: How sparsity grows in training.
+
+    Examples:
+        >>> from graphopt.pruning import PolynomialDecaySchedule
+        >>> schedule = PolynomialDecaySchedule(total_iters=100)
+        >>> ModuleMagnitudePrunerConfig(sparsity_schedule=schedule).sparsity_schedule.total_iters
+        100
     """
 
     sparsity_schedule: SparsitySchedule | None = None
@@ -52,7 +63,12 @@ class ModuleMagnitudePrunerConfig(
 
 
 class MagnitudePrunerConfig(CompressionConfig[ModuleMagnitudePrunerConfig]):
-    """What a magnitude pruner does to a model."""
+    """What a magnitude pruner does to a model.
+
+    Examples:
+        >>> MagnitudePrunerConfig().global_config.op_state_spec["weight"].target_sparsity
+        0.5
+    """
 
     root_key: ClassVar[str] = "magnitude_pruning_config"
     spec_key: ClassVar[str] = "pruning_spec"

@@ -37,19 +37,34 @@ __all__ = [
 
 
 class ExecutionMode(StrEnum):
-    """coreai-opt's two engines; graphopt always works on the graph."""
+    """coreai-opt's two engines; graphopt always works on the graph.
+
+    Examples:
+        >>> graphopt.quantization.QuantizerConfig().execution_mode is ExecutionMode.GRAPH
+        True
+    """
 
     EAGER = "eager"
     GRAPH = "graph"
 
 
 def default_weight_quantization_spec() -> QuantizationSpec:
-    """Symmetric int8, one scale per output channel, from the weights' own range."""
+    """Symmetric int8, one scale per output channel, from the weights' own range.
+
+    Examples:
+        >>> default_weight_quantization_spec().granularity
+        PerChannelGranularity(axis=None)
+    """
     return QuantizationSpec(granularity=PerChannelGranularity(), qparam_calculator_cls="static")
 
 
 def default_activation_quantization_spec() -> QuantizationSpec:
-    """Symmetric int8, one scale per tensor, from a moving average of ranges."""
+    """Symmetric int8, one scale per tensor, from a moving average of ranges.
+
+    Examples:
+        >>> default_activation_quantization_spec().qparam_calculator_cls
+        'moving_average'
+    """
     return QuantizationSpec(qparam_calculator_cls="moving_average")
 
 
@@ -63,7 +78,12 @@ def _default_slots() -> dict[str, dict[Any, Any]]:
 
 
 class QATSchedule(SpecModel):
-    """Training steps at which observers and fake quantization switch on and off."""
+    """Training steps at which observers and fake quantization switch on and off.
+
+    Examples:
+        >>> QATSchedule(enable_fake_quant=100, disable_observer=1000).disable_observer
+        1000
+    """
 
     enable_observer: Annotated[int, Field(ge=0)] = 0
     enable_fake_quant: Annotated[int, Field(ge=0)] = 0
@@ -71,7 +91,12 @@ class QATSchedule(SpecModel):
 
 
 class OpQuantizerConfig(OpCompressionConfig[QuantizationSpec]):
-    """Quantization of one op's inputs, outputs and state."""
+    """Quantization of one op's inputs, outputs and state.
+
+    Examples:
+        >>> sorted(OpQuantizerConfig().op_state_spec)
+        ['weight']
+    """
 
     @classmethod
     def default_slots(cls) -> dict[str, dict[Any, Any]]:
@@ -85,6 +110,12 @@ class KVCacheQuantConfig(SpecModel):
     Attributes:
         op_quantizer_config: Its output spec says the element type; symmetric int8 is what caches can
             be kept in. Scales come from each row as it is written, whatever granularity it has.
+
+    Examples:
+        >>> from graphopt.quantization import OpQuantizerConfig, QuantizerConfig
+        >>> int8 = KVCacheQuantConfig(op_quantizer_config=OpQuantizerConfig())
+        >>> list(QuantizerConfig(kv_cache_quant_configs={"index_copy": int8}).kv_cache_quant_configs)
+        ['index_copy']
     """
 
     op_quantizer_config: OpQuantizerConfig
@@ -106,6 +137,11 @@ class ModuleQuantizerConfig(ModuleCompressionConfig[QuantizationSpec, OpQuantize
 
     Attributes:
         qat_schedule: When observers and fake quantization switch in training.
+
+    Examples:
+        >>> weights = ModuleQuantizerConfig.presets.w4()
+        >>> weights.op_input_spec, str(weights.op_state_spec["weight"].dtype)
+        ({'*': None}, 'torch.int4')
     """
 
     presets: ClassVar[type[_ModulePresets]]
@@ -127,6 +163,12 @@ class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):
         kv_cache_quant_configs: Op that updates a cache ("index_copy", "index_put") → its quantization.
         migrate_scales: Whether ranges of channels may move from activations to weights, exactly in
             float (`graphopt.passes.MigrateScales`), where there are calibration data.
+
+    Examples:
+        >>> config = QuantizerConfig.presets.w8()
+        >>> program = graphopt.compress(model, example, config)
+        >>> [row.n_bits for row in program.report()]
+        [8, 8]
     """
 
     root_key: ClassVar[str] = "quantization_config"

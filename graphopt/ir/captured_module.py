@@ -83,6 +83,11 @@ class CapturedModule(fx.GraphModule):
 
     It has the signature of the captured model. Copies share nothing; `torch.save` keeps node
     metadata (module stack, source line, annotations), which a plain GraphModule loses.
+
+    Examples:
+        >>> module = graphopt.capture(model, example).module()
+        >>> isinstance(module, CapturedModule), [name for name, _ in module.named_parameters()]
+        (True, ['0.weight', '0.bias', '2.weight', '2.bias'])
     """
 
     def __reduce__(self) -> tuple[Any, ...]:

@@ -68,6 +68,12 @@ def lut_to_dense(
 
     Returns:
         Dense tensor of `shape`, dtype of `lut`.
+
+    Examples:
+        >>> table = torch.tensor([-1.0, 0.0, 1.0, 2.0]).reshape(1, 1, 4, 1)  # one for the whole weight
+        >>> lut_to_dense(torch.tensor([0b11100100], dtype=torch.uint8), table, 2, (2, 2))
+        tensor([[-1.,  0.],
+                [ 1.,  2.]])
     """
     index_shape = _index_shape(lut, shape, vector_axis)
     codes = unpack(indices, n_bits, math.prod(index_shape)).to(torch.int32)
@@ -126,6 +132,13 @@ def shift_scale(
 
     Returns:
         Dense tensor of `shape` and `out_dtype`.
+
+    Examples:
+        >>> codes = torch.tensor([[0, 1], [2, 255]], dtype=torch.uint8)  # 255 is −1
+        >>> scale = torch.tensor([[0.5], [2.0]])  # one per row
+        >>> shift_scale(codes.reshape(-1), scale, None, "int8", (2, 2), torch.float32)
+        tensor([[ 0.0000,  0.5000],
+                [ 4.0000, -2.0000]])
     """
     value = _elements(data, storage, list(shape)).to(torch.float32)
     if offset is not None:
@@ -166,6 +179,12 @@ def sparse_to_dense(values: Tensor, mask: Tensor, shape: Sequence[int]) -> Tenso
 
     Returns:
         Dense tensor of `shape`, dtype of `values`.
+
+    Examples:
+        >>> mask = torch.tensor([0b0110], dtype=torch.uint8)
+        >>> sparse_to_dense(torch.tensor([3.0, 4.0]), mask, (2, 2))
+        tensor([[0., 3.],
+                [4., 0.]])
     """
     kept = unpack(mask, 1, math.prod(shape)).to(torch.bool)
     dense = torch.zeros(math.prod(shape), dtype=values.dtype, device=values.device)
@@ -185,6 +204,10 @@ def round_to_float(x: Tensor, scale: float, storage: str) -> Tensor:
 
     Returns:
         Tensor of the shape and dtype of `x`.
+
+    Examples:
+        >>> round_to_float(torch.tensor([1.06, 500.0]), 1.0, "fp8_e4m3")
+        tensor([  1., 448.])
     """
     kind = _FLOAT_STORAGE[storage]
     largest = torch.finfo(kind).max

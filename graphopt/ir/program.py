@@ -155,6 +155,11 @@ class Program:
         example_kwargs: Keyword inputs that it was captured with.
         provenance: Where it came from.
         artifact: The file that it is for; None for any.
+
+    Examples:
+        >>> program = graphopt.capture(model, example)
+        >>> bool(torch.equal(program.module()(*example), model(*example)))
+        True
     """
 
     graph_module: CapturedModule

@@ -38,6 +38,11 @@ class TensorRecord:
         n_luts: Number of tables, None where there are none.
         stored_bits: Bits that its stored form takes.
         snr_db: 10·log10(Σw² / Σ(w − ŵ)²), None where it is left alone.
+
+    Examples:
+        >>> row = graphopt.compress(model, example, {"palettization": {}}).report()["0.weight"]
+        >>> row.status, row.n_bits, row.shape
+        ('palettized', 4, (8, 16))
     """
 
     name: str

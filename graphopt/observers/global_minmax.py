@@ -17,7 +17,15 @@ __all__ = ["GlobalMinMaxObserver"]
 
 @dataclass(frozen=True)
 class GlobalMinMaxObserver(Observer):
-    """Smallest minimum and largest maximum of all tensors."""
+    """Smallest minimum and largest maximum of all tensors.
+
+    Examples:
+        >>> observer = GlobalMinMaxObserver()
+        >>> state = observer.update(observer.init(1), torch.tensor([[-1.0, 3.0]]))
+        >>> low, high = observer.range(state, graphopt.quantization.QuantizationSpec())
+        >>> low.item(), high.item()
+        (-1.0, 3.0)
+    """
 
     name: ClassVar[str] = "global_minmax"
 

@@ -26,6 +26,13 @@ class MovingAverageObserver(Observer):
 
     Attributes:
         rate: Share of the distance by which an end falls towards a smaller tensor, c.
+
+    Examples:
+        >>> observer = MovingAverageObserver()
+        >>> state = observer.update(observer.init(1), torch.tensor([[-1.0, 3.0]]))
+        >>> low, high = observer.range(state, graphopt.quantization.QuantizationSpec())
+        >>> low.item(), high.item()
+        (-1.0, 3.0)
     """
 
     name: ClassVar[str] = "moving_average"

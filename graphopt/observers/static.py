@@ -16,7 +16,15 @@ __all__ = ["StaticObserver"]
 
 @dataclass(frozen=True)
 class StaticObserver(Observer):
-    """Minimum and maximum of the tensor that came last."""
+    """Minimum and maximum of the tensor that came last.
+
+    Examples:
+        >>> observer = StaticObserver()
+        >>> state = observer.update(observer.init(1), torch.tensor([[-1.0, 3.0]]))
+        >>> low, high = observer.range(state, graphopt.quantization.QuantizationSpec())
+        >>> low.item(), high.item()
+        (-1.0, 3.0)
+    """
 
     name: ClassVar[str] = "static"
     order_matters: ClassVar[bool] = True

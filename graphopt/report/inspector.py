@@ -40,9 +40,10 @@ _FRAME = re.compile(
 class ModelInspector:
     r"""Modules, ops and states of a model under the names that configs use.
 
-    >>> inspector = ModelInspector(model, example_inputs)
-    >>> print(inspector.format_summary())
-    >>> inspector.get_matched_ops_for_module_name("encoder\\\\.[0-3]\\\\..*")
+    >>> inspector = ModelInspector(model, example)
+    >>> summary = inspector.format_summary()  # a text with modules, ops and states
+    >>> len(inspector.get_matched_ops_for_op_type("linear"))
+    2
 
     Args:
         model: A module, an `ExportedProgram`, a `Program` or a .pt2 file.

@@ -25,6 +25,11 @@ class CompressionTable(CompressionRecord):
 
     Attributes:
         program: The program that this reports on, where it is one's report.
+
+    Examples:
+        >>> table = graphopt.compress(model, example, {"palettization": {}}).report()
+        >>> [row.name for row in table]
+        ['0.weight', '2.weight']
     """
 
     program: Program | None = field(default=None, compare=False, repr=False)

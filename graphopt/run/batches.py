@@ -41,6 +41,11 @@ class CallSequence:
 
     Raises:
         InputError: There is none.
+
+    Examples:
+        >>> sequence = CallSequence([example, example])  # the second goes on from the state of the first
+        >>> len(sequence)
+        2
     """
 
     def __init__(self, calls: Iterable[Any]) -> None:

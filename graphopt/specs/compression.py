@@ -10,11 +10,21 @@ __all__ = ["CompressionSpec", "CompressionTargetTensor", "CompressionType"]
 
 
 class CompressionSpec(SpecModel):
-    """How one tensor is compressed."""
+    """How one tensor is compressed.
+
+    Examples:
+        >>> issubclass(graphopt.palettization.PalettizationSpec, CompressionSpec)
+        True
+    """
 
 
 class CompressionTargetTensor(Enum):
-    """What kind of tensor a spec is for."""
+    """What kind of tensor a spec is for.
+
+    Examples:
+        >>> [kind.name for kind in CompressionTargetTensor]
+        ['WEIGHT', 'ACTIVATION', 'LUT']
+    """
 
     WEIGHT = "weight"
     ACTIVATION = "activation"
@@ -22,7 +32,12 @@ class CompressionTargetTensor(Enum):
 
 
 class CompressionType(StrEnum):
-    """A kind of compression."""
+    """A kind of compression.
+
+    Examples:
+        >>> [str(kind) for kind in CompressionType]
+        ['quantization', 'palettization', 'pruning']
+    """
 
     QUANTIZATION = "quantization"
     PALETTIZATION = "palettization"

@@ -22,7 +22,12 @@ __all__ = [
 
 
 class PerTensorGranularity(SpecModel):
-    """One table (or one scale) for the whole tensor."""
+    """One table (or one scale) for the whole tensor.
+
+    Examples:
+        >>> graphopt.palettization.PalettizationSpec(granularity=PerTensorGranularity()).granularity
+        PerTensorGranularity(axis=None)
+    """
 
     type: Literal["per_tensor"] = Field(default="per_tensor", repr=False)
     axis: None = None
@@ -37,6 +42,10 @@ class PerGroupedChannelGranularity(SpecModel):
         group_size: Channels per table, at least 1. A size that does not divide the channel count
             is replaced by the nearest divisor (`graphopt.schemes.palettize.resolve_group_size`)
             with a warning that names the layer.
+
+    Examples:
+        >>> PerGroupedChannelGranularity(axis=0, group_size=16)
+        PerGroupedChannelGranularity(axis=0, group_size=16)
     """
 
     type: Literal["per_grouped_channel"] = Field(default="per_grouped_channel", repr=False)
@@ -45,7 +54,12 @@ class PerGroupedChannelGranularity(SpecModel):
 
 
 class PerChannelGranularity(SpecModel):
-    """One scale per channel of `axis` (None: the op's output-channel axis)."""
+    """One scale per channel of `axis` (None: the op's output-channel axis).
+
+    Examples:
+        >>> PerChannelGranularity(axis=0)
+        PerChannelGranularity(axis=0)
+    """
 
     type: Literal["per_channel"] = Field(default="per_channel", repr=False)
     axis: int | None = None
@@ -57,6 +71,10 @@ class PerBlockGranularity(SpecModel):
     Attributes:
         axis: Axis along which a scalar `block_size` runs; None is the op's input-channel axis.
         block_size: Elements per block along `axis`, or one size per tensor axis (-1: whole axis).
+
+    Examples:
+        >>> PerBlockGranularity(block_size=32)  # along the input channels
+        PerBlockGranularity(axis=None, block_size=32)
     """
 
     type: Literal["per_block"] = Field(default="per_block", repr=False)
@@ -86,6 +104,10 @@ def resolve_block_sizes(tensor_shape: Sequence[int], block_sizes: Sequence[int])
     Raises:
         ConfigError: There is not one size per axis, a size is neither positive nor -1, or it does
             not divide its axis.
+
+    Examples:
+        >>> resolve_block_sizes((64, 128), (1, -1))
+        [1, 128]
     """
     if len(block_sizes) != len(tensor_shape):
         raise ConfigError(

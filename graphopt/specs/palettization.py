@@ -30,11 +30,22 @@ _LUT_DTYPES = (torch.int8, torch.uint8, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
 class TrainingStrategySpec(SpecModel):
-    """How a palettized weight behaves in training."""
+    """How a palettized weight behaves in training.
+
+    Examples:
+        >>> from graphopt.specs import DKMTrainingSpec
+        >>> isinstance(DKMTrainingSpec(), TrainingStrategySpec)
+        True
+    """
 
 
 class DefaultTrainingSpec(TrainingStrategySpec):
-    """The compressor's own way: straight-through for k-means, differentiable k-means for DKM."""
+    """The compressor's own way: straight-through for k-means, differentiable k-means for DKM.
+
+    Examples:
+        >>> graphopt.palettization.PalettizationSpec().training_strategy_spec
+        DefaultTrainingSpec()
+    """
 
     type: Literal["default"] = Field(default="default", repr=False)
 
@@ -74,6 +85,10 @@ class VectorKMeansConfig(SpecModel):
             annealed steps depend little on where they start.
         max_iter: Largest number of steps.
         tol: A clustering ends where a step lowers its error by a smaller fraction.
+
+    Examples:
+        >>> VectorKMeansConfig(n_init=2, max_iter=20).max_iter
+        20
     """
 
     n_local_trials: Annotated[int, Field(gt=0)] | None = None
@@ -109,6 +124,13 @@ class PalettizationSpec(CompressionSpec):
             makes no difference between zeros and others.
         vector_kmeans: How tables of vectors are clustered; a module's `vector_kmeans_config` fills
             it in.
+
+    Examples:
+        >>> from graphopt.palettization.spec import PerGroupedChannelGranularity
+        >>> groups = PerGroupedChannelGranularity(axis=0, group_size=16)
+        >>> spec = PalettizationSpec(n_bits=2, granularity=groups, algorithm="gptq")
+        >>> spec.n_bits, spec.granularity.group_size
+        (2, 16)
     """
 
     n_bits: Bits = 4
@@ -155,5 +177,10 @@ class PalettizationSpec(CompressionSpec):
 
 
 def default_weight_palettization_spec() -> PalettizationSpec:
-    """4 bits, one table per tensor."""
+    """4 bits, one table per tensor.
+
+    Examples:
+        >>> default_weight_palettization_spec().n_bits
+        4
+    """
     return PalettizationSpec()

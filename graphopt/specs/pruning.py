@@ -26,21 +26,36 @@ __all__ = [
 
 
 class Unstructured(SpecModel):
-    """Any element may become zero."""
+    """Any element may become zero.
+
+    Examples:
+        >>> graphopt.pruning.PruningSpec(target_sparsity=0.9).pruning_scheme
+        Unstructured(axis=None)
+    """
 
     type: Literal["unstructured"] = Field(default="unstructured", repr=False)
     axis: None = None
 
 
 class ChannelStructured(SpecModel):
-    """Whole channels of `axis` become zero."""
+    """Whole channels of `axis` become zero.
+
+    Examples:
+        >>> graphopt.pruning.PruningSpec(pruning_scheme=ChannelStructured(axis=0)).pruning_scheme
+        ChannelStructured(axis=0)
+    """
 
     type: Literal["channel_structured"] = Field(default="channel_structured", repr=False)
     axis: int = 0
 
 
 class BlockStructured(SpecModel):
-    """Blocks of `block_size` neighbours along `axis` become zero; the smallest norms first."""
+    """Blocks of `block_size` neighbours along `axis` become zero; the smallest norms first.
+
+    Examples:
+        >>> BlockStructured(axis=1, block_size=4)
+        BlockStructured(axis=1, block_size=4)
+    """
 
     type: Literal["block_structured"] = Field(default="block_structured", repr=False)
     axis: int = 0
@@ -48,7 +63,12 @@ class BlockStructured(SpecModel):
 
 
 class NMStructured(SpecModel):
-    """`n` of every `m` neighbours along `axis` become zero; `target_sparsity` is then n / m."""
+    """`n` of every `m` neighbours along `axis` become zero; `target_sparsity` is then n / m.
+
+    Examples:
+        >>> graphopt.pruning.PruningSpec(pruning_scheme=NMStructured(n=2, m=4)).final_sparsity
+        0.5
+    """
 
     type: Literal["n_m_structured"] = Field(default="n_m_structured", repr=False)
     axis: int = 1
@@ -75,6 +95,10 @@ class PruningSpec(CompressionSpec):
         pruning_scheme: Single elements, whole channels, blocks, or n of every m.
         pruning_algo: "default" is by magnitude; or a class with `compute_mask(weight, sparsity,
             scheme)`, which returns 1 or True where an element stays.
+
+    Examples:
+        >>> PruningSpec(target_sparsity=0.75).target_sparsity
+        0.75
     """
 
     target_sparsity: Annotated[float, Field(ge=0.0, le=1.0)] = 0.5
@@ -93,7 +117,13 @@ class PruningSpec(CompressionSpec):
 
 
 class SparsityScheduleBase(SpecModel, ABC):
-    """Share of zeros by training step."""
+    """Share of zeros by training step.
+
+    Examples:
+        >>> from graphopt.pruning import ConstantSparsitySchedule
+        >>> isinstance(ConstantSparsitySchedule(), SparsityScheduleBase)
+        True
+    """
 
     @abstractmethod
     def compute_sparsity(
@@ -109,7 +139,13 @@ class SparsityScheduleBase(SpecModel, ABC):
 
 
 class ConstantSparsitySchedule(SparsityScheduleBase):
-    """Full sparsity from `begin_step` on."""
+    """Full sparsity from `begin_step` on.
+
+    Examples:
+        >>> schedule = ConstantSparsitySchedule(begin_step=10)
+        >>> schedule.compute_sparsity(9, 0.5), schedule.compute_sparsity(10, 0.5)
+        (0.0, 0.5)
+    """
 
     type: Literal["constant"] = Field(default="constant", repr=False)
     begin_step: Annotated[int, Field(ge=0)] = 0
@@ -128,6 +164,11 @@ class PolynomialDecaySchedule(SparsityScheduleBase):
     With `u = update_frequency`, `n = ⌊(total_iters − 1) / u⌋ + 1` updates and `t = ⌊(step − begin) / u⌋ /
     (n − 1)` it is `target + (initial − target) · (1 − t)^power` (Zhu and Gupta, "To prune, or not to
     prune", arXiv 1710.01878, equation 1), and stays between updates.
+
+    Examples:
+        >>> schedule = PolynomialDecaySchedule(total_iters=11, power=1.0)
+        >>> schedule.compute_sparsity(5, 0.5)
+        0.25
     """
 
     type: Literal["polynomial_decay"] = Field(default="polynomial_decay", repr=False)
@@ -159,5 +200,10 @@ SparsitySchedule = Annotated[
 
 
 def default_weight_pruning_spec() -> PruningSpec:
-    """Half of a weight's elements, the smallest, become zero."""
+    """Half of a weight's elements, the smallest, become zero.
+
+    Examples:
+        >>> default_weight_pruning_spec().target_sparsity
+        0.5
+    """
     return PruningSpec()

@@ -23,7 +23,12 @@ __all__ = [
 
 
 class QuantizationScheme(StrEnum):
-    """Where the representable range sits around zero."""
+    """Where the representable range sits around zero.
+
+    Examples:
+        >>> graphopt.quantization.QuantizationSpec(qscheme=QuantizationScheme.ASYMMETRIC).qscheme.name
+        'ASYMMETRIC'
+    """
 
     SYMMETRIC = "symmetric"
     SYMMETRIC_WITH_CLIPPING = "symmetric_with_clipping"
@@ -31,7 +36,12 @@ class QuantizationScheme(StrEnum):
 
 
 class QuantizationFormulation(StrEnum):
-    """`scale · (q − zero_point)` (ZP) or `scale · (q − q_min) + minimum` (MINVAL)."""
+    """`scale · (q − zero_point)` (ZP) or `scale · (q − q_min) + minimum` (MINVAL).
+
+    Examples:
+        >>> [each.name for each in QuantizationFormulation]
+        ['ZP', 'MINVAL']
+    """
 
     ZP = "zp"
     MINVAL = "minval"
@@ -94,6 +104,12 @@ class QuantizationSpec(CompressionSpec):
             error of the layer's outputs on the inputs that it will get, rounded ones where they are,
             by error feedback (arXiv 2210.17323, 2504.02692), and needs data. "auto" is "gptq"
             where there are data and "nearest" where not.
+
+    Examples:
+        >>> from graphopt.quantization.spec import PerBlockGranularity
+        >>> spec = QuantizationSpec(dtype="int4", granularity=PerBlockGranularity(block_size=32))
+        >>> spec.granularity.block_size
+        32
     """
 
     dtype: TorchDType = torch.int8

@@ -40,7 +40,13 @@ class RangeCalculatorBase(ABC):
 
 
 class MinMaxRangeCalculator(RangeCalculatorBase):
-    """Smallest and largest element; as a spec's class it is "minmax"."""
+    """Smallest and largest element; as a spec's class it is "minmax".
+
+    Examples:
+        >>> low, high = MinMaxRangeCalculator()(torch.tensor([[-1.0, 3.0]]))
+        >>> low.item(), high.item()
+        (-1.0, 3.0)
+    """
 
     stands_for: ClassVar[str] = "minmax"
 

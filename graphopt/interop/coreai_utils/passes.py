@@ -63,8 +63,12 @@ def palettize_weights(
 ) -> Any:
     """Replace the weights of a program by lookups of k-means tables.
 
-    >>> program = AIModelAsset.load(Path("model.aimodel")).program
-    >>> graphopt.coreai_utils.palettize_weights(program, n_bits=4).save_asset(Path("small.aimodel"))
+    >>> from coreai.authoring import AIModelAsset
+    >>> captured = graphopt.capture(model, example)
+    >>> path = graphopt.lower(captured, "coreai").save("model.aimodel")
+    >>> program = AIModelAsset.load(path).program
+    >>> small = palettize_weights(program, n_bits=4, weight_num_threshold=0)
+    >>> small.save_asset(path.with_name("small.aimodel"))
 
     Constants that convolutions (transposed too), matrix products and gathers read as weights, also
     through transposes and casts, are clustered exactly, as `KMeansPalettizer` does.

@@ -79,8 +79,8 @@ def palettize_weights(
 ) -> Any:
     """Replace the weights of a model by lookups of k-means tables.
 
-    >>> model = coremltools.models.MLModel("model.mlpackage", skip_model_load=True)
-    >>> small = graphopt.coreml_utils.palettize_weights(model, PalettizationSpec(n_bits=4))
+    >>> package = graphopt.lower(graphopt.capture(model, example), "coreml").model  # an MLModel
+    >>> small = palettize_weights(package, weight_threshold=0)
     >>> small.save("small.mlpackage")
 
     Weights of convolutions (transposed too), linear and recurrent layers, matrix products and gathers

@@ -137,7 +137,10 @@ def quantize_with(
 ) -> Pipeline:
     """The pipeline that quantizes as a torchao quantizer annotates.
 
-    >>> program = graphopt.torchao.quantize_with(XNNPACKQuantizer()…, batches).run(model, example)
+    >>> from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnnpack
+    >>> config = xnnpack.get_symmetric_quantization_config(is_per_channel=True)
+    >>> theirs = xnnpack.XNNPACKQuantizer().set_global(config)
+    >>> program = quantize_with(theirs, batches).run(model, example)
 
     Args:
         quantizer: Any torchao `Quantizer`.

@@ -135,8 +135,10 @@ class _Maker:
 class GraphOptQuantizer(Quantizer):  # type: ignore[misc]
     """Annotate for `prepare_pt2e` what our configs select.
 
-    >>> quantizer = GraphOptQuantizer(KMeansPalettizerConfig.presets.w4(), base=XNNPACKQuantizer()…)
+    >>> from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+    >>> quantizer = GraphOptQuantizer(graphopt.palettization.KMeansPalettizerConfig())
     >>> prepared = prepare_pt2e(torch.export.export(model, example).module(), quantizer)
+    >>> _ = prepared(*example)
     >>> converted = convert_pt2e(prepared, fold_quantize=False)
 
     Palettized weights become `graphopt.lut_to_dense` of packed indices, quantized ones the forms that

@@ -56,15 +56,18 @@ def register(info: OpInfo, *, replace: bool = False) -> Registration:
 
     It holds for this process until it is undone; processes that work for it have to do the same.
 
-    >>> op_info.register(
-    ...     OpInfo(
-    ...         names=("scaled_linear",),
-    ...         targets=(torch.ops.mine.scaled_linear.default,),
-    ...         weights=(WeightSlot(1, channel_axis=0, matrix="linear", bias=2),),
-    ...         biases=(BiasSlot(2),),
-    ...         scales=Scales.COMPUTE,
-    ...     )
+    >>> from graphopt.ir.op_info import OpInfo, Scales, WeightSlot
+    >>> @torch.library.custom_op("documented::scaled_linear", mutates_args=())
+    ... def scaled_linear(x: torch.Tensor, w: torch.Tensor) -> torch.Tensor:
+    ...     return torch.nn.functional.linear(x, w) * 0.5
+    >>> info = OpInfo(
+    ...     names=("scaled_linear",),
+    ...     targets=(torch.ops.documented.scaled_linear.default,),
+    ...     weights=(WeightSlot(1, channel_axis=0, matrix="linear"),),
+    ...     scales=Scales.COMPUTE,
     ... )
+    >>> with register(info):
+    ...     program = graphopt.compress(model, example)
 
     Args:
         info: What the ops are.

@@ -29,6 +29,11 @@ class Candidate:
         name: Name in tables, recipes and files.
         weight: Spec of the weight; None leaves it uncompressed.
         activation: Spec of the op's data input; None leaves it in float.
+
+    Examples:
+        >>> spec = graphopt.palettization.PalettizationSpec(n_bits=2)
+        >>> Candidate("2-bit", spec).is_kept, Candidate("keep").is_kept
+        (False, True)
     """
 
     name: str
@@ -105,6 +110,10 @@ def as_candidates(
 
     Raises:
         ConfigError: A spec cannot be read, two have one name, or there is none.
+
+    Examples:
+        >>> [candidate.name for candidate in as_candidates([2, "int8", "keep"])]
+        ['2-bit', 'int8', 'keep']
     """
     named: Iterable[tuple[str | None, CandidateLike]]
     if isinstance(given, Mapping):

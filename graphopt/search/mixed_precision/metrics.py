@@ -28,6 +28,11 @@ class Metric:
         loss: Value → a loss of 0 for equal outputs that adds up over layers. Neither decibels nor
             cosines add up, the noise that they stand for does.
         value: Inverse of `loss`.
+
+    Examples:
+        >>> from graphopt.mixed_precision import METRICS
+        >>> METRICS["mse"].compare(torch.zeros(4), torch.ones(4))
+        1.0
     """
 
     name: str

@@ -29,6 +29,10 @@ class SizeModel:
         lut_dtype: Type of table entries where it differs. Published size tables that count 32-bit
             entries beside packed indices are those of `torch.float32`.
         lowering: Options of the target.
+
+    Examples:
+        >>> SizeModel(backend="coreai").rules.code_bits(3)  # stored in 4
+        4
     """
 
     backend: str | None = None

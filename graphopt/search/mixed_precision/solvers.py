@@ -45,6 +45,10 @@ class Problem:
     Attributes:
         losses: One array per layer, one entry per candidate; NaN and Inf exclude a candidate.
         sizes: Bits of the same candidates.
+
+    Examples:
+        >>> Problem.of(losses=[[0.9, 0.1], [0.5, 0.2]], sizes=[[2, 4], [2, 4]]).value([1, 0])
+        (0.6, 6.0)
     """
 
     losses: tuple[Floats, ...]
@@ -88,6 +92,12 @@ class Solution:
         loss: Sum of losses.
         size: Sum of sizes, bits.
         bound: No choice within the budget has a smaller loss than this.
+
+    Examples:
+        >>> from graphopt.mixed_precision import Problem, solve_exactly
+        >>> problem = Problem.of(losses=[[0.9, 0.1], [0.5, 0.2]], sizes=[[2, 4], [2, 4]])
+        >>> isinstance(solve_exactly(problem, budget=6), Solution)
+        True
     """
 
     choice: tuple[int, ...]
@@ -176,7 +186,14 @@ def _hull_steps(problem: Problem) -> tuple[list[int], list[_Step]]:
 
 
 def front(problem: Problem) -> list[Solution]:
-    """Choices that are each optimal for their own size, from the smallest to the largest."""
+    """Choices that are each optimal for their own size, from the smallest to the largest.
+
+    Examples:
+        >>> from graphopt.mixed_precision import Problem
+        >>> problem = Problem.of(losses=[[0.9, 0.1], [0.5, 0.2]], sizes=[[2, 4], [2, 4]])
+        >>> [solution.choice for solution in front(problem)]
+        [(0, 0), (1, 0), (1, 1)]
+    """
     choice, steps = _hull_steps(problem)
     loss, size = problem.value(choice)
     solutions = [Solution(tuple(choice), loss, size, loss)]
@@ -194,6 +211,12 @@ def solve_on_hull(problem: Problem, budget: float) -> Solution:
 
     Raises:
         InfeasibleError: Even the smallest choice is too large; the message has the range.
+
+    Examples:
+        >>> from graphopt.mixed_precision import Problem
+        >>> problem = Problem.of(losses=[[0.9, 0.1], [0.5, 0.2]], sizes=[[2, 4], [2, 4]])
+        >>> solve_on_hull(problem, budget=7).choice
+        (1, 0)
     """
     choice, steps = _hull_steps(problem)
     loss, size = problem.value(choice)
@@ -227,6 +250,12 @@ def solve_exactly(
 
     Raises:
         InfeasibleError: Even the smallest choice is too large; the message has the range.
+
+    Examples:
+        >>> from graphopt.mixed_precision import Problem
+        >>> problem = Problem.of(losses=[[0.9, 0.1], [0.5, 0.2]], sizes=[[2, 4], [2, 4]])
+        >>> solve_exactly(problem, budget=6).choice
+        (1, 0)
     """
     start = solve_on_hull(problem, budget)
     pairs = [

@@ -51,6 +51,12 @@ def allocate(
 
     Raises:
         InfeasibleError: Even the smallest choice is above the budget; the message has the range.
+
+    Examples:
+        >>> losses = {"a": {"2": 0.9, "4": 0.1}, "b": {"2": 0.5, "4": 0.2}}
+        >>> bits = {"a": {"2": 2.0, "4": 4.0}, "b": {"2": 2.0, "4": 4.0}}
+        >>> allocate(losses, bits, budget=6.0, rate_weight=None).choice
+        {'a': '4', 'b': '2'}
     """
     layers = list(losses)
     names = [list(losses[layer]) for layer in layers]

@@ -32,6 +32,10 @@ class BlockOptions(SpecModel):
         width: Values that may be alive between two blocks: 2 cuts U-Nets, see
             `graphopt.partition.find_blocks`.
         min_layers: Fewest compressed layers of a block.
+
+    Examples:
+        >>> graphopt.rdo.RDOConfig(target_bits=4, blocks={"rounds": 1}).blocks == BlockOptions(rounds=1)
+        True
     """
 
     scales: bool = True
@@ -49,6 +53,10 @@ class FeedbackOptions(SpecModel):
         damping: Share of the mean diagonal that is added to the Hessian.
         compensate: Aim at the exact layer's outputs on exact inputs (GPTAQ, arXiv 2504.02692), and let
             biases take up the mean of the error.
+
+    Examples:
+        >>> FeedbackOptions().damping
+        0.01
     """
 
     enabled: bool = True
@@ -74,6 +82,10 @@ class RoundingOptions(SpecModel):
             less noisy, "none" all alike.
         drop: Probability that an element of a quantized activation stays unrounded in a step (QDrop,
             arXiv 2203.05740).
+
+    Examples:
+        >>> RoundingOptions(blocks="all", steps=200).steps
+        200
     """
 
     blocks: Literal["sensitive", "all", "none"] = "sensitive"
@@ -114,6 +126,10 @@ class RDOConfig(SpecModel):
         held_out: Share of the calibration batches that decides whether a step has helped.
         backend: Target whose sizes and limits count. None stores every width as it is.
         seed: Seed of everything that is drawn.
+
+    Examples:
+        >>> RDOConfig(target_bits=4.19, candidates=[4, 6, 8]).family
+        'integer'
     """
 
     candidates: list[Any] | dict[str, Any] = Field(default=[4, 6, 8])

@@ -68,8 +68,10 @@ def optimize(
 ) -> Optimized:
     """Quantize or palettize a model to a mean number of bits per weight, without labels.
 
-    >>> program, report = rdo.optimize(model, example, batches, {"target_bits": 4.19})
-    >>> program.save("model.aimodel")
+    >>> config = {"target_bits": 5, "candidates": [4, 8], "rounding": {"steps": 10}}
+    >>> program, report = optimize(model, example, batches, config)
+    >>> program.save("model.pt2").name
+    'model.pt2'
 
     The stages, each of which `config` can switch off and `graphopt.rdo.Session` runs alone:
     sensitivities and a first allocation of bits; rate-distortion optimisation of one block after the
