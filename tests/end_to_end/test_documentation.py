@@ -14,6 +14,7 @@ from types import ModuleType
 import pytest
 from helpers.pages import GUIDE, ROOT, blocks, differences, pages, run_page
 from helpers.tiers import some
+from helpers.walk import Shell, order, steps
 
 # pages that every change runs; the subjects of the others have tests of their own in these tiers
 OFTEN = ("README.md", "examples/guide/export_script.md", "examples/guide/compiler_stage.md")
@@ -111,6 +112,35 @@ def test_shown_output_is_compared_line_by_line() -> None:
     assert differences("4 of 5 tensors; 4.5 bits\n", printed) == ["4 of 5 tensors; 4.5 bits"]
     assert differences("error 5.8e-03\n", printed) == ["error 5.8e-03"]
     assert differences("error 5.8e-07\n4 of 5 tensors; 4.1 bits\n", printed)
+
+
+def test_walk_keeps_one_shell_and_stops_at_what_fails(tmp_path: Path) -> None:
+    shell = Shell(tmp_path)
+    assert shell.run("mkdir inner; cd inner\nexport KEPT=word")[0] == 0
+    code, _, printed = shell.run("echo $KEPT\npwd")
+    assert (code, printed.split()) == (0, ["word", str(tmp_path / "inner")])
+    assert shell.run("false\ntrue")[0] == 1
+    assert shell.run("true | (exit 3)")[0] == 3
+    assert shell.run("echo on")[0] == 0
+    shell.close()
+
+
+def test_walk_takes_every_block_that_is_run_but_the_tests(tmp_path: Path) -> None:
+    pages_in_order = order(ROOT)
+    assert pages_in_order[:2] == ["README.md", "index.md"]
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "guide").symlink_to(GUIDE)
+    (tmp_path / "README.md").symlink_to(ROOT / "README.md")
+    text = "".join(lines for name in pages_in_order for _, lines in steps(tmp_path, name))
+    written = "".join(path.read_text() for path in (tmp_path / "out" / "walk").iterdir())
+    for page in pages():
+        for block in blocks(page):
+            if block.kind == "python":
+                assert block.text in written
+            elif block.kind == "sh":
+                assert block.text.replace("make test ", "").split("\n")[0] in text
+    assert "pip install -e" in text
+    assert "make test" not in text
 
 
 def test_readme_is_short() -> None:

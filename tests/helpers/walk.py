@@ -72,7 +72,7 @@ class Shell:
         begun = time.perf_counter()
         # in this shell, not in one below it: what a line activates stays
         self._bash.stdin.write(
-            f"trap 'code=${{code:-$?}}' ERR; code=; set -o pipefail\n{lines}\n"
+            f"code=; set -o pipefail; trap 'code=${{code:-$?}}' ERR\n{lines}\n"
             f'trap - ERR; echo; echo "{_DONE} ${{code:-0}}"\n'
         )
         self._bash.stdin.flush()
@@ -82,6 +82,10 @@ class Shell:
                 return int(line.split()[-1]), time.perf_counter() - begun, "".join(printed)
             printed.append(line)
         return self._bash.wait(), time.perf_counter() - begun, "".join(printed)
+
+    def close(self) -> None:
+        """End the shell."""
+        self._bash.communicate("exit\n")
 
 
 def walk(folder: Path, pages: list[str]) -> int:
