@@ -16,8 +16,8 @@ from helpers.pages import GUIDE, ROOT, blocks, differences, pages, run_page
 from helpers.tiers import some
 from helpers.walk import Shell, order, steps
 
-# pages that every change runs; the subjects of the others have tests of their own in these tiers
-OFTEN = ("README.md", "examples/guide/export_script.md", "examples/guide/compiler_stage.md")
+# what every change runs; the subjects of the other pages have tests of their own in these tiers
+OFTEN = ("README.md", "examples/guide/export_script.md")
 NAMES = [str(page.relative_to(ROOT)) for page in pages() if any(b.runs for b in blocks(page))]
 # files of the clone that have links
 LINKED = [
