@@ -183,7 +183,8 @@ def compress(
         "verification": None if outcome is None else plain(outcome),
     }
     if watch.report is not None:
-        _write_report(watch.report, program, original, outcomes, overwrite=to.overwrite)
+        page = {"before": original, "config": wanted, "artifact": artifact}
+        _write_report(watch.report, program, page, outcomes, overwrite=to.overwrite)
     # what goes to standard output is the program, if it goes there
     console = ERR if is_stream(to.output) else OUT
     if to.as_json:
@@ -293,13 +294,13 @@ def _config(given: str) -> AnyConfig:
 def _write_report(
     path: Path,
     program: CompressedProgram,
-    before: Program,
+    page: dict[str, Any],
     report: dict[str, Any],
     *,
     overwrite: bool,
 ) -> None:
     if path.suffix == ".html":
-        program.report().to_html(path, before=before, overwrite=overwrite)
+        program.report().to_html(path, **page, overwrite=overwrite)
         return
     with replaced(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         print_json(report, stream=file)

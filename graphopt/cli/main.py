@@ -62,7 +62,11 @@ def _command(function: Callable[..., None], name: str, example: str, *, reads: b
 def inspect(
     model: Model,
     graph: Annotated[
-        Path | None, typer.Option(help="Write the graph, too: .svg, .png, .graphml, .gexf, .json.")
+        Path | None,
+        typer.Option(
+            help="Write the graph, too: .html to walk through, .explorer.json for Model Explorer, .svg,"
+            " .png, .graphml, .gexf, .json."
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -11,7 +11,7 @@ from graphopt.backends.lowering import as_program
 from graphopt.cli.artifacts import check_report
 from graphopt.cli.common import OUT, Json, Model, print_json
 from graphopt.cli.mixed_precision import BatchSize, read_data
-from graphopt.inspection import diff, write_page
+from graphopt.inspection import diff, save_graph, write_page
 
 __all__ = ["compare", "report"]
 
@@ -31,12 +31,17 @@ def compare(
     after: Model,
     data: Inputs = None,
     batch_size: BatchSize = None,
+    graph: Annotated[
+        Path | None, typer.Option(help="Write both graphs side by side, too, as an .html page.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Show type, size and errors of each layer before and after."""
-    original = as_program(before)
-    batches = None if data is None else read_data(data, batch_size, original)
-    difference = diff(original, as_program(after), batches)
+    first, second = as_program(before), as_program(after)
+    batches = None if data is None else read_data(data, batch_size, first)
+    difference = diff(first, second, batches)
+    if graph is not None:
+        save_graph(second, graph, before=first)
     if as_json:
         print_json(difference.to_dict())
     else:

@@ -29,13 +29,13 @@ from graphopt.ir.records import finite_values
 from graphopt.passes import FoldBatchNorm, RemoveUnused
 from graphopt.passes.pass_manager import run_passes
 from graphopt.report.bits import StoredTensor, stored_tensors
+from graphopt.report.names import weight_of
+from graphopt.report.notebook import ShownAsTable
 from graphopt.report.output_errors import OutputErrors, error_of, sqnr
 from graphopt.run.batches import Batch, as_batch
 from graphopt.run.interpreter import constant_value
 
 __all__ = ["Difference", "LayerDifference", "decibels", "diff"]
-
-_SUFFIXES = ("_indices", "_lut", "_quantized", "_values", "_data")
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ class LayerDifference:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Difference(ShownAsTable):
     """Layers in the order of the graph; prints as a table.
 
     Attributes:
@@ -246,15 +246,6 @@ def _weight_operands(node: fx.Node) -> list[fx.Node]:
     return [operand for operand, _ in (found if recurrent else found[:1])]
 
 
-def _name(operand: fx.Node) -> str:
-    source = source_of(operand, 0)
-    name = str(source.node.target) if source is not None else operand.name
-    for _ in range(2):
-        for suffix in _SUFFIXES:
-            name = name.removesuffix(suffix)
-    return name
-
-
 def _storage(gm: fx.GraphModule) -> dict[str, tuple[str, int]]:
     """Dense node → how it is stored and with how many tables."""
     return {
@@ -288,7 +279,7 @@ def _layer(
     if measured is not None:
         output, own = measured.of(ops[0])
     return LayerDifference(
-        name=_name(weights[0]),
+        name=weight_of(weights[0]),
         op=ops[0].name,
         op_type=op_names(ops[0])[0],
         shape=tuple(values[0].shape),

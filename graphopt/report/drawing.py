@@ -16,6 +16,9 @@ from graphopt.ir.annotations import describe_annotations
 from graphopt.ir.graph_text import op_name, value_text
 from graphopt.ir.module_frames import module_frames
 from graphopt.ir.program import Program
+from graphopt.report.explorer import explorer_graphs
+from graphopt.report.graph_page import graph_page, pair_page
+from graphopt.report.graph_view import view_of
 
 __all__ = ["graph_of", "save_graph"]
 
@@ -26,6 +29,8 @@ _COLOURS = {
     "data": "#dddddd",
     "op": "#ffffff",
 }
+_EXPLORER = ".explorer.json"
+_SUFFIXES = (".html", _EXPLORER, ".svg", ".png", ".graphml", ".gexf", ".json")
 _LARGEST = 400  # nodes that a picture shows legibly
 
 
@@ -48,42 +53,61 @@ def graph_of(gm: fx.GraphModule) -> nx.DiGraph[str]:
     return graph
 
 
-def save_graph(program: Program, path: str | Path, *, weights: bool = True) -> Path:
+def save_graph(
+    program: Program, path: str | Path, *, weights: bool = True, before: Program | None = None
+) -> Path:
     """Write a program's graph with its annotations.
 
     Args:
         program: Compressed or not.
-        path: .svg and .png are drawn; .graphml and .gexf are for graph viewers (Gephi, yEd,
-            Cytoscape), .json is networkx's node-link form. A viewer of models such as Netron opens
-            the .pt2 that `program.save` writes.
-        weights: Show constants, too.
+        path: .html is a page to walk through, with modules that fold and weights inside their ops,
+            coloured by bits or error, for thousands of nodes; .explorer.json is for Google's Model
+            Explorer. .svg and .png are drawn (up to 400 nodes); .graphml and .gexf are for graph viewers
+            (Gephi, yEd, Cytoscape), .json is networkx's node-link form. A viewer of models such as
+            Netron opens the .pt2 that `program.save` writes.
+        weights: Show constants as nodes, too; pages and Model Explorer have them inside their ops.
+        before: For a page: a second program, which is shown beside this one.
 
     Raises:
-        InputError: The suffix is none of these, or the graph has too many nodes for a picture.
+        InputError: The suffix is none of these, the graph has too many nodes for a picture, or two
+            programs are to be drawn in another form than a page.
         MissingDependencyError: matplotlib is not installed and a picture is asked for.
     """
     target = Path(path)
-    graph = graph_of(program.graph_module)
+    suffix = _EXPLORER if target.name.endswith(_EXPLORER) else target.suffix
+    if suffix not in _SUFFIXES:
+        raise InputError(f"cannot draw {target.name}; use {', '.join(_SUFFIXES)}")
+    if before is not None and suffix != ".html":
+        raise InputError(f"two graphs are shown in an .html page, not in {target.name}")
+    with replaced(target) as temporary:
+        if suffix == ".html":
+            view = view_of(program)
+            page = graph_page(view) if before is None else pair_page(view_of(before), view)
+            temporary.write_text(page, encoding="utf-8")
+        elif suffix == _EXPLORER:
+            temporary.write_text(json.dumps(explorer_graphs(view_of(program)), indent=1))
+        else:
+            _save_networkx(program.graph_module, temporary, suffix, weights=weights)
+    return target
+
+
+def _save_networkx(gm: fx.GraphModule, path: Path, suffix: str, *, weights: bool) -> None:
+    graph = graph_of(gm)
     if not weights:
         graph.remove_nodes_from([n for n, kind in graph.nodes(data="kind") if kind == "weight"])
-    suffix = target.suffix
-    if suffix not in (".svg", ".png", ".graphml", ".gexf", ".json"):
-        raise InputError(f"cannot draw {target.name}; use .svg, .png, .graphml, .gexf or .json")
     if suffix in (".svg", ".png") and len(graph) > _LARGEST:
         raise InputError(
-            f"{len(graph)} nodes are too many for a picture (at most {_LARGEST}); use .graphml, or"
-            " weights=False"
+            f"{len(graph)} nodes are too many for a picture (at most {_LARGEST}); use .html, .graphml,"
+            " or weights=False"
         )
-    with replaced(target) as temporary:
-        if suffix == ".graphml":
-            nx.write_graphml(graph, temporary)
-        elif suffix == ".gexf":
-            nx.write_gexf(graph, temporary)
-        elif suffix == ".json":
-            temporary.write_text(json.dumps(nx.node_link_data(graph, edges="links"), indent=1))
-        else:
-            _draw(graph).savefig(temporary, format=suffix[1:])
-    return target
+    if suffix == ".graphml":
+        nx.write_graphml(graph, path)
+    elif suffix == ".gexf":
+        nx.write_gexf(graph, path)
+    elif suffix == ".json":
+        path.write_text(json.dumps(nx.node_link_data(graph, edges="links"), indent=1))
+    else:
+        _draw(graph).savefig(path, format=suffix[1:])
 
 
 def _kind(node: fx.Node) -> str:

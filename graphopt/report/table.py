@@ -14,13 +14,14 @@ from graphopt.errors import StateError
 from graphopt.ir.annotations import record_of
 from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionRecord
+from graphopt.report.notebook import ShownAsTable
 from graphopt.report.page import write_page
 
 __all__ = ["CompressionTable", "table_of"]
 
 
 @dataclass(frozen=True)
-class CompressionTable(CompressionRecord):
+class CompressionTable(CompressionRecord, ShownAsTable):
     """What every compressor returns; prints as a table.
 
     Attributes:
@@ -41,8 +42,8 @@ class CompressionTable(CompressionRecord):
 
         Args:
             path: An .html file.
-            options: `before`, `data`, `sensitivities`, `curve`, `title`, `overwrite`, as for
-                `graphopt.inspection.write_page`.
+            options: `before`, `data`, `sensitivities`, `curve`, `config`, `recipe`, `artifact`, `title`,
+                `overwrite`, as for `graphopt.inspection.write_page`.
 
         Raises:
             StateError: The table is no program's report.

@@ -20,6 +20,7 @@ from rich.table import Table
 from graphopt.errors import InfeasibleError, InputError
 from graphopt.files import locked, write_csv
 from graphopt.progress import track
+from graphopt.report.notebook import ShownAsTable
 from graphopt.search.content import content_hash
 from graphopt.search.mixed_precision.choose import uniform
 from graphopt.search.mixed_precision.measurements import Measurements
@@ -59,7 +60,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Sweep:
+class Sweep(ShownAsTable):
     """A curve of accuracy over size.
 
     Attributes:

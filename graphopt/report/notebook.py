@@ -1,0 +1,45 @@
+"""Tables as notebooks show them."""
+
+from __future__ import annotations
+
+import html
+
+from rich.table import Table
+from rich.text import Text
+
+__all__ = ["ShownAsTable", "table_html"]
+
+
+class ShownAsTable:
+    """What prints as a table and is one in notebooks, too."""
+
+    def __rich__(self) -> Table:
+        """The table."""
+        raise NotImplementedError
+
+    def _repr_html_(self) -> str:
+        return table_html(self.__rich__())
+
+
+def table_html(table: Table) -> str:
+    """A table of the terminal as one of HTML, in the notebook's own style."""
+    sides = [f" style='text-align:{column.justify}'" for column in table.columns]
+    heads = "".join(
+        f"<th{side}>{_text(column.header)}</th>"
+        for side, column in zip(sides, table.columns, strict=True)
+    )
+    rows = zip(*(column.cells for column in table.columns), strict=True)
+    body = "".join(
+        "<tr>"
+        + "".join(f"<td{side}>{_text(cell)}</td>" for side, cell in zip(sides, row, strict=True))
+        + "</tr>"
+        for row in rows
+    )
+    title = f"<caption>{_text(table.title)}</caption>" if table.title else ""
+    return f"<table>{title}<thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _text(cell: object) -> str:
+    """A cell without the terminal's markup."""
+    shown = Text.from_markup(cell) if isinstance(cell, str) else cell
+    return html.escape(shown.plain if isinstance(shown, Text) else str(shown))
