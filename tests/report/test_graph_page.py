@@ -175,7 +175,7 @@ def test_graph_folds_and_finds_in_a_browser(palettized: Program, tmp_path: Path)
     )
     (first, folded, found), errors = evaluated(page, tmp_path, expression)
     assert errors == []
-    assert first["boxes"] == 9 + 6  # ops, and modules that are open
+    assert first["boxes"] == 9 + 5  # values, and modules that are open
     assert folded["boxes"] == 5  # x, three modules, output
     assert (found["hits"], found["chosen"]) == (1, 7)
 
