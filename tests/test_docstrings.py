@@ -30,7 +30,7 @@ PACKAGES = (
 )
 # what has no example yet, by package: names leave this list, none is added to it
 WITHOUT_EXAMPLE: dict[str, str] = {
-    "graphopt": "FitResult capture lower tune",
+    "graphopt": "FitResult Workers capture lower tune",
     "graphopt.backends": "Artifact Backend load_backend",
     "graphopt.casting": "cast_int32_to_int16",
     "graphopt.config": (

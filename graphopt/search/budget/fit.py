@@ -56,8 +56,9 @@ def fit(
 ) -> FitResult:
     """Make the best artifact of a model that has at most a size.
 
-    >>> result = graphopt.fit(model, example, batches, size="12MB", path="model.mlpackage")
-    >>> print(result)
+    >>> result = fit(model, example, batches, size="64kB", path="model.pt2")
+    >>> result.artifact.path.name
+    'model.pt2'
 
     How much each layer suffers from each candidate that the target can hold is measured; the choice of
     least predicted error whose file fits is made with fitted tables and integers, lowered, compared
