@@ -23,6 +23,8 @@ OPTIONAL |= {re.split(r"\W", given)[0] for extra in _EXTRAS.values() for given i
 OPTIONAL -= {"graphopt"}
 # a backend and what makes it a delegate know each other
 MUTUAL = {"graphopt.backends.coreai.delegate", "graphopt.backends.coreml.delegate"}
+# what takes long to import and is needed by some calls only
+LATE = {"networkx", "torch.fx.experimental.symbolic_shapes"}
 HEAVY = ("numba", "scipy", "networkx", "rich", "typer")
 
 
@@ -48,7 +50,7 @@ def test_functions_import_only_optional_packages(path: Path) -> None:
     ]
     inside = {module for function in functions for module, _ in imports_in(function)}
     late = {module for module in inside if module.split(".")[0] not in OPTIONAL}
-    assert late - MUTUAL == set()
+    assert late - MUTUAL - LATE == set()
 
 
 @pytest.mark.parametrize("path", modules(), ids=str)
@@ -70,6 +72,17 @@ def test_importing_the_package_loads_no_heavy_dependency() -> None:
     words = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "[]", done.stdout + done.stderr
+
+
+def test_compressors_load_nothing_that_only_some_calls_need() -> None:
+    heavy = ("numba", "scipy", "networkx", "typer", "torch._dynamo", "torch._inductor", "sympy")
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "import graphopt.palettization, graphopt.quantization, graphopt.pruning, graphopt.pipelines\n"
+        f"print([name for name in {heavy} if name in sys.modules and name not in before])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
 
 
 def test_old_module_names_give_the_new_ones_names_with_a_warning() -> None:

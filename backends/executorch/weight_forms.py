@@ -37,8 +37,7 @@ QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
 # ops whose weight may be computed when the program runs
 _TAKES_ROWS = LINEAR | LOOKUPS
-
-
+_TABLE = _ours.lut_to_dense.default
 PACKED = frozenset(f"{sign}int{bits}" for sign in ("", "u") for bits in (2, 3, 4, 6, 8))
 
 
@@ -46,9 +45,11 @@ def is_packed(weight: fx.Node) -> bool:
     """Whether codes of a `shift_scale` weight are smaller than what XNNPACK can hold of it.
 
     Weights that kernels compute with stay integers, and so do those of eight bits whose rows are
-    dequantized when the program runs.
+    dequantized when the program runs; integers of a table are decoded with it.
     """
-    if any(not why_not_integers(weight, reader) for reader in weight.users):
+    if any(
+        reader.target is _TABLE or not why_not_integers(weight, reader) for reader in weight.users
+    ):
         return False
     narrow = STORAGE_BITS[str(weight.args[3])] < 8
     return narrow or any(reader.target not in _TAKES_ROWS for reader in weight.users)

@@ -9,11 +9,10 @@ equals the earliest in the graph; every other is reported.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import replace
 from typing import Any, cast
 
-import networkx as nx
 from torch import Tensor, fx
 
 from graphopt.analysis.activation_plan import (
@@ -94,7 +93,7 @@ class _Planner:
         self.scores = attention_scores(gm)
         self.normed = read_by_norms(gm, self.data)
         self.values: dict[fx.Node, PlannedValue] = {}
-        self.sharing: nx.Graph[fx.Node] = nx.Graph()
+        self.sharing: list[list[fx.Node]] = []  # values that have one scale
         self.floats: list[tuple[str, str, str]] = []
         self.matches: list[Match] = []
 
@@ -146,7 +145,7 @@ class _Planner:
         elif info.quantizes_output:
             self._note_float(match, f"output: {out.path}")
         if info.scales is Scales.SHARE:
-            nx.add_path(self.sharing, shared)
+            self.sharing.append(shared)
 
     def _match(self, node: fx.Node, info: OpInfo) -> Match:
         output, norm = node, None
@@ -237,7 +236,7 @@ class _Planner:
         if isinstance(value, Tensor) and not is_float(node):
             return
         self.values[node] = PlannedValue(known.output, derived=True)
-        self.sharing.add_edge(source, node)
+        self.sharing.append([source, node])
 
     def _request_output(self, node: fx.Node, selection: Selection) -> None:
         self.values.setdefault(node, PlannedValue()).output = self._request(node, selection)
@@ -325,13 +324,12 @@ class _Planner:
             for node, value in self.values.items()
             if value.output is not None or value.inputs
         }
-        self.sharing.add_nodes_from(wanted)
         outputs: dict[fx.Node, ActivationPoint] = {}
         inputs: dict[tuple[fx.Node, int], ActivationPoint] = {}
         remarks: list[str] = []
         groups = [
             sorted(group & wanted.keys(), key=self.order.__getitem__)
-            for group in nx.connected_components(self.sharing)
+            for group in _connected(wanted, self.sharing)
         ]
         for group in sorted((g for g in groups if g), key=lambda g: self.order[g[0]]):
             requests = [request for node in group for request in wanted[node].requests()]
@@ -375,3 +373,14 @@ class _Planner:
         if node in self.normed:
             return f"only {self.normed[node]} reads it, which computes in float"
         return "left in float unless a config names it"
+
+
+def _connected(values: Iterable[fx.Node], paths: Iterable[list[fx.Node]]) -> Iterator[set[fx.Node]]:
+    """Values that chains of shared scales connect."""
+    import networkx as nx  # a tenth of a second, for programs that are quantized only
+
+    sharing: Any = nx.Graph()
+    sharing.add_nodes_from(values)
+    for path in paths:
+        nx.add_path(sharing, path)
+    yield from nx.connected_components(sharing)

@@ -14,8 +14,8 @@ from torch.export import ExportedProgram
 
 from graphopt.audited import read_exported
 from graphopt.exclusive import exclusive
+from graphopt.ir import torch_private
 from graphopt.ir.mapped import map_tensor
-from graphopt.ir.torch_private import archive_package
 
 __all__ = ["mapping_weights", "read_program"]
 
@@ -39,7 +39,7 @@ def read_program(path: Path) -> ExportedProgram:
     """A program that the caller has checked or trusts; its weights are mapped inside `mapping_weights`."""
     if not _mapping.get():
         return read_exported(path)
-    package: Any = archive_package
+    package: Any = torch_private.archive_package
     build = package._build_file_map
 
     def mapped(reader: Any, config: Any, folder: str) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ def read_program(path: Path) -> ExportedProgram:
 
 def _flat(path: Path, archive: Any, record: str, meta: Any) -> Tensor:
     """All elements of a stored tensor, 1-D."""
-    package: Any = archive_package
+    package: Any = torch_private.archive_package
     dtype: torch.dtype = package.deserialize_scalar_type(meta.tensor_meta.dtype)
     size = archive.get_record_size(record)
     if size == 0:

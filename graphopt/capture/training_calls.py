@@ -19,6 +19,7 @@ from typing_extensions import override
 
 from graphopt.capture.capture import buffers_restored, run_on_copies
 from graphopt.errors import StateError
+from graphopt.ir.torch_private import AnyBatchNorm
 
 __all__ = ["TrainingCalls", "training_calls"]
 
@@ -40,7 +41,7 @@ _DRAWS = frozenset(
     )
 )
 _PYTHON, _NUMPY = "Python's random", "numpy.random"
-_NORMS = torch.nn.modules.batchnorm._BatchNorm  # of which some take no batch of one in training
+_NORMS = AnyBatchNorm  # of which some take no batch of one in training
 
 
 @dataclass

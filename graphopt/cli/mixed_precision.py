@@ -76,8 +76,8 @@ class Inputs(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AnalysisFiles(Options):
-    """What an analysis writes.
+class AnalysisFiles(Cluster):
+    """Where an analysis is made, and what it writes.
 
     Attributes:
         output: Table to write, .jsonl.
@@ -168,7 +168,6 @@ def analyze(
         Given, Fields(AnalysisOptions, "mode", "backend", "correction", "resume", "seed")
     ],
     form: Annotated[Given, TargetFields()],
-    cluster: Cluster,
     candidates: Annotated[
         str, typer.Option(help="Such as '2,4,6,int8', or a YAML file with 'candidates'.")
     ] = "2,4,6",
@@ -183,7 +182,7 @@ def analyze(
     else:
         chosen = as_candidates([text.strip() for text in candidates.split(",")])
     program = as_program(model)
-    with cluster.workers() as workers:
+    with to.workers() as workers:
         table = run_analysis(
             program,
             None,

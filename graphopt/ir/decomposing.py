@@ -19,7 +19,8 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-from graphopt.ir.torch_private import FakeTensor, OpOverload, is_composite, may_stay_whole
+from graphopt.ir import torch_private
+from graphopt.ir.torch_private import FakeTensor, OpOverload
 
 __all__ = ["decomposed"]
 
@@ -66,7 +67,9 @@ def decomposed(exported: ExportedProgram, table: Table) -> ExportedProgram:
 
 def _never_whole(op: Any) -> bool:
     """Whether torch breaks up an op whatever the table says: a composite one that gives a view."""
-    return isinstance(op, OpOverload) and is_composite(op) and not may_stay_whole(op)
+    if not isinstance(op, OpOverload) or not torch_private.is_composite(op):
+        return False
+    return not torch_private.may_stay_whole(op)
 
 
 def _is_functional(op: Any) -> bool:

@@ -24,7 +24,6 @@ from torch.export.graph_signature import (
     OutputSpec,
     TensorArgument,
 )
-from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
@@ -84,6 +83,9 @@ class _Lift:
         self._constants: dict[str, Any] = {}
 
     def _fake_mode(self) -> FakeTensorMode:
+        # sizes need sympy, which only this imports
+        from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
         return FakeTensorMode(shape_env=ShapeEnv(), export=True)
 
     def program(self) -> ExportedProgram:

@@ -69,11 +69,15 @@ def mapped_weights(path: str | Path) -> dict[str, Tensor]:
 
     For models larger than memory: a module that was built on the meta device takes them.
 
+    >>> from safetensors.torch import save_file
+    >>> save_file({"weight": torch.ones(3, 4), "bias": torch.zeros(3)}, "weights.safetensors")
     >>> with torch.device("meta"):
-    ...     model = Model(config)
-    >>> model.load_state_dict(graphopt.mapped_weights("model.safetensors"), assign=True)
-    >>> program = graphopt.capture(model, example, dynamic_shapes=None)  # the model does not run
-    >>> graphopt.compress(program, config=config, mmap_dir="codes").save("model.pt2", verify=False)
+    ...     model = torch.nn.Linear(4, 3)
+    >>> weights = graphopt.mapped_weights("weights.safetensors")
+    >>> model.load_state_dict(weights, assign=True)
+    <All keys matched successfully>
+    >>> model(torch.ones(4)).tolist()
+    [4.0, 4.0, 4.0]
 
     Args:
         path: The file; it must stay as it is as long as the tensors live.

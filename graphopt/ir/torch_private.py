@@ -27,12 +27,14 @@ if TYPE_CHECKING:
     from torch.export.pt2_archive import _package as archive_package
     from torch.export.pt2_archive._package import load_pt2, package_pt2
     from torch.fx.experimental import _config as symbolic_config
+    from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
 
     learnable_per_channel: Callable[..., torch.Tensor]
     without_torch_function: Callable[[], AbstractContextManager[None]]
 
 __all__ = [
     "TESTED",
+    "AnyBatchNorm",
     "ArchiveReader",
     "FakeTensor",
     "FakeTensorMode",
@@ -61,6 +63,7 @@ TESTED = (
 )  # lowest and highest minor version that the whole of the tests passes with
 
 _PARTS = {
+    "AnyBatchNorm": ("torch.nn.modules.batchnorm", "_BatchNorm"),
     "ArchiveReader": ("torch._C", "PyTorchFileReader"),
     "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
@@ -117,4 +120,9 @@ def warn_of_untested(version: str = torch.__version__) -> None:
         )
 
 
-globals().update({name: part_of_torch(name, *where) for name, where in _PARTS.items()})
+def __getattr__(name: str) -> Any:
+    """A part is imported when it is first asked for: some bring the whole of torch's compiler."""
+    if name not in _PARTS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    part = globals()[name] = part_of_torch(name, *_PARTS[name])
+    return part

@@ -137,13 +137,16 @@ class _Search:
         own = 0.0
         for _ in range(_TRIES):
             recipe = self.chosen(own)
+            if recipe is not None and self.is_known(recipe) and self.fitting is None:
+                own += (1 - _CLOSE) * self.target  # it is a few bytes too large
+                recipe = self.chosen(own)
             if recipe is None or self.is_known(recipe):
                 break
             size = self.size(recipe)
             if size >= _CLOSE * self.target and self.fitting is not None:
                 break
             # what the file has beside these tensors is taken off next time
-            own = float(size - recipe.bytes)
+            own = float(size + _SLACK - recipe.bytes)
         if self.fitting is None:
             smallest = choose(self.table, max_loss=_ANY, solver="lagrangian", **self.given)
             size = self.size(smallest)

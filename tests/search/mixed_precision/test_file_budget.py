@@ -16,6 +16,7 @@ import graphopt
 from graphopt.errors import GraphOptError, InfeasibleError, InputError
 from graphopt.mixed_precision import Recipe, SensitivityTable, analyze
 from graphopt.palettization import KMeansPalettizer
+from graphopt.search.mixed_precision import file_budget
 from graphopt.specs.artifact import read_bytes
 
 
@@ -170,3 +171,21 @@ def test_weights_that_a_target_expands_are_priced_dense(
     known = analyze(model, (x,), names, [x], backend="executorch")
     (found,) = known.layers
     assert found.bits_of(candidate) == bits
+
+
+@pytest.mark.parametrize("spare", [0, 10, 63, 64, 500])
+def test_file_a_few_bytes_too_large_makes_room_for_the_next_smaller_recipe_not_for_the_smallest(
+    neutral: SensitivityTable, monkeypatch: pytest.MonkeyPatch, spare: int
+) -> None:
+    monkeypatch.setattr(
+        file_budget, "file_size", lambda table, recipe, lowering: recipe.bytes + 5000
+    )
+    wanted = neutral.recipe(target_bpw=4.2)
+    smallest = neutral.recipe(target_bpw=2.2)
+    target = wanted.bytes + 5000 + spare
+    found = neutral.recipe(target_bytes=target)
+    assert found.file_bytes is not None
+    assert found.file_bytes <= target
+    # one layer has one step less at most: 128 × 128 weights of 2 bits
+    assert found.bytes >= wanted.bytes - 128 * 128 * 2 / 8 - 64
+    assert found.bytes > smallest.bytes
