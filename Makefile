@@ -8,7 +8,7 @@ TORCH ?= 2.13.0
 
 TIME ?= 600
 
-.PHONY: demo test test-integration test-slow docs notebooks walk coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer bench-accuracy bench-memory clean
+.PHONY: demo test test-integration test-slow docs notebooks walk coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer bench-accuracy bench-e2e bench-memory clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -77,6 +77,9 @@ bench-coreml: $(STAMP)
 
 bench-calibrated: $(STAMP)
 	$(BIN)/python tests/benchmarks/calibrated.py
+
+bench-e2e: $(STAMP)
+	$(BIN)/python tests/benchmarks/end_to_end.py $(ARGS)
 
 bench-accuracy: $(STAMP)
 	$(BIN)/python tests/benchmarks/accuracy.py

@@ -11,11 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 __all__ = ["missing_module", "without_cache"]
 
 _log = logging.getLogger(__name__)
+_OP = re.compile(rb"torch\.ops\.(\w+)\.(\w+)")
 _TYPE = re.compile(rb'"(transformers|torchvision|timm|diffusers)\.[\w.]+\\*"')
 
 
@@ -46,7 +48,7 @@ def without_cache(model: nn.Module) -> Iterator[None]:
 
 
 def missing_module(path: Path) -> str:
-    """Which package has to be imported so that a program's outputs can be made; "" for none.
+    """What has to be imported so that a program's ops and outputs can be made; "" for nothing.
 
     Args:
         path: A .pt2 file that does not load.
@@ -57,6 +59,13 @@ def missing_module(path: Path) -> str:
     except (OSError, zipfile.BadZipFile):
         return ""
     for text in texts:
+        for library, op in _OP.findall(text):
+            if not hasattr(getattr(torch.ops, library.decode()), op.decode()):
+                return (
+                    f"; it calls torch.ops.{library.decode()}.{op.decode()}, which nothing has"
+                    f" registered: import the module that defines the op (of {library.decode()})"
+                    " before it is read"
+                )
         found = _TYPE.search(text)
         if found is not None and found[1].decode() not in sys.modules:
             name = found[1].decode()
