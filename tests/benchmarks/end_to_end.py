@@ -99,9 +99,7 @@ def model_of(name: str) -> tuple[nn.Module, tuple[torch.Tensor, ...]]:
         return Called(vit, ("pixel_values",)).eval(), (torch.randn(1, 3, 224, 224),)
     if name == "llama":
         sizes = {"hidden_size": 256, "num_hidden_layers": 12, "num_attention_heads": 8}
-        config = hf.LlamaConfig(
-            **sizes, intermediate_size=688, vocab_size=4096, use_cache=False, return_dict=False
-        )
+        config = hf.LlamaConfig(**sizes, intermediate_size=688, vocab_size=4096, use_cache=False)
         llama = Called(hf.LlamaForCausalLM(config), ("input_ids",))
         return llama.eval(), (torch.randint(0, 4096, (1, 32)),)
     sizes = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12}
