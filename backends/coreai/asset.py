@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
-import re
+import json
 from pathlib import Path
+
+from graphopt.audited import parse_json
 
 __all__ = ["without_date"]
 
-_DATE = re.compile(r'("creationDate"\s*:\s*")[^"]*(")')
 _ALWAYS = "19800101T000000Z"  # the date of members of archives without one
 
 
 def without_date(metadata: Path) -> None:
-    """Replace the date of writing by a fixed one: equal programs have equal assets."""
-    if metadata.exists():
-        text = metadata.read_text(encoding="utf-8")
-        metadata.write_text(_DATE.sub(rf"\g<1>{_ALWAYS}\g<2>", text), encoding="utf-8")
+    """Replace the date of writing by a fixed one, and put keys in order: equal programs, equal assets."""
+    if not metadata.exists():
+        return
+    known = parse_json(metadata.read_text(encoding="utf-8"), str(metadata))
+    if "creationDate" in known:
+        known["creationDate"] = _ALWAYS
+    text = json.dumps(known, indent=2, separators=(",", " : "), sort_keys=True)
+    metadata.write_text(text, encoding="utf-8")

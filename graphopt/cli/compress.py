@@ -260,8 +260,14 @@ def _checks(to: OutputOptions, program: Program, *, compare: bool = True) -> Che
 
 
 def _recipe(given: str) -> Recipe | None:
-    """The recipe in a file, where it is one."""
+    """The recipe in a file, where it is one.
+
+    Raises:
+        BadParameter: It is a folder.
+    """
     path = Path(given)
+    if path.is_dir():
+        raise typer.BadParameter(f"{given} is a directory", param_hint="--config")
     return Recipe.load(path) if path.is_file() and is_recipe(path) else None
 
 

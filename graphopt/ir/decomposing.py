@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 import torch
@@ -237,13 +237,21 @@ def _behind(graph: fx.Graph, results: Mapping[int, fx.Node]) -> list[fx.Node]:
 def _inline(graph: fx.Graph, likes: _Likes, pieces: _Pieces) -> None:
     """Let each call give way to what its kind has become."""
     for call, key in likes.keys.items():
+        given = set(call.all_input_nodes)
         results = pieces.put(graph, call, key)
         if isinstance(call.meta["val"], Tensor):
-            call.replace_all_uses_with(results[0])
-        else:
-            for item in list(call.users):
-                item.replace_all_uses_with(results[item.args[1]])  # type: ignore[index]
-                graph.erase_node(item)
+            _give_way(graph, call, results[0], given)
+            continue
+        for item in list(call.users):
+            _give_way(graph, item, results[item.args[1]], given)  # type: ignore[index]
         graph.erase_node(call)
     graph.eliminate_dead_code(is_impure_node=lambda node: node.op in ("placeholder", "output"))
     graph.lint()
+
+
+def _give_way(graph: fx.Graph, old: fx.Node, new: fx.Node, given: Set[fx.Node]) -> None:
+    """Let a value take another's place, and its name unless it was there before."""
+    old.replace_all_uses_with(new)
+    graph.erase_node(old)
+    if new not in given:
+        new.name = old.name

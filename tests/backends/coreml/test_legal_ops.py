@@ -120,7 +120,7 @@ def test_what_overflows_in_float16_stays_in_float32(tmp_path: Path) -> None:
     "options",
     [
         {"calibration_data": [(50.0 * of(3, 8).abs(),)]},
-        {"ignored_ops": lambda node: node.name in ("exp", "add", "log")},
+        {"ignored_ops": lambda node: node.name.split("_")[0] in ("exp", "add", "log")},
     ],
     ids=["calibration", "ignored"],
 )
