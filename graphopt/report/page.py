@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import html
 import io
 import re
@@ -106,7 +105,7 @@ def write_page(
         if isinstance(chart, DotChart | CurveChart):
             charts.append({**asdict(chart), "section": name})
         else:
-            pictures.append((name, _figure(source.plot().get_figure(root=True))))
+            pictures.append((name, _figure(source.plot().get_figure(root=True), len(pictures))))
     values = {
         **contents.to_dict(),
         "charts": charts,
@@ -135,8 +134,8 @@ def _text(value: Any) -> str:
     return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=None))
 
 
-def _figure(figure: Any) -> str:
-    """A figure as inline SVG; a fixed salt makes equal pages equal."""
+def _figure(figure: Any, number: int) -> str:
+    """A figure as inline SVG, with its number on the page; a fixed salt makes equal pages equal."""
     matplotlib = require("matplotlib", "plot")
     stream = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": "graphopt", "svg.fonttype": "none"}):
@@ -144,6 +143,5 @@ def _figure(figure: Any) -> str:
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     # matplotlib numbers the parts of each figure anew; ids must differ within a page
-    own = hashlib.sha256(text.encode()).hexdigest()[:8]
-    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{own}-", text)
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>f{number}-", text)
     return f"<div class='picture'>{text}</div>"
