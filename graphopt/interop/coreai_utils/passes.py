@@ -68,7 +68,7 @@ def palettize_weights(
     >>> path = graphopt.lower(captured, "coreai").save("model.aimodel")
     >>> program = AIModelAsset.load(path).program
     >>> small = palettize_weights(program, n_bits=4, weight_num_threshold=0)
-    >>> small.save_asset(path.with_name("small.aimodel"))
+    >>> saved = small.save_asset(path.with_name("small.aimodel"))
 
     Constants that convolutions (transposed too), matrix products and gathers read as weights, also
     through transposes and casts, are clustered exactly, as `KMeansPalettizer` does.

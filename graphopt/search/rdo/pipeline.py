@@ -68,7 +68,7 @@ def optimize(
 ) -> Optimized:
     """Quantize or palettize a model to a mean number of bits per weight, without labels.
 
-    >>> config = {"target_bits": 5, "candidates": [4, 8], "rounding": {"steps": 10}}
+    >>> config = {"target_bits": 8, "candidates": [4, 8], "rounding": {"steps": 10}}
     >>> program, report = optimize(model, example, batches, config)
     >>> program.save("model.pt2").name
     'model.pt2'

@@ -75,7 +75,7 @@ class BlockFit:
 class Session:
     """One model under one config.
 
-    >>> config = {"target_bits": 5, "candidates": [4, 8], "rounding": {"blocks": "none"}}
+    >>> config = graphopt.rdo.RDOConfig.from_dict({"target_bits": 8, "candidates": [4, 8]})
     >>> session = Session.open(model, example, batches, config)
     >>> costs = session.search(rate_weight=1e-9)
     >>> fits = session.fit(costs.choice)
