@@ -97,7 +97,8 @@ def write_page(
     difference = None if before is None else diff(before, program, data)
     contents = contents_of(program, difference, before, shown.artifact)
     heading = shown.title or f"{program.provenance.source}, compressed"
-    charts, pictures = [], []
+    charts: list[dict[str, Any]] = []
+    pictures: list[tuple[str, str]] = []
     for name, source in (("Sensitivities", shown.sensitivities), ("Curve", shown.curve)):
         if source is None:
             continue
