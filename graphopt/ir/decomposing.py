@@ -20,12 +20,12 @@ from torch.export.graph_signature import (
 from torch.utils import _pytree as pytree
 
 from graphopt.ir import torch_private
+from graphopt.ir.editor import ORIGIN
 from graphopt.ir.torch_private import FakeTensor, OpOverload
 
 __all__ = ["decomposed"]
 
 Table = Mapping[Any, Callable[..., Any]]
-_ORIGIN = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
 
 
 def decomposed(exported: ExportedProgram, table: Table) -> ExportedProgram:
@@ -217,7 +217,7 @@ class _Pieces:
         with graph.inserting_before(call):
             for node in self._bodies[key]:
                 made = graph.node_copy(node, stands.__getitem__)
-                made.meta = {name: call.meta[name] for name in _ORIGIN if name in call.meta}
+                made.meta = {name: call.meta[name] for name in ORIGIN if name in call.meta}
                 made.meta["val"] = node.meta["val"]
                 stands[node] = made
         return {place: stands[node] for place, node in self._results[key].items()}

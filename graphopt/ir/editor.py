@@ -13,9 +13,10 @@ from graphopt.ir.captured_module import holder_of
 from graphopt.ir.records import ActivationRecord, TensorRecord
 from graphopt.ir.torch_private import FakeTensor, FakeTensorMode
 
-__all__ = ["Editor", "nodes_in", "operands"]
+__all__ = ["ORIGIN", "Editor", "nodes_in", "operands"]
 
-_INHERITED = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
+# metadata that says where a node comes from
+ORIGIN = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
 
 
 def operands(node: fx.Node) -> list[fx.Node]:
@@ -300,7 +301,7 @@ class Editor:
         origin = like
         if "nn_module_stack" not in origin.meta:
             origin = next((user for user in like.users if "nn_module_stack" in user.meta), like)
-        for key in _INHERITED:
+        for key in ORIGIN:
             if key in origin.meta:
                 node.meta[key] = origin.meta[key]
 

@@ -28,11 +28,12 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from graphopt.ir.captured_module import CapturedModule, holder_of
+from graphopt.ir.editor import ORIGIN
+from graphopt.ir.state import writes
 from graphopt.ir.torch_private import FakeTensor, FakeTensorMode, OpOverload
 
 __all__ = ["lifted"]
 
-_ORIGIN = ("nn_module_stack", "stack_trace", "torch_fn", "source_fn_stack")
 _PREFIXES = {InputKind.PARAMETER: "p_", InputKind.BUFFER: "b_", InputKind.CONSTANT_TENSOR: "c_"}
 _COPY = "aten::copy_"
 
@@ -190,10 +191,8 @@ class _Lift:
         target: Any = node.target
         if _schema_name(target) == _COPY:
             return self._write(self._made[node.args[0]], args[1])  # type: ignore[index]
-        if isinstance(target, OpOverload):
-            if target._schema.is_mutable:
-                raise _NotBuiltError
-        elif target is not operator.getitem and _has_tensors((values, named)):
+        foreign = not isinstance(target, OpOverload) and target is not operator.getitem
+        if writes(node) or (foreign and _has_tensors((values, named))):
             raise _NotBuiltError
         value = self._value(node, values, named)
         if value is None:
@@ -201,7 +200,7 @@ class _Lift:
         if not _has_tensors(value) and not _is_open(value):
             return value
         made = self._graph.create_node("call_function", target, args, dict(kwargs), node.name)
-        made.meta.update({key: node.meta[key] for key in _ORIGIN if key in node.meta})
+        made.meta.update({key: node.meta[key] for key in ORIGIN if key in node.meta})
         made.meta["val"] = value
         return made
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+from abc import ABC, abstractmethod
 
 from rich.table import Table
 from rich.text import Text
@@ -10,12 +11,12 @@ from rich.text import Text
 __all__ = ["ShownAsTable", "table_html"]
 
 
-class ShownAsTable:
+class ShownAsTable(ABC):
     """What prints as a table and is one in notebooks, too."""
 
+    @abstractmethod
     def __rich__(self) -> Table:
         """The table."""
-        raise NotImplementedError
 
     def _repr_html_(self) -> str:
         return table_html(self.__rich__())

@@ -133,8 +133,7 @@ def vit() -> Case:
 
 def bert() -> Case:
     sys.path.insert(0, str(EXAMPLES / "sentence_encoder"))
-    for name in ("model",):  # the examples' modules have one name
-        sys.modules.pop(name, None)
+    sys.modules.pop("model", None)  # the examples' modules have one name
     from model import batches, cosine, load
 
     net, held = load(), batches("evaluation")
