@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -16,9 +17,11 @@ from torch.utils import _pytree as pytree
 
 import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
 from graphopt.capture.archive_check import check_archive, is_trusted, trusting
+from graphopt.capture.composites import break_up_composites
 from graphopt.capture.entry_points import captured_set
 from graphopt.capture.export_errors import explain_export_error, without_warnings
 from graphopt.capture.foreign import missing_module, without_cache
+from graphopt.capture.in_place import make_functional
 from graphopt.capture.inference_form import dropout_kept, is_plain, to_inference_form
 from graphopt.capture.input_sizes import size_conditions, static_dims
 from graphopt.capture.mapped_archive import read_program
@@ -92,7 +95,7 @@ def capture(
         with trusting(trust):
             return _from_file(Path(model), example_inputs, example_kwargs)
     if isinstance(model, ExportedProgram):
-        return _from_exported(model, "ExportedProgram", example_inputs, example_kwargs)
+        return _from_exported(_copied(model), "ExportedProgram", example_inputs, example_kwargs)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if not isinstance(model, nn.Module):
         raise InputError(
@@ -153,9 +156,8 @@ def _from_exported(
             backed_size_oblivious=True
         ),
         torch.no_grad(),
-        dropout_kept(exported),
     ):
-        exported = exported.run_decompositions(_decompositions())
+        exported = _flat(exported)
     return _to_program(exported, source, args, kwargs)
 
 
@@ -257,12 +259,34 @@ def _attempt(
         ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             tie_constants(exported)
-            if is_plain(exported.graph):
-                return exported
-            with dropout_kept(exported):
-                return exported.run_decompositions(_decompositions())
+            return _flat(exported)
     except Exception as error:
         raise CaptureError(explain_export_error(model, error)) from error
+
+
+def _copied(exported: ExportedProgram) -> ExportedProgram:
+    """A program with a graph of its own; tensors are shared."""
+    return ExportedProgram(
+        root=exported.graph_module,
+        graph=copy.deepcopy(exported.graph),
+        graph_signature=copy.deepcopy(exported.graph_signature),
+        state_dict=exported.state_dict,
+        range_constraints=exported.range_constraints,
+        module_call_graph=exported.module_call_graph,
+        example_inputs=exported.example_inputs,
+        constants=exported.constants,
+        verifiers=exported.verifiers,
+    )
+
+
+def _flat(exported: ExportedProgram) -> ExportedProgram:
+    """The program in functional ops, none of which hides a weight; it may be changed."""
+    table = _decompositions()
+    make_functional(exported.graph)
+    if is_plain(exported.graph) or break_up_composites(exported, table):
+        return exported
+    with dropout_kept(exported):
+        return exported.run_decompositions(table)
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:

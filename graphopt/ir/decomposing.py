@@ -23,7 +23,7 @@ from graphopt.ir import torch_private
 from graphopt.ir.editor import ORIGIN
 from graphopt.ir.torch_private import FakeTensor, OpOverload
 
-__all__ = ["decomposed"]
+__all__ = ["decomposed", "is_functional", "never_whole"]
 
 Table = Mapping[Any, Callable[..., Any]]
 
@@ -41,8 +41,8 @@ def decomposed(exported: ExportedProgram, table: Table) -> ExportedProgram:
     """
     calls = [node for node in exported.graph.nodes if node.op not in ("placeholder", "output")]
     targets = {call.target for call in calls}
-    broken_up = {op for op in targets if op in table or _never_whole(op)}
-    if not broken_up and all(_is_functional(op) for op in targets):
+    broken_up = {op for op in targets if op in table or never_whole(op)}
+    if not broken_up and all(is_functional(op) for op in targets):
         return exported
     if not _is_simple(calls):
         return exported.run_decompositions(dict(table))
@@ -65,14 +65,14 @@ def decomposed(exported: ExportedProgram, table: Table) -> ExportedProgram:
     return exported
 
 
-def _never_whole(op: Any) -> bool:
+def never_whole(op: Any) -> bool:
     """Whether torch breaks up an op whatever the table says: a composite one that gives a view."""
     if not isinstance(op, OpOverload) or not torch_private.is_composite(op):
         return False
     return not torch_private.may_stay_whole(op)
 
 
-def _is_functional(op: Any) -> bool:
+def is_functional(op: Any) -> bool:
     """Whether it computes a value and does nothing else: no control flow, nothing that is written."""
     if isinstance(op, OpOverload):
         return not op._schema.is_mutable
@@ -82,7 +82,7 @@ def _is_functional(op: Any) -> bool:
 def _is_simple(calls: Sequence[fx.Node]) -> bool:
     """Whether every call is of a functional op, with values of known sizes."""
     for node in calls:
-        if not _is_functional(node.target):
+        if not is_functional(node.target):
             return False
         for leaf in pytree.tree_leaves(node.meta.get("val")):
             if not isinstance(leaf, Tensor) or any(not isinstance(n, int) for n in leaf.shape):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch.export.pt2_archive._package import load_pt2, package_pt2
     from torch.fx.experimental import _config as symbolic_config
     from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
+    from torch.utils._python_dispatch import TorchDispatchMode
 
     learnable_per_channel: Callable[..., torch.Tensor]
     without_torch_function: Callable[[], AbstractContextManager[None]]
@@ -41,6 +42,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
+    "TorchDispatchMode",
     "archive_package",
     "core_aten_decompositions",
     "decomposition_of_composite",
@@ -70,6 +72,7 @@ _PARTS = {
     "HigherOrderOperator": ("torch._ops", "HigherOrderOperator"),
     "OpOverload": ("torch._ops", "OpOverload"),
     "OpOverloadPacket": ("torch._ops", "OpOverloadPacket"),
+    "TorchDispatchMode": ("torch.utils._python_dispatch", "TorchDispatchMode"),
     "core_aten_decompositions": ("torch._decomp", "core_aten_decompositions"),
     "archive_package": ("torch.export.pt2_archive", "_package"),
     "load_pt2": ("torch.export.pt2_archive._package", "load_pt2"),

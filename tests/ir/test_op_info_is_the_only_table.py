@@ -15,6 +15,7 @@ TABLE = "graphopt/ir/op_info/"
 # file → why it names ops of aten
 ALLOWED = {
     "graphopt/analysis/matrix_form.py": "runs torch's own backward kernel of convolutions",
+    "graphopt/capture/composites.py": "emits sizes, and copies of constants",
     "graphopt/capture/inference_form.py": "emits the copies that dropouts become",
     "graphopt/schemes/palette.py": "emits the sum of a table's values and outliers",
     "passes/convert_quantization.py": "emits the shift by a float minimum",
