@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.backends.narrow_sums import NarrowSums
-from graphopt.capture.capture import run_on_copies
+from graphopt.capture.exporting import run_on_copies
 from graphopt.errors import InputError
 from graphopt.ir.program import Program
 from graphopt.ir.state import carried_state, state_nodes, state_of, state_values, with_state

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from graphopt.backends.shapes import ShapePlan
-from graphopt.capture.capture import run_on_copies
+from graphopt.capture.exporting import run_on_copies
 from graphopt.ir.program import Program, share_graph
 from graphopt.ir.state import carried_state, state_of, state_values, with_state
 from graphopt.run.batches import Batch, CallSequence, as_batch

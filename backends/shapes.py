@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphopt.analysis.open_dims import OpenDim, open_dims, resized_example
-from graphopt.capture.capture import run_on_copies
+from graphopt.capture.exporting import run_on_copies
 from graphopt.errors import GraphOptError, LoweringError
 from graphopt.ir.program import Program
 from graphopt.ir.state import carried_state

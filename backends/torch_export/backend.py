@@ -21,7 +21,7 @@ from graphopt.backends.torch_export.archive import Sink, deflate_texts
 from graphopt.backends.torch_export.options import TorchOptions
 from graphopt.backends.verification import Evaluation
 from graphopt.capture.archive_check import check_archive, is_trusted
-from graphopt.capture.capture import run_on_copies
+from graphopt.capture.exporting import run_on_copies
 from graphopt.errors import VerificationError
 from graphopt.exclusive import exclusively
 from graphopt.ir.ops import STORAGE_BITS

@@ -2,33 +2,33 @@
 
 from __future__ import annotations
 
-import copy
 import inspect
 import logging
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, overload
 
 import torch
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram, ShapesCollection
-from torch.utils import _pytree as pytree
+from torch.export import ExportedProgram
 
 import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
 from graphopt.capture.archive_check import check_archive, is_trusted, trusting
-from graphopt.capture.composites import break_up_composites
 from graphopt.capture.entry_points import captured_set
-from graphopt.capture.export_errors import explain_export_error, without_warnings
+from graphopt.capture.export_errors import without_warnings
+from graphopt.capture.exporting import (
+    buffers_restored,
+    copied,
+    evaluation_mode,
+    exported_open,
+    flat,
+)
 from graphopt.capture.foreign import missing_module, without_cache
-from graphopt.capture.in_place import make_functional
-from graphopt.capture.inference_form import dropout_kept, is_plain, to_inference_form
+from graphopt.capture.inference_form import to_inference_form
 from graphopt.capture.input_sizes import size_conditions, static_dims
 from graphopt.capture.mapped_archive import read_program
-from graphopt.capture.tied_constants import tie_constants
 from graphopt.errors import CaptureError, GraphOptError, InputError
 from graphopt.exclusive import exclusively
-from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, InputGuards, holder_of
 from graphopt.ir.decoded_tensor import with_plain_tensors
 from graphopt.ir.guards import by_signature, input_places
@@ -36,7 +36,7 @@ from graphopt.ir.program import Program, Provenance, share_graph
 from graphopt.ir.program_set import ProgramSet
 from graphopt.ir.torch_private import symbolic_config, warn_of_untested
 
-__all__ = ["buffers_restored", "capture", "run_on_copies"]
+__all__ = ["capture"]
 
 _log = logging.getLogger(__name__)
 _Args = tuple[Any, ...]
@@ -95,7 +95,7 @@ def capture(
         with trusting(trust):
             return _from_file(Path(model), example_inputs, example_kwargs)
     if isinstance(model, ExportedProgram):
-        return _from_exported(_copied(model), "ExportedProgram", example_inputs, example_kwargs)
+        return _from_exported(copied(model), "ExportedProgram", example_inputs, example_kwargs)
     model = getattr(model, "_orig_mod", model)  # what torch.compile wraps
     if not isinstance(model, nn.Module):
         raise InputError(
@@ -109,8 +109,8 @@ def capture(
         # it is a captured graph already; its metadata would only suffer from another export
         plain = with_plain_tensors(share_graph(model))
         return Program(plain, args, kwargs, Provenance(type(model).__name__))
-    with _evaluation_mode(model), without_cache(model), buffers_restored(model), torch.no_grad():
-        exported = _export(model, args, kwargs, dynamic_shapes)
+    with evaluation_mode(model), without_cache(model), buffers_restored(model), torch.no_grad():
+        exported = exported_open(model, args, kwargs, dynamic_shapes)
     return _to_program(exported, type(model).__name__, args, kwargs)
 
 
@@ -157,173 +157,8 @@ def _from_exported(
         ),
         torch.no_grad(),
     ):
-        exported = _flat(exported)
+        exported = flat(exported)
     return _to_program(exported, source, args, kwargs)
-
-
-@contextmanager
-def _evaluation_mode(model: nn.Module) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
-
-
-@contextmanager
-def buffers_restored(model: nn.Module) -> Iterator[None]:
-    """Undo what a forward pass writes into buffers, such as caches and counters."""
-    saved = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    places = [
-        (module, name, buffer)
-        for module in model.modules()
-        for name, buffer in module._buffers.items()
-    ]
-    try:
-        yield
-    finally:
-        for module, name, buffer in places:
-            module._buffers[name] = buffer
-        for buffer, value in saved:
-            if not torch.equal(buffer, value):
-                buffer.copy_(value)
-
-
-def run_on_copies(model: Callable[..., Any], args: _Args, kwargs: _Kwargs) -> Any:
-    """Outputs on copies of the inputs, with the same random numbers every time."""
-    copies = pytree.tree_map(
-        lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, (args, kwargs)
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return model(*copies[0], **copies[1])
-
-
-def _export(
-    model: nn.Module,
-    args: _Args,
-    kwargs: _Kwargs,
-    dynamic_shapes: Any,
-) -> ExportedProgram:
-    """Export with the most open shapes that give the model's own outputs on the example."""
-    if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
-        return _attempt(model, args, kwargs, dynamic_shapes, oblivious=True)
-    try:
-        with buffers_restored(model):
-            expected = run_on_copies(model, args, kwargs)
-    except Exception as error:
-        raise InputError(
-            f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
-        ) from error
-    attempts: list[Callable[[], ExportedProgram]] = []
-    doubled = _double_batch(args, kwargs)
-    if doubled is not None:
-        # torch.export specialises on sizes of 1, so a batch of 1 is captured as a batch of 2
-        attempts.append(lambda: _attempt(model, *doubled, "auto", oblivious=True))
-    attempts.append(lambda: _attempt(model, args, kwargs, "auto", oblivious=True))
-    attempts.append(lambda: _attempt(model, args, kwargs, None, oblivious=False))
-    for attempt in attempts[:-1]:
-        try:
-            exported = attempt()
-            with buffers_restored(model):
-                outputs = run_on_copies(exported.module(check_guards=False), args, kwargs)
-        except Exception as error:
-            _log.debug("open shapes refused: %s: %s", type(error).__name__, error)
-            continue
-        if _same(expected, outputs):
-            return exported
-        _log.debug("open shapes changed the outputs on the example; trying narrower ones")
-    return attempts[-1]()
-
-
-def _attempt(
-    model: nn.Module,
-    args: _Args,
-    kwargs: _Kwargs,
-    dynamic_shapes: Any,
-    *,
-    oblivious: bool,
-) -> ExportedProgram:
-    shapes = dynamic_shapes
-    if isinstance(dynamic_shapes, str):
-        shapes = ShapesCollection()
-        for leaf in pytree.tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor) and leaf.ndim:
-                shapes[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
-    try:
-        with symbolic_config.patch(  # type: ignore[attr-defined]
-            backed_size_oblivious=oblivious
-        ):
-            exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
-            tie_constants(exported)
-            return _flat(exported)
-    except Exception as error:
-        raise CaptureError(explain_export_error(model, error)) from error
-
-
-def _copied(exported: ExportedProgram) -> ExportedProgram:
-    """A program with a graph of its own; tensors are shared."""
-    return ExportedProgram(
-        root=exported.graph_module,
-        graph=copy.deepcopy(exported.graph),
-        graph_signature=copy.deepcopy(exported.graph_signature),
-        state_dict=exported.state_dict,
-        range_constraints=exported.range_constraints,
-        module_call_graph=exported.module_call_graph,
-        example_inputs=exported.example_inputs,
-        constants=exported.constants,
-        verifiers=exported.verifiers,
-    )
-
-
-def _flat(exported: ExportedProgram) -> ExportedProgram:
-    """The program in functional ops, none of which hides a weight; it may be changed."""
-    table = _decompositions()
-    make_functional(exported.graph)
-    if is_plain(exported.graph) or break_up_composites(exported, table):
-        return exported
-    with dropout_kept(exported):
-        return exported.run_decompositions(table)
-
-
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """What capture breaks up: only ops whose weights would otherwise be out of sight.
-
-    Running even an empty table flattens regions such as `wrap_with_set_grad_enabled`.
-    """
-    known = torch.export.default_decompositions()
-    broken_up = op_info.targets(lambda info: info.composite)
-    return {op: known[op] for op in broken_up if op in known}
-
-
-def _double_batch(args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
-    """The example with its batch of 1 repeated, or None where there is no such batch."""
-    leaves, spec = pytree.tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
-    if not tensors or any(tensor.shape[0] != 1 for tensor in tensors):
-        return None
-    doubled = [
-        torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim else leaf
-        for leaf in leaves
-    ]
-    return pytree.tree_unflatten(doubled, spec)
-
-
-def _same(expected: Any, outputs: Any) -> bool:
-    pairs = zip(pytree.tree_leaves(expected), pytree.tree_leaves(outputs), strict=False)
-    for want, got in pairs:
-        if not isinstance(want, Tensor):
-            continue
-        if want.shape != got.shape or want.dtype != got.dtype:
-            return False
-        finite = want[torch.isfinite(want)] if want.is_floating_point() else want.new_empty(0)
-        scale = float(finite.abs().max()) if finite.numel() else 0.0
-        if not torch.allclose(want, got, rtol=1e-3, atol=1e-4 * scale, equal_nan=True):
-            return False
-    return True
 
 
 def _to_program(exported: ExportedProgram, source: str, args: _Args, kwargs: _Kwargs) -> Program:

@@ -17,7 +17,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from typing_extensions import override
 
-from graphopt.capture.capture import buffers_restored, run_on_copies
+from graphopt.capture.exporting import buffers_restored, run_on_copies
 from graphopt.errors import StateError
 from graphopt.ir.torch_private import AnyBatchNorm
 

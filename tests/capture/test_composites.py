@@ -65,7 +65,7 @@ def _captured(
 ) -> graphopt.Program:
     with monkeypatch.context() as patch:
         if by_torch:
-            module = sys.modules["graphopt.capture.capture"]
+            module = sys.modules["graphopt.capture.exporting"]
             patch.setattr(module, "break_up_composites", lambda exported, table: False)
         return graphopt.capture(model, args)
 
