@@ -17,6 +17,7 @@ from graphopt.capture.composites import break_up_composites
 from graphopt.capture.export_errors import explain_export_error
 from graphopt.capture.in_place import make_functional
 from graphopt.capture.inference_form import dropout_kept, is_plain
+from graphopt.capture.quick_shapes import quick_shapes
 from graphopt.capture.tied_constants import tie_constants
 from graphopt.errors import CaptureError, InputError
 from graphopt.ir import op_info
@@ -130,8 +131,11 @@ def _attempt(
             if isinstance(leaf, Tensor) and leaf.ndim:
                 shapes[leaf] = dict.fromkeys(range(leaf.ndim), Dim.AUTO)
     try:
-        with symbolic_config.patch(  # type: ignore[attr-defined]
-            backed_size_oblivious=oblivious
+        with (
+            symbolic_config.patch(  # type: ignore[attr-defined]
+                backed_size_oblivious=oblivious
+            ),
+            quick_shapes(),
         ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             tie_constants(exported)

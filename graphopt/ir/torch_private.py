@@ -23,7 +23,10 @@ if TYPE_CHECKING:
     from torch._export.utils import _get_decomp_for_cia as decomposition_of_composite
     from torch._export.utils import _is_cia_op as is_composite
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
+    from torch._prims_common import is_contiguous_for_memory_format_or_false as contiguous_for_sure
+    from torch._subclasses.fake_impls import get_fast_op_impls as shape_rules
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+    from torch._subclasses.fake_tensor import in_kernel_invocation_manager as in_kernel
     from torch.export.pt2_archive import _package as archive_package
     from torch.export.pt2_archive._package import load_pt2, package_pt2
     from torch.fx.experimental import _config as symbolic_config
@@ -44,9 +47,11 @@ __all__ = [
     "OpOverloadPacket",
     "TorchDispatchMode",
     "archive_package",
+    "contiguous_for_sure",
     "core_aten_decompositions",
     "decomposition_of_composite",
     "decomposition_table",
+    "in_kernel",
     "is_composite",
     "learnable_per_channel",
     "load_pt2",
@@ -54,6 +59,7 @@ __all__ = [
     "minor_version",
     "package_pt2",
     "part_of_torch",
+    "shape_rules",
     "symbolic_config",
     "warn_of_untested",
     "without_torch_function",
@@ -78,6 +84,12 @@ _PARTS = {
     "load_pt2": ("torch.export.pt2_archive._package", "load_pt2"),
     "package_pt2": ("torch.export.pt2_archive._package", "package_pt2"),
     "decomposition_of_composite": ("torch._export.utils", "_get_decomp_for_cia"),
+    "contiguous_for_sure": (
+        "torch._prims_common",
+        "is_contiguous_for_memory_format_or_false",
+    ),
+    "shape_rules": ("torch._subclasses.fake_impls", "get_fast_op_impls"),
+    "in_kernel": ("torch._subclasses.fake_tensor", "in_kernel_invocation_manager"),
     "is_composite": ("torch._export.utils", "_is_cia_op"),
     "may_stay_whole": ("torch._export.utils", "_check_valid_to_preserve"),
     "decomposition_table": ("torch._decomp", "decomposition_table"),
