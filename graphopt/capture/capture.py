@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 
 import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
@@ -110,8 +110,8 @@ def capture(
         plain = with_plain_tensors(share_graph(model))
         return Program(plain, args, kwargs, Provenance(type(model).__name__))
     with evaluation_mode(model), without_cache(model), buffers_restored(model), torch.no_grad():
-        exported = exported_open(model, args, kwargs, dynamic_shapes)
-    return _to_program(exported, type(model).__name__, args, kwargs)
+        exported, unlifted = exported_open(model, args, kwargs, dynamic_shapes)
+    return _to_program(exported, unlifted, type(model).__name__, (args, kwargs))
 
 
 def _as_args(example_inputs: _Args | Tensor | None) -> _Args:
@@ -158,11 +158,14 @@ def _from_exported(
         torch.no_grad(),
     ):
         exported = flat(exported)
-    return _to_program(exported, source, args, kwargs)
-
-
-def _to_program(exported: ExportedProgram, source: str, args: _Args, kwargs: _Kwargs) -> Program:
     unlifted = exported.module(check_guards=False)
+    return _to_program(exported, unlifted, source, (args, kwargs))
+
+
+def _to_program(
+    exported: ExportedProgram, unlifted: fx.GraphModule, source: str, example: tuple[_Args, _Kwargs]
+) -> Program:
+    args, kwargs = example
     names = _input_names(exported)
     # torch.export's own tracer cannot be constructed again when a saved module is loaded
     unlifted.graph._tracer_cls = None

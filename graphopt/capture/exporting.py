@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
@@ -84,10 +84,15 @@ def exported_open(
     args: _Args,
     kwargs: _Kwargs,
     dynamic_shapes: Any,
-) -> ExportedProgram:
-    """Export with the most open shapes that give the model's own outputs on the example."""
+) -> tuple[ExportedProgram, fx.GraphModule]:
+    """Export with the most open shapes that give the model's own outputs on the example.
+
+    Returns:
+        The program, and its module, which nothing else holds.
+    """
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
-        return _attempt(model, args, kwargs, dynamic_shapes, oblivious=True)
+        exported = _attempt(model, args, kwargs, dynamic_shapes, oblivious=True)
+        return exported, exported.module(check_guards=False)
     try:
         with buffers_restored(model):
             expected = run_on_copies(model, args, kwargs)
@@ -105,15 +110,20 @@ def exported_open(
     for attempt in attempts[:-1]:
         try:
             exported = attempt()
+            module = exported.module(check_guards=False)
             with buffers_restored(model):
-                outputs = run_on_copies(exported.module(check_guards=False), args, kwargs)
+                outputs = run_on_copies(module, args, kwargs)
         except Exception as error:
             _log.debug("open shapes refused: %s: %s", type(error).__name__, error)
             continue
         if _same(expected, outputs):
-            return exported
+            signature = exported.graph_signature
+            if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
+                module = exported.module(check_guards=False)  # what ran has moved on
+            return exported, module
         _log.debug("open shapes changed the outputs on the example; trying narrower ones")
-    return attempts[-1]()
+    exported = attempts[-1]()
+    return exported, exported.module(check_guards=False)
 
 
 def _attempt(
