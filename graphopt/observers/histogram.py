@@ -64,7 +64,8 @@ class HistogramObserver(Observer):
 def bin_centres(state: State) -> Tensor:
     """Middle of every bin, float32 [groups, bins]."""
     places = (torch.arange(2 * _SIDE) - _SIDE + 0.5) / _SIDE
-    return torch.ldexp(places.unsqueeze(0), state["exponent"].clamp(min=_SMALLEST).unsqueeze(1))
+    exponents = state["exponent"].clamp(min=_SMALLEST).unsqueeze(1)
+    return torch.ldexp(places.expand(len(exponents), -1), exponents)
 
 
 def _coarsened(counts: Tensor, steps: Tensor) -> Tensor:

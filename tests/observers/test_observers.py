@@ -12,6 +12,7 @@ from torch import Tensor
 from graphopt.errors import ConfigError
 from graphopt.observers import (
     OBSERVERS,
+    EntropyObserver,
     GlobalMinMaxObserver,
     MovingAverageObserver,
     MSEObserver,
@@ -192,3 +193,47 @@ def test_every_observer_has_a_name_that_specs_accept() -> None:
     assert set(get_args(QParamCalculator)) == {*names, "default", "dynamic"}
     for kind in OBSERVERS:
         assert type(observer_of(QuantizationSpec(qparam_calculator_cls=kind.name))) is kind
+
+
+def _divergence(values: Tensor, low: float, high: float, levels: int) -> float:
+    """`Σ P log(P / Q)` of a range, bin by bin."""
+    edge = 2.0 ** int(torch.frexp(values.abs().max())[1])
+    counts = torch.histc(values, 8192, -edge, edge).double()
+    centres = (torch.arange(8192) - 4095.5) / 4096 * edge
+    inside = (centres >= low) & (centres <= high)
+    places = torch.nonzero(inside).flatten()
+    clipped = counts * inside
+    clipped[places[0]] += counts[centres < low].sum()
+    clipped[places[-1]] += counts[centres > high].sum()
+    width = torch.tensor(high - low, dtype=torch.float32) / levels
+    level = ((centres - low) / width).long().clamp(0, levels - 1)
+    shared = torch.zeros_like(counts)
+    for number in range(levels):
+        own = inside & (level == number) & (counts > 0)
+        shared[own] = counts[own].sum() / max(int(own.sum()), 1)
+    p, q = clipped / clipped.sum(), shared / shared.sum()
+    return float((p * torch.log(p / q.clamp(min=1e-12)))[p > 0].sum())
+
+
+@pytest.mark.parametrize("scheme", ["symmetric", "asymmetric"])
+@pytest.mark.parametrize("kind", ["normal", "relu", "heavy", "few", "one side"])
+def test_entropy_range_diverges_least_of_all_shares(kind: str, scheme: str) -> None:
+    draws = torch.randn(1, 4000, generator=torch.Generator().manual_seed(0))
+    values = {
+        "normal": draws,
+        "relu": draws.relu(),
+        "heavy": draws**5,
+        "few": draws[:, :6],
+        "one side": -draws.abs() - 1,
+    }[kind]
+    spec = QuantizationSpec(dtype="int4", qscheme=scheme)
+    observer = EntropyObserver()
+    low, high = observer.range(observer.update(observer.init(1), values), spec)
+    ends = values.min().clamp(max=0), values.max().clamp(min=0)
+    if scheme == "symmetric":
+        ends = -values.abs().max(), values.abs().max()
+    tried = [
+        _divergence(values, float(ends[0] * ratio), float(ends[1] * ratio), 16)
+        for ratio in torch.tensor([1 - 0.01 * step for step in range(80)])
+    ]
+    assert _divergence(values, float(low), float(high), 16) <= min(tried) + 1e-9
