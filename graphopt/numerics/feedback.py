@@ -10,7 +10,7 @@ codes the best entries solve one linear system per table, and coordinate descent
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -22,12 +22,16 @@ from graphopt.errors import CalibrationError
 from graphopt.extras import deferred
 from graphopt.numerics.parallel import map_tasks
 from graphopt.numerics.table_map import TableMap
+from graphopt.numerics.table_solve import best_tables, row_tasks
 from graphopt.specs.options import Options
 
 if TYPE_CHECKING:
+    from scipy.linalg import lapack
+
     from graphopt.numerics import kernels_feedback as kernels
 else:
     kernels = deferred("graphopt.numerics.kernels_feedback")
+    lapack = deferred("scipy.linalg.lapack")
 
 __all__ = [
     "Feedback",
@@ -40,8 +44,7 @@ __all__ = [
     "inverse_factor",
 ]
 
-_TASK_ROWS = 64
-_PRODUCTS_UP_TO = 32  # entries per table
+_BLOCK_COLUMNS = 128
 _Indices = npt.NDArray[np.int64]
 
 
@@ -95,17 +98,22 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         hessian: [columns, columns], symmetric, positive semidefinite.
         damping: Share of the mean diagonal to add; raised tenfold until the matrix is definite.
     """
-    wide = hessian.double()
-    if not bool(torch.isfinite(wide).all()):
+    if not bool(torch.isfinite(hessian).all()):
         raise CalibrationError("the inputs of a layer hold NaN or Inf, or overflow when squared")
-    mean = wide.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
-    identity = torch.eye(wide.shape[0], dtype=torch.float64, device=wide.device)
+    mean = hessian.double().diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     while True:
-        lower, failed = torch.linalg.cholesky_ex(wide + damping * mean * identity)
+        # with columns and rows in reverse H = LLᵀ; turned back L is an upper R, and R⁻¹ is the factor
+        turned = hessian.double().flip(0, 1)
+        turned.diagonal().add_(damping * mean)
+        lower, failed = torch.linalg.cholesky_ex(turned)
+        del turned
         if not int(failed):
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-            if not int(failed):
-                return upper.float().contiguous()
+            upper = lower.flip(0, 1)
+            del lower
+            # what is row by row for torch is column by column, so a lower one, for LAPACK
+            inverse = lapack.dtrtri(upper.numpy().T, lower=1, overwrite_c=1)[0].T
+            if np.isfinite(inverse).all():
+                return torch.from_numpy(inverse).float().contiguous()
         damping = max(10 * damping, 1e-8)
 
 
@@ -169,28 +177,24 @@ def fit_tables(
     ordered = replace(where, columns=where.columns[order.numpy()])
     rows_weight = torch.ones(w.shape[1]) if importance is None else importance.float()
     unit_weight = rows_weight.reshape(-1, where.size).mean(1).double()
-    target = h_used @ w
-    scale = float((w * target).sum(0).double() @ rows_weight.double())
-
-    def loss(q: Tensor) -> float:
-        gap = w - q
-        return float((gap * (h_used @ gap)).sum(0).double() @ rows_weight.double())
+    scale = float((w * (h_used @ w)).sum(0).double() @ rows_weight.double())
 
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
     current = tables.float().contiguous()
     for number in range(max(how.rounds, 1)):
         q, codes = _pass(w, factor, current, ordered)
+        slope = h_used @ (w - q)
         for _ in range(how.cycles):
-            if not _descend(q, codes, w, h_used, current, ordered):
+            if not _descend(q, codes, slope, h_used, current, ordered):
                 break
-        reached = loss(q)
+        reached = float(((w - q) * slope).sum(0).double() @ rows_weight.double())
         if best is None or reached < best[0]:
             best = (reached, current, q, codes)
         elif number:
             break
         if not how.move_tables or not where.by_rows or number + 1 == how.rounds:
             break
-        current = _solve(codes, target, h_used, unit_weight, where.rows, current)
+        current = best_tables(codes, slope, h_used, unit_weight, where.rows, current)
     assert best is not None
     reached, current, q, codes = best
     back = torch.argsort(order)
@@ -224,7 +228,8 @@ def feedback_grouped(
         part = np.array(weight[group].float().T.numpy(), order="C")  # the kernel works in place
         chosen = np.empty((columns, units), dtype=np.uint8)
         factor = inverse_factor(hessian[group], damping).numpy()
-        kernels.feedback(part, factor, entries, where.rows[mine], where.columns, chosen)
+        errors = np.empty_like(part)
+        kernels.feedback(part, factor, entries, where.rows[mine], where.columns, chosen, errors)
         codes[mine] = torch.from_numpy(chosen.T.copy())
 
     for _ in map_tasks(run, range(groups)):
@@ -232,147 +237,66 @@ def feedback_grouped(
     return codes
 
 
-def _tasks(rows: int, size: int) -> list[tuple[slice, slice]]:
-    step = max(_TASK_ROWS // size, 1)
+def _blocks(columns: int) -> list[slice]:
     return [
-        (slice(u * size, min((u + step) * size, rows)), slice(u, min(u + step, rows // size)))
-        for u in range(0, rows // size, step)
+        slice(start, min(start + _BLOCK_COLUMNS, columns))
+        for start in range(0, columns, _BLOCK_COLUMNS)
     ]
 
 
-def _pass(
-    w: Tensor,
-    factor: Tensor,
-    tables: Tensor,
-    where: TableMap,
-) -> tuple[Tensor, Tensor]:
-    q = torch.empty_like(w)
-    codes = torch.empty((w.shape[0], w.shape[1] // where.size), dtype=torch.uint8)
+def _pass(w: Tensor, factor: Tensor, tables: Tensor, where: TableMap) -> tuple[Tensor, Tensor]:
+    """Values and codes by error feedback; what a block of columns hands on is one product."""
+    columns, rows = w.shape
+    q, errors = w.clone(), torch.empty(min(_BLOCK_COLUMNS, columns), rows)
+    codes = torch.empty((columns, rows // where.size), dtype=torch.uint8)
+    for block in _blocks(columns):
+        own = factor[block, block].contiguous().numpy()
 
-    def run(task: tuple[slice, slice]) -> None:
-        rows, units = task
-        part = np.array(w[:, rows].numpy(), order="C")  # the kernel works in place
-        chosen = np.empty((part.shape[0], part.shape[1] // where.size), dtype=np.uint8)
-        kernels.feedback(
-            part, factor.numpy(), tables.numpy(), where.rows[units], where.columns, chosen
+        def run(task: tuple[slice, slice], block: slice = block, own: Any = own) -> None:
+            mine, units = task
+            part = np.array(q[block, mine].numpy(), order="C")  # the kernel works in place
+            chosen = np.empty((len(part), part.shape[1] // where.size), dtype=np.uint8)
+            left = np.empty_like(part)
+            places = where.rows[units], where.columns[block]
+            kernels.feedback(part, own, tables.numpy(), *places, chosen, left)
+            q[block, mine] = torch.from_numpy(part)
+            codes[block, units] = torch.from_numpy(chosen)
+            errors[: len(part), mine] = torch.from_numpy(left)
+
+        for _ in map_tasks(run, row_tasks(rows, where.size)):
+            pass
+        q[block.stop :].addmm_(
+            factor[block, block.stop :].T, errors[: block.stop - block.start], alpha=-1
         )
-        q[:, rows] = torch.from_numpy(part)
-        codes[:, units] = torch.from_numpy(chosen)
-
-    for _ in map_tasks(run, _tasks(w.shape[1], where.size)):
-        pass
     return q, codes
 
 
 def _descend(
-    q: Tensor,
-    codes: Tensor,
-    w: Tensor,
-    hessian: Tensor,
-    tables: Tensor,
-    where: TableMap,
+    q: Tensor, codes: Tensor, slope: Tensor, hessian: Tensor, tables: Tensor, where: TableMap
 ) -> int:
-    slope = hessian @ (w - q)
+    """One cycle of coordinate descent; `slope`, H (w − q), moves along with values and codes."""
+    columns, rows = q.shape
+    moves = torch.empty(min(_BLOCK_COLUMNS, columns), rows)
+    changes = 0
+    for block in _blocks(columns):
+        own = hessian[block, block].contiguous().numpy()
 
-    def run(task: tuple[slice, slice]) -> int:
-        rows, units = task
-        part = np.ascontiguousarray(q[:, rows].numpy())
-        gradient = np.ascontiguousarray(slope[:, rows].numpy())
-        chosen = np.ascontiguousarray(codes[:, units].numpy())
-        changes = kernels.descend(
-            part,
-            gradient,
-            hessian.numpy(),
-            tables.numpy(),
-            where.rows[units],
-            where.columns,
-            chosen,
-        )
-        q[:, rows] = torch.from_numpy(part)
-        codes[:, units] = torch.from_numpy(chosen)
-        return int(changes)
+        def run(task: tuple[slice, slice], block: slice = block, own: Any = own) -> int:
+            mine, units = task
+            part, gradient = (np.array(x[block, mine].numpy(), order="C") for x in (q, slope))
+            chosen = np.array(codes[block, units].numpy(), order="C")
+            moved = np.empty_like(part)
+            places = where.rows[units], where.columns[block]
+            changed = kernels.descend(part, gradient, own, tables.numpy(), *places, chosen, moved)
+            q[block, mine], slope[block, mine] = map(torch.from_numpy, (part, gradient))
+            codes[block, units] = torch.from_numpy(chosen)
+            moves[: len(part), mine] = torch.from_numpy(moved)
+            return int(changed)
 
-    return sum(map_tasks(run, _tasks(w.shape[1], where.size)))
-
-
-def _solve(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    weight: Tensor,
-    row_table: _Indices,
-    tables: Tensor,
-) -> Tensor:
-    """Entries that minimise the objective for given codes; scalar tables stay increasing."""
-    accumulate = _by_products if tables.shape[1] <= _PRODUCTS_UP_TO else _by_scatter
-    left, right = accumulate(codes, target, hessian, weight, row_table, tables)
-    diagonal = left.diagonal(dim1=1, dim2=2)
-    # an unused entry keeps its value
-    ridge = 1e-6 * diagonal.amax(1, keepdim=True).clamp_min(1e-30)
-    left = left + torch.diag_embed(ridge.expand_as(diagonal))
-    solved = torch.linalg.solve(left, right + ridge[..., None] * tables.double()).float()
-    if tables.shape[2] == 1:
-        solved = solved.sort(dim=1).values
-    return solved.contiguous()
-
-
-def _by_products(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    weight: Tensor,
-    row_table: _Indices,
-    tables: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Normal equations from products with one-hot codes: the fastest way for small tables."""
-    (count, k, size), (columns, units) = tables.shape, codes.shape
-    left = torch.zeros(count, k, k, dtype=torch.float64)
-    right = torch.zeros(count, k, size, dtype=torch.float64)
-    step = max(1, 2048 // k)
-    for start in range(0, units, step):
-        part = slice(start, min(start + step, units))
-        own = torch.from_numpy(row_table[part])
-        width = len(own)
-        hot = torch.zeros(columns, width, k)
-        hot.scatter_(2, codes[:, part, None].long(), 1.0)
-        moved = (hessian @ hot.reshape(columns, -1)).reshape(columns, width, k)
-        wanted = target[:, start * size : part.stop * size].reshape(columns, width, size)
-        hot = hot.permute(1, 2, 0)
-        factor = weight[part, None, None]
-        left.index_add_(0, own, torch.bmm(hot, moved.transpose(0, 1)).double() * factor)
-        right.index_add_(0, own, torch.bmm(hot, wanted.transpose(0, 1)).double() * factor)
-    return left, right
-
-
-def _by_scatter(
-    codes: Tensor,
-    target: Tensor,
-    hessian: Tensor,
-    weight: Tensor,
-    row_table: _Indices,
-    tables: Tensor,
-) -> tuple[Tensor, Tensor]:
-    count, k, size = tables.shape
-
-    def run(task: tuple[slice, slice]) -> tuple[Tensor, Tensor, int]:
-        rows, units = task
-        own = row_table[units]
-        low, high = int(own.min()), int(own.max()) + 1
-        left, right = np.zeros((high - low, k, k)), np.zeros((high - low, k, size))
-        kernels.normal_equations(
-            np.ascontiguousarray(codes[:, units].numpy()),
-            np.ascontiguousarray(target[:, rows].numpy()),
-            hessian.numpy(),
-            weight[units].numpy(),
-            own - low,
-            left,
-            right,
-        )
-        return torch.from_numpy(left), torch.from_numpy(right), low
-
-    left = torch.zeros(count, k, k, dtype=torch.float64)
-    right = torch.zeros(count, k, size, dtype=torch.float64)
-    for part_left, part_right, low in map_tasks(run, _tasks(target.shape[1], size)):
-        left[low : low + len(part_left)] += part_left
-        right[low : low + len(part_left)] += part_right
-    return left, right
+        changed = sum(map_tasks(run, row_tasks(rows, where.size)))
+        changes += changed
+        if changed:
+            made = moves[: block.stop - block.start]
+            for others in (slice(0, block.start), slice(block.stop, columns)):
+                slope[others].addmm_(hessian[others, block], made, alpha=-1)
+    return changes

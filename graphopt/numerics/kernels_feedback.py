@@ -50,7 +50,7 @@ def _code(x, at, size, table):
 
 
 @_jit
-def feedback(w, factor, tables, row_table, col_table, codes):
+def feedback(w, factor, tables, row_table, col_table, codes, errors):
     """Choose codes column by column and hand each column's error on to the later ones.
 
     Args:
@@ -60,12 +60,13 @@ def feedback(w, factor, tables, row_table, col_table, codes):
         row_table: Table of each unit of rows.
         col_table: Table offset of each column.
         codes: Result, [columns, units] uint8.
+        errors: Result, [columns, rows] float32: what times a row of the factor is handed on.
     """
     columns, rows = w.shape
     size = tables.shape[2]
     units = rows // size
-    error = np.empty(rows, dtype=np.float32)
     for j in range(columns):
+        error = errors[j]
         inverse = np.float32(1.0) / factor[j, j]
         for u in range(units):
             table = tables[row_table[u] + col_table[j]]
@@ -82,7 +83,7 @@ def feedback(w, factor, tables, row_table, col_table, codes):
 
 
 @_jit
-def descend(q, slope, hessian, tables, row_table, col_table, codes):
+def descend(q, slope, hessian, tables, row_table, col_table, codes, moves):
     """One cycle of coordinate descent over the codes; never raises the error.
 
     Args:
@@ -93,6 +94,7 @@ def descend(q, slope, hessian, tables, row_table, col_table, codes):
         row_table: Table of each unit of rows.
         col_table: Table offset of each column.
         codes: [columns, units] uint8; updated.
+        moves: Result, [columns, rows] float32: by how much values have changed.
 
     Returns:
         Number of codes that changed.
@@ -101,9 +103,9 @@ def descend(q, slope, hessian, tables, row_table, col_table, codes):
     size = tables.shape[2]
     units = rows // size
     wanted = np.empty(rows, dtype=np.float32)
-    move = np.empty(rows, dtype=np.float32)
     changes = 0
     for j in range(columns):
+        move = moves[j]
         inverse = np.float32(1.0) / hessian[j, j]
         for r in range(rows):
             wanted[r] = q[j, r] + slope[j, r] * inverse
@@ -137,7 +139,7 @@ def normal_equations(codes, target, hessian, weight, first, left, right):
 
     Args:
         codes: [columns, units] uint8.
-        target: H w, [columns, rows] float32.
+        target: H w, or H (w − q), [columns, rows] float32.
         hessian: [columns, columns] float32.
         weight: Importance f of each unit.
         first: Table of each unit.

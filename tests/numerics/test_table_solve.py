@@ -9,15 +9,16 @@ import torch
 from helpers.feedback_problems import MAPS, ROWS, damped, problem
 from torch import Tensor
 
-from graphopt.numerics import feedback as fb
+from graphopt.numerics import table_solve
 from graphopt.numerics.feedback import TableMap, fit_tables
+from graphopt.numerics.table_solve import best_tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 ACCUMULATE: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
-    "by products": fb._by_products,
-    "by scatter": fb._by_scatter,
+    "by products": table_solve._by_products,
+    "by scatter": table_solve._by_scatter,
 }
 
 
@@ -31,6 +32,14 @@ def normal_problem(name: str) -> tuple[Tensor, Tensor, Tensor, Tensor, TableMap]
     importance = torch.rand(ROWS // where.size, dtype=torch.float64) + 0.1
     h = damped(hessian, 0.01).float()
     return start.codes.T.contiguous(), weight.T.contiguous(), h, importance, where
+
+
+def slope_of(
+    tables: Tensor, codes: Tensor, w: Tensor, h: Tensor, importance: Tensor, where: TableMap
+) -> Tensor:
+    """H (w − q), columns × rows."""
+    del importance
+    return h @ (w - tables[torch.from_numpy(where.rows)[None], codes.long()].flatten(1))
 
 
 def table_loss(
@@ -61,8 +70,8 @@ def newton_step(tables: Tensor, *rest: object) -> Tensor:
 def test_solved_tables_are_stationary(name: str) -> None:
     codes, w, h, importance, where = normal_problem(name)
     tables = problem(name)[2]
-    solved = fb._solve(codes, h @ w, h, importance, where.rows, tables)
     rest = (codes, w, h, importance, where)
+    solved = best_tables(codes, slope_of(tables, *rest), h, importance, where.rows, tables)
     if where.size == 1:
         assert torch.equal(solved, solved.sort(dim=1).values)
         # codes name the entries in the order that they had before
@@ -71,6 +80,25 @@ def test_solved_tables_are_stationary(name: str) -> None:
     start, end = slope_at(tables, *rest), slope_at(solved, *rest)
     assert float(end.norm()) < 1e-3 * float(start.norm())
     assert float(table_loss(solved.double(), *rest)) < float(table_loss(tables.double(), *rest))
+
+
+@pytest.mark.parametrize("name", BY_ROWS)
+def test_gradients_come_to_what_the_equations_give(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    codes, w, h, importance, where = normal_problem(name)
+    tables = problem(name)[2]
+    rest = (codes, w, h, importance, where)
+    given = (codes, slope_of(tables, *rest), h, importance, where.rows, tables)
+    least = float(table_loss(table_solve._by_equations(*given).double(), *rest))
+    losses = [float(table_loss(tables.double(), *rest))]
+    for steps in (1, 3, 60):
+        monkeypatch.setattr(table_solve, "_STEPS", steps)
+        solved = table_solve._by_gradients(*given)
+        losses.append(float(table_loss(solved.double(), *rest)))
+    assert losses == sorted(losses, reverse=True)
+    left = [(loss - least) / (losses[0] - least) for loss in losses]
+    assert left[3] < 1e-4
 
 
 @pytest.mark.parametrize("name", BY_ROWS)
@@ -95,7 +123,9 @@ def test_normal_equations_are_the_derivatives_of_the_objective(way: str, name: s
 def test_both_ways_to_accumulate_agree(name: str) -> None:
     codes, w, h, importance, where = normal_problem(name)
     given = (codes, h @ w, h, importance, where.rows, problem(name)[2])
-    for one, other in zip(fb._by_products(*given), fb._by_scatter(*given), strict=True):
+    for one, other in zip(
+        table_solve._by_products(*given), table_solve._by_scatter(*given), strict=True
+    ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
 
 
@@ -103,7 +133,7 @@ def test_an_entry_that_no_code_names_keeps_its_value() -> None:
     codes, w, h, importance, where = normal_problem("one table")
     tables = problem("one table")[2]
     codes[codes == 15] = 14
-    solved = fb._solve(
-        codes, h @ w, h, importance, where.rows, tables + 10 * (tables.argsort(1) == 15)
-    )
-    assert float(solved[0, 15, 0]) == pytest.approx(float(tables[0, 15, 0]) + 10, rel=1e-5)
+    tables = tables + 10 * (tables.argsort(1) == 15)
+    slope = slope_of(tables, codes, w, h, importance, where)
+    solved = best_tables(codes, slope, h, importance, where.rows, tables)
+    assert float(solved[0, 15, 0]) == pytest.approx(float(tables[0, 15, 0]), rel=1e-5)
