@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from graphopt.analysis.weights import source_of
 from graphopt.errors import CalibrationError
+from graphopt.fitting.channel_moments import ChannelMoments, moved_bias
 from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, callable_graph
 from graphopt.ir.correspondence import Correspondence
@@ -65,7 +66,7 @@ class CorrectBias(Pass):
             if node.op != "output":
                 exact.step(node)
             if node in measured:
-                wanted[node] = _means(exact.values(node), node)
+                wanted[node] = _means(exact, node)
         for node in layers:
             if _bias_of(node) is None:
                 _add_bias(edit, node, len(wanted[partners[node]]))
@@ -77,11 +78,10 @@ class CorrectBias(Pass):
                 run.step(node)
                 continue
             run.step(node, keep_inputs=True)
-            change = wanted[partners[node]] - _means(run.values(node), node)
+            change = wanted[partners[node]] - _means(run, node)
             bias = _bias_of(node)
             assert isinstance(bias, fx.Node)
-            old = edit.value(bias).detach()
-            edit.set_value(bias, (old.double() + change).to(old.dtype))
+            edit.set_value(bias, moved_bias(edit.value(bias), change))
             run.step(node)
 
 
@@ -153,10 +153,8 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return sources
 
 
-def _means(values: Sequence[Tensor], node: fx.Node) -> Tensor:
-    """Mean of each channel over all batches, float64."""
+def _means(run: LayerwiseRun, node: fx.Node) -> Tensor:
+    """Mean of each channel of an output over all batches, float64."""
     axis = channel_axis(node)
     assert axis is not None
-    total = sum(value.double().movedim(axis, 0).flatten(1).sum(1) for value in values)
-    count = sum(value.numel() // value.shape[axis] for value in values)
-    return torch.as_tensor(total) / count
+    return ChannelMoments.of(run.values(node), axis).mean

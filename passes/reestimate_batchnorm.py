@@ -7,10 +7,11 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from typing_extensions import override
 
 from graphopt.errors import CalibrationError
+from graphopt.fitting.channel_moments import ChannelMoments
 from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule, callable_graph
 from graphopt.ir.correspondence import Correspondence
@@ -80,14 +81,16 @@ class ReestimateBatchNorm(Pass):
         assert isinstance(x, fx.Node)
         assert isinstance(mean_node, fx.Node)
         assert isinstance(variance_node, fx.Node)
-        mean, variance = _moments(run.values(x))
+        now = ChannelMoments.of(run.values(x), axis=1)
+        mean, variance = now.mean, now.variance
         if exact is not None and partner is not None and isinstance(partner.args[0], fx.Node):
             old_mean, old_variance = (
                 edit.value(statistic).double() for statistic in (mean_node, variance_node)
             )
-            before, spread = _moments(exact.values(partner.args[0]))
+            before = ChannelMoments.of(exact.values(partner.args[0]), axis=1)
+            spread = before.variance
             ratio = torch.where(spread > 0, variance / spread.clamp_min(1e-300), 1.0)
-            mean = mean - (before - old_mean) * ratio.sqrt()
+            mean = mean - (before.mean - old_mean) * ratio.sqrt()
             variance = old_variance * ratio
         for constant, value in ((mean_node, mean), (variance_node, variance)):
             old = edit.value(constant)
@@ -103,17 +106,3 @@ def _catch_up(run: LayerwiseRun, upcoming: Iterator[fx.Node], node: fx.Node | No
             run.step(other)
         if other is node:
             return
-
-
-def _moments(values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Mean and variance per channel over all batches, float64."""
-    count = 0
-    total = square = torch.zeros(())
-    shift = values[0].double().transpose(0, 1).flatten(1).mean(1)
-    for value in values:
-        rows = value.double().transpose(0, 1).flatten(1) - shift[:, None]
-        count += rows.shape[1]
-        total = total + rows.sum(1)
-        square = square + rows.square().sum(1)
-    mean = total / count
-    return mean + shift, (square / count - mean.square()).clamp_min(0)

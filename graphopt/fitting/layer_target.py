@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graphopt.analysis.matrix_form import WeightUse
+from graphopt.fitting.channel_moments import moved_bias
 from graphopt.fitting.moments import LayerMoments, bias_change, compensated_weight
 from graphopt.fitting.output_loss import OutputLoss
 from graphopt.numerics.feedback import OrderedHessian
@@ -79,4 +80,4 @@ class LayerTarget:
             compressed: The weight.
         """
         change = bias_change(self.use, self.original, compressed, self.moments)
-        return (exact.double() + change).to(exact.dtype)
+        return moved_bias(exact, change)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.analysis.value_facts import with_known_range
+from graphopt.fitting.channel_moments import ChannelMoments
 from graphopt.ir import op_info
 from graphopt.ir.editor import operands
 from graphopt.passes.correct_bias import channel_axis
@@ -127,27 +128,6 @@ def correction_point(
     return CorrectionPoint(node.name, axis, False) if correction != "batch_norm" else None
 
 
-class _Moments:
-    def __init__(self) -> None:
-        self.count = 0
-        self.total = torch.zeros(())
-        self.square = torch.zeros(())
-
-    def add(self, value: Tensor, axis: int) -> None:
-        rows = value.detach().movedim(axis, 0).flatten(1)
-        self.count += rows.shape[1]
-        self.total = self.total + rows.sum(1, dtype=torch.float64)
-        self.square = self.square + rows.double().square().sum(1)
-
-    @property
-    def mean(self) -> Tensor:
-        return self.total / self.count
-
-    @property
-    def variance(self) -> Tensor:
-        return (self.square / self.count - self.mean.square()).clamp_min(0)
-
-
 def collect_statistics(
     graph: CandidateGraph,
     batches: Sequence[Batch],
@@ -183,7 +163,7 @@ def collect_statistics(
         for name in layer.candidates
         if candidates[name].activation is not None
     }
-    moments: dict[tuple[str, str], _Moments] = {}
+    moments: dict[tuple[str, str], ChannelMoments] = {}
     for batch in track(batches, "surveying", len(batches), enabled=progress):
         run = PartialRerun(plan, batch)
         for layer in layers:
@@ -225,13 +205,13 @@ def _add_moments(
     forms: Mapping[str, StoredWeight | None],
     below: Downstream,
     point: CorrectionPoint,
-    moments: dict[tuple[str, str], _Moments],
+    moments: dict[tuple[str, str], ChannelMoments],
 ) -> None:
     node = plan.by_name[point.node]
     local = plan.downstream(below.sources, node)
 
     def add(name: str, value: Any) -> None:
-        moments.setdefault((layer.name, name), _Moments()).add(value, point.axis)
+        moments.setdefault((layer.name, name), ChannelMoments(point.axis)).add(value)
 
     add("", run.exact(node))
     for name, form in forms.items():
@@ -243,7 +223,7 @@ def _add_moments(
 def _affines(
     layers: Sequence[Layer],
     points: Mapping[str, CorrectionPoint | None],
-    moments: Mapping[tuple[str, str], _Moments],
+    moments: Mapping[tuple[str, str], ChannelMoments],
 ) -> dict[tuple[str, str], Affine]:
     affines = {}
     for layer in layers:
