@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import io
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -11,8 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 
@@ -53,7 +50,7 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class PassReport:
-    """What a pipeline did, pass by pass; prints as a table."""
+    """What a pipeline did, pass by pass; a program's `pass_report` prints as a table."""
 
     records: tuple[PassRecord, ...]
 
@@ -76,34 +73,17 @@ class PassReport:
         """Whether any pass changed the graph."""
         return any(record.modified for record in self.records)
 
+    def __str__(self) -> str:
+        lines = [
+            f"{record.name}: {'changed' if record.modified else 'unchanged'}, {1e3 * record.seconds:.1f} ms,"
+            f" {record.nodes_before} → {record.nodes_after} nodes"
+            for record in self.records
+        ]
+        return "\n".join(lines)
+
     def to_dicts(self) -> list[dict[str, Any]]:
         """Records as plain values."""
         return [asdict(record) for record in self.records]
-
-    def __rich__(self) -> Table:
-        table = Table(title=f"{len(self.records)} passes, {self.seconds:.2f} s")
-        for heading in ("pass", "changed", "ms", "nodes", "error", "allowed"):
-            table.add_column(heading, justify="left" if heading == "pass" else "right")
-        for record in self.records:
-            nodes = f"{record.nodes_before} → {record.nodes_after}"
-            table.add_row(
-                record.name,
-                "yes" if record.modified else "",
-                f"{1e3 * record.seconds:.1f}",
-                nodes,
-                *(
-                    [
-                        "" if number is None else f"{number:.1e}"
-                        for number in (record.error, record.tolerance)
-                    ]
-                ),
-            )
-        return table
-
-    def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=120, no_color=True).print(self)
-        return stream.getvalue()
 
 
 def name_of(step: AnyPass) -> str:

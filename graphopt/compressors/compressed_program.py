@@ -16,6 +16,7 @@ from graphopt.ir.mapped import is_mapped
 from graphopt.ir.program import Program
 from graphopt.ir.program_set import ProgramSet
 from graphopt.passes.pass_manager import PassReport
+from graphopt.report.passes import PassTable
 from graphopt.report.table import CompressionTable, table_of
 from graphopt.specs.artifact import ArtifactSpec
 
@@ -35,7 +36,7 @@ class CompressedProgram(Program):
         (True, 2)
     """
 
-    pass_report: PassReport | None = None
+    pass_report: PassTable | None = None
 
     # a dataclass would make one of its own, with every tensor
     __repr__ = Program.__repr__
@@ -110,7 +111,7 @@ def compressed(
         example_args=program.example_args,
         example_kwargs=program.example_kwargs,
         provenance=program.provenance,
-        pass_report=pass_report,
+        pass_report=None if pass_report is None else PassTable(pass_report.records),
         artifact=program.artifact if artifact is None else artifact,
     )
 

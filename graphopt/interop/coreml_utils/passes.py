@@ -107,14 +107,8 @@ def palettize_weights(
         InputError: It is no `MLModel` of type ML program.
         MissingDependencyError: coremltools is not installed.
     """
-    chosen = [spec, *(op_type_specs or {}).values(), *(name_specs or {}).values()]
-    for each in chosen:
-        if each is not None and each.outlier_fraction:
-            raise ConfigError("outlier_fraction is not there for built models; use 0")
-        entries = None if each is None or each.lut_qspec is None else each.lut_qspec.dtype
-        if entries is not None and dtype_name(entries) not in ("int8", "uint8"):
-            raise ConfigError(f"Core ML's tables are float, int8 or uint8, not {entries}")
-    modern = any(each is not None and _needs_ios18(each) for each in chosen)
+    rules = _Rules(spec, op_type_specs or {}, name_specs or {}, weight_threshold)
+    rules.refuse(_problem_of_tables)
 
     def compress(weight: Weight, value: Tensor, wanted: PalettizationSpec) -> PalettizedWeight:
         note = plan_layout(value.shape, weight.output_axis, wanted).note
@@ -122,8 +116,7 @@ def palettize_weights(
             _log.warning("%s: %s", weight.name, note)
         return palettize(value, wanted, output_axis=weight.output_axis, seed=seed)
 
-    rules = _Rules(spec, op_type_specs or {}, name_specs or {}, weight_threshold)
-    return _compressed(open_model(model, modern=modern), rules, compress)
+    return _compressed(open_model(model, modern=rules.any(_tables_need_ios18)), rules, compress)
 
 
 def quantize_weights(
@@ -153,21 +146,8 @@ def quantize_weights(
         InputError: It is no `MLModel` of type ML program.
         MissingDependencyError: coremltools is not installed.
     """
-    chosen = [spec, *(op_type_specs or {}).values(), *(name_specs or {}).values()]
-    for each in chosen:
-        if each is None:
-            continue
-        if dtype_name(each.dtype) not in _TYPES:
-            raise ConfigError(f"Core ML holds weights of {_TYPES}, not {dtype_name(each.dtype)}")
-        if each.scale_dtype is torch.float8_e8m0fnu:
-            raise ConfigError("Core ML's scales are float16 or float32, not float8_e8m0fnu")
-        if each.qformulation is QuantizationFormulation.MINVAL:
-            raise ConfigError("Core ML has no float minimum; use qformulation 'zp'")
-    modern = any(
-        each is not None
-        and ("4" in dtype_name(each.dtype) or isinstance(each.granularity, _BLOCKS))
-        for each in chosen
-    )
+    rules = _Rules(spec, op_type_specs or {}, name_specs or {}, weight_threshold)
+    rules.refuse(_problem_of_integers)
 
     def compress(weight: Weight, value: Tensor, wanted: QuantizationSpec) -> QuantizedWeight:
         blocks, note = plan_blocks(value.shape, weight.output_axis, wanted.granularity)
@@ -175,11 +155,33 @@ def quantize_weights(
             _log.warning("%s: %s", weight.name, note)
         return quantize_weight(value, wanted, blocks)
 
-    rules = _Rules(spec, op_type_specs or {}, name_specs or {}, weight_threshold)
-    return _compressed(open_model(model, modern=modern), rules, compress)
+    return _compressed(open_model(model, modern=rules.any(_integers_need_ios18)), rules, compress)
 
 
-def _needs_ios18(spec: PalettizationSpec) -> bool:
+def _problem_of_tables(spec: PalettizationSpec) -> str:
+    if spec.outlier_fraction:
+        return "outlier_fraction is not there for built models; use 0"
+    entries = None if spec.lut_qspec is None else spec.lut_qspec.dtype
+    if entries is not None and dtype_name(entries) not in ("int8", "uint8"):
+        return f"Core ML's tables are float, int8 or uint8, not {entries}"
+    return ""
+
+
+def _problem_of_integers(spec: QuantizationSpec) -> str:
+    if dtype_name(spec.dtype) not in _TYPES:
+        return f"Core ML holds weights of {_TYPES}, not {dtype_name(spec.dtype)}"
+    if spec.scale_dtype is torch.float8_e8m0fnu:
+        return "Core ML's scales are float16 or float32, not float8_e8m0fnu"
+    if spec.qformulation is QuantizationFormulation.MINVAL:
+        return "Core ML has no float minimum; use qformulation 'zp'"
+    return ""
+
+
+def _integers_need_ios18(spec: QuantizationSpec) -> bool:
+    return "4" in dtype_name(spec.dtype) or isinstance(spec.granularity, _BLOCKS)
+
+
+def _tables_need_ios18(spec: PalettizationSpec) -> bool:
     plain = isinstance(spec.granularity, PerTensorGranularity) and spec.cluster_dim == 1
     scaled = spec.enable_per_channel_scale or spec.lut_qspec is not None
     return not plain or scaled or spec.n_bits == 3
@@ -193,6 +195,28 @@ class _Rules:
     types: Mapping[str, Any]
     names: Mapping[str, Any]
     threshold: int
+
+    def any(self, needs: Callable[[Any], bool]) -> bool:
+        """Whether a spec of any weight needs something."""
+        return any(map(needs, self._specs()))
+
+    def refuse(self, problem_of: Callable[[Any], str]) -> None:
+        """Refuse specs that Core ML cannot hold.
+
+        Args:
+            problem_of: What is wrong with a spec, or "".
+
+        Raises:
+            ConfigError: A spec asks for what Core ML cannot hold.
+        """
+        for spec in self._specs():
+            problem = problem_of(spec)
+            if problem:
+                raise ConfigError(problem)
+
+    def _specs(self) -> list[Any]:
+        given = (self.default, *self.types.values(), *self.names.values())
+        return [spec for spec in given if spec is not None]
 
     def spec_of(self, weight: Weight) -> Any:
         """The spec of a weight, or None.
