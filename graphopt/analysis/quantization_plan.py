@@ -11,7 +11,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Iterable, Iterator, Set
 from dataclasses import replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import Tensor, fx
 
@@ -38,6 +38,7 @@ from graphopt.analysis.value_facts import (
 )
 from graphopt.config.selection import ModuleFrame, OpUse, Selection, Selector
 from graphopt.errors import ConfigError
+from graphopt.extras import deferred
 from graphopt.ir import op_info
 from graphopt.ir.annotations import ActivationPoint
 from graphopt.ir.editor import nodes_in, operands
@@ -49,6 +50,11 @@ from graphopt.specs import (
     PerTensorGranularity,
     QuantizationSpec,
 )
+
+if TYPE_CHECKING:
+    import networkx as nx
+else:
+    nx = deferred("networkx")
 
 __all__ = ["ActivationPlan", "Match", "plan_activations"]
 
@@ -377,8 +383,6 @@ class _Planner:
 
 def _connected(values: Iterable[fx.Node], paths: Iterable[list[fx.Node]]) -> Iterator[set[fx.Node]]:
     """Values that chains of shared scales connect."""
-    import networkx as nx  # a tenth of a second, for programs that are quantized only
-
     sharing: Any = nx.Graph()
     sharing.add_nodes_from(values)
     for path in paths:

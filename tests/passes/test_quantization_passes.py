@@ -1,0 +1,120 @@
+"""InsertFakeQuantize, ConvertQuantization, DequantizeWeights: from annotations to integers, and back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from helpers.linear_nets import X, captured, ops
+
+from graphopt.config.quantization import QuantizerConfig
+from graphopt.ir.annotations import record_of
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.graph_text import graph_text
+from graphopt.passes import (
+    AnnotateQuantization,
+    ConvertQuantization,
+    DecodeWeights,
+    DequantizeWeights,
+    InsertFakeQuantize,
+)
+from graphopt.prepared import ActivationQuantizer, WeightQuantizer
+from graphopt.prepared.state import parts_of
+
+CHANNELS: dict[str, Any] = {"dtype": "int8", "granularity": {"type": "per_channel", "axis": 0}}
+
+
+@pytest.fixture
+def gm() -> CapturedModule:
+    torch.manual_seed(0)
+    return captured()
+
+
+def annotate(*, activations: bool) -> AnnotateQuantization:
+    slots = {"*": {"dtype": "int8"}} if activations else None
+    return AnnotateQuantization(
+        QuantizerConfig.from_dict(
+            {
+                "global_config": {
+                    "op_state_spec": {"weight": CHANNELS},
+                    "op_input_spec": slots,
+                    "op_output_spec": slots,
+                }
+            }
+        )
+    )
+
+
+def rounded(weight: torch.Tensor) -> torch.Tensor:
+    """int8 with a scale per row whose range clips neither end: −128 … 127 about −0.5."""
+    low, high = weight.amin(1, keepdim=True), weight.amax(1, keepdim=True)
+    scale = torch.maximum(-low.clamp(max=0) / 128, high.clamp(min=0) / 127)
+    return scale * (weight / scale).round().clamp(-128, 127)
+
+
+def by_hand(gm: CapturedModule) -> torch.Tensor:
+    """The outputs with rounded weights."""
+    copy = captured()
+    copy.load_state_dict({name: value.clone() for name, value in gm.state_dict().items()})
+    for value in copy.parameters():
+        if value.ndim == 2:
+            value.data = rounded(value.data)
+    return copy(X)
+
+
+def test_quantizers_stand_at_every_annotation_and_round_weights(gm: CapturedModule) -> None:
+    annotate(activations=True)(gm)
+    want = by_hand(gm)
+    assert InsertFakeQuantize()(gm).modified
+    weights = [name for name, value in gm.named_parameters() if value.ndim == 2]
+    assert sorted(part.origin.name for part in parts_of(gm, WeightQuantizer)) == sorted(weights)
+    observers = parts_of(gm, ActivationQuantizer)
+    assert observers
+    assert not any(bool(part.known) for part in observers)  # nothing was observed
+    for part in observers:
+        part.rounding = False
+    torch.testing.assert_close(gm(X), want)
+
+
+def test_quantizers_stand_nowhere_without_annotations(gm: CapturedModule) -> None:
+    before = graph_text(gm)
+    AnnotateQuantization(QuantizerConfig.from_dict({"global_config": None}))(gm)
+    InsertFakeQuantize()(gm)
+    assert not parts_of(gm, WeightQuantizer)
+    assert graph_text(gm) == before
+
+
+def test_annotated_weights_become_integers_with_their_scales(gm: CapturedModule) -> None:
+    annotate(activations=False)(gm)
+    want = by_hand(gm)
+    assert ConvertQuantization()(gm).modified
+    torch.testing.assert_close(gm(X), want)
+    assert "quantized_decomposed.dequantize_per_channel.default" in ops(gm)
+    assert {row.status for row in record_of(gm).rows} == {"quantized"}
+    assert not ConvertQuantization()(gm).modified
+
+
+def test_activations_without_a_scale_stay_in_float(gm: CapturedModule) -> None:
+    annotate(activations=True)(gm)
+    ConvertQuantization()(gm)
+    assert not any("quantize_per_tensor" in op and "dequantize" not in op for op in ops(gm))
+
+
+def test_integers_become_the_floats_that_they_stand_for(gm: CapturedModule) -> None:
+    annotate(activations=False)(gm)
+    ConvertQuantization()(gm)
+    want = gm(X)
+    assert DequantizeWeights()(gm).modified
+    assert not any("dequantize" in op for op in ops(gm))
+    assert torch.equal(gm(X), want)
+    assert not DequantizeWeights()(gm).modified
+    assert not DecodeWeights()(gm).modified
+
+
+def test_floats_are_left_alone(gm: CapturedModule) -> None:
+    before = graph_text(gm)
+    assert not DequantizeWeights()(gm).modified
+    AnnotateQuantization(QuantizerConfig.from_dict({"global_config": None}))(gm)
+    assert not ConvertQuantization()(gm).modified
+    assert graph_text(gm) == before
