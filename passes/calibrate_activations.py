@@ -20,7 +20,7 @@ from graphopt.passes import AnnotateQuantization, InsertFakeQuantize
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 from graphopt.prepared.conversion import activation_records, scales_of
-from graphopt.prepared.findings import findings_of, keep_findings
+from graphopt.prepared.findings import findings_of, hold_stored, keep_findings
 from graphopt.prepared.state import parts_of
 from graphopt.progress import track
 from graphopt.run.batches import run_call
@@ -115,6 +115,7 @@ class CalibrateActivations(Pass):
             prepared = with_quantizers(share_graph(gm))
             for quantizer in parts_of(prepared, WeightQuantizer):
                 quantizer.rounding = self.rounded_weights
+            hold_stored(prepared, gm)
             if self.data is not None:
                 calibrate(prepared, self.data, self.progress)
         else:

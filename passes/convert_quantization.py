@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from typing_extensions import override
 
 from graphopt.analysis.activation_places import places_of
@@ -16,7 +16,7 @@ from graphopt.analysis.weights import WeightTensor, find_weights
 from graphopt.ir.annotations import WeightAnnotation, quantization_annotation
 from graphopt.ir.captured_module import holder_of, set_tensor
 from graphopt.ir.editor import Editor
-from graphopt.numerics.affine import grid_of, has_whole_offsets
+from graphopt.numerics.affine import QParams, grid_of, has_whole_offsets
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.insert_fake_quantize import (
     InsertFakeQuantize,
@@ -27,16 +27,15 @@ from graphopt.passes.pass_base import Pass
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.prepared.state import parts_of
-from graphopt.schemes.base import Statistics
+from graphopt.schemes.base import Statistics, StoredWeight
 from graphopt.schemes.quantize import Quantization, QuantizedWeight
 from graphopt.schemes.rewrite import replace_weight
 from graphopt.specs import PerChannelGranularity, QuantizationSpec
 
-__all__ = ["ConvertQuantization", "Scales", "emit_rounding"]
+__all__ = ["ConvertQuantization", "emit_rounding"]
 
 _ops = torch.ops.graphopt
 _to_copy = torch.ops.aten._to_copy.default
-Scales = tuple[Tensor, Tensor | None]
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class ConvertQuantization(Pass):
     name: ClassVar[str] = "convert-quantization"
     after: ClassVar[tuple[type[Pass], ...]] = (AnnotateQuantization,)
     tolerance: ClassVar[float | None] = 1e-3
-    activations: Mapping[str, Scales] = field(default_factory=dict)
+    activations: Mapping[str, QParams] = field(default_factory=dict)
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
 
     @override
@@ -78,14 +77,15 @@ class ConvertQuantization(Pass):
                 readers = set(operand.users)
                 rounded = emit_rounding(edit, operand, point.group, point.spec, scales)
                 redirect(edit, operand, rounded, readers, users)
-        rows = []
+        rows, left = [], dict(findings_of(edit.gm).stored)
         for weight in find_weights(edit.gm):
             annotation = quantization_annotation(weight.nodes[0])
             if annotation is None:
                 continue
             quantized = self._quantized(edit.gm, weight, annotation)
             rows.append(replace_weight(edit, weight, quantized, annotation.spec))
-        keep_findings(edit.gm, scales={}, quantizers={}, integers={})
+            left.pop(weight.name, None)
+        keep_findings(edit.gm, scales={}, quantizers={}, stored=left)
         edit.record(rows)
 
     def _quantized(
@@ -93,7 +93,7 @@ class ConvertQuantization(Pass):
         gm: fx.GraphModule,
         weight: WeightTensor,
         annotation: WeightAnnotation[QuantizationSpec],
-    ) -> QuantizedWeight:
+    ) -> StoredWeight:
         made = self._made(gm)
         if weight.name in made:
             return made[weight.name]
@@ -103,10 +103,10 @@ class ConvertQuantization(Pass):
         statistics = Statistics(annotation.output_axis)
         return Quantization().make(weight.tensor, annotation.spec, statistics)
 
-    def _made(self, gm: fx.GraphModule) -> dict[str, QuantizedWeight]:
-        return {**findings_of(gm).integers, **self.weights}
+    def _made(self, gm: fx.GraphModule) -> dict[str, StoredWeight]:
+        return {**findings_of(gm).stored, **self.weights}
 
-    def _scales(self, gm: fx.GraphModule) -> dict[str, Scales]:
+    def _scales(self, gm: fx.GraphModule) -> dict[str, QParams]:
         return {**findings_of(gm).scales, **self.activations}
 
     @override
@@ -133,7 +133,7 @@ def emit_rounding(
     operand: fx.Node,
     group: str,
     spec: QuantizationSpec,
-    scales: Scales,
+    scales: QParams,
     *,
     before: fx.Node | None = None,
 ) -> fx.Node:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -11,12 +12,14 @@ from typing_extensions import override
 
 from graphopt.analysis.weights import find_weights
 from graphopt.errors import CalibrationError
-from graphopt.fitting.integer_fit import fit_integers
+from graphopt.fitting.algorithms import CALIBRATED_INTEGERS, INTEGER_ALGORITHMS
+from graphopt.fitting.channel_moments import moved_bias
+from graphopt.fitting.evidence import Evidence, Integers
 from graphopt.ir import op_info
 from graphopt.ir.annotations import is_fused_norm, quantization_annotation
 from graphopt.ir.captured_module import callable_graph
 from graphopt.ir.editor import Editor
-from graphopt.ir.program import share_graph
+from graphopt.ir.program import Program, share_graph
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
 from graphopt.passes.pass_base import Pass
@@ -53,22 +56,27 @@ class FitIntegers(Pass):
     @override
     def run(self, edit: Editor) -> None:
         gm = callable_graph(edit.gm)
-        wanted, waiting = [], []
-        known = findings_of(gm).quantizers
+        findings = findings_of(gm)
+        wanted: dict[str, list[str]] = {}
+        waiting: dict[str, list[str]] = {}
         for weight in find_weights(gm):
             annotation = quantization_annotation(weight.nodes[0])
-            if annotation is None or weight.sparse is not None:
+            found = weight.sparse is not None or weight.name in findings.stored
+            if annotation is None or found:
                 continue
-            if annotation.spec.algorithm != "nearest":
-                wanted.append(weight.name)
-            fitted = weight.name in known and known[weight.name].is_fitted
-            if annotation.spec.algorithm == "gptq" and not fitted:
-                waiting.append(f"{weight.name} ({annotation.path})")
+            word = annotation.spec.algorithm
+            algorithm = INTEGER_ALGORITHMS[CALIBRATED_INTEGERS if word == "auto" else word]
+            if not algorithm.needs_inputs:
+                continue
+            wanted.setdefault(algorithm.name, []).append(weight.name)
+            trained = findings.quantizers.get(weight.name)
+            if word != "auto" and (trained is None or not trained.is_fitted):
+                waiting.setdefault(word, []).append(f"{weight.name} ({annotation.path})")
         if not self.data:
             if waiting:
                 raise CalibrationError(
-                    "there are no data for algorithm 'gptq':\n"
-                    + "\n".join(waiting)
+                    f"there are no data for algorithm {' and '.join(map(repr, waiting))}:\n"
+                    + "\n".join(itertools.chain.from_iterable(waiting.values()))
                     + "\ngive calibration data, or set algorithm 'auto' or 'nearest'"
                 )
             return
@@ -79,26 +87,23 @@ class FitIntegers(Pass):
         FoldBatchNorm()(folded)
         stored = Editor(folded)
         before = {str(node.target): stored.value(node).detach() for node in stored.constants()}
-        fit = fit_integers(
-            folded,
-            wanted,
-            findings_of(gm).scales,
+        evidence = Evidence(
             list(read_calls(gm, self.data)),
             seed=self.seed,
             progress=self.progress,
+            scales=findings.scales,
         )
+        fit = Integers()
+        for chosen, names in wanted.items():
+            INTEGER_ALGORITHMS[chosen].fit(Program(folded, ()), names, evidence, fit)
         nodes = {str(node.target): node for node in edit.constants()}
         for path, value in fit.biases.items():
             node = nodes.get(shifts.get(path, path))
             if node is not None:
-                old = edit.value(node).detach()
                 change = value.double() - before[path].double()
-                edit.set_value(node, (old.double() + change).to(old.dtype))
-        keep_findings(gm, integers=fit.weights)
-        named = {name: why for name, why in fit.fallbacks.items() if why != "it is looked up"}
-        edit.record(
-            remarks=[f"{name}: {why}; rounded without feedback" for name, why in named.items()]
-        )
+                edit.set_value(node, moved_bias(edit.value(node), change))
+        keep_findings(gm, stored={**findings.stored, **fit.weights})
+        edit.record(remarks=fit.remarks)
 
 
 def _shifts_of_norms(edit: Editor) -> dict[str, str]:

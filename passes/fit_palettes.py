@@ -14,6 +14,7 @@ from graphopt.errors import CalibrationError
 from graphopt.fitting.algorithms import ALGORITHMS
 from graphopt.fitting.calibration import (
     Calibrator,
+    algorithms_of,
     needs_gradients,
     set_biases,
     shapes_to_weigh,
@@ -27,7 +28,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.state import state_of
 from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.pass_base import Pass
-from graphopt.prepared.findings import keep_findings
+from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.progress import track
 from graphopt.run.batches import Batch, run_call
 from graphopt.run.calibration_data import inputs_of_pairs, read_calls
@@ -40,7 +41,8 @@ class FitPalettes(Pass):
     """Cluster annotated weights, from data where their specs' algorithms use any.
 
     The graph stays as it is, but for biases that take up the mean error of layers that were fitted
-    to their outputs ("gptq"); `PalettizeWeights` uses the palettes.
+    to their outputs ("gptq"); `PalettizeWeights` uses the palettes. Forms that an earlier stage hands
+    on stay.
 
     Attributes:
         data: Inputs of one call each, as for `as_batch`; with `loss_fn`, pairs (inputs, target).
@@ -74,6 +76,9 @@ class FitPalettes(Pass):
     def run(self, edit: Editor) -> None:
         gm = callable_graph(edit.gm)
         annotated = Program(gm, ())
+        known = findings_of(gm).stored
+        if known and known.keys() >= algorithms_of(annotated).keys():
+            return
         calibrator = Calibrator(annotated, loss_fn=self.loss_fn, seed=self.seed)
         if not self.data or not any(map(needs_gradients, calibrator.algorithms.values())):
             self._cluster(annotated)
@@ -93,7 +98,7 @@ class FitPalettes(Pass):
         set_biases(gm, fit.biases)
         edit.changed |= bool(fit.biases)
         fitted = all(ALGORITHMS[name].needs_inputs for name in calibrator.algorithms.values())
-        keep_findings(gm, palettes=fit.weights, fitted_to_outputs=fitted)
+        keep_findings(gm, stored={**fit.weights, **known}, fitted_to_outputs=fitted)
         edit.record(remarks=fit.remarks)
 
     def _cluster(self, annotated: Program) -> None:
@@ -117,4 +122,5 @@ class FitPalettes(Pass):
             executor=self.executor,
             folder=None if self.mmap_dir is None else Path(self.mmap_dir),
         )
-        keep_findings(gm, palettes=palettes, sensitivities=weighed, fitted_to_outputs=False)
+        stored = {**palettes, **findings_of(gm).stored}
+        keep_findings(gm, stored=stored, sensitivities=weighed, fitted_to_outputs=False)

@@ -67,7 +67,8 @@ class PalettizeWeights(Pass):
             weight for weight in find_weights(edit.gm) if palette_annotation(weight.nodes[0])
         ]
         names = [weight.name for weight in weights]
-        palettes = {**findings_of(edit.gm).palettes, **self.palettes}
+        known = findings_of(edit.gm).stored
+        palettes = {**known, **self.palettes}
         if any(name not in palettes for name in names):
             palettes |= cluster_annotated(edit.gm, progress=False, seed=self.seed)
         rows = []
@@ -75,7 +76,7 @@ class PalettizeWeights(Pass):
             annotation = palette_annotation(weight.nodes[0])
             assert annotation is not None
             rows.append(replace_weight(edit, weight, palettes[weight.name], annotation.spec))
-        keep_findings(edit.gm, palettes={})
+        keep_findings(edit.gm, stored={name: known[name] for name in known if name not in names})
         edit.record(rows)
 
     @override
@@ -83,7 +84,7 @@ class PalettizeWeights(Pass):
         """The graph with each annotated weight's values replaced by those of its palette."""
         del after
         edit = Editor(before)
-        palettes = {**findings_of(before).palettes, **self.palettes}
+        palettes = {**findings_of(before).stored, **self.palettes}
         weights = [
             candidate
             for candidate in find_weights(before)

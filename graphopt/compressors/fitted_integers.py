@@ -10,10 +10,9 @@ import torch
 from graphopt.compressors.pipeline import PausedRun
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.passes import FitIntegers, FoldBatchNorm
-from graphopt.prepared import WeightQuantizer
 from graphopt.prepared.conversion import scales_of
-from graphopt.prepared.findings import findings_of, keep_findings
-from graphopt.prepared.state import parts_of, take_state
+from graphopt.prepared.findings import hold_stored, keep_findings
+from graphopt.prepared.state import take_state
 
 __all__ = ["fit_prepared"]
 
@@ -33,13 +32,10 @@ def fit_prepared(
     take_state(source, prepared)
     keep_findings(source, scales=scales_of(prepared, "skip"))
     FitIntegers(data, progress=progress)(source)
-    found, held = findings_of(source).integers, dict(prepared.named_parameters())
+    held = dict(prepared.named_parameters())
     for path, value in source.named_parameters():
         if path in held and held[path] is not value:
             with torch.no_grad():
                 held[path].copy_(value)
     FoldBatchNorm()(source)
-    weights = dict(source.named_parameters(remove_duplicate=False))
-    for part in parts_of(prepared, WeightQuantizer):
-        if part.origin.name in found and part.origin.name in weights:
-            part.hold(found[part.origin.name], weights[part.origin.name].detach())
+    hold_stored(prepared, source)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -160,8 +160,9 @@ class KMeansPalettizer(Compressor):
         )
         gm = run.program.graph_module
         findings = findings_of(gm)
-        self._palettes, self._sensitivities = dict(findings.palettes), dict(findings.sensitivities)
-        keep_findings(gm, palettes={}, sensitivities={})
+        self._palettes = cast("dict[str, PalettizedWeight]", dict(findings.stored))
+        self._sensitivities = dict(findings.sensitivities)
+        keep_findings(gm, stored={}, sensitivities={})
         fake = run.program.copy().graph_module
         run_passes(fake, [FakePalettize(self._palettes, cache_dense)])
         _say(record_of(fake))
@@ -345,17 +346,17 @@ class KMeansPalettizer(Compressor):
         run = self._waiting()
         if self._training is not None:
             source, palettes = self._training.fitted(model)
-            return run.finish(source, palettes=palettes)
+            return run.finish(source, stored=palettes)
         self._from_prepare(model, None)
         if self._fitted is not None:
-            return run.finish(self._fitted.copy(), palettes=self._palettes)
+            return run.finish(self._fitted.copy(), stored=self._palettes)
         source = run.program.copy()
         waiting = without_data(source.graph_module, self._sensitivities)
         record(
             source.graph_module,
             remarks=[f"{name} had no data; clustered by k-means" for name in waiting],
         )
-        return run.finish(source, palettes=self._palettes)
+        return run.finish(source, stored=self._palettes)
 
 
 def _say(table: CompressionRecord) -> None:

@@ -177,7 +177,7 @@ class Pipeline(Sequence[AnyPass]):
         """Capture a model and run the passes in front of one of them; the model is never changed.
 
         >>> paused = pipeline.pause("palettize-weights", model, example_inputs)
-        >>> program = paused.finish(palettes=my_palettes)
+        >>> program = paused.finish(stored=my_palettes)
 
         Args:
             before: Name of the pass that comes next, the first one of that name.
@@ -219,6 +219,22 @@ class PausedRun:
         return (
             f"PausedRun({self.pipeline.name!r}: waits before {waits!r}, {self.place} passes done)"
         )
+
+    def followed_by(self, pipeline: Pipeline) -> PausedRun:
+        """The run with what a search has decided while it waited.
+
+        Args:
+            pipeline: Begins with the passes that have run; its others wait now.
+
+        Raises:
+            InputError: It begins with others.
+        """
+        done = self.pipeline.passes[: self.place]
+        if pipeline.passes[: self.place] != done:
+            raise InputError(
+                f"{pipeline!r} must begin with what has run: {[name_of(step) for step in done]}"
+            )
+        return replace(self, pipeline=pipeline)
 
     def finish(
         self, program: Program | None = None, *passes: AnyPass, **results: Any

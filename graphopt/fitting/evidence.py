@@ -1,16 +1,22 @@
-"""What algorithms that find tables and codes are given, and what they have found."""
+"""What algorithms that find the stored forms of weights are given, and what they have found."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 from torch import Tensor
 
+from graphopt.numerics.affine import QParams
 from graphopt.run.batches import Batch
+from graphopt.schemes.base import StoredWeight
 from graphopt.schemes.palettize import PalettizedWeight
+from graphopt.schemes.quantize import QuantizedWeight
 
-__all__ = ["Evidence", "Palettes"]
+__all__ = ["Evidence", "Fits", "Integers", "Palettes", "StoredT"]
+
+StoredT = TypeVar("StoredT", bound=StoredWeight)
 
 
 @dataclass(frozen=True)
@@ -25,6 +31,7 @@ class Evidence:
         correct_bias: Whether biases may take up the mean error of their layers.
         seed: Seed of whatever is drawn.
         progress: Show bars; None shows them on a terminal.
+        scales: Sharing group of activations → scale and offset by which they are rounded.
     """
 
     batches: Sequence[Batch] = ()
@@ -34,10 +41,11 @@ class Evidence:
     correct_bias: bool = True
     seed: int = 0
     progress: bool | None = None
+    scales: Mapping[str, QParams] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class Palettes:
+class Fits(Generic[StoredT]):
     """What was found so far.
 
     Attributes:
@@ -46,6 +54,10 @@ class Palettes:
         remarks: What people should know.
     """
 
-    weights: dict[str, PalettizedWeight] = field(default_factory=dict)
+    weights: dict[str, StoredT] = field(default_factory=dict)
     biases: dict[str, Tensor] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+
+
+Palettes = Fits[PalettizedWeight]
+Integers = Fits[QuantizedWeight]

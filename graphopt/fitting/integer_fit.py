@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from graphopt.analysis.activation_places import places_of
 from graphopt.analysis.matrix_form import WeightUse, weight_uses
 from graphopt.analysis.weights import WeightTensor, find_weights
+from graphopt.fitting.evidence import Evidence
 from graphopt.fitting.layer_target import LayerTarget
 from graphopt.fitting.moments import LayerMoments, bias_of, collect_moments, missing_beside
 from graphopt.fitting.quantize_outputs import quantize_to_outputs
@@ -24,16 +25,16 @@ from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import share_graph
+from graphopt.numerics.affine import QParams
 from graphopt.prepared import ActivationQuantizer
 from graphopt.progress import track
-from graphopt.run.batches import Batch
 from graphopt.run.layerwise import LayerwiseRun
 from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["IntegerFit", "fit_integers"]
+__all__ = ["LOOKED_UP", "IntegerFit", "fit_integers"]
 
-Scales = tuple[Tensor, Tensor | None]
+LOOKED_UP = "it is looked up"  # an embedding, which no input is multiplied with
 
 
 @dataclass(frozen=True)
@@ -54,21 +55,14 @@ class IntegerFit:
 def fit_integers(
     annotated: CapturedModule,
     names: Sequence[str],
-    scales: Mapping[str, Scales],
-    batches: Sequence[Batch],
-    *,
-    seed: int = 0,
-    progress: bool | None = None,
+    evidence: Evidence,
 ) -> IntegerFit:
     """Quantize the weights `names` one after the other; what else is annotated counts as well.
 
     Args:
         annotated: A graph that `AnnotateQuantization` has seen, norms folded; it is not changed.
         names: Weights to fit.
-        scales: Sharing group of activations → scale and offset, by which they are rounded.
-        batches: Inputs of one call each.
-        seed: Seed of the sample of positions.
-        progress: Show a bar; None shows it on a terminal.
+        evidence: Inputs, and the scales by which activations are rounded.
     """
     work = share_graph(annotated)
     edit = Editor(work)
@@ -80,7 +74,8 @@ def fit_integers(
         for name, readers in uses.items()
         if len(readers) == 1 and readers[0].form.kind != "lookup"
     }
-    fit = _Fit(edit, LayerwiseRun(work, batches), LayerwiseRun(annotated, batches), seed)
+    batches = evidence.batches
+    fit = _Fit(edit, LayerwiseRun(work, batches), LayerwiseRun(annotated, batches), evidence.seed)
     fitted = {weight.name for weight, _ in ops.values()}
     for weight in weights.values():
         annotation = quantization_annotation(weight.nodes[0])
@@ -90,11 +85,11 @@ def fit_integers(
     for weight in chosen:
         if weight.name not in fitted:
             fit.result.fallbacks[weight.name] = _why_not(weight, uses)
-    rounding = _Rounding(fit.run, scales)
+    rounding = _Rounding(fit.run, evidence.scales)
     # one is a copy of the other; nodes that call modules (guards of `ep.module()`) have no partners
     twins = dict(zip(work.graph.nodes, annotated.graph.nodes, strict=True))
     steps = [node for node in work.graph.nodes if node.op != "output"]
-    for node in track(steps, "fitting layers", len(steps), enabled=progress):
+    for node in track(steps, "fitting layers", len(steps), enabled=evidence.progress):
         with rounding.operands_of(node):
             if node in ops:
                 fit.layer(*ops[node])
@@ -108,7 +103,7 @@ def _why_not(weight: WeightTensor, uses: Mapping[str, Sequence[WeightUse]]) -> s
     readers = uses.get(weight.name)
     if readers is None:
         return "its op has no matrix form"
-    return "it is looked up" if len(readers) == 1 else "several ops read it"
+    return LOOKED_UP if len(readers) == 1 else "several ops read it"
 
 
 def _nearest(tensor: Tensor, spec: QuantizationSpec, axis: int) -> Tensor:
@@ -119,7 +114,7 @@ def _nearest(tensor: Tensor, spec: QuantizationSpec, axis: int) -> Tensor:
 class _Rounding:
     """Rounds values of a run as the target will: for all readers, or for one."""
 
-    def __init__(self, run: LayerwiseRun, scales: Mapping[str, Scales]) -> None:
+    def __init__(self, run: LayerwiseRun, scales: Mapping[str, QParams]) -> None:
         self.run = run
         self.whole: dict[fx.Node, ActivationQuantizer] = {}
         self.local: dict[fx.Node, dict[fx.Node, ActivationQuantizer]] = {}

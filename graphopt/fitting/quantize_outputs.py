@@ -19,7 +19,14 @@ from graphopt.analysis.matrix_form import WeightUse
 from graphopt.errors import CompressionError
 from graphopt.fitting.importance import element_importance
 from graphopt.fitting.output_loss import OutputLoss
-from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
+from graphopt.numerics.affine import (
+    QParams,
+    dequantize,
+    grid_of,
+    has_whole_offsets,
+    qparams,
+    quantize,
+)
 from graphopt.numerics.blocks import Blocks
 from graphopt.numerics.feedback import OrderedHessian, TableMap, feedback_grouped, fit_tables
 from graphopt.schemes.quantize import (
@@ -32,7 +39,6 @@ from graphopt.specs import QuantizationSpec
 
 __all__ = ["best_scale", "grid_values", "quantize_to_outputs", "search_scales", "table_map"]
 
-Scales = tuple[Tensor, Tensor | None]
 _FLOOR = 1e-3  # of the mean importance
 
 
@@ -60,7 +66,7 @@ def table_map(use: WeightUse, blocks: Blocks) -> TableMap | None:
 
 def search_scales(
     weight: Tensor, spec: QuantizationSpec, blocks: Blocks, use: WeightUse, hessian: Tensor
-) -> Scales:
+) -> QParams:
     """Scales (and zero points) of least error when elements are rounded to the nearest.
 
     Errors count by the diagonal of H: ranges are shrunk from the weight's own, both ends apart where
@@ -84,7 +90,7 @@ def quantize_to_outputs(
     blocks: Blocks,
     loss: OutputLoss,
     *,
-    scales: Scales | None = None,
+    scales: QParams | None = None,
     move_scales: bool = True,
     rounds: int = 3,
 ) -> QuantizedWeight | None:

@@ -17,6 +17,7 @@ from graphopt.specs.dtypes import bits_of, dtype_name
 __all__ = [
     "SMALLEST_SCALE",
     "Grid",
+    "QParams",
     "dequantize",
     "fp4_forward",
     "grid_of",
@@ -26,6 +27,8 @@ __all__ = [
     "quantize",
     "scale_limits",
 ]
+
+QParams = tuple[Tensor, Tensor | None]  # scale and offset, None where it is 0; of one shape
 
 _FLOAT_STORAGE = {
     "float8_e4m3fn": ("fp8_e4m3", 448.0, 8),
@@ -95,7 +98,7 @@ def has_offset(spec: QuantizationSpec) -> bool:
 
 def qparams(
     low: Tensor, high: Tensor, spec: QuantizationSpec, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor | None]:
+) -> QParams:
     """Scale and offset that cover the ranges [low, high].
 
     - SYMMETRIC: the smallest scale that clips neither end; with the middle m of the grid `scale =

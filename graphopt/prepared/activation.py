@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from graphopt.numerics.affine import grid_of, has_offset, has_whole_offsets, qparams
+from graphopt.numerics.affine import QParams, grid_of, has_offset, has_whole_offsets, qparams
 from graphopt.numerics.blocks import Blocks
 from graphopt.observers import observer_of
 from graphopt.prepared.origin import Origin
@@ -166,13 +166,13 @@ class ActivationQuantizer(nn.Module):
             return f"has the empty range [{float(low.max()):g}, {float(high.min()):g}]"
         return ""
 
-    def parameters_of(self) -> tuple[Tensor, Tensor | None]:
+    def parameters_of(self) -> QParams:
         """Scale and offset, [groups]; learned scales as they are now."""
         scale = self.scale.detach().abs().clamp(min=torch.finfo(torch.float32).tiny)
         offset = self.offset.detach()
         return scale.clone(), (offset.clone() if bool(offset.any()) else None)
 
-    def _of(self, parts: Tensor) -> tuple[Tensor, Tensor | None]:
+    def _of(self, parts: Tensor) -> QParams:
         low, high = torch.aminmax(parts, dim=1)
         return qparams(low, high, self.spec)
 

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from torch import Tensor
-
 from graphopt.analysis.activation_places import places_of
 from graphopt.errors import CalibrationError, LoweringError
 from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.records import ActivationRecord
+from graphopt.numerics.affine import QParams
 from graphopt.prepared import ActivationQuantizer
 from graphopt.prepared.state import parts_of
 
@@ -20,7 +19,7 @@ __all__ = ["activation_records", "scales_of"]
 
 def scales_of(
     prepared: CapturedModule, on_unobserved: Literal["error", "skip"]
-) -> dict[str, tuple[Tensor, Tensor | None]]:
+) -> dict[str, QParams]:
     """Sharing group → scale and offset of those with a usable range."""
     scales, problems = {}, []
     for quantizer in parts_of(prepared, ActivationQuantizer):

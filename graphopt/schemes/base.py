@@ -21,6 +21,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor, fx
 
+from graphopt.config.base import CompressionConfig
+from graphopt.errors import ConfigError
 from graphopt.ir.editor import Editor
 from graphopt.schemes.sizes import Parts, coded_bits
 from graphopt.specs import QuantizationSpec
@@ -137,12 +139,14 @@ class Scheme(ABC, Generic[SpecT, StoredT]):
         spec_type: Its specs.
         stored_type: What they become.
         searched: Whether searches may choose it for a layer.
+        part: Field of a `JointConfig` that asks for it.
     """
 
     kind: ClassVar[str]
     spec_type: type[SpecT]
     stored_type: type[StoredT]
     searched: ClassVar[bool] = False
+    part: ClassVar[str] = ""
 
     @abstractmethod
     def make(self, weight: Tensor, spec: SpecT, known: Statistics) -> StoredT:
@@ -170,6 +174,16 @@ class Scheme(ABC, Generic[SpecT, StoredT]):
     @abstractmethod
     def name_of(self, spec: SpecT) -> str:
         """A short name of a spec, for tables and files."""
+
+    def config_of(self, specs: Mapping[str, SpecT]) -> CompressionConfig[Any]:
+        """The config that asks for these specs by the names of weights, and for nothing else.
+
+        Raises:
+            ConfigError: No config asks for the scheme by name.
+        """
+        raise ConfigError(
+            f"{', '.join(specs)}: no config asks for {self.kind!r} by names of weights"
+        )
 
     def parse(self, text: str) -> tuple[SpecT, QuantizationSpec | None] | None:
         """What a short text stands for: a spec, and one of the op's data input if it names one.

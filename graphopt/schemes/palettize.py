@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from graphopt.config.palettization import KMeansPalettizerConfig, ModuleKMeansPalettizerConfig
 from graphopt.errors import CompressionError
 from graphopt.numerics.affine import has_offset
 from graphopt.numerics.kmeans1d import cluster_1d, sum_of_squares
@@ -231,6 +232,7 @@ class Palettization(Scheme[PalettizationSpec, PalettizedWeight]):
     spec_type = PalettizationSpec
     stored_type = PalettizedWeight
     searched: ClassVar[bool] = True
+    part: ClassVar[str] = "palettization"
 
     def make(self, weight: Tensor, spec: PalettizationSpec, known: Statistics) -> PalettizedWeight:
         """See `palettize`."""
@@ -297,6 +299,14 @@ class Palettization(Scheme[PalettizationSpec, PalettizedWeight]):
         words += ["scaled"] if spec.enable_per_channel_scale else []
         words += [f"{spec.outlier_fraction:.2%} outliers"] if spec.outlier_fraction else []
         return " ".join(words)
+
+    def config_of(self, specs: Mapping[str, PalettizationSpec]) -> KMeansPalettizerConfig:
+        """See `Scheme.config_of`."""
+        return KMeansPalettizerConfig(
+            global_config=ModuleKMeansPalettizerConfig(
+                op_state_spec=None, module_state_spec=dict(specs)
+            )
+        )
 
     def parse(self, text: str) -> tuple[PalettizationSpec, None] | None:
         """Read "4", "4-bit", "4 g16" (a table per 16 channels) or "8 v4" (entries of 4)."""

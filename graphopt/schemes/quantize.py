@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
+from graphopt.config.quantization import ModuleQuantizerConfig, QuantizerConfig
 from graphopt.errors import CompressionError
-from graphopt.numerics.affine import grid_of, has_offset, has_whole_offsets, qparams, quantize
+from graphopt.numerics.affine import (
+    QParams,
+    grid_of,
+    has_offset,
+    has_whole_offsets,
+    qparams,
+    quantize,
+)
 from graphopt.numerics.blocks import Blocks, nearest_divisor
 from graphopt.numerics.clipping import clip_by_value
 from graphopt.schemes.base import Scheme, Statistics
@@ -148,7 +156,7 @@ def quantize_weight(
     spec: QuantizationSpec,
     blocks: Blocks,
     *,
-    fixed: tuple[Tensor, Tensor | None] | None = None,
+    fixed: QParams | None = None,
 ) -> QuantizedWeight:
     """Quantize a weight to the nearest representable values.
 
@@ -186,6 +194,7 @@ class Quantization(Scheme[QuantizationSpec, QuantizedWeight]):
     spec_type = QuantizationSpec
     stored_type = QuantizedWeight
     searched: ClassVar[bool] = True
+    part: ClassVar[str] = "quantization"
 
     def make(self, weight: Tensor, spec: QuantizationSpec, known: Statistics) -> QuantizedWeight:
         """See `quantize_weight`; importance is not used."""
@@ -219,6 +228,17 @@ class Quantization(Scheme[QuantizationSpec, QuantizedWeight]):
             words.append("per tensor")
         words += ["asymmetric"] if spec.qscheme is QuantizationScheme.ASYMMETRIC else []
         return " ".join(words)
+
+    def config_of(self, specs: Mapping[str, QuantizationSpec]) -> QuantizerConfig:
+        """See `Scheme.config_of`."""
+        return QuantizerConfig(
+            global_config=ModuleQuantizerConfig(
+                op_state_spec=None,
+                op_input_spec=None,
+                op_output_spec=None,
+                module_state_spec=dict(specs),
+            )
+        )
 
     def parse(self, text: str) -> tuple[QuantizationSpec, QuantizationSpec | None] | None:
         """Read "int8" (a scale per channel), "int4 b32" (a scale per 32) or "int8 a8" (int8 inputs)."""

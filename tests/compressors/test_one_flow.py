@@ -270,13 +270,21 @@ def test_paused_run_takes_results_in_place_of_the_passes_own(net: graphopt.Progr
     assert not paused.program.table.palettized
     same(paused.finish(), pipeline.run(net))
     four = pipelines.palettize(palettes("kmeans", 4)).pause("palettize-weights", net)
-    made = findings_of(four.program.graph_module).palettes
+    made = findings_of(four.program.graph_module).stored
     assert set(made) == {"conv.weight", "fc.weight"}
-    other = paused.finish(palettes=made)
+    other = paused.finish(stored=made)
     assert {row.stored_bits for row in other.report()} == {
         row.stored_bits for row in four.finish().report()
     }
     same(paused.finish(), pipeline.run(net))  # a run can go on any number of times
+
+
+def test_paused_run_goes_on_with_what_was_decided_while_it_waited(net: graphopt.Program) -> None:
+    two, four = (pipelines.palettize(palettes("kmeans", bits)) for bits in (2, 4))
+    paused = two.pause("annotate-palettization", net)
+    same(paused.followed_by(four).finish(), four.run(net))
+    with pytest.raises(InputError, match="must begin with what has run"):
+        paused.followed_by(pipelines.Pipeline("late", two.passes[1:]))
 
 
 def test_paused_run_takes_passes_in_place_of_those_that_wait(net: graphopt.Program) -> None:

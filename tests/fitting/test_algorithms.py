@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, ClassVar, get_args
 
 import pytest
@@ -8,17 +9,26 @@ import torch
 from torch import nn
 
 import graphopt
-from graphopt.fitting.algorithms import ALGORITHMS, CALIBRATED, FittingAlgorithm
+from graphopt.fitting import algorithms as algorithms_module
+from graphopt.fitting.algorithms import (
+    ALGORITHMS,
+    CALIBRATED,
+    CALIBRATED_INTEGERS,
+    INTEGER_ALGORITHMS,
+    FittingAlgorithm,
+)
 from graphopt.fitting.calibration import Calibrator, shapes_to_weigh, without_data
-from graphopt.fitting.evidence import Evidence, Palettes
+from graphopt.fitting.evidence import Evidence, Integers, Palettes
 from graphopt.ir.program import Program
 from graphopt.palettization import (
     KMeansPalettizerConfig,
     ModuleKMeansPalettizerConfig,
     PalettizationSpec,
 )
-from graphopt.passes import AnnotatePalettization
+from graphopt.passes import AnnotatePalettization, AnnotateQuantization
 from graphopt.passes.pass_manager import run_passes
+from graphopt.quantization import QuantizationSpec, QuantizerConfig
+from graphopt.schemes.palettize import PalettizedWeight
 
 
 class Net(nn.Module):
@@ -40,11 +50,45 @@ def annotated(algorithm: Any) -> Program:
     return program
 
 
-def test_a_spec_names_the_algorithms_that_there_are() -> None:
-    named = get_args(PalettizationSpec.model_fields["algorithm"].annotation)
-    assert set(named) == {"auto", *ALGORITHMS}
-    assert CALIBRATED in ALGORITHMS
-    assert all(name == algorithm.name for name, algorithm in ALGORITHMS.items())
+@pytest.mark.parametrize(
+    ("spec", "algorithms", "calibrated"),
+    [
+        (PalettizationSpec, ALGORITHMS, CALIBRATED),
+        (QuantizationSpec, INTEGER_ALGORITHMS, CALIBRATED_INTEGERS),
+    ],
+)
+def test_every_word_of_a_spec_is_an_algorithm_in_the_file_of_that_name(
+    spec: Any, algorithms: dict[str, FittingAlgorithm[Any]], calibrated: str
+) -> None:
+    named = get_args(spec.model_fields["algorithm"].annotation)
+    assert list(named) == ["auto", *algorithms]
+    assert calibrated in algorithms
+    for name, algorithm in algorithms.items():
+        assert algorithm.name == name
+        assert type(algorithm).__module__ == f"graphopt.fitting.algorithms.{name}"
+
+
+def test_every_file_of_an_algorithm_has_its_word_in_a_spec() -> None:
+    folder = Path(algorithms_module.__file__).parent
+    files = {path.stem for path in folder.glob("*.py")} - {"__init__", "base"}
+    assert files == {*ALGORITHMS, *INTEGER_ALGORITHMS}
+
+
+def test_nearest_integers_are_those_of_the_scheme() -> None:
+    program = graphopt.capture(Net().eval(), (torch.randn(2, 8),))
+    config = QuantizerConfig.from_dict(
+        {"global_config": {"op_state_spec": {"weight": {"dtype": "int4"}}}}
+    )
+    run_passes(program.graph_module, [AnnotateQuantization(config)])
+    fit = Integers()
+    INTEGER_ALGORITHMS["nearest"].fit(program, ["first.weight"], Evidence(), fit)
+    assert list(fit.weights) == ["first.weight"]
+    weight = program.graph_module.get_parameter("first.weight").detach()
+    scale = weight.abs().max() / 7.5  # the range of int4, which clips nothing
+    expected = (weight / fit.weights["first.weight"].scale).round().clamp(-8, 7)
+    dense = fit.weights["first.weight"].dense()
+    torch.testing.assert_close(dense, expected * fit.weights["first.weight"].scale)
+    assert float((dense - weight).abs().max()) <= float(scale)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +115,7 @@ def test_what_an_algorithm_needs_is_known_before_it_runs(
 def test_an_algorithm_of_ones_own_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[tuple[list[str], int, set[str]]] = []
 
-    class Remembering(FittingAlgorithm):
+    class Remembering(FittingAlgorithm[PalettizedWeight]):
         name: ClassVar[str] = "gptq"
         needs_inputs: ClassVar[bool] = True
 

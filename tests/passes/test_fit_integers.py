@@ -103,7 +103,7 @@ def test_pass_alone_leaves_findings_and_corrects_biases() -> None:
     AnnotateQuantization(config("gptq", activations=False))(gm)
     before = gm.get_parameter("a.bias").detach().clone()
     FitIntegers(DATA)(gm)
-    found = findings_of(gm).integers
+    found = findings_of(gm).stored
     assert {"a.weight", "b.weight"} <= set(found)
     assert not torch.equal(gm.get_parameter("a.bias"), before)
     assert found["a.weight"].storage == "int4"

@@ -42,7 +42,7 @@ def test_palettes_without_data_are_those_of_clustering_and_the_graph_stays(
     annotate()(gm)
     want, before, out = cluster_annotated(gm), ops(gm), gm(X)
     assert not FitPalettes()(gm).modified
-    palettes = findings_of(gm).palettes
+    palettes = findings_of(gm).stored
     assert palettes.keys() == want.keys()
     for name, palette in palettes.items():
         assert torch.equal(palette.dense(), want[name].dense())

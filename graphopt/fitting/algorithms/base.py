@@ -1,19 +1,19 @@
-"""What an algorithm is that finds tables and codes."""
+"""What an algorithm is that finds the stored forms of weights."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import ClassVar, Generic
 
-from graphopt.fitting.evidence import Evidence, Palettes
+from graphopt.fitting.evidence import Evidence, Fits, StoredT
 from graphopt.ir.program import Program
 
 __all__ = ["FittingAlgorithm"]
 
 
-class FittingAlgorithm(ABC):
-    """A value of the `algorithm` of a `PalettizationSpec`.
+class FittingAlgorithm(ABC, Generic[StoredT]):
+    """A value of the `algorithm` of a `PalettizationSpec` or a `QuantizationSpec`.
 
     Attributes:
         name: That value.
@@ -27,12 +27,12 @@ class FittingAlgorithm(ABC):
 
     @abstractmethod
     def fit(
-        self, annotated: Program, names: Sequence[str], evidence: Evidence, result: Palettes
+        self, annotated: Program, names: Sequence[str], evidence: Evidence, result: Fits[StoredT]
     ) -> None:
         """Find the forms of some weights.
 
         Args:
-            annotated: A program that `AnnotatePalettization` has seen; it is not changed.
+            annotated: A program whose weights are annotated; it is not changed.
             names: Weights to fit.
             evidence: What a calibration has seen.
             result: What other algorithms have found; takes what this one finds.

@@ -11,11 +11,12 @@ from graphopt.fitting.algorithms.base import FittingAlgorithm
 from graphopt.fitting.clustering import cluster_annotated
 from graphopt.fitting.evidence import Evidence, Palettes
 from graphopt.ir.program import Program
+from graphopt.schemes.palettize import PalettizedWeight
 
-__all__ = ["KMeans"]
+__all__ = ["TABLES", "KMeans"]
 
 
-class KMeans(FittingAlgorithm):
+class KMeans(FittingAlgorithm[PalettizedWeight]):
     """Least squared error of the weights."""
 
     name: ClassVar[str] = "kmeans"
@@ -33,3 +34,6 @@ class KMeans(FittingAlgorithm):
                 names=names,
             )
         )
+
+
+TABLES = KMeans()

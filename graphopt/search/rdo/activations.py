@@ -3,49 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 
-from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.quantizer import Quantizer
-from graphopt.config.quantization import ModuleQuantizerConfig, QuantizerConfig
+from graphopt.errors import ConfigError
 from graphopt.ir.program import Program
 from graphopt.run.batches import Batch, run_call
+from graphopt.search.mixed_precision.configs import joint_config_for
+from graphopt.search.mixed_precision.layers import Layer, weights_of
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["quantize_activations", "with_rounded_activations"]
-
-
-def _activation_config(spec: QuantizationSpec) -> QuantizerConfig:
-    """Quantize all activations, and no weights."""
-    slots: dict[Any, Any] = {"*": spec}
-    return QuantizerConfig(
-        global_config=ModuleQuantizerConfig(
-            op_state_spec=None, op_input_spec=slots, op_output_spec=slots
-        )
-    )
-
-
-def quantize_activations(
-    program: CompressedProgram,
-    data: Sequence[Any],
-    spec: QuantizationSpec | None,
-    backend: str | None,
-    *,
-    progress: bool | None = None,
-) -> CompressedProgram:
-    """A program with its activations quantized to the ranges that data give; None leaves it as it is.
-
-    Raises:
-        CalibrationError: Activations have no usable range.
-    """
-    if spec is None:
-        return program
-    quantizer = Quantizer(program, _activation_config(spec))
-    quantizer.prepare(backend=backend)
-    quantizer.calibrate(data, progress=progress)
-    return quantizer.program()
+__all__ = ["refuse_hidden", "with_rounded_activations"]
 
 
 def with_rounded_activations(
@@ -56,9 +25,27 @@ def with_rounded_activations(
     Raises:
         CalibrationError: Activations have no usable range.
     """
-    quantizer = Quantizer(exact, _activation_config(spec))
+    config = joint_config_for({}, {}, spec).quantization
+    assert config is not None
+    config.migrate_scales = False
+    quantizer = Quantizer(exact, config)
     prepared = quantizer.prepare(backend=backend)
     with quantizer.calibration_mode(), torch.no_grad():
         for batch in batches:
             run_call(prepared, batch)
     return Program(prepared, exact.example_args, exact.example_kwargs, exact.provenance)
+
+
+def refuse_hidden(layers: Sequence[Layer], rounded: Program) -> None:
+    """Refuse layers that a program with rounded activations computes together with their norms.
+
+    Raises:
+        ConfigError: There are some.
+    """
+    known = {weight.name for weight in weights_of(rounded.graph_module)}
+    inside = [layer.name for layer in layers if layer.name not in known]
+    if inside:
+        raise ConfigError(
+            f"fold_batchnorm=False with activations: norms behind {inside} are computed together with"
+            " their layers where activations are rounded; set fold_batchnorm=True"
+        )

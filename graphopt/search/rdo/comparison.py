@@ -10,14 +10,10 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from graphopt.compressors.compressed_program import CompressedProgram
-from graphopt.compressors.quantizer import Quantizer
-from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
 from graphopt.run.batches import Batch, run_call
 from graphopt.search.mixed_precision.candidates import Candidate
-from graphopt.search.mixed_precision.configs import config_for
 from graphopt.search.mixed_precision.metrics import METRICS, measure
-from graphopt.search.rdo.activations import quantize_activations
 from graphopt.search.rdo.report import Comparison
 from graphopt.search.rdo.session import Session
 from graphopt.specs import PerChannelGranularity, QuantizationSpec
@@ -37,20 +33,11 @@ def uniform_program(session: Session, bits: int) -> CompressedProgram:
         session: The model.
         bits: 2, 3, 4, 6 or 8.
     """
-    spec = QuantizationSpec(dtype=f"int{bits}", granularity=PerChannelGranularity())
-    one = Candidate(f"int{bits}", spec)
-    config = config_for({layer.name: one for layer in session.layers}, {})
-    assert isinstance(config, QuantizerConfig)
-    quantizer = Quantizer(session.exact, config)
-    quantizer.prepare()
-    options = session.config
-    return quantize_activations(
-        quantizer.program(),
-        session.batches_as_data(),
-        options.activations,
-        options.backend,
-        progress=False,
+    spec = QuantizationSpec(
+        dtype=f"int{bits}", granularity=PerChannelGranularity(), algorithm="nearest"
     )
+    one = Candidate(f"int{bits}", spec)
+    return session.converted({layer.name: one for layer in session.layers}, progress=False)
 
 
 def compare(

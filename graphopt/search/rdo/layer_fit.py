@@ -2,34 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from graphopt.analysis.matrix_form import WeightUse
 from graphopt.fitting.layer_target import LayerTarget
 from graphopt.fitting.moments import collect_moments
-from graphopt.fitting.palettize_outputs import (
-    NO_ORDER,
-    palettize_by_columns,
-    palettize_to_outputs,
-)
-from graphopt.fitting.quantize_outputs import quantize_to_outputs, search_scales
-from graphopt.numerics.affine import grid_of
+from graphopt.fitting.target_fit import TargetFit, TargetOptions, fit_to_target
 from graphopt.schemes.base import Statistics, StoredWeight
-from graphopt.schemes.palettize import palettize
-from graphopt.schemes.quantize import plan_blocks, quantize_weight
 from graphopt.schemes.registry import scheme_of
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.graph_layers import GraphLayer
-from graphopt.search.rdo.rate import scales_by_rate
-from graphopt.specs import PalettizationSpec, QuantizationSpec
 
 __all__ = ["LayerFit", "fit_layer", "take_target"]
 
-_Fit = tuple[StoredWeight, str, str]  # form, how it was found, why something was not done
 _NO_FEEDBACK = "no error feedback for lookups, tied weights and ops of other forms"
 
 
@@ -120,89 +108,25 @@ def fit_layer(
         bits = layer.weight.tensor.numel() * layer.weight.tensor.element_size() * 8
         return LayerFit(candidate.name, None, None, "kept", bits)
     weight = layer.weight.tensor.detach()
-    scheme = scheme_of(spec)
-    stored: StoredWeight
-    fit = _FITS.get(scheme.kind)
-    if target is None or layer.use is None or fit is None:
-        known = Statistics(layer.entry.output_axis, seed=config.seed)
-        stored, how, note = scheme.make(weight, spec, known), "rounded", _NO_FEEDBACK
-    else:
-        stored, how, note = fit(layer, layer.use, spec, target, config, rate_weight, importance)
+    axis, seed = layer.entry.output_axis, config.seed
+    fit = None
+    if target is not None:
+        options = TargetOptions(
+            output_axis=axis,
+            search_scales=config.blocks.scales,
+            feedback=config.feedback.enabled,
+            damping=config.feedback.damping,
+            rate_weight=rate_weight if config.rate == "entropy" else None,
+            importance=importance,
+            seed=seed,
+        )
+        fit = fit_to_target(spec, target, options)
+    if fit is None:
+        rounded = scheme_of(spec).make(weight, spec, Statistics(axis, seed=seed))
+        fit = TargetFit(rounded, "rounded", _NO_FEEDBACK)
+    stored, how, note = fit
     bias = None
     if layer.bias_value is not None and layer.use is not None and target is not None:
         bias = target.bias(layer.bias_value, stored.dense())
     coded = stored.coded_bits()
     return LayerFit(candidate.name, stored.measured(weight), bias, how, coded, note)
-
-
-def _quantized(
-    layer: GraphLayer,
-    use: WeightUse,
-    spec: QuantizationSpec,
-    target: LayerTarget,
-    config: RDOConfig,
-    rate_weight: float,
-    importance: Tensor | None,
-) -> _Fit:
-    weight = target.weight
-    blocks, _ = plan_blocks(weight.shape, layer.entry.output_axis, spec.granularity)
-    scales = None
-    if config.blocks.scales and config.rate == "entropy" and not grid_of(spec).is_float:
-        scales = scales_by_rate(weight, spec, blocks, use, target.hessian, rate_weight, importance)
-    elif config.blocks.scales:
-        scales = search_scales(weight, spec, blocks, use, target.hessian)
-    else:
-        plain = quantize_weight(weight, spec, blocks)
-        offset = None if plain.offset is None else plain.offset.float()
-        scales = plain.scale.float(), offset
-    if not config.feedback.enabled:
-        rounded = quantize_weight(weight, spec, blocks, fixed=scales)
-        return rounded, "searched" if config.blocks.scales else "rounded", ""
-    fed = quantize_to_outputs(
-        weight,
-        spec,
-        blocks,
-        target.loss(config.feedback.damping),
-        scales=scales,
-        move_scales=config.blocks.scales,
-    )
-    if fed is None:
-        rounded = quantize_weight(weight, spec, blocks, fixed=scales)
-        return rounded, "searched", "its blocks do not follow the rows and columns of its matrix"
-    return fed, "error feedback", ""
-
-
-def _palettized(
-    layer: GraphLayer,
-    use: WeightUse,
-    spec: PalettizationSpec,
-    target: LayerTarget,
-    config: RDOConfig,
-    rate_weight: float,
-    importance: Tensor | None,
-) -> _Fit:
-    del rate_weight, importance
-    axis, seed = layer.entry.output_axis, config.seed
-    fed = None
-    if config.feedback.enabled:
-        fed = palettize_to_outputs(
-            target.weight,
-            spec,
-            target.loss(config.feedback.damping),
-            output_axis=axis,
-            seed=seed,
-        )
-    if fed is not None:
-        return fed, "error feedback", ""
-    note = NO_ORDER if config.feedback.enabled else ""
-    if config.blocks.scales:
-        plain = palettize_by_columns(
-            target.weight, spec, use, target.hessian, output_axis=axis, seed=seed
-        )
-    else:
-        plain = palettize(target.weight, spec, output_axis=axis, seed=seed)
-    return plain, "searched", note
-
-
-# kind of scheme → how its weights are fitted to outputs; others are rounded
-_FITS: Mapping[str, Callable[..., _Fit]] = {"quantize": _quantized, "palettize": _palettized}

@@ -14,22 +14,18 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from graphopt.analysis.value_facts import is_float
-from graphopt.backends.lowering import as_program
 from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.compressors.pipeline import PausedRun
 from graphopt.errors import CompressionError, ConfigError
 from graphopt.exclusive import exclusively
+from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
-from graphopt.passes import (
-    FoldBatchNorm,
-    RemoveUnused,
-)
-from graphopt.passes.pass_base import Pass
-from graphopt.passes.pass_manager import run_passes
 from graphopt.progress import track
 from graphopt.run.batches import Batch
 from graphopt.run.calibration_data import data_list, read_calls
+from graphopt.schemes.base import StoredWeight
 from graphopt.search.mixed_precision.analysis import analyze
-from graphopt.search.mixed_precision.candidates import Candidate
+from graphopt.search.mixed_precision.candidates import KEEP, Candidate
 from graphopt.search.mixed_precision.layers import (
     Layer,
     find_layers,
@@ -39,13 +35,19 @@ from graphopt.search.mixed_precision.layers import (
 )
 from graphopt.search.mixed_precision.sensitivity_table import SensitivityTable
 from graphopt.search.mixed_precision.sizes import SizeModel
-from graphopt.search.rdo.activations import with_rounded_activations
+from graphopt.search.rdo.activations import refuse_hidden, with_rounded_activations
 from graphopt.search.rdo.allocation import Rates
-from graphopt.search.rdo.assembly import assemble
+from graphopt.search.rdo.block_fit import BlockFit, fits_of, sensitive_blocks
 from graphopt.search.rdo.blockwise_run import BlockwiseRun, GraphBlock, partners_of
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.curvature import Curvature, GradientOptions
-from graphopt.search.rdo.graph_layers import GraphLayer, find_layer_blocks, layers_by_node
+from graphopt.search.rdo.flow import pipeline_of
+from graphopt.search.rdo.graph_layers import (
+    GraphLayer,
+    find_layer_blocks,
+    layers_by_name,
+    layers_by_node,
+)
 from graphopt.search.rdo.layer_fit import LayerFit, fit_layer
 from graphopt.search.rdo.rounding import Rounded, round_block
 from graphopt.search.rdo.search import Costs, search_block
@@ -54,21 +56,6 @@ __all__ = ["BlockFit", "Costs", "Session", "fits_of"]
 
 _log = logging.getLogger(__name__)
 _SEEDS = 1_000_003
-
-
-@dataclass(frozen=True)
-class BlockFit:
-    """One block in its compressed form.
-
-    Attributes:
-        number: Its place.
-        layers: Name of each of its layers → its form.
-        rounded: What adaptive rounding did, or None where it did not run.
-    """
-
-    number: int
-    layers: dict[str, LayerFit]
-    rounded: Rounded | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +69,7 @@ class Session:
     >>> program = session.program(fits)
 
     Attributes:
-        exact: The exact program, batch norms folded if the config says so.
+        run: The run of the pipeline, which waits for the forms of the layers.
         layers: Its layers with their candidates and sizes.
         candidates: Candidates by name.
         batches: Calibration inputs.
@@ -93,7 +80,7 @@ class Session:
         curvature: Gradients of the exact program.
     """
 
-    exact: Program
+    run: PausedRun
     layers: tuple[Layer, ...]
     candidates: dict[str, Candidate]
     batches: list[Batch]
@@ -129,8 +116,8 @@ class Session:
 
         Raises:
             CaptureError: The model cannot be exported.
-            ConfigError: A pattern of `layer_candidates` matches nothing, or a candidate asks for
-                activations.
+            ConfigError: A pattern of `layer_candidates` matches nothing, a candidate asks for
+                activations, or norms that are not folded stand behind layers of rounded ones.
             InputError: There are no data, they do not fit the model, or it has no weight to choose
                 for.
             LoweringError: The backend cannot hold a candidate.
@@ -143,10 +130,11 @@ class Session:
                 raise ConfigError(
                     f"candidate {candidate.name!r} has activations; set `activations` for all layers"
                 )
-        exact = as_program(model, example_inputs, example_kwargs)
+        pipeline = pipeline_of(config, {KEEP.name: KEEP})
+        first = next(name for name in pipeline.names if name.startswith("annotate-"))
+        run = pipeline.pause(first, model, example_inputs, example_kwargs)
+        exact = run.program
         batches = list(read_calls(exact.graph_module, calls))
-        folding: list[Pass] = [FoldBatchNorm()] if config.fold_batchnorm else []
-        run_passes(exact.graph_module, [*folding, RemoveUnused()])
         weights = weights_of(exact.graph_module)
         kept = weights[0].tensor.dtype if weights else torch.float32
         sizes = SizeModel.of(config.backend, kept, None)
@@ -156,6 +144,7 @@ class Session:
         work = exact.copy()
         if config.activations is not None:
             work = with_rounded_activations(exact, batches, config.activations, config.backend)
+            refuse_hidden(layers, work)
         partners = partners_of(work.graph_module, exact.graph_module)
         by_node = layers_by_node(work.graph_module, layers, config)
         blocks = find_layer_blocks(work.graph_module, by_node, partners, config)
@@ -177,7 +166,12 @@ class Session:
         named = tuple(
             tuple(dict.fromkeys(by_node[node].name for node in block.targets)) for block in blocks
         )
-        return cls(exact, tuple(layers), candidates, batches, config, sizes, work, named, curvature)
+        return cls(run, tuple(layers), candidates, batches, config, sizes, work, named, curvature)
+
+    @property
+    def exact(self) -> Program:
+        """The exact program, batch norms folded if the config says so."""
+        return self.run.program
 
     @property
     def weights(self) -> int:
@@ -343,19 +337,7 @@ class Session:
 
     def sensitive_blocks(self, choice: Mapping[str, str], losses: Rates) -> list[int]:
         """The fewest blocks that hold the config's share of the loss, or all, or none."""
-        options = self.config.rounding
-        if options.blocks != "sensitive":
-            return list(range(len(self.blocks))) if options.blocks == "all" else []
-        sums = [sum(max(losses[name][choice[name]], 0.0) for name in own) for own in self.blocks]
-        order = sorted(range(len(sums)), key=lambda number: -sums[number])
-        wanted, taken = options.share * sum(sums), 0.0
-        chosen = []
-        for number in order:
-            if taken >= wanted:
-                break
-            chosen.append(number)
-            taken += sums[number]
-        return sorted(chosen)
+        return sensitive_blocks(self.blocks, choice, losses, self.config.rounding)
 
     def program(
         self, fits: Sequence[BlockFit], *, progress: bool | None = None
@@ -366,15 +348,39 @@ class Session:
             fits: What `fit` returned.
             progress: Show a bar; None shows it on a terminal.
         """
-        return assemble(
-            self.exact,
-            self.layers,
-            self.candidates,
-            fits_of(fits),
-            self.config,
-            self.batches_as_data(),
-            progress=progress,
-        )
+        forms = fits_of(fits)
+        made = self.exact.copy()
+        edit = Editor(made.graph_module)
+        for name, layer in layers_by_name(made.graph_module, self.layers, self.config).items():
+            bias = forms[name].bias
+            if bias is not None and layer.bias is not None:
+                edit.set_value(layer.bias, bias)
+        choice = {name: self.candidates[form.candidate] for name, form in forms.items()}
+        stored = {name: form.stored for name, form in forms.items() if form.stored is not None}
+        return self.converted(choice, made, stored, progress=progress)
+
+    def converted(
+        self,
+        choice: Mapping[str, Candidate],
+        source: Program | None = None,
+        stored: Mapping[str, StoredWeight] | None = None,
+        *,
+        progress: bool | None = None,
+    ) -> CompressedProgram:
+        """The program whose layers have taken the forms of candidates; activations as the config says.
+
+        Args:
+            choice: Name of the layer → its candidate.
+            source: What goes on, `exact` with other biases; it is rewritten. None is a copy of `exact`.
+            stored: Name of the layer → its form; layers without one are rounded as their specs say.
+            progress: Show a bar; None shows it on a terminal.
+
+        Raises:
+            CalibrationError: Activations have no usable range.
+        """
+        data = None if self.config.activations is None else self.batches_as_data()
+        pipeline = pipeline_of(self.config, choice, data, progress=progress)
+        return self.run.followed_by(pipeline).finish(source, stored=stored or {})
 
     def _blockwise_run(self) -> BlockwiseRun:
         """A pass over the blocks that begins with exact weights."""
@@ -384,8 +390,3 @@ class Session:
         blocks = find_layer_blocks(gm, by_node, partners, self.config)
         exact = self.exact.graph_module
         return BlockwiseRun(exact, gm, blocks, by_node, self.batches, self.curvature, self.config)
-
-
-def fits_of(blocks: Sequence[BlockFit]) -> dict[str, LayerFit]:
-    """Name of the layer → its form."""
-    return {name: form for block in blocks for name, form in block.layers.items()}

@@ -169,6 +169,12 @@ def test_wrong_configs_are_named(config: dict[str, Any], message: str) -> None:
         optimize(trained(), EXAMPLE, calibration(32), config, progress=False)
 
 
+def test_norms_that_are_not_folded_are_refused_where_activations_are_rounded() -> None:
+    config = {"target_bits": 5.0, "fold_batchnorm": False, "activations": "int8"}
+    with pytest.raises(ConfigError, match=r"norms behind \['stem.weight', .* fold_batchnorm=True"):
+        optimize(trained(), EXAMPLE, calibration(64), config, progress=False)
+
+
 def test_targets_out_of_reach_are_refused_with_the_range() -> None:
     with pytest.raises(InfeasibleError, match=r"attainable are 4\.58\d to 8\.58\d bits per weight"):
         run({"target_bits": 3})

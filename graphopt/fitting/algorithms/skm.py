@@ -12,7 +12,7 @@ from graphopt.fitting.algorithms.kmeans import KMeans
 from graphopt.fitting.evidence import Evidence, Palettes
 from graphopt.ir.program import Program
 
-__all__ = ["SensitiveKMeans"]
+__all__ = ["TABLES", "SensitiveKMeans"]
 
 _log = logging.getLogger(__name__)
 
@@ -34,3 +34,6 @@ class SensitiveKMeans(KMeans):
                 _log.warning("%s", remark)
                 result.remarks.append(remark)
         super().fit(annotated, names, evidence, result)
+
+
+TABLES = SensitiveKMeans()

@@ -6,7 +6,14 @@ import torch
 from torch import Tensor
 
 from graphopt.analysis.matrix_form import WeightUse
-from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
+from graphopt.numerics.affine import (
+    QParams,
+    dequantize,
+    grid_of,
+    has_whole_offsets,
+    qparams,
+    quantize,
+)
 from graphopt.numerics.blocks import Blocks
 from graphopt.schemes.quantize import scale_precision, weight_range
 from graphopt.schemes.sizes import entropy
@@ -16,7 +23,6 @@ __all__ = ["scales_by_rate"]
 
 _STEPS = tuple(2.0 ** (step / 4) for step in range(-6, 29))
 _ROUNDS = 4
-_Scales = tuple[Tensor, Tensor | None]
 
 
 def scales_by_rate(
@@ -27,7 +33,7 @@ def scales_by_rate(
     hessian: Tensor,
     rate_weight: float,
     importance: Tensor | None,
-) -> _Scales:
+) -> QParams:
     """Scale of each block that minimises `D + λ·R`.
 
     D is half the squared error, weighed by the diagonal of the Hessian and by what the loss feels at
@@ -56,7 +62,7 @@ def scales_by_rate(
     size = int(grid.q_max - grid.q_min) + 1
     options = [qparams(low * step, high * step, spec, precision) for step in _STEPS]
 
-    def errors(option: _Scales) -> tuple[Tensor, Tensor]:
+    def errors(option: QParams) -> tuple[Tensor, Tensor]:
         scale, offset = option
         shift = None if offset is None else offset[:, None]
         codes = quantize(groups, scale[:, None], shift, grid, whole=whole)
@@ -90,7 +96,7 @@ def scales_by_rate(
     return scale.reshape(shape), None if offset is None else offset.reshape(shape)
 
 
-def _at(options: list[_Scales], place: Tensor) -> _Scales:
+def _at(options: list[QParams], place: Tensor) -> QParams:
     scales = torch.stack([scale for scale, _ in options])
     chosen = scales.gather(0, place[None])[0]
     zeros = torch.zeros_like(chosen)

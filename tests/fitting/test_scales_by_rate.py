@@ -9,12 +9,12 @@ from torch import Tensor, nn
 import graphopt
 from graphopt.analysis.matrix_form import WeightUse, weight_uses
 from graphopt.analysis.weights import find_weights
+from graphopt.fitting.scales_by_rate import scales_by_rate
 from graphopt.numerics.affine import dequantize, grid_of, quantize
 from graphopt.numerics.blocks import Blocks
 from graphopt.schemes.palettize import palettize
 from graphopt.schemes.quantize import quantize_weight
 from graphopt.schemes.sizes import entropy
-from graphopt.search.rdo.rate import scales_by_rate
 from graphopt.specs import PalettizationSpec, PerChannelGranularity, QuantizationSpec
 
 INT8 = QuantizationSpec(dtype="int8", granularity=PerChannelGranularity())
