@@ -32,7 +32,7 @@ from graphopt.schemes.quantize import Quantization, QuantizedWeight
 from graphopt.schemes.rewrite import replace_weight
 from graphopt.specs import PerChannelGranularity, QuantizationSpec
 
-__all__ = ["ConvertQuantization", "emit_rounding"]
+__all__ = ["ConvertQuantization", "emit_quantize_dequantize"]
 
 _ops = torch.ops.graphopt
 _to_copy = torch.ops.aten._to_copy.default
@@ -75,7 +75,7 @@ class ConvertQuantization(Pass):
             scales = known.get(point.group)
             if scales is not None:
                 readers = set(operand.users)
-                rounded = emit_rounding(edit, operand, point.group, point.spec, scales)
+                rounded = emit_quantize_dequantize(edit, operand, point.group, point.spec, scales)
                 redirect(edit, operand, rounded, readers, users)
         rows, left = [], dict(findings_of(edit.gm).stored)
         for weight in find_weights(edit.gm):
@@ -128,7 +128,7 @@ class ConvertQuantization(Pass):
         return gm
 
 
-def emit_rounding(
+def emit_quantize_dequantize(
     edit: Editor,
     operand: fx.Node,
     group: str,
@@ -148,7 +148,7 @@ def emit_rounding(
     if dtype is torch.float64:
         # the ecosystem's ops round float32 and narrower
         single = call(_to_copy, operand, dtype=torch.float32)
-        rounded = emit_rounding(edit, single, group, spec, scales, before=before)
+        rounded = emit_quantize_dequantize(edit, single, group, spec, scales, before=before)
         return call(_to_copy, rounded, dtype=torch.float64)
     if grid.is_float:
         return call(_ops.round_to_float.default, operand, float(scale), grid.storage)

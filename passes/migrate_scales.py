@@ -11,12 +11,12 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
-from graphopt.analysis.migration_sites import Reader, Site, find_sites
+from graphopt.analysis.migrations import Migration, Reader, find_migrations
 from graphopt.fitting.migration import (
     Factors,
     choose_factors,
     column_factors,
-    observe_sites,
+    observe_migrations,
     trust,
 )
 from graphopt.ir import op_info
@@ -71,37 +71,37 @@ class MigrateScales(Pass):
         if not self.data:
             return
         gm = callable_graph(edit.gm)
-        sites = find_sites(gm)
-        if not sites:
+        migrations = find_migrations(gm)
+        if not migrations:
             return
-        observations = observe_sites(gm, sites, list(read_calls(gm, self.data)))
-        # what one site scales another may read: all are chosen before any is changed
+        observations = observe_migrations(gm, migrations, list(read_calls(gm, self.data)))
+        # what one migration scales another may read: all are chosen before any is changed
         chosen = [
-            (site, choose_factors(gm, site, seen, trust(seen.count)))
-            for site, seen in zip(sites, observations, strict=True)
+            (migration, choose_factors(gm, migration, seen, trust(seen.count)))
+            for migration, seen in zip(migrations, observations, strict=True)
             if bool((seen.low <= seen.high).all())
         ]
-        for site, factors in chosen:
+        for migration, factors in chosen:
             _log.debug(
                 "%s (%s): α %g, error %.3g → %.3g",
-                site.producer.node.name,
-                site.producer.kind,
+                migration.producer.node.name,
+                migration.producer.kind,
                 factors.strength,
                 factors.before,
                 factors.error,
             )
             if factors.error < factors.before:
-                _Move(edit, site, factors).apply()
+                _Move(edit, migration, factors).apply()
 
 
 @dataclass(frozen=True)
 class _Move:
     edit: Editor
-    site: Site
+    migration: Migration
     factors: Factors
 
     def apply(self) -> None:
-        producer, scale, shift = self.site.producer, self.factors.scale, self.factors.shift
+        producer, scale, shift = self.migration.producer, self.factors.scale, self.factors.shift
         if producer.kind == "norm":
             assert producer.affine is not None
             gain, offset = producer.affine.gain, producer.affine.shift
@@ -115,7 +115,7 @@ class _Move:
             self._give_back()
         else:
             self._multiply()
-        for reader in self.site.readers:
+        for reader in self.migration.readers:
             self._take_up(reader)
 
     def _of(self, node: fx.Node) -> Tensor:
@@ -125,7 +125,7 @@ class _Move:
         self.edit.set_value(node, value.to(self.edit.value(node).dtype), tied=tied)
 
     def _scale_rows(self) -> None:
-        producer, scale = self.site.producer, self.factors.scale
+        producer, scale = self.migration.producer, self.factors.scale
         assert producer.weight is not None
         assert producer.use is not None
         stored, *tied = producer.weight.nodes
@@ -138,14 +138,14 @@ class _Move:
             self._set(producer.bias, self._of(producer.bias) / scale)
 
     def _wide(self, values: Tensor) -> Tensor:
-        """Values per channel, to be broadcast against the site's value."""
-        value = self.site.value.meta["val"]
-        behind = value.ndim - 1 - self.site.axis % value.ndim
+        """Values per channel, to be broadcast against the migration's value."""
+        value = self.migration.value.meta["val"]
+        behind = value.ndim - 1 - self.migration.axis % value.ndim
         return values.to(value.dtype).reshape(-1, *[1] * behind)
 
     def _give_back(self) -> None:
         """Let other readers of a value read what it was before."""
-        node, others = self.site.value, set(self.site.others)
+        node, others = self.migration.value, set(self.migration.others)
         if not others:
             return
         place = node.next
@@ -161,7 +161,7 @@ class _Move:
         self.edit.redirect(node, back, lambda user: user not in others)
 
     def _multiply(self) -> None:
-        node, taken = self.site.producer.node, set(self.site.taken)
+        node, taken = self.migration.producer.node, set(self.migration.taken)
         place = node.next
         factor = self.edit.constant(
             f"{node.name}_scale", self._wide(1 / self.factors.scale), like=node, before=place

@@ -21,10 +21,8 @@ OPTIONAL |= {"pandas", "distributed", "ml_dtypes", "onnx_ir"}
 _EXTRAS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
 OPTIONAL |= {re.split(r"\W", given)[0] for extra in _EXTRAS.values() for given in extra}
 OPTIONAL -= {"graphopt"}
-# a backend and what makes it a delegate know each other
-MUTUAL = {"graphopt.backends.coreai.delegate", "graphopt.backends.coreml.delegate"}
 # what takes long to import and is needed by some calls only
-LATE = {"networkx", "torch.fx.experimental.symbolic_shapes"}
+LATE = {"torch.fx.experimental.symbolic_shapes"}
 HEAVY = ("numba", "scipy", "networkx", "rich", "typer")
 
 
@@ -50,7 +48,7 @@ def test_functions_import_only_optional_packages(path: Path) -> None:
     ]
     inside = {module for function in functions for module, _ in imports_in(function)}
     late = {module for module in inside if module.split(".")[0] not in OPTIONAL}
-    assert late - MUTUAL - LATE == set()
+    assert late - LATE == set()
 
 
 @pytest.mark.parametrize("path", modules(), ids=str)

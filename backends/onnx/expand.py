@@ -8,7 +8,7 @@ from graphopt.backends.onnx.emitter import Emitter
 from graphopt.backends.onnx.matmul_nbits import MICROSOFT, as_matmul_nbits
 from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.own_nodes import DOMAIN
-from graphopt.backends.onnx.rounding import (
+from graphopt.backends.onnx.quantize_ops import (
     expand_dequantize,
     expand_quantize,
     expand_round,

@@ -30,7 +30,7 @@ class MatrixForm:
     """How one op's weight, input and output map to matrices.
 
     Attributes:
-        kind: "linear" (x @ Wᵀ), "right" (x @ W), "left" (W @ x), "conv", "transposed" or "lookup".
+        kind: "linear" (x @ Wᵀ), "right" (x @ W), "left" (W @ x), "conv", "transposed" or "embedding".
         data: Position of the input among the op's arguments.
         groups: Channel groups of a convolution.
         kernel: Its kernel size.
@@ -51,7 +51,7 @@ class MatrixForm:
         """The op's weight operand as [groups, rows, columns]."""
         if self.kind in ("linear", "left"):
             return weight[None]
-        if self.kind in ("right", "lookup"):
+        if self.kind in ("right", "embedding"):
             return weight.T[None]
         if self.kind == "conv":
             return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
@@ -62,7 +62,7 @@ class MatrixForm:
         """Inverse of `matrix`: a weight operand of `shape`."""
         if self.kind in ("linear", "left"):
             return matrix[0]
-        if self.kind in ("right", "lookup"):
+        if self.kind in ("right", "embedding"):
             return matrix[0].T
         if self.kind == "conv":
             return matrix.reshape(list(shape))
@@ -88,7 +88,7 @@ class MatrixForm:
             gradient: Shape of the output.
             x: The op's input.
         """
-        if self.kind in ("linear", "right", "lookup"):
+        if self.kind in ("linear", "right", "embedding"):
             return _positions(gradient)
         if self.kind == "left":
             return _positions(gradient.transpose(-1, -2))

@@ -72,7 +72,7 @@ def fit_integers(
     ops = {
         readers[0].node: (weights[name], readers[0])
         for name, readers in uses.items()
-        if len(readers) == 1 and readers[0].form.kind != "lookup"
+        if len(readers) == 1 and readers[0].form.kind != "embedding"
     }
     batches = evidence.batches
     fit = _Fit(edit, LayerwiseRun(work, batches), LayerwiseRun(annotated, batches), evidence.seed)
@@ -85,16 +85,16 @@ def fit_integers(
     for weight in chosen:
         if weight.name not in fitted:
             fit.result.fallbacks[weight.name] = _why_not(weight, uses)
-    rounding = _Rounding(fit.run, evidence.scales)
+    rounded = _RoundedActivations(fit.run, evidence.scales)
     # one is a copy of the other; nodes that call modules (guards of `ep.module()`) have no partners
     twins = dict(zip(work.graph.nodes, annotated.graph.nodes, strict=True))
     steps = [node for node in work.graph.nodes if node.op != "output"]
     for node in track(steps, "fitting layers", len(steps), enabled=evidence.progress):
-        with rounding.operands_of(node):
+        with rounded.operands_of(node):
             if node in ops:
                 fit.layer(*ops[node])
             fit.run.step(node)
-        rounding.result_of(node)
+        rounded.result_of(node)
         fit.reference.step(twins[node])
     return fit.result
 
@@ -111,7 +111,7 @@ def _nearest(tensor: Tensor, spec: QuantizationSpec, axis: int) -> Tensor:
     return quantize_weight(tensor.detach(), spec, blocks).dense()
 
 
-class _Rounding:
+class _RoundedActivations:
     """Rounds values of a run as the target will: for all readers, or for one."""
 
     def __init__(self, run: LayerwiseRun, scales: Mapping[str, QParams]) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 
 from graphopt.analysis.matrix_form import WeightUse
-from graphopt.analysis.migration_sites import Reader, Site
+from graphopt.analysis.migrations import Migration, Reader
 from graphopt.ir.annotations import quantization_annotation
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
@@ -31,7 +31,7 @@ from graphopt.run.interpreter import Interpreter, constant_value, evaluate
 from graphopt.schemes.quantize import plan_blocks, quantize_weight
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["Factors", "choose_factors", "column_factors", "observe_sites", "trust"]
+__all__ = ["Factors", "choose_factors", "column_factors", "observe_migrations", "trust"]
 
 _STRENGTHS = (0.5, 0.75, 1.0)
 _ROWS = 1024  # positions of a linear layer's inputs that errors are measured on
@@ -43,7 +43,7 @@ ENOUGH = 16  # samples from which on the data are trusted in full
 
 @dataclass(frozen=True)
 class Factors:
-    """What becomes of a site.
+    """What becomes of a migration.
 
     Attributes:
         scale: s of each channel, float32.
@@ -62,7 +62,7 @@ class Factors:
 
 @dataclass
 class Observation:
-    """What was seen of a site.
+    """What was seen of a migration.
 
     Attributes:
         low: Smallest value of each channel.
@@ -86,20 +86,20 @@ def trust(samples: int) -> float:
     return min(1.0, math.log2(max(samples, 1)) / math.log2(ENOUGH))
 
 
-def observe_sites(
-    gm: CapturedModule, sites: Sequence[Site], batches: Sequence[Batch]
+def observe_migrations(
+    gm: CapturedModule, migrations: Sequence[Migration], batches: Sequence[Batch]
 ) -> list[Observation]:
-    """Ranges of every site's channels, and samples of what its readers read, in one run."""
+    """Ranges of every migration's channels, and samples of what its readers read, in one run."""
     interpreter = Interpreter(gm)
-    seen = [_nothing_seen(site.channels) for site in sites]
-    hooks: dict[fx.Node, list[tuple[Observation, Site]]] = {}
-    for site, observation in zip(sites, seen, strict=True):
-        for operand in site.operands:
-            hooks.setdefault(operand, []).append((observation, site))
+    seen = [_nothing_seen(migration.channels) for migration in migrations]
+    hooks: dict[fx.Node, list[tuple[Observation, Migration]]] = {}
+    for migration, observation in zip(migrations, seen, strict=True):
+        for operand in migration.operands:
+            hooks.setdefault(operand, []).append((observation, migration))
 
     def watch(node: fx.Node, value: Tensor) -> Tensor:
-        for observation, site in hooks[node]:
-            _take(observation, site, node, value.detach(), len(batches))
+        for observation, migration in hooks[node]:
+            _take(observation, migration, node, value.detach(), len(batches))
         return value
 
     behind = {node: (lambda value, node=node: watch(node, value)) for node in hooks}
@@ -114,10 +114,12 @@ def _nothing_seen(channels: int) -> Observation:
     return Observation(low, high, low.clone(), high.clone())
 
 
-def _take(observation: Observation, site: Site, node: fx.Node, value: Tensor, calls: int) -> None:
+def _take(
+    observation: Observation, migration: Migration, node: fx.Node, value: Tensor, calls: int
+) -> None:
     if value.numel() == 0:
         return
-    axis = site.operands[node]
+    axis = migration.operands[node]
     low, high = _ends(value, axis)
     observation.low = torch.minimum(observation.low, low)
     observation.high = torch.maximum(observation.high, high)
@@ -133,7 +135,7 @@ def _take(observation: Observation, site: Site, node: fx.Node, value: Tensor, ca
         observation.count += len(fit) + len(value)
     if not len(value):
         return
-    kinds = {reader.use.form.kind for reader in site.readers if reader.operand is node}
+    kinds = {reader.use.form.kind for reader in migration.readers if reader.operand is node}
     if not kinds:
         return
     if "conv" in kinds:
@@ -168,27 +170,29 @@ def column_factors(use: WeightUse, shape: Sequence[int], factors: Tensor) -> Ten
     return use.pull_back(spread[:, None].expand(groups, rows, columns).contiguous(), shape)
 
 
-def choose_factors(gm: CapturedModule, site: Site, seen: Observation, share: float) -> Factors:
-    """The best scales and shifts of a site; scales of one where nothing is better by much.
+def choose_factors(
+    gm: CapturedModule, migration: Migration, seen: Observation, share: float
+) -> Factors:
+    """The best scales and shifts of a migration; scales of one where nothing is better by much.
 
     Args:
         gm: The graph.
-        site: The site.
-        seen: From `observe_sites`.
+        migration: The migration.
+        seen: From `observe_migrations`.
         share: From `trust`: how far scales and shifts may go.
     """
-    ones = torch.ones(site.channels)
-    if not site.readers:
+    ones = torch.ones(migration.channels)
+    if not migration.readers:
         reach = _floored(torch.maximum(seen.low.abs(), seen.high.abs()))
         return Factors(((reach / reach.max()).log() * share).exp(), None, 0.0, 1.0, 1.0)
-    held = all(seen.samples.get(reader.operand) for reader in site.readers)
+    held = all(seen.samples.get(reader.operand) for reader in migration.readers)
     if share <= 0 or not held or not bool((seen.fit_low <= seen.fit_high).all()):
         return Factors(ones, None, 0.0, 0.0, 0.0)
-    judge = _Judge(gm, site, seen)
+    judge = _Judge(gm, migration, seen)
     magnitudes = judge.column_magnitudes()
     before = judge.error(ones, None)
     least, chosen = before, (0.0, False)
-    for shifted in (False, True) if site.shifts else (False,):
+    for shifted in (False, True) if migration.shifts else (False,):
         for strength in (*_STRENGTHS, *((0.0,) if shifted else ())):
             ends = seen.fit_low, seen.fit_high
             error = judge.error(*_factors(ends, magnitudes, strength, shifted, share))
@@ -220,17 +224,17 @@ def _floored(reach: Tensor) -> Tensor:
 
 
 class _Judge:
-    """Errors at the outputs of a site's readers."""
+    """Errors at the outputs of its readers."""
 
-    def __init__(self, gm: CapturedModule, site: Site, seen: Observation) -> None:
-        self.gm, self.site, self.seen = gm, site, seen
+    def __init__(self, gm: CapturedModule, migration: Migration, seen: Observation) -> None:
+        self.gm, self.migration, self.seen = gm, migration, seen
         self.samples = {node: torch.cat(kept) for node, kept in seen.samples.items()}
         self.exact: dict[tuple[fx.Node, bool], Tensor] = {}
 
     def column_magnitudes(self) -> Tensor:
         """Largest magnitude of the weights that read each channel."""
-        largest = torch.zeros(self.site.channels)
-        for reader in self.site.readers:
+        largest = torch.zeros(self.migration.channels)
+        for reader in self.migration.readers:
             matrix = reader.use.matrix(reader.weight.tensor.detach().float(), casts=False)
             per_column = matrix.abs().amax(1)  # groups × columns
             if reader.use.form.kind == "conv":
@@ -243,7 +247,7 @@ class _Judge:
         """Squared error relative to the outputs' energy, summed over the readers."""
         total = 0.0
         rounded: dict[tuple[fx.Node, QuantizationSpec], Tensor] = {}
-        for reader in self.site.readers:
+        for reader in self.migration.readers:
             values = self.samples[reader.operand]
             shape = [1] * values.ndim
             shape[reader.axis if values.ndim == reader.operand.meta["val"].ndim else -1] = -1

@@ -89,7 +89,7 @@ def missing_beside(
 
 def _fits(other: tuple[object, ...] | None, own: tuple[object, ...] | None, use: WeightUse) -> bool:
     """Whether an operand's error can be told for each row of the op's matrix."""
-    if use.form.kind == "lookup":
+    if use.form.kind == "embedding":
         return bool(other and own and other[-1] == own[-1])
     return other == own
 

@@ -108,7 +108,7 @@ class _Layers:
     def fit(self, weight: WeightTensor, use: WeightUse) -> None:
         """Palettize the weight of the op that runs next."""
         missing = missing_beside(use, self.run, self.reference, self.partners)
-        if use.form.kind == "lookup":
+        if use.form.kind == "embedding":
             self._fit_embedding(weight, use, missing)
         else:
             self._fit_matrix(weight, use, missing)

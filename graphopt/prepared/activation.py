@@ -11,7 +11,7 @@ from graphopt.numerics.affine import QParams, grid_of, has_offset, has_whole_off
 from graphopt.numerics.blocks import Blocks
 from graphopt.observers import observer_of
 from graphopt.prepared.origin import Origin
-from graphopt.prepared.rounding import learned_round, round_groups, round_tensor
+from graphopt.prepared.straight_through import learned_round, round_groups, round_tensor
 from graphopt.specs import PerChannelGranularity, QuantizationSpec
 
 __all__ = ["ActivationQuantizer"]

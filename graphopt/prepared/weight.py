@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from graphopt.numerics.affine import grid_of, has_offset, has_whole_offsets, qparams
 from graphopt.numerics.blocks import Blocks
 from graphopt.prepared.origin import Origin
-from graphopt.prepared.rounding import learned_round, round_groups
+from graphopt.prepared.straight_through import learned_round, round_groups
 from graphopt.schemes.quantize import QuantizedWeight, quantize_weight, weight_range
 from graphopt.specs import QuantizationSpec
 

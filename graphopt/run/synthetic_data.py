@@ -103,7 +103,7 @@ def _rows(node: fx.Node) -> int:
                 continue
             for slot in info.weights:
                 table = user.args[slot.position]
-                looked_up = slot.matrix == "lookup" and user.args[slot.data] is reader
+                looked_up = slot.matrix == "embedding" and user.args[slot.data] is reader
                 if looked_up and isinstance(table, fx.Node):
                     size = int(table.meta["val"].shape[0])
                     return size if size >= _SMALLEST else 0

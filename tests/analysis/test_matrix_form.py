@@ -248,7 +248,7 @@ def test_lookup_has_one_column_per_row_of_the_table() -> None:
     _, found = uses_of(model, torch.randint(0, 11, (2, 3)))
     (use,) = found["weight"]
     matrix = use.matrix(model.weight.detach())
-    assert use.form.kind == "lookup"
+    assert use.form.kind == "embedding"
     assert use.form.data == 1
     assert torch.equal(matrix[0], model.weight.detach().T)
     assert torch.equal(use.form.operand(matrix, (11, 4)), model.weight.detach())

@@ -291,6 +291,12 @@ def test_own_op_is_compressed_and_stored_after_one_registration(
     assert roles(net, x) == []
 
 
+def test_earlier_name_of_the_embeddings_matrix_is_taken_with_a_warning() -> None:
+    with pytest.warns(DeprecationWarning, match="'lookup'.* is called 'embedding' now"):
+        slot = WeightSlot(0, matrix="lookup")  # type: ignore[arg-type]
+    assert slot == WeightSlot(0, matrix="embedding")
+
+
 def test_known_op_is_replaced_only_when_asked() -> None:
     linear = aten.linear.default
     before = op_info.info_of(linear)

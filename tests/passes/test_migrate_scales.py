@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.analysis.migration_sites import find_sites
+from graphopt.analysis.migrations import find_migrations
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.passes import AnnotateQuantization, MigrateScales
 from graphopt.quantization import QuantizerConfig
@@ -178,7 +178,7 @@ def test_few_samples_change_little() -> None:
     ids=["sum", "unknown function", "tied weight", "nothing before"],
 )
 def test_other_places_are_left_alone(function: Callable[[Net, Tensor], Tensor]) -> None:
-    assert find_sites(annotated(function, ROWS)) == []
+    assert find_migrations(annotated(function, ROWS)) == []
 
 
 def test_rescaled_network_is_as_good_as_it_was() -> None:

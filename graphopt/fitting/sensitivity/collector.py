@@ -75,12 +75,12 @@ class GradientCollector:
             level = squared.mean(1, keepdim=True)
             relative = torch.where(level > 0, squared / level.clamp_min(1e-38), 0.0)
             self.saliency.setdefault(use.node.name, []).append(relative)
-            if use.form.kind == "lookup":
+            if use.form.kind == "embedding":
                 flat = rows.flatten(0, 2)
                 self.spread[use.node.name] = self.spread.get(use.node.name, 0) + flat.mT @ flat
         if not self.squares:
             return
-        if use.form.kind == "lookup":
+        if use.form.kind == "embedding":
             self._add(name, shape, _embedding_squares(x, rows[:, 0], shape))
             return
         if self.per_sample:

@@ -35,7 +35,7 @@ from graphopt.ir.annotations import (
 )
 from graphopt.ir.editor import Editor, operands
 from graphopt.passes import AnnotatePalettization, AnnotateQuantization
-from graphopt.passes.convert_quantization import emit_rounding
+from graphopt.passes.convert_quantization import emit_quantize_dequantize
 from graphopt.prepared import ActivationQuantizer
 from graphopt.schemes.base import Statistics
 from graphopt.schemes.registry import scheme_of
@@ -73,7 +73,7 @@ class _ActivationObserver(ObserverBase):  # type: ignore[misc]
         source = node.args[0]
         assert isinstance(source, fx.Node)
         scale, offset = self.calculate_qparams()
-        rounded = emit_rounding(
+        rounded = emit_quantize_dequantize(
             Editor(model),
             source,
             self.name,

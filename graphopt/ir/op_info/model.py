@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
@@ -22,7 +23,8 @@ __all__ = [
     "WeightSlot",
 ]
 
-MatrixKind = Literal["linear", "right", "left", "conv", "transposed", "lookup"]
+MatrixKind = Literal["linear", "right", "left", "conv", "transposed", "embedding"]
+_EARLIER: dict[str, MatrixKind] = {"lookup": "embedding"}  # what a kind was called before
 
 
 class Scales(Enum):
@@ -68,7 +70,7 @@ class WeightSlot:
         position: Its place among the arguments.
         channel_axis: Its axis of output channels; negative ones count from the end.
         matrix: How it is a matrix: "linear" (x @ Wᵀ), "right" (x @ W), "left" (W @ x), "conv",
-            "transposed" or "lookup"; None where it is none. The first three need rank 2.
+            "transposed" or "embedding"; None where it is none. The first three need rank 2.
         data: Place of the operand that it is multiplied with.
         bias: Place of what is added per output channel, None where the op has no such argument.
         result_axis: Axis of the result that counts the output channels.
@@ -80,6 +82,14 @@ class WeightSlot:
     data: int = 0
     bias: int | None = None
     result_axis: int = -1
+
+    def __post_init__(self) -> None:
+        now = _EARLIER.get(str(self.matrix))
+        if now is not None:
+            warnings.warn(
+                f"WeightSlot(matrix={self.matrix!r}) is called {now!r} now", DeprecationWarning, 3
+            )
+            object.__setattr__(self, "matrix", now)
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,7 @@ WEIGHT_OPS: tuple[OpInfo, ...] = (
     OpInfo(
         ("embedding",),
         aten("embedding"),
-        weights=(WeightSlot(0, 0, "lookup", data=1),),
+        weights=(WeightSlot(0, 0, "embedding", data=1),),
         scales=Scales.COMPUTE,
         data=(),
         quantizes_output=False,

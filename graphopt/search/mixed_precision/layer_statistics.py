@@ -164,7 +164,7 @@ def collect_statistics(
         if candidates[name].activation is not None
     }
     moments: dict[tuple[str, str], ChannelMoments] = {}
-    for batch in track(batches, "surveying", len(batches), enabled=progress):
+    for batch in track(batches, "collecting statistics", len(batches), enabled=progress):
         run = PartialRerun(plan, batch)
         for layer in layers:
             if layer not in ranged and layer not in corrected:

@@ -249,7 +249,7 @@ class Measurements:
         """Losses and sizes for the solvers."""
         return Problem.of(self.losses(), [layer.bits for layer in self.layers])
 
-    def _stacked(self) -> npt.NDArray[np.float32]:
+    def _all_vectors(self) -> npt.NDArray[np.float32]:
         return np.concatenate([self._records.vectors[batch] for batch in self._batches()])
 
     @property
@@ -270,7 +270,7 @@ class Measurements:
         """
         if not self.has_interactions:
             raise StateError("cross terms need mode='fast' or mode='hybrid'")
-        vectors = self._stacked().astype(np.float64)
+        vectors = self._all_vectors().astype(np.float64)
         flat = [loss for layer in self.losses() for loss in layer]
         known = self.is_measured or bool(self._reach().without_gradient)
         return cross_terms(vectors, self.owners(), flat if known else None)

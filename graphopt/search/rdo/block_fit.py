@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from graphopt.search.rdo.adaptive_rounding import Rounded
 from graphopt.search.rdo.allocation import Rates
 from graphopt.search.rdo.config import RoundingOptions
 from graphopt.search.rdo.layer_fit import LayerFit
-from graphopt.search.rdo.rounding import Rounded
 
 __all__ = ["BlockFit", "fits_of", "sensitive_blocks"]
 

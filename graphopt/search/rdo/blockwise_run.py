@@ -131,7 +131,7 @@ class BlockwiseRun:
             if earlier is node:
                 break
             self._step(earlier)
-        if use is None or use.form.kind == "lookup":
+        if use is None or use.form.kind == "embedding":
             return None
         source = node.args[use.form.data]
         assert isinstance(source, fx.Node)

@@ -36,6 +36,7 @@ from graphopt.search.mixed_precision.layers import (
 from graphopt.search.mixed_precision.sensitivity_table import SensitivityTable
 from graphopt.search.mixed_precision.sizes import SizeModel
 from graphopt.search.rdo.activations import refuse_hidden, with_rounded_activations
+from graphopt.search.rdo.adaptive_rounding import Rounded, round_block
 from graphopt.search.rdo.allocation import Rates
 from graphopt.search.rdo.block_fit import BlockFit, fits_of, sensitive_blocks
 from graphopt.search.rdo.blockwise_run import BlockwiseRun, GraphBlock, partners_of
@@ -49,7 +50,6 @@ from graphopt.search.rdo.graph_layers import (
     layers_by_node,
 )
 from graphopt.search.rdo.layer_fit import LayerFit, fit_layer
-from graphopt.search.rdo.rounding import Rounded, round_block
 from graphopt.search.rdo.search import Costs, search_block
 
 __all__ = ["BlockFit", "Costs", "Session", "fits_of"]
@@ -261,7 +261,7 @@ class Session:
         Args:
             choice: Layer → candidate.
             rate_weight: λ, for rate "entropy".
-            rounded: Numbers of the blocks to round (`graphopt.rdo.rounding`).
+            rounded: Numbers of the blocks to round (`graphopt.search.rdo.adaptive_rounding`).
             known: Blocks that are done already.
             save: Called with every finished block.
             progress: Show a bar; None shows it on a terminal.

@@ -19,8 +19,8 @@ from graphopt.files import delete_path, replaced
 from graphopt.schemes.registry import stored_from
 from graphopt.search.content import tensors_hash
 from graphopt.search.mixed_precision.records import batch_hash
+from graphopt.search.rdo.adaptive_rounding import Rounded
 from graphopt.search.rdo.layer_fit import LayerFit
-from graphopt.search.rdo.rounding import Rounded
 from graphopt.search.rdo.session import BlockFit, Session
 from graphopt.search.record_file import sealed, unsealed
 

@@ -12,9 +12,9 @@ from search.rdo.nets import calibration, trained
 from torch import Tensor, nn
 
 from graphopt.rdo import RDOConfig, Session
+from graphopt.search.rdo.adaptive_rounding import Rounded, round_block
 from graphopt.search.rdo.blockwise_run import BlockwiseRun, GraphBlock
 from graphopt.search.rdo.layer_fit import fit_layer
-from graphopt.search.rdo.rounding import Rounded, round_block
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = {"feedback": {"enabled": False, "compensate": False}, "blocks": {"scales": False}}
@@ -161,7 +161,7 @@ def test_rounded_activations_drop_out_here_and_there() -> None:
         rounding={"steps": 30, "drop": 0.5},
     )
     run = session._blockwise_run()
-    from graphopt.search.rdo.rounding import _Dropping
+    from graphopt.search.rdo.adaptive_rounding import _Dropping
 
     block = next(run.blocks())
     wanted = run.exact_outputs(block)[0][0]

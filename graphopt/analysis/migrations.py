@@ -20,7 +20,7 @@ from graphopt.ir.editor import operands
 from graphopt.ir.op_info import Scales
 from graphopt.specs import PerTensorGranularity
 
-__all__ = ["Affine", "Producer", "Reader", "Site", "find_sites"]
+__all__ = ["Affine", "Migration", "Producer", "Reader", "find_migrations"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Reader:
 
 
 @dataclass(frozen=True)
-class Site:
+class Migration:
     """One value that can be scaled, its readers, and what else reads it.
 
     Attributes:
@@ -112,14 +112,14 @@ class Site:
         return {reader.operand: reader.axis for reader in self.readers}
 
 
-def find_sites(gm: fx.GraphModule) -> list[Site]:
-    """All sites of an annotated graph, in its order; each weight's columns belong to one.
+def find_migrations(gm: fx.GraphModule) -> list[Migration]:
+    """All migrations of an annotated graph, in its order; each weight's columns belong to one.
 
-    A site is taken where its readers round what they read: at norms (LayerNorm, RMSNorm, GroupNorm,
+    A migration is taken where its readers round what they read: at norms (LayerNorm, RMSNorm, GroupNorm,
     batch norms), behind ops with weights where only functions that commute with scaling follow, and
     behind other activation functions and products of two values in front of linear layers.
     """
-    return list(_Finder(gm).sites())
+    return list(_Finder(gm).migrations())
 
 
 @dataclass
@@ -142,7 +142,7 @@ class _Finder:
                 self.uses[uses[0].node] = self.weights[name], uses[0]
         self.names = Counter(str(node.target) for node in gm.graph.find_nodes(op="get_attr"))
 
-    def sites(self) -> Iterator[Site]:
+    def migrations(self) -> Iterator[Migration]:
         for node in self.gm.graph.nodes:
             if node.op != "call_function" or not is_float(node) or node not in self.data:
                 continue
@@ -153,13 +153,15 @@ class _Finder:
             point = output_point(node)
             if point is not None and point.balanced:
                 if producer.kind == "rows":
-                    yield Site(producer, node, channels, axis, (), (), tuple(node.users), False)
+                    yield Migration(
+                        producer, node, channels, axis, (), (), tuple(node.users), False
+                    )
                 continue
             value, axis = self._last_form(node, axis) if producer.kind == "norm" else (node, axis)
             found = self._behind(value, axis)
             if not found.readers or not self._allowed(producer, found, channels):
                 continue
-            yield Site(
+            yield Migration(
                 producer,
                 value,
                 channels,
