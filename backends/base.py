@@ -10,13 +10,14 @@ from typing import Any, ClassVar
 
 import torch
 from torch import fx
+from typing_extensions import Unpack
 
 from graphopt.audited import own_module
 from graphopt.backends.artifact import Artifact, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.double_precision import as_float32, has_doubles
-from graphopt.backends.options import TargetOptions, read_options
+from graphopt.backends.options import LoweringKeywords, TargetOptions, read_options
 from graphopt.backends.registry import Target, target_of_class
 from graphopt.backends.sets import SetArtifact
 from graphopt.backends.verification import (
@@ -82,7 +83,7 @@ class Backend(ABC):
         return ()
 
     @abstractmethod
-    def lower(self, program: Program, **options: Any) -> Artifact:
+    def lower(self, program: Program, **options: Unpack[LoweringKeywords]) -> Artifact:
         """Translate a program in our vocabulary.
 
         Args:
@@ -94,7 +95,7 @@ class Backend(ABC):
                 before any file is written.
         """
 
-    def lower_set(self, programs: ProgramSet, **options: Any) -> SetArtifact:
+    def lower_set(self, programs: ProgramSet, **options: Unpack[LoweringKeywords]) -> SetArtifact:
         """Translate the entry points of one model, which share weights and state.
 
         Args:
@@ -204,7 +205,7 @@ class Backend(ABC):
         evaluations = self.evaluate_sequence(path, program, calls)
         return verified_sequence(evaluations, program, calls, precision)
 
-    def delegate(self, **options: Any) -> Delegate:
+    def delegate(self, **options: Unpack[LoweringKeywords]) -> Delegate:
         """This target as a delegate inside ExecuTorch programs.
 
         Args:
@@ -257,7 +258,7 @@ class Backend(ABC):
         del options, reader, rounded
         return parts.bits(rules)
 
-    def refuse_unsupported(self, program: Program, **options: Any) -> None:
+    def refuse_unsupported(self, program: Program, **options: Unpack[LoweringKeywords]) -> None:
         """Raise once with everything that the target cannot hold.
 
         Args:

@@ -10,9 +10,11 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
+from typing_extensions import Unpack
 
 from graphopt.backends import Artifact, load_backend
 from graphopt.backends.base import Backend
+from graphopt.backends.options import LoweringKeywords
 from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.backends.registry import ExportBackend, target_of, target_of_suffix
 from graphopt.capture import capture
@@ -85,7 +87,7 @@ def lower(
     backend: ExportBackend | str,
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
-    **options: Any,
+    **options: Unpack[LoweringKeywords],
 ) -> Any:
     """Lower to a target in one call: `graphopt.lower(finalized, "coreai", x).save("m.aimodel")`.
 
@@ -113,10 +115,9 @@ def lower(
         return target.lower_set(model, **options)
     program = as_program(model, example_inputs, example_kwargs)
     wanted = _wanted(program, target)
-    if wanted is not None:
-        options = {**wanted.lowering, **options}
-    target.refuse_unsupported(program, **options)
-    artifact = target.lower(program, **options)
+    given: dict[str, Any] = {**({} if wanted is None else wanted.lowering), **options}
+    target.refuse_unsupported(program, **given)
+    artifact = target.lower(program, **given)
     artifact.wanted = wanted
     return artifact
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import Any, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 from graphopt.errors import LoweringError
 
 __all__ = [
+    "LoweringKeywords",
     "ShellOption",
     "TargetOptions",
     "check_precision",
@@ -26,6 +27,22 @@ class TargetOptions:
     def float_type(self) -> str:
         """Float type that an artifact computes in."""
         return str(getattr(self, "precision", "float32"))
+
+
+class LoweringKeywords(TypedDict, total=False):
+    """The options of all targets as keywords of a call; which of them a target takes, its options say."""
+
+    precision: Literal["float32", "float16"]
+    shapes: Any
+    dynamic: bool
+    ignored_ops: Any
+    calibration_data: Iterable[Any] | None
+    minimum_deployment_target: str
+    delegate: str
+    tables: str
+    weights: str
+    matmul: str
+    stack_traces: bool
 
 
 OptionsT = TypeVar("OptionsT", bound=TargetOptions)

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
@@ -24,7 +24,7 @@ from graphopt.backends.coreai.refusals import refusals
 from graphopt.backends.coreai.state import initial_state, state_names
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.interface import named_inputs, output_names
-from graphopt.backends.options import TargetOptions, read_options
+from graphopt.backends.options import LoweringKeywords, TargetOptions, read_options
 from graphopt.backends.quiet import quiet
 from graphopt.backends.shapes import plan_shapes
 from graphopt.backends.verification import Evaluation
@@ -108,7 +108,7 @@ class CoreAIBackend(Backend):
 
     @override
     @exclusively
-    def lower(self, program: Program, **options: Any) -> CoreAIArtifact:
+    def lower(self, program: Program, **options: Unpack[LoweringKeywords]) -> CoreAIArtifact:
         """Convert a program, with the shapes of its example or with open ones.
 
         Args:

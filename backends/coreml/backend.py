@@ -8,7 +8,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
 
 from torch.export import ExportedProgram
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from graphopt.backends.base import Artifact, Backend
 from graphopt.backends.capabilities import Capabilities
@@ -35,7 +35,7 @@ from graphopt.backends.coreml.translations import our_translations
 from graphopt.backends.coreml.updates import place_updates
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.interface import flat_call, output_names
-from graphopt.backends.options import TargetOptions, read_options
+from graphopt.backends.options import LoweringKeywords, TargetOptions, read_options
 from graphopt.backends.quiet import quiet
 from graphopt.backends.shapes import plan_shapes
 from graphopt.backends.verification import Evaluation
@@ -105,7 +105,7 @@ class CoreMLBackend(Backend):
 
     @override
     @exclusively
-    def lower(self, program: Program, **options: Any) -> CoreMLArtifact:
+    def lower(self, program: Program, **options: Unpack[LoweringKeywords]) -> CoreMLArtifact:
         """Convert a program, with the shapes of its example or with others.
 
         Args:

@@ -12,7 +12,7 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from graphopt.backends import load_backend
 from graphopt.backends.base import Artifact, Backend, stored_weights
@@ -34,7 +34,7 @@ from graphopt.backends.executorch.refusals import refusals
 from graphopt.backends.executorch.sizes import stored_bits
 from graphopt.backends.executorch.state import executorch_config, set_buffer
 from graphopt.backends.interface import named_inputs
-from graphopt.backends.options import TargetOptions
+from graphopt.backends.options import LoweringKeywords, TargetOptions
 from graphopt.backends.quiet import silent
 from graphopt.backends.shapes import plan_shapes
 from graphopt.backends.verification import Evaluation
@@ -125,7 +125,7 @@ class ExecuTorchBackend(Backend):
         return legal_passes(tables)
 
     @override
-    def refuse_unsupported(self, program: Program, **options: Any) -> None:
+    def refuse_unsupported(self, program: Program, **options: Unpack[LoweringKeywords]) -> None:
         name = options.get("delegate", "xnnpack")
         if name in list(delegates_of_targets()):
             load_backend(name).refuse_unsupported(program)
@@ -165,7 +165,7 @@ class ExecuTorchBackend(Backend):
 
     @override
     @exclusively
-    def lower(self, program: Program, **options: Any) -> ExecuTorchArtifact:
+    def lower(self, program: Program, **options: Unpack[LoweringKeywords]) -> ExecuTorchArtifact:
         """Convert a program, with the shapes of its example or with bounded ones.
 
         Args:
@@ -175,8 +175,8 @@ class ExecuTorchBackend(Backend):
         Raises:
             LoweringError: An option is wrong, or ExecuTorch cannot convert the program.
         """
-        given = dict(options)
-        chosen, options = _split(given)
+        given: dict[str, Any] = {**options}
+        chosen, others = _split(given)
         plan = plan_shapes(program, chosen.shapes, self.name, bounded=True)
         if chosen.delegate in delegates_of_targets():
             backend = load_backend(chosen.delegate)
@@ -187,14 +187,14 @@ class ExecuTorchBackend(Backend):
                 )
             backend.refuse_unsupported(program)
             try:
-                target = backend.delegate(**options)
+                target = backend.delegate(**others)
             except LoweringError as error:
                 raise LoweringError(f"delegate {chosen.delegate!r}: {error}") from None
             form = _Form(target.export(program), target=target)
             artifact = self._emit(program, chosen.delegate, form)
             artifact.options, artifact.precision = given, target.options.float_type
             return artifact
-        _refuse_options(options, chosen.delegate)
+        _refuse_options(others, chosen.delegate)
         exported, gm = legal_export(program, chosen.tables, _kept_whole(chosen.delegate), plan)
         artifact = self._emit(program, chosen.delegate, _Form(exported, lowered=gm))
         artifact.options, artifact.shapes = given, plan

@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.utils import _pytree as pytree
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from graphopt.backends.base import Artifact, Backend, stored_size, stored_weights
 from graphopt.backends.capabilities import Capabilities
@@ -19,7 +19,7 @@ from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.refusals import refusals
 from graphopt.backends.onnx.state import initial_state
 from graphopt.backends.onnx.tables import PADDED
-from graphopt.backends.options import TargetOptions, read_options
+from graphopt.backends.options import LoweringKeywords, TargetOptions, read_options
 from graphopt.backends.verification import Evaluation
 from graphopt.exclusive import exclusively
 from graphopt.ir.program import Program
@@ -125,7 +125,7 @@ class ONNXBackend(Backend):
 
     @override
     @exclusively
-    def lower(self, program: Program, **options: Any) -> ONNXArtifact:
+    def lower(self, program: Program, **options: Unpack[LoweringKeywords]) -> ONNXArtifact:
         """Convert a program.
 
         Args:

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from graphopt.audited import read_exported
 from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
-from graphopt.backends.options import TargetOptions, read_options
+from graphopt.backends.options import LoweringKeywords, TargetOptions, read_options
 from graphopt.backends.shapes import EXAMPLE_SHAPES, plan_shapes
 from graphopt.backends.torch_export.archive import Sink, deflate_texts
 from graphopt.backends.torch_export.options import TorchOptions
@@ -100,7 +100,7 @@ class TorchBackend(Backend):
 
     @override
     @exclusively
-    def lower(self, program: Program, **options: Any) -> TorchArtifact:
+    def lower(self, program: Program, **options: Unpack[LoweringKeywords]) -> TorchArtifact:
         """Export a program.
 
         Args:

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from graphopt.compressors.kmeans import KMeansPalettizer
+from graphopt.compressors.options import PrepareKeywords
 from graphopt.config.palettization import DKMPalettizerConfig
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
@@ -53,7 +54,7 @@ class DKMPalettizer(KMeansPalettizer):
         self,
         example_inputs: tuple[Any, ...] | Tensor | None = None,
         example_kwargs: Mapping[str, Any] | None = None,
-        **options: Any,
+        **options: Unpack[PrepareKeywords],
     ) -> CapturedModule:
         """Capture the model, cluster its weights and give them trainable palettes.
 

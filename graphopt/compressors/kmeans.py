@@ -11,12 +11,12 @@ from typing import Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
-from typing_extensions import override
+from typing_extensions import Unpack, override
 
 from graphopt.compressors.base import Compressor
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.flow import joint_pipeline
-from graphopt.compressors.options import CompressOptions
+from graphopt.compressors.options import CalibrationKeywords, CompressOptions
 from graphopt.compressors.training import PaletteTraining
 from graphopt.config.joint import JointConfig, only_part
 from graphopt.config.palettization import KMeansPalettizerConfig
@@ -235,7 +235,11 @@ class KMeansPalettizer(Compressor):
             self.save_sensitivities(sensitivity_path)
 
     def calibrate(
-        self, data: Iterable[Any], *, progress: bool | None = None, **options: Any
+        self,
+        data: Iterable[Any],
+        *,
+        progress: bool | None = None,
+        **options: Unpack[CalibrationKeywords],
     ) -> CapturedModule:
         """Run `data`, inputs of one call each, through `calibration_mode` without labels.
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict
 
+from torch import Tensor
+
 from graphopt.backends.registry import ExportBackend
+from graphopt.fitting.sensitivity import LossFn
 from graphopt.specs.options import Options
 
-__all__ = ["CompressKeywords", "CompressOptions"]
+__all__ = ["CalibrationKeywords", "CompressKeywords", "CompressOptions", "PrepareKeywords"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,3 +64,29 @@ class CompressKeywords(TypedDict, total=False):
     progress: bool | None
     executor: Any
     mmap_dir: str | Path | None
+
+
+class CalibrationKeywords(TypedDict, total=False):
+    """Options of `KMeansPalettizer.calibration_mode` as keywords of a call."""
+
+    loss_fn: LossFn | None
+    sensitivity_path: str | Path | None
+    label_free: Literal["mse", "kl"]
+    per_sample: bool
+    correct_bias: bool
+    mmap_dir: str | Path | None
+
+
+class PrepareKeywords(TypedDict, total=False):
+    """Options of `KMeansPalettizer.prepare` as keywords of a call."""
+
+    dynamic_shapes: Any
+    fold_batch_norm: bool
+    sensitivity_path: str | Path | None
+    on_unmatched: Literal["error", "warn"]
+    num_workers: int
+    executor: Any
+    progress: bool | None
+    seed: int
+    state_dict: Mapping[str, Tensor] | None
+    cache_dense: bool

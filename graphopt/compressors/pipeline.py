@@ -9,6 +9,7 @@ from typing import Any, overload
 
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from typing_extensions import Unpack
 
 from graphopt.backends.lowering import as_program
 from graphopt.compressors.compressed_program import CompressedProgram, compressed
@@ -22,7 +23,7 @@ from graphopt.passes.pass_manager import (
     check_order,
     name_of,
 )
-from graphopt.prepared.findings import keep_findings
+from graphopt.prepared.findings import FindingsKeywords, keep_findings
 from graphopt.specs.artifact import ArtifactSpec
 
 __all__ = ["PausedRun", "Pipeline"]
@@ -237,7 +238,7 @@ class PausedRun:
         return replace(self, pipeline=pipeline)
 
     def finish(
-        self, program: Program | None = None, *passes: AnyPass, **results: Any
+        self, program: Program | None = None, *passes: AnyPass, **results: Unpack[FindingsKeywords]
     ) -> CompressedProgram:
         """Run the passes that wait.
 

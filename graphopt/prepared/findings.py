@@ -17,7 +17,7 @@ from graphopt.prepared.weight import WeightQuantizer
 from graphopt.schemes.base import StoredWeight
 from graphopt.schemes.quantize import QuantizedWeight
 
-__all__ = ["Findings", "findings_of", "hold_stored", "keep_findings"]
+__all__ = ["Findings", "FindingsKeywords", "findings_of", "hold_stored", "keep_findings"]
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class Findings:
     fitted_to_outputs: bool = False
 
 
-class _Fields(TypedDict, total=False):
+class FindingsKeywords(TypedDict, total=False):
+    """The fields of `Findings` as keywords of a call."""
+
     stored: Mapping[str, StoredWeight]
     sensitivities: Mapping[str, Tensor]
     masks: Mapping[str, Tensor]
@@ -62,7 +64,7 @@ def findings_of(gm: fx.GraphModule) -> Findings:
     return findings if isinstance(findings, Findings) else Findings()
 
 
-def keep_findings(gm: fx.GraphModule, **fields: Unpack[_Fields]) -> None:
+def keep_findings(gm: fx.GraphModule, **fields: Unpack[FindingsKeywords]) -> None:
     """Leave something for later passes, beside what is there."""
     hand_on(gm, replace(findings_of(gm), **fields))
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from torch import nn
+from torch.export import ExportedProgram
+from typing_extensions import Unpack
 
 from graphopt.errors import StateError
 from graphopt.ir.annotations import record_of
 from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionRecord
 from graphopt.report.notebook import ShownAsTable
-from graphopt.report.page import write_page
+from graphopt.report.page import PageKeywords, write_page
 
 __all__ = ["CompressionTable", "table_of"]
 
@@ -37,20 +41,28 @@ class CompressionTable(CompressionRecord, ShownAsTable):
 
     __repr__ = CompressionRecord.__repr__
 
-    def to_html(self, path: str | Path, **options: Any) -> Path:
+    def to_html(
+        self,
+        path: str | Path,
+        *,
+        before: nn.Module | ExportedProgram | Program | None = None,
+        data: Iterable[Any] | None = None,
+        **options: Unpack[PageKeywords],
+    ) -> Path:
         """Write a self-contained page about the program that this is the report of.
 
         Args:
             path: An .html file.
-            options: `before`, `data`, `sensitivities`, `curve`, `config`, `recipe`, `artifact`, `title`,
-                `overwrite`, as for `graphopt.inspection.write_page`.
+            before: The model, for sizes and errors of each layer.
+            data: Inputs of one call each, for errors of outputs; needs `before`.
+            options: As for `graphopt.inspection.write_page`.
 
         Raises:
             StateError: The table is no program's report.
         """
         if self.program is None:
             raise StateError("call to_html() on program.report(); a table alone has no weights")
-        return write_page(self.program, path, **options)
+        return write_page(self.program, path, before=before, data=data, **options)
 
     def _title(self) -> str:
         done = [

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from typing_extensions import Unpack
 
 from graphopt.compressors.joint import compress
+from graphopt.compressors.options import CompressKeywords
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.search.mixed_precision.accuracy_drop import within_drop
@@ -187,7 +188,7 @@ class SensitivityTable(Measurements):
         data: Iterable[Any] | None = None,
         *,
         algorithm: str | None = None,
-        **options: Any,
+        **options: Unpack[CompressKeywords],
     ) -> CapturedModule:
         """The table's model compressed by a recipe.
 
