@@ -11,7 +11,7 @@ from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import OpQuantizerConfig, QuantizerConfig
 from graphopt.schemes.palettize import Palettization
 from graphopt.schemes.quantize import Quantization
-from graphopt.schemes.registry import SCHEMES, scheme_of
+from graphopt.schemes.registry import scheme_of
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.specs import QuantizationSpec
 
@@ -60,10 +60,9 @@ def joint_config_for(
         for name, candidate in choice.items()
         if candidate.weight is not None
     }
-    for scheme in SCHEMES:
+    for scheme in dict.fromkeys(schemes.values()):
         specs = {name: choice[name].weight for name, own in schemes.items() if own is scheme}
-        if specs:
-            parts[scheme.part] = scheme.config_of(specs)
+        parts[scheme.part] = scheme.config_of(specs)
     slots = {
         re.escape(node): OpQuantizerConfig(
             op_state_spec=None, op_input_spec={0: candidate.activation}, op_output_spec=None

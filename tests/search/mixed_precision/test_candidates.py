@@ -11,11 +11,12 @@ from graphopt.errors import ConfigError, LoweringError
 from graphopt.mixed_precision import Candidate, analyze, as_candidates
 from graphopt.palettization import PalettizationSpec
 from graphopt.search.mixed_precision.candidates import read_candidates
-from graphopt.search.mixed_precision.configs import config_for
+from graphopt.search.mixed_precision.configs import config_for, joint_config_for
 from graphopt.specs import (
     PerBlockGranularity,
     PerChannelGranularity,
     PerGroupedChannelGranularity,
+    PruningSpec,
     QuantizationSpec,
 )
 
@@ -157,6 +158,20 @@ def test_a_choice_becomes_a_config_that_compresses_exactly_that() -> None:
     assert done["conv1.weight"] == ("palettized", 4)
     assert done["conv2.weight"] == ("quantized", 8)
     assert done["head.weight"][0] == done["side.weight"][0] == "skipped"
+
+
+def test_spec_of_a_scheme_that_no_config_asks_for_is_refused() -> None:
+    pruned = Candidate("half", PruningSpec(final_sparsity=0.5))
+    with pytest.raises(ConfigError, match=r"stem.weight: no config asks for 'prune'"):
+        config_for({"stem.weight": pruned}, {})
+
+
+def test_activations_without_weights_are_a_config_of_their_own() -> None:
+    config = joint_config_for({"stem.weight": Candidate("keep")}, {}, QuantizationSpec())
+    assert config.palettization is None
+    assert config.quantization is not None
+    assert config.quantization.has_activations
+    assert config.quantization.global_config.op_state_spec == {"*": None}
 
 
 def test_tied_weights_are_one_layer() -> None:
