@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from torch import fx
+import torch
+from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 
 from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.analysis.stored_values import find_quantized_weights
 from graphopt.specs.storage import PowerScales, StorageRules
 
-__all__ = ["Capabilities", "quantization_refusals"]
+__all__ = ["Capabilities", "bfloat16_values", "quantization_refusals"]
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,15 @@ class Capabilities:
         minimum: Whether quantized weights may have a float minimum (MINVAL).
         activation_types: Element types of activations.
         activation_channels: Whether activations may have one scale per channel.
+        dynamic_floats: Whether scales of narrow float activations may be computed at run time, as those
+            of integers may everywhere.
         fused_activations: Activation functions that are computed together with the quantized op
             before them; None for all.
         integer_results: Whether an op with a weight computes with integers only where its result is
             rounded as well.
         doubles: Whether the target computes in float64; else float32 takes its place.
         power_scales: Weights whose e8m0 scales are stored in a byte: all, narrow floats, or none.
+        bfloat16_scales: Whether scales in bfloat16 are stored as such.
 
     Examples:
         >>> from graphopt.backends import load_backend
@@ -57,10 +62,12 @@ class Capabilities:
     minimum: bool = True
     activation_types: tuple[str, ...] = ()
     activation_channels: bool = True
+    dynamic_floats: bool = False
     fused_activations: frozenset[str] | None = None
     integer_results: bool = False
     doubles: bool = True
     power_scales: PowerScales = "none"
+    bfloat16_scales: bool = True
 
     @property
     def storage(self) -> StorageRules:
@@ -70,6 +77,7 @@ class Capabilities:
             self.padded_bits,
             self.table_types,
             power_scales=self.power_scales,
+            bfloat16_scales=self.bfloat16_scales,
         )
 
     def stored_bits(self, n_bits: int) -> int | None:
@@ -98,6 +106,13 @@ def quantization_refusals(gm: fx.GraphModule, allowed: Capabilities) -> list[str
         if weight.storage == "fp4_e2m1" and weight.shape[-1] % 2:
             reasons.append(f"{weight.name}: fp4 needs an even last axis, it has {weight.shape[-1]}")
     for activation in find_quantized_activations(gm):
+        if activation.dynamic:
+            if activation.storage.startswith("fp") and not allowed.dynamic_floats:
+                reasons.append(
+                    f"{activation.name}: scales of {activation.storage} that are computed at run time;"
+                    " use an integer type, or another qparam_calculator_cls than 'dynamic' and data"
+                )
+            continue
         if activation.storage not in allowed.activation_types:
             reasons.append(
                 f"{activation.name}: {activation.storage} activations; use one of"
@@ -108,3 +123,22 @@ def quantization_refusals(gm: fx.GraphModule, allowed: Capabilities) -> list[str
                 f"{activation.name}: one scale per channel; use PerTensorGranularity() for activations"
             )
     return reasons
+
+
+def bfloat16_values(gm: fx.GraphModule) -> list[str]:
+    """Names of values in bfloat16, weights before others; scales that a target can widen apart."""
+    scales = {str(weight.node.args[1]) for weight in find_quantized_weights(gm)}
+    inside = {
+        str(node.target)
+        for node in gm.graph.find_nodes(op="get_attr")
+        if node.name in scales and all(str(user.args[1]) == node.name for user in node.users)
+    }
+    state = [*gm.named_parameters(), *gm.named_buffers()]
+    names = [name for name, x in state if x.dtype is torch.bfloat16 and name not in inside]
+    names += [
+        node.name
+        for node in gm.graph.nodes
+        for leaf in pytree.tree_leaves(node.meta.get("val"))
+        if isinstance(leaf, Tensor) and leaf.dtype is torch.bfloat16 and node.name not in scales
+    ]
+    return names

@@ -22,6 +22,7 @@ from graphopt.passes.correct_statistics import (
 from graphopt.passes.dequantize_to_shift_scale import DequantizeToShiftScale
 from graphopt.passes.dequantize_weights import DecodeWeights, DequantizeWeights
 from graphopt.passes.detect_sparsity import DetectSparsity
+from graphopt.passes.expand_range_rounding import ExpandRangeRounding
 from graphopt.passes.expand_sparse import ExpandSparse
 from graphopt.passes.expand_tables import ExpandTables
 from graphopt.passes.fake_palettize import FakePalettize
@@ -58,6 +59,7 @@ __all__ = [
     "DequantizeToShiftScale",
     "DequantizeWeights",
     "DetectSparsity",
+    "ExpandRangeRounding",
     "ExpandSparse",
     "ExpandTables",
     "FakePalettize",

@@ -13,13 +13,18 @@ from typing_extensions import override
 from graphopt.analysis.activation_places import places_of
 from graphopt.analysis.quantized import quantized_ops
 from graphopt.analysis.weights import WeightTensor, find_weights
-from graphopt.ir.annotations import WeightAnnotation, quantization_annotation
+from graphopt.ir.annotations import (
+    ActivationPoint,
+    WeightAnnotation,
+    quantization_annotation,
+)
 from graphopt.ir.captured_module import holder_of, set_tensor
 from graphopt.ir.editor import Editor
 from graphopt.numerics.affine import QParams, grid_of, has_whole_offsets
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.insert_fake_quantize import (
     InsertFakeQuantize,
+    block_sizes,
     place_behind,
     redirect,
 )
@@ -53,7 +58,8 @@ class ConvertQuantization(Pass):
 
     int8 weights with one scale, or one per channel, take the form that other tools know; all others
     go through `graphopt.shift_scale`. Activations with a float minimum (MINVAL) are shifted before
-    and after; narrow floats go through `graphopt.round_to_float`.
+    and after; narrow floats go through `graphopt.round_to_float`, and what is rounded with scales of
+    each tensor through `graphopt.round_by_range`.
 
     Attributes:
         activations: Sharing group → scale and offset, beside those that an earlier pass found; a
@@ -73,10 +79,14 @@ class ConvertQuantization(Pass):
         known = self._scales(edit.gm)
         for point, operand, users in places_of(edit.gm):
             scales = known.get(point.group)
-            if scales is not None:
-                readers = set(operand.users)
+            if scales is None and not point.spec.dynamic:
+                continue
+            readers = set(operand.users)
+            if scales is None:
+                rounded = _emit_rounding_by_range(edit, operand, point)
+            else:
                 rounded = emit_quantize_dequantize(edit, operand, point.group, point.spec, scales)
-                redirect(edit, operand, rounded, readers, users)
+            redirect(edit, operand, rounded, readers, users)
         rows, left = [], dict(findings_of(edit.gm).stored)
         for weight in find_weights(edit.gm):
             annotation = quantization_annotation(weight.nodes[0])
@@ -126,6 +136,23 @@ class ConvertQuantization(Pass):
                 set_tensor(holder, name, made.dense())
                 quantizer.rounding = False
         return gm
+
+
+def _emit_rounding_by_range(edit: Editor, operand: fx.Node, point: ActivationPoint) -> fx.Node:
+    """Emit the rounding of a value with scales of its own, which the derived ones keep."""
+    if point.derived:
+        return operand
+    spec = point.spec
+    return edit.call(
+        _ops.round_by_range.default,
+        operand,
+        list(block_sizes(point, operand)),
+        grid_of(spec).storage,
+        spec.qscheme.value,
+        not has_whole_offsets(spec),
+        like=operand,
+        before=place_behind(operand),
+    )
 
 
 def emit_quantize_dequantize(

@@ -13,7 +13,7 @@ from typing_extensions import override
 from graphopt.analysis.activation_places import places_of
 from graphopt.analysis.weights import find_weights
 from graphopt.config.selection import ModuleFrame
-from graphopt.errors import CompressionError
+from graphopt.errors import CompressionError, ConfigError
 from graphopt.ir import op_info
 from graphopt.ir.annotations import (
     ActivationPoint,
@@ -35,8 +35,9 @@ from graphopt.prepared import (
 )
 from graphopt.schemes.quantize import plan_blocks
 from graphopt.specs import PerChannelGranularity
+from graphopt.specs.granularity import value_block_sizes
 
-__all__ = ["InsertFakeQuantize", "place_behind", "redirect"]
+__all__ = ["InsertFakeQuantize", "block_sizes", "place_behind", "redirect"]
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,9 @@ def _activation_quantizer(
         pass
     groups = 1
     granularity = point.spec.granularity
-    if isinstance(granularity, PerChannelGranularity) and granularity.axis is not None:
+    if point.spec.dynamic:
+        block_sizes(point, operand)
+    elif isinstance(granularity, PerChannelGranularity) and granularity.axis is not None:
         shape = operand.meta["val"].shape
         if not -len(shape) <= granularity.axis < len(shape):
             raise CompressionError(
@@ -143,6 +146,21 @@ def _activation_quantizer(
     quantizer.origin = Origin(point.group, _owner(module_frames(operand)), point.path)
     quantizer.eval()
     return quantizer
+
+
+def block_sizes(point: ActivationPoint, operand: fx.Node) -> tuple[int, ...]:
+    """Blocks of a value whose scales are computed from each tensor, see `value_block_sizes`.
+
+    Raises:
+        CompressionError: They do not fit its shape.
+    """
+    shape = operand.meta["val"].shape
+    # a symbol may stand for one size that the graph was found to need
+    known = [size if isinstance(size, int) else size.node.maybe_as_int() or size for size in shape]
+    try:
+        return value_block_sizes(point.spec.granularity, known)
+    except ConfigError as error:
+        raise CompressionError(f"{operand.name} ({point.path}): {error}") from None
 
 
 def _owner(frames: tuple[ModuleFrame, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Scales that are powers of two as floats, for targets whose integers are scaled by floats only."""
+"""Scales in types that a target lacks as floats of a type that it has."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _ops = torch.ops.graphopt
 
 @dataclass(frozen=True)
 class WidenScales(Pass):
-    """Store the e8m0 scales of integers in the weight's own float type.
+    """Store scales of types that a target lacks in the weight's own float type.
 
     Before:
         %scale = get_attr[fc.weight_scale]                                  # float8_e8m0fnu
@@ -30,12 +30,14 @@ class WidenScales(Pass):
         %w = graphopt.shift_scale(%data, %scale, None, "int8", shape, float32)
 
     Attributes:
-        floats: Whether scales of narrow floats are widened, too.
+        floats: Whether e8m0 scales of narrow floats are widened, too, and not those of integers only.
+        bfloat16: Whether scales in bfloat16 are.
         dtype: Type that they get; None is the weight's own.
     """
 
     name: ClassVar[str] = "widen-scales"
     floats: bool = False
+    bfloat16: bool = False
     dtype: torch.dtype | None = None
 
     @override
@@ -43,9 +45,11 @@ class WidenScales(Pass):
         for node in edit.calls(_ops.shift_scale.default):
             scale, storage = node.args[1], str(node.args[3])
             assert isinstance(scale, fx.Node)
-            if scale.op != "get_attr" or scale.meta["val"].dtype is not torch.float8_e8m0fnu:
+            if scale.op != "get_attr":
                 continue
-            if "int" in storage or self.floats:
+            kind = scale.meta["val"].dtype
+            powers = kind is torch.float8_e8m0fnu and ("int" in storage or self.floats)
+            if powers or (kind is torch.bfloat16 and self.bfloat16):
                 wide = edit.value(scale).to(torch.float32)
                 wide = wide.to(self.dtype or node.meta["val"].dtype)
                 edit.set_value(scale, wide)

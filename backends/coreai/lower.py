@@ -20,7 +20,7 @@ from graphopt.backends.scalar_states import StatesWithAxes
 from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
 from graphopt.ir.decomposing import decomposed
 from graphopt.ir.program import Program, export_graph
-from graphopt.passes import IntegersToTables, RemoveUnused, WidenScales
+from graphopt.passes import ExpandRangeRounding, IntegersToTables, RemoveUnused, WidenScales
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
@@ -33,6 +33,7 @@ TABLE_TYPES = ("uint2", "int3", "uint3", "int6", "uint6")
 def legal_passes() -> tuple[Pass, ...]:
     """What turns our vocabulary into Core AI's."""
     return (
+        ExpandRangeRounding(),
         WidenScales(),
         IntegersToTables(frozenset(TABLE_TYPES)),
         LegalizeQuantizationForCoreAI(),

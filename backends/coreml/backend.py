@@ -89,6 +89,7 @@ class CoreMLBackend(Backend):
         table_types=TABLE_TYPES,
         minimum=False,
         doubles=False,
+        bfloat16_scales=False,
         activation_types=("int8", "uint8"),
         activation_channels=False,
     )

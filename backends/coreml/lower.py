@@ -19,7 +19,13 @@ from graphopt.backends.quiet import quiet
 from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
 from graphopt.errors import LoweringError
 from graphopt.ir.program import Program, export_graph
-from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnused, WidenScales
+from graphopt.passes import (
+    DequantizeToShiftScale,
+    ExpandRangeRounding,
+    IntegersToTables,
+    RemoveUnused,
+    WidenScales,
+)
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
@@ -43,7 +49,12 @@ def legal_passes() -> tuple[Pass, ...]:
     with quiet("coremltools"):
         register_lowerings()
     tables = frozenset(TABLE_TYPES)
-    return (DequantizeToShiftScale(), WidenScales(), IntegersToTables(tables))
+    return (
+        ExpandRangeRounding(),
+        DequantizeToShiftScale(),
+        WidenScales(bfloat16=True),
+        IntegersToTables(tables),
+    )
 
 
 def legal_export(

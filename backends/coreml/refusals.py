@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import torch
-
 from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.analysis.stored_values import Lookup, find_lookups, find_sparse
-from graphopt.backends.capabilities import Capabilities, quantization_refusals
+from graphopt.backends.capabilities import (
+    Capabilities,
+    bfloat16_values,
+    quantization_refusals,
+)
 from graphopt.ir.program import Program
 
 __all__ = ["PACKED", "refusals"]
@@ -40,7 +42,8 @@ def refusals(program: Program, allowed: Capabilities, where: str = "") -> list[s
     """
     lookups = find_lookups(program.graph_module)
     reasons = [reason for lookup in lookups for reason in _reasons(lookup, allowed, where)]
-    if where == "iOS16" and find_quantized_activations(program.graph_module):
+    rounded = find_quantized_activations(program.graph_module)
+    if where == "iOS16" and not all(activation.dynamic for activation in rounded):
         reasons.append("quantized activations for iOS16; raise minimum_deployment_target to iOS17")
     if not allowed.sparse:
         reasons += [
@@ -53,15 +56,8 @@ def refusals(program: Program, allowed: Capabilities, where: str = "") -> list[s
 
 
 def _values_of_no_type(program: Program) -> list[str]:
-    """The first value in bfloat16, weights before others."""
-    module = program.graph_module
-    state = [*module.named_parameters(), *module.named_buffers()]
-    names = [name for name, value in state if value.dtype is torch.bfloat16]
-    names += [
-        node.name
-        for node in module.graph.nodes
-        if getattr(node.meta.get("val"), "dtype", None) is torch.bfloat16
-    ]
+    """A line for the first value in bfloat16."""
+    names = bfloat16_values(program.graph_module)
     if not names:
         return []
     return [

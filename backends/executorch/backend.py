@@ -195,7 +195,7 @@ class ExecuTorchBackend(Backend):
             artifact.options, artifact.precision = given, target.options.float_type
             return artifact
         _refuse_options(others, chosen.delegate)
-        exported, gm = legal_export(program, chosen.tables, _kept_whole(chosen.delegate), plan)
+        exported, gm = legal_export(program, chosen.tables, chosen.delegate, plan)
         artifact = self._emit(program, chosen.delegate, _Form(exported, lowered=gm))
         artifact.options, artifact.shapes = given, plan
         return artifact
@@ -297,15 +297,6 @@ def _refuse_options(others: Mapping[str, Any], delegate: str) -> None:
             f"ExecuTorch has no option {sorted(others)} for {delegate}; there are"
             " 'delegate', 'shapes', 'tables'"
         )
-
-
-def _kept_whole(delegate: str) -> list[Any]:
-    """Ops that a delegate takes as they are."""
-    with silent():
-        require("executorch.exir", "executorch")
-        require("executorch.kernels.quantized", "executorch")
-        rules = [] if delegate == "portable" else [rule() for rule in partition_configs()]
-    return [op for rule in rules if (op := rule.get_original_aten()) is not None]
 
 
 def _partitioners(delegate: str) -> list[Any]:

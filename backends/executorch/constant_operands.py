@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.backends.executorch.integer_kernels import is_rounded
 from graphopt.backends.executorch.kernels import CONVOLUTIONS, LINEAR
-from graphopt.backends.executorch.weight_forms import bias_apart, is_rounded
+from graphopt.backends.executorch.weight_forms import bias_apart
 from graphopt.ir import op_info
 from graphopt.ir.editor import Editor, operands
 from graphopt.passes.expand_tables import drop_unread

@@ -12,6 +12,12 @@ from typing_extensions import override
 
 from graphopt.analysis.quantized import quantized_ops
 from graphopt.analysis.stored_values import find_quantized_weights
+from graphopt.backends.executorch.integer_kernels import (
+    DEQUANTIZE,
+    QUANTIZE,
+    is_rounded,
+    only_user,
+)
 from graphopt.backends.executorch.kernels import (
     CLAMPS,
     CONCATENATIONS,
@@ -19,14 +25,7 @@ from graphopt.backends.executorch.kernels import (
     LAYOUT,
     LINEAR,
 )
-from graphopt.backends.executorch.weight_forms import (
-    DEQUANTIZE,
-    QUANTIZE,
-    bias_place,
-    is_rounded,
-    only_user,
-    store_weight,
-)
+from graphopt.backends.executorch.weight_forms import bias_place, store_weight
 from graphopt.ir import op_info
 from graphopt.ir.editor import Editor
 from graphopt.passes import DequantizeToShiftScale

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,19 +17,24 @@ from graphopt.backends.executorch.constant_operands import (
 )
 from graphopt.backends.executorch.convolutions_as_linear import ConvolutionsAsLinear
 from graphopt.backends.executorch.decompose import decompositions
+from graphopt.backends.executorch.dynamic import RowsByRange
+from graphopt.backends.executorch.integer_kernels import PACKED, is_packed, why_not_integers
 from graphopt.backends.executorch.legalize import (
     DuplicateDequantize,
     LegalizeForXNNPACK,
 )
 from graphopt.backends.executorch.options import Tables
-from graphopt.backends.executorch.weight_forms import PACKED, is_packed, why_not_integers
+from graphopt.backends.executorch.partition import partition_configs
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_interface
+from graphopt.backends.quiet import silent
 from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
+from graphopt.extras import require
 from graphopt.ir.annotations import clear_notes
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import (
     DequantizeToShiftScale,
+    ExpandRangeRounding,
     ExpandSparse,
     ExpandTables,
     IntegersToTables,
@@ -46,28 +51,41 @@ def _as_integers(weight: fx.Node, reader: fx.Node) -> bool:
     return not why_not_integers(weight, reader)
 
 
-_TABLE_PASSES: dict[str, tuple[Pass, ...]] = {
-    "auto": (CompressTables(rows_only=True), TablesToIntegers(_as_integers), ExpandTables()),
-    "int8": (TablesToIntegers(), ExpandTables()),
-    "dense": (ExpandTables(),),
-    "compressed": (
+def _packed(*, tightly: bool, kernels: bool) -> tuple[Pass, ...]:
+    """Integers that no kernel computes with, and no byte holds as narrow as they are, as codes."""
+    return (
         DequantizeToShiftScale(),
-        IntegersToTables(PACKED, wanted=is_packed),
+        IntegersToTables(PACKED, partial(is_packed, tightly=tightly, kernels=kernels)),
         CompressTables(),
         ConvolutionsAsLinear(),
-    ),
-}
+    )
 
 
-def legal_passes(tables: Tables) -> tuple[Pass, ...]:
+def _table_passes(tables: Tables, *, kernels: bool) -> tuple[Pass, ...]:
+    rows, integers = CompressTables(rows_only=True), TablesToIntegers(_as_integers)
+    match tables:
+        case "auto":
+            return (rows, integers, ExpandTables(), *_packed(tightly=False, kernels=kernels))
+        case "int8":
+            return (TablesToIntegers(), ExpandTables())
+        case "dense":
+            return (ExpandTables(),)
+        case "compressed":
+            return _packed(tightly=True, kernels=kernels)
+
+
+def legal_passes(tables: Tables, *, kernels: bool = True) -> tuple[Pass, ...]:
     """What turns our vocabulary into ops that XNNPACK takes.
 
     Args:
         tables: What becomes of lookup tables.
+        kernels: Whether XNNPACK computes, not portable kernels alone.
     """
     return (
         ExpandSparse(),
-        *_TABLE_PASSES[tables],
+        RowsByRange(),
+        ExpandRangeRounding(),
+        *_table_passes(tables, kernels=kernels),
         DequantizeToShiftScale(),
         LegalizeForXNNPACK(),
         ComputeWeights(),
@@ -79,23 +97,23 @@ def legal_passes(tables: Tables) -> tuple[Pass, ...]:
 
 
 def legal_export(
-    program: Program, tables: Tables, kept: Iterable[Any], plan: ShapePlan = EXAMPLE_SHAPES
+    program: Program, tables: Tables, delegate: str, plan: ShapePlan = EXAMPLE_SHAPES
 ) -> tuple[ExportedProgram, CapturedModule]:
     """The program as ExecuTorch wants it, exported and as the graph that was.
 
     Args:
         program: In our vocabulary.
         tables: What becomes of lookup tables.
-        kept: Ops that the delegate takes whole.
+        delegate: "xnnpack" or "portable".
         plan: Sizes of the inputs.
     """
     legal = flat_interface(program, Interface(scalars=True, keeps_copies=False))
     gm = legal.graph_module
     clear_notes(gm)
-    run_passes(gm, [RemoveUnused(), *legal_passes(tables)])
+    run_passes(gm, [RemoveUnused(), *legal_passes(tables, kernels=delegate == "xnnpack")])
     _own_storage(gm)
     args, kwargs = legal.example_args, legal.example_kwargs
-    table, limits = decompositions(kept), plan.limits(legal)
+    table, limits = decompositions(_kept_whole(delegate)), plan.limits(legal)
     exported = export_graph(gm, args, kwargs, limits=limits, decompositions=table)
     drop_written_inputs(exported)
     refuse_fixed(exported, plan, "ExecuTorch")
@@ -114,3 +132,12 @@ def _own_storage(gm: CapturedModule) -> None:
                     continue
                 whole = tensor.detach().clone(memory_format=torch.contiguous_format)
                 held[name] = nn.Parameter(whole) if isinstance(tensor, nn.Parameter) else whole  # type: ignore[assignment]
+
+
+def _kept_whole(delegate: str) -> list[Any]:
+    """Ops that a delegate takes as they are."""
+    with silent():
+        require("executorch.exir", "executorch")
+        require("executorch.kernels.quantized", "executorch")
+        rules = [] if delegate == "portable" else [rule() for rule in partition_configs()]
+    return [op for rule in rules if (op := rule.get_original_aten()) is not None]

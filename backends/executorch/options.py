@@ -38,11 +38,12 @@ class ExecuTorchOptions(TargetOptions):
         tables: What becomes of lookup tables for "xnnpack" and "portable". "dense": the weights that
             they stand for, the fastest and largest. "int8": tables of int8 entries become int8
             weights, exactly equal and a quarter of the size; others dense. "compressed": packed
-            codes that are decoded at every call, the smallest file and the slowest; integers that
-            no kernel computes with as they are (narrower than 8 bits, or of convolutions that read
-            floats) are such codes, too, where else they take a byte or become floats. "auto": int8
+            codes that are decoded at every call, the smallest file and the slowest. "auto": int8
             where XNNPACK computes with it (then it is the fastest, too), codes for embeddings, of
-            which only the rows that are read are decoded, dense for the rest.
+            which only the rows that are read are decoded, dense for the rest. Integers that no
+            kernel computes with (those of convolutions that read floats, in blocks, or with zero
+            points) are codes in "auto" and "compressed", there also those for which a kernel takes
+            a wider type; in the other two they take a byte or become floats.
         shapes: Sizes of the inputs that the artifact takes: the example's; "open", those that the
             capture leaves open, where they have upper bounds, as memory is planned for these; or
             bounds by input, see `backends.shapes`. Enumerated shapes are taken as bounds.

@@ -3,7 +3,8 @@
 Its rules for convolutions and linear layers mark quantize and dequantize ops as part of a delegate
 before they know whether they will take the op; where they then do not, the delegate drops the marked
 ops and the op left outside reads integers as floats. Here the marks are undone. And a linear layer
-whose weight is computed while the program runs is taken as a float one.
+whose weight is computed while the program runs is taken as a float one, and one with integers whose
+data are floats by the kernel for these, which the rules do not know.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+from graphopt.backends.executorch.integer_kernels import ZEROS
 from graphopt.backends.executorch.kernels import edge_info, is_fused_activation
 
 __all__ = ["partition_configs"]
@@ -74,6 +76,7 @@ def _with_computed_weights(base: Any) -> Any:
         is_dequant,
         is_dynamic_qdq,
         is_quant,
+        tag_as_implicit_q_dq,
     )
     from executorch.backends.xnnpack.utils.utils import get_input_node
 
@@ -93,6 +96,13 @@ def _with_computed_weights(base: Any) -> Any:
         return not (reads_integers and quantized_behind(node))
 
     class Linear(base):  # type: ignore[misc]
+        def get_deps(self, node: Any, program: Any) -> Any:
+            weight = get_input_node(node, 1)
+            if not computed(node) or not _is_kernel_weight(node, weight, program):
+                return super().get_deps(node, program)
+            tag_as_implicit_q_dq(weight)
+            return True, [weight, *weight.all_input_nodes]
+
         def _detect_precision(self, node: Any) -> Any:
             if computed(node):
                 return ConfigPrecisionType.FP32
@@ -105,3 +115,18 @@ def _with_computed_weights(base: Any) -> Any:
 
     Linear.__name__ = Linear.__qualname__ = base.__name__
     return Linear
+
+
+def _is_kernel_weight(node: Any, weight: Any, program: Any) -> bool:
+    """Whether a layer without a bias reads integers with a scale per output channel, no zero points.
+
+    Rules see tensors without content, so that zero points are told by the name that they were given.
+    """
+    from executorch.backends.xnnpack.utils.utils import is_param_node
+
+    if "dequantize_per_channel.default" not in str(weight.target) or len(node.args) > 2:
+        return False
+    if not all(is_param_node(program, given) for given in weight.all_input_nodes):
+        return False
+    zeros = str(program.graph_signature.inputs_to_buffers.get(weight.args[2].name))
+    return ZEROS in zeros and weight.args[3] == 0 and len(weight.users) == 1

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import fx
 
 from graphopt.backends.executorch.compress_tables import BYTE, TABLE_SHARE
+from graphopt.backends.executorch.integer_kernels import NARROW
 from graphopt.backends.executorch.kernels import LINEAR, LOOKUPS, takes_integers
 from graphopt.backends.executorch.options import Tables
 from graphopt.schemes.sizes import Parts, whole_bytes
@@ -40,21 +43,32 @@ def stored_bits(
     if codes is None:
         return dense
     rows = reader is not None and reader.target in LOOKUPS
+    linear = reader is None or reader.target in LINEAR
     if not codes.storage:
         if tables == "compressed" or (tables == "auto" and rows and codes.bits in (1, 2, 4, 8)):
             return min(dense, _decoded(parts, codes, rules))
         whole = codes.slot_bits == _ELEMENT and codes.tables == 1
-        integers = whole and (tables == "int8" or (tables == "auto" and rounded))
-        return parts.elements * _ELEMENT if integers else dense
-    linear = reader is None or reader.target in LINEAR
-    with_integers = rounded and reader is not None and takes_integers(reader)
-    if tables != "compressed" and not (linear or rows or with_integers):
-        return dense
-    eight = codes.bits == _ELEMENT and (linear or rows)
-    if tables == "compressed" and not with_integers and not eight:
-        return min(dense, parts.side_bits + _decoded(parts, codes, rules))
+        gains = tables == "int8" or (tables == "auto" and (rounded or linear))
+        return parts.elements * _ELEMENT if whole and gains else dense
     scales = parts.side_bits // bits_of(rules.float_dtype)
-    return parts.elements * _ELEMENT + scales * (_FLOAT + _ZERO_POINT)
+    width = _ELEMENT
+    kernel = rounded and reader is not None and takes_integers(reader)
+    if linear and not kernel and scales <= _outputs(reader):
+        kernel, width = True, NARROW if codes.bits <= NARROW else _ELEMENT
+    tightly = tables == "compressed" and not rounded
+    if kernel and not (tightly and codes.bits < width):
+        return parts.elements * width + scales * _FLOAT
+    runs = linear or rows
+    if tables in ("auto", "compressed") and (codes.bits < _ELEMENT or not runs):
+        return min(dense, parts.side_bits + _decoded(parts, codes, rules))
+    return parts.elements * _ELEMENT + scales * (_FLOAT + _ZERO_POINT) if runs else dense
+
+
+def _outputs(linear: fx.Node | None) -> float:
+    """Output channels of a layer: more scales are of blocks, or have zero points beside them."""
+    weight = None if linear is None else linear.args[1]
+    value = weight.meta.get("val") if isinstance(weight, fx.Node) else None
+    return math.inf if value is None else int(value.shape[0])
 
 
 def _decoded(parts: Parts, codes: Codes, rules: StorageRules) -> int:

@@ -111,6 +111,7 @@ class ONNXBackend(Backend):
         weight_types=("int4", "uint4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"),
         table_types=TABLE_TYPES,
         doubles=False,
+        bfloat16_scales=False,
         activation_types=("int8", "uint8", "int4", "uint4", "fp8_e4m3", "fp8_e5m2"),
     )
     options: ClassVar[type[TargetOptions]] = ONNXOptions

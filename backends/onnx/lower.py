@@ -26,7 +26,13 @@ from graphopt.backends.quiet import quiet
 from graphopt.errors import LoweringError
 from graphopt.extras import require
 from graphopt.ir.program import Program, export_graph
-from graphopt.passes import DequantizeToShiftScale, IntegersToTables, RemoveUnused, WidenScales
+from graphopt.passes import (
+    DequantizeToShiftScale,
+    ExpandRangeRounding,
+    IntegersToTables,
+    RemoveUnused,
+    WidenScales,
+)
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
@@ -40,9 +46,10 @@ TABLE_TYPES = tuple(f"{sign}int{bits}" for bits in (2, 3, 5, 6, 7) for sign in (
 def legal_passes() -> tuple[Pass, ...]:
     """What turns our vocabulary into forms that nodes of the standard hold."""
     return (
+        ExpandRangeRounding(),
         DequantizeToShiftScale(),
         IntegersToTables(frozenset(TABLE_TYPES)),
-        WidenScales(floats=True, dtype=torch.float32),
+        WidenScales(floats=True, bfloat16=True, dtype=torch.float32),
     )
 
 

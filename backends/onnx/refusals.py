@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-from torch.utils import _pytree as pytree
-
 from graphopt.analysis.stored_values import find_lookups
-from graphopt.backends.capabilities import Capabilities, quantization_refusals
+from graphopt.backends.capabilities import (
+    Capabilities,
+    bfloat16_values,
+    quantization_refusals,
+)
 from graphopt.ir.program import Program
 
 __all__ = ["refusals"]
@@ -36,15 +36,7 @@ def refusals(program: Program, allowed: Capabilities) -> list[str]:
 
 def _bfloat16(program: Program) -> list[str]:
     """A line for the first value in bfloat16, of which the runtime's CPU kernels know nothing."""
-    gm = program.graph_module
-    state = [*gm.named_parameters(), *gm.named_buffers()]
-    names = [name for name, value in state if value.dtype is torch.bfloat16]
-    names += [
-        node.name
-        for node in gm.graph.nodes
-        for leaf in pytree.tree_leaves(node.meta.get("val"))
-        if isinstance(leaf, Tensor) and leaf.dtype is torch.bfloat16
-    ]
+    names = bfloat16_values(program.graph_module)
     if not names:
         return []
     return [

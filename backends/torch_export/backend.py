@@ -85,6 +85,7 @@ class TorchBackend(Backend):
         ),
         weight_types=tuple(STORAGE_BITS),
         activation_types=tuple(STORAGE_BITS),
+        dynamic_floats=True,
         power_scales="all",
     )
 

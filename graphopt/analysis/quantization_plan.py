@@ -46,6 +46,7 @@ from graphopt.ir.module_frames import module_frames
 from graphopt.ir.op_info import OpInfo, Scales
 from graphopt.numerics.affine import grid_of
 from graphopt.specs import (
+    PerBlockGranularity,
     PerChannelGranularity,
     PerTensorGranularity,
     QuantizationSpec,
@@ -260,9 +261,11 @@ class _Planner:
         if not isinstance(granularity, PerTensorGranularity | PerChannelGranularity) or (
             isinstance(granularity, PerChannelGranularity) and granularity.axis is None
         ):
+            if spec.dynamic and isinstance(granularity, PerBlockGranularity):
+                return Request(spec, selection.rank, selection.path, self.order[node])
             raise ConfigError(
-                f"{selection.path}: activations have one scale per tensor, or per channel of a given"
-                f" axis; got {granularity}"
+                f"{selection.path}: activations have one scale per tensor, per channel of a given"
+                f" axis, or, with qparam_calculator_cls 'dynamic', per block; got {granularity}"
             )
         if grid_of(spec).is_float and not isinstance(granularity, PerTensorGranularity):
             raise ConfigError(f"{selection.path}: float activations have one scale per tensor")

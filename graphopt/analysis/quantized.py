@@ -36,12 +36,14 @@ class QuantizedActivation:
         node: The op that quantizes it.
         storage: Element type.
         per_channel: Whether it has one scale per channel.
+        dynamic: Whether its scales are computed when the program runs.
     """
 
     name: str
     node: fx.Node
     storage: str
     per_channel: bool
+    dynamic: bool = False
 
 
 def zero_points(gm: fx.GraphModule) -> set[str]:
@@ -68,6 +70,9 @@ def find_quantized_activations(gm: fx.GraphModule) -> list[QuantizedActivation]:
             activations.append(QuantizedActivation(_name(node), node, storage, channel))
         elif node.target is _ours.round_to_float.default:
             activations.append(QuantizedActivation(_name(node), node, str(node.args[2]), False))
+        elif node.target is _ours.round_by_range.default:
+            storage = str(node.args[2])
+            activations.append(QuantizedActivation(_name(node), node, storage, False, True))
     return activations
 
 

@@ -28,6 +28,7 @@ __all__ = [
     "find_lookups",
     "find_quantized_weights",
     "find_sparse",
+    "quantized_at",
     "stored_values",
 ]
 
@@ -218,7 +219,7 @@ def _walk(gm: fx.GraphModule) -> Iterator[StoredValue]:
             if not any(is_with_outliers(user) and user.args[1] is node for user in node.users):
                 yield _sparse(node)
         else:
-            quantized = _quantized(node)
+            quantized = quantized_at(node)
             if quantized is not None:
                 yield quantized
 
@@ -250,7 +251,8 @@ def _lookup(gm: fx.GraphModule, node: fx.Node) -> Lookup:
     )
 
 
-def _quantized(node: fx.Node) -> QuantizedTensor | None:
+def quantized_at(node: fx.Node) -> QuantizedTensor | None:
+    """The weight that a call gives, if it dequantizes a constant."""
     data, target = node.args[0], str(node.target)
     if not isinstance(data, fx.Node) or data.op != "get_attr":
         return None

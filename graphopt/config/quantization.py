@@ -90,6 +90,16 @@ class QATSchedule(SpecModel):
     disable_observer: Annotated[int, Field(ge=0)] | None = None
 
 
+def _refuse_dynamic_weights(config: OpCompressionConfig[QuantizationSpec]) -> None:
+    for field in ("op_state_spec", "module_state_spec"):
+        for name, spec in getattr(config, field, {}).items():
+            if spec is not None and spec.dynamic:
+                raise ValueError(
+                    f"{field}[{name!r}]: weights do not change when the model runs; 'dynamic' scales"
+                    " are for activations, use qparam_calculator_cls='static'"
+                )
+
+
 class OpQuantizerConfig(OpCompressionConfig[QuantizationSpec]):
     """Quantization of one op's inputs, outputs and state.
 
@@ -97,6 +107,11 @@ class OpQuantizerConfig(OpCompressionConfig[QuantizationSpec]):
         >>> sorted(OpQuantizerConfig().op_state_spec)
         ['weight']
     """
+
+    @model_validator(mode="after")
+    def _known_weights(self) -> Self:
+        _refuse_dynamic_weights(self)
+        return self
 
     @classmethod
     def default_slots(cls) -> dict[str, dict[Any, Any]]:
@@ -147,6 +162,11 @@ class ModuleQuantizerConfig(ModuleCompressionConfig[QuantizationSpec, OpQuantize
     presets: ClassVar[type[_ModulePresets]]
 
     qat_schedule: QATSchedule | None = None
+
+    @model_validator(mode="after")
+    def _known_weights(self) -> Self:
+        _refuse_dynamic_weights(self)
+        return self
 
     @classmethod
     def default_slots(cls) -> dict[str, dict[Any, Any]]:
@@ -238,6 +258,20 @@ def _everywhere(activation: QuantizationSpec, weight: QuantizationSpec) -> Modul
     )
 
 
+def _dynamic(weight: QuantizationSpec) -> ModuleQuantizerConfig:
+    """Weights everywhere; what linear layers read is rounded with a scale per token."""
+    token = QuantizationSpec(
+        qscheme=QuantizationScheme.ASYMMETRIC,
+        qparam_calculator_cls="dynamic",
+        granularity=PerBlockGranularity(axis=-1, block_size=-1),
+    )
+    linear = OpQuantizerConfig(
+        op_input_spec={ANY: token}, op_output_spec=None, op_state_spec={"weight": weight}
+    )
+    alone = _weight_only(weight)
+    return alone.model_copy(update={"op_type_config": {"linear": linear}})
+
+
 def _affine() -> QuantizationSpec:
     return QuantizationSpec(qscheme=QuantizationScheme.ASYMMETRIC, qparam_calculator_cls="lp")
 
@@ -280,6 +314,22 @@ class _ModulePresets:
             dtype=parse_dtype("int4"), granularity=granularity, range_calculator_cls="mse"
         )
         return _everywhere(_affine(), weight)
+
+    @staticmethod
+    def w8a8_dynamic() -> ModuleQuantizerConfig:
+        """int8 weights; what linear layers read in int8 with a scale per token, found at run time."""
+        return _dynamic(default_weight_quantization_spec())
+
+    @staticmethod
+    def w4a8_dynamic(*, block_size: int = 32) -> ModuleQuantizerConfig:
+        """As `w8a8_dynamic`, with int4 weights, one bfloat16 scale per block of input channels."""
+        weight = QuantizationSpec(
+            dtype=parse_dtype("int4"),
+            granularity=PerBlockGranularity(block_size=block_size),
+            scale_dtype=torch.bfloat16,
+            range_calculator_cls="mse",
+        )
+        return _dynamic(weight)
 
     @staticmethod
     def fp8() -> ModuleQuantizerConfig:
@@ -335,6 +385,16 @@ class _Presets:
     def w4a8(*, block_size: int = 32) -> QuantizerConfig:
         """int4 weights, one scale per block of input channels; affine int8 activations."""
         return _whole(_ModulePresets.w4a8(block_size=block_size))
+
+    @staticmethod
+    def w8a8_dynamic() -> QuantizerConfig:
+        """int8 weights; what linear layers read in int8 with a scale per token, found at run time."""
+        return _whole(_ModulePresets.w8a8_dynamic())
+
+    @staticmethod
+    def w4a8_dynamic(*, block_size: int = 32) -> QuantizerConfig:
+        """As `w8a8_dynamic`, with int4 weights, one bfloat16 scale per block of input channels."""
+        return _whole(_ModulePresets.w4a8_dynamic(block_size=block_size))
 
     @staticmethod
     def fp8() -> QuantizerConfig:

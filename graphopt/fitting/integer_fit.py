@@ -120,10 +120,12 @@ class _RoundedActivations:
         self.local: dict[fx.Node, dict[fx.Node, ActivationQuantizer]] = {}
         for point, operand, users in places_of(run.gm):
             known = scales.get(point.group)
-            if known is None or point.derived:
+            if point.derived or (known is None and not point.spec.dynamic):
                 continue
-            quantizer = ActivationQuantizer(point.spec, known[0].numel())
-            quantizer.eval().hold(*known)
+            quantizer = ActivationQuantizer(point.spec, 1 if known is None else known[0].numel())
+            quantizer.eval().rounding = True
+            if known is not None:
+                quantizer.hold(*known)
             if users is None:
                 self.whole[operand] = quantizer
                 if operand.op == "placeholder":

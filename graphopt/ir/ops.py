@@ -6,6 +6,7 @@ is `lut_to_dense(indices, shift_scale(table, scale, …), …)`.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -13,9 +14,20 @@ import torch
 from torch import Tensor
 
 from graphopt.audited import module_of
+from graphopt.numerics.affine import dequantize, grid_of, quantize, ranged_qparams
+from graphopt.numerics.blocks import Blocks
 from graphopt.numerics.packing import packed_size, unpack
+from graphopt.specs import QuantizationFormulation, QuantizationScheme, QuantizationSpec
+from graphopt.specs.dtypes import parse_dtype
 
-__all__ = ["STORAGE_BITS", "lut_to_dense", "round_to_float", "shift_scale", "sparse_to_dense"]
+__all__ = [
+    "STORAGE_BITS",
+    "lut_to_dense",
+    "round_by_range",
+    "round_to_float",
+    "shift_scale",
+    "sparse_to_dense",
+]
 
 _FLOAT_STORAGE: dict[str, torch.dtype] = {
     "fp8_e4m3": torch.float8_e4m3fn,
@@ -43,6 +55,9 @@ _library.define(
 )
 _library.define("sparse_to_dense(Tensor values, Tensor mask, int[] shape) -> Tensor")
 _library.define("round_to_float(Tensor x, float scale, str storage) -> Tensor")
+_library.define(
+    "round_by_range(Tensor x, int[] blocks, str storage, str scheme, bool minimum) -> Tensor"
+)
 _library.define("dropout(Tensor x, float p, str kind) -> Tensor")
 
 
@@ -215,6 +230,49 @@ def round_to_float(x: Tensor, scale: float, storage: str) -> Tensor:
     return (scaled.to(kind).to(torch.float32) * scale).to(x.dtype)
 
 
+def round_by_range(
+    x: Tensor, blocks: Sequence[int], storage: str, scheme: str, minimum: bool = False
+) -> Tensor:
+    """Round an activation with scales of its own range, found at each call.
+
+    `out = scale · (clamp(round(x / scale) + offset) − offset)` with scale and offset from the least
+    and the largest value of each block, as `graphopt.numerics.affine.qparams` gives them.
+
+    Args:
+        x: Any float tensor.
+        blocks: Extent of a block along each axis, -1 being the whole axis; [] for one scale.
+        storage: "int8", "uint8", …, "fp8_e4m3", "fp8_e5m2".
+        scheme: "symmetric" or "asymmetric".
+        minimum: Whether the offset is a fraction (MINVAL), not a zero point.
+
+    Returns:
+        Tensor of the shape and dtype of `x`.
+
+    Examples:
+        >>> rows = torch.tensor([[0.0, 0.3, 1.0], [0.0, 30.0, 100.0]])
+        >>> round_by_range(rows, [1, -1], "uint2", "asymmetric")  # one scale per row
+        tensor([[  0.0000,   0.3333,   1.0000],
+                [  0.0000,  33.3333, 100.0000]])
+    """
+    if x.numel() == 0:
+        return x.clone()
+    spec = _spec_of(storage, scheme, minimum)
+    grid, divided = grid_of(spec), Blocks.of(x.shape, blocks)
+    parts = divided.split(x.to(torch.float32))
+    low, high = torch.aminmax(parts, dim=1, keepdim=True)
+    scale, offset = ranged_qparams(low, high, spec)
+    codes = quantize(parts, scale, offset, grid, whole=not minimum)
+    return divided.join(dequantize(codes, scale, offset)).to(x.dtype)
+
+
+@functools.cache
+def _spec_of(storage: str, scheme: str, minimum: bool) -> QuantizationSpec:
+    formulation = QuantizationFormulation.MINVAL if minimum else QuantizationFormulation.ZP
+    return QuantizationSpec(
+        dtype=parse_dtype(storage), qscheme=QuantizationScheme(scheme), qformulation=formulation
+    )
+
+
 def _dropout(x: Tensor, p: float, kind: str) -> Tensor:
     """A dropout in evaluation: rate and kind survive capture, which turns it into a copy."""
     return x.clone()
@@ -259,6 +317,7 @@ for _name, _eager, _fake in (
     ("shift_scale", shift_scale, _fake_shift_scale),
     ("sparse_to_dense", sparse_to_dense, _fake_sparse),
     ("round_to_float", round_to_float, _fake_like),
+    ("round_by_range", round_by_range, _fake_like),
     ("dropout", _dropout, _fake_like),
 ):
     _library.impl(_name, _eager, "CompositeExplicitAutograd")

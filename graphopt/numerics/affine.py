@@ -25,6 +25,7 @@ __all__ = [
     "has_whole_offsets",
     "qparams",
     "quantize",
+    "ranged_qparams",
     "scale_limits",
 ]
 
@@ -120,6 +121,15 @@ def qparams(
         Scale, float32 of the ranges' shape, and offset (None where it is 0): integers, or fractions
         for MINVAL.
     """
+    scale, offset = ranged_qparams(low, high, spec, dtype)
+    whole = spec.qformulation is QuantizationFormulation.ZP
+    return scale, None if offset is None or (whole and not offset.any()) else offset
+
+
+def ranged_qparams(
+    low: Tensor, high: Tensor, spec: QuantizationSpec, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor | None]:
+    """`qparams` without a look at the values, so that it can be traced; offsets may all be 0."""
     grid = grid_of(spec)
     low, high = low.to(torch.float32).clamp(max=0), high.to(torch.float32).clamp(min=0)
     span = grid.q_max - grid.q_min
@@ -128,8 +138,7 @@ def qparams(
         scale = _rounded(high / span - low / span, dtype)
         if spec.qformulation is QuantizationFormulation.MINVAL:
             return scale, grid.q_min - low / scale
-        offset = torch.round(grid.q_min - low / scale).clamp(grid.q_min, grid.q_max)
-        return scale, offset if offset.any() else None
+        return scale, torch.round(grid.q_min - low / scale).clamp(grid.q_min, grid.q_max)
     magnitude = torch.maximum(-low, high)
     if spec.scale_dtype is not None and dtype_name(spec.scale_dtype) == "float8_e8m0fnu":
         exponent = torch.frexp(magnitude)[1] - 1 - grid.max_exponent

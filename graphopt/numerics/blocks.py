@@ -68,6 +68,13 @@ class Blocks:
         return cls(tuple(shape), (1,) * len(shape))
 
     @classmethod
+    def of(cls, shape: Sequence[int], sizes: Sequence[int]) -> Blocks:
+        """Blocks of a size along each axis, -1 being the whole axis; without sizes one block."""
+        given = zip(shape, sizes or [-1] * len(shape), strict=True)
+        counts = (1 if size == -1 else extent // size for extent, size in given)
+        return cls(tuple(shape), tuple(counts))
+
+    @classmethod
     def along(cls, shape: Sequence[int], axis: int, size: int) -> Blocks:
         """Blocks of `size` along one axis."""
         counts = [1] * len(shape)

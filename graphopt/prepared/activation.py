@@ -13,6 +13,7 @@ from graphopt.observers import observer_of
 from graphopt.prepared.origin import Origin
 from graphopt.prepared.straight_through import learned_round, round_groups, round_tensor
 from graphopt.specs import PerChannelGranularity, QuantizationSpec
+from graphopt.specs.granularity import value_block_sizes
 
 __all__ = ["ActivationQuantizer"]
 
@@ -30,6 +31,7 @@ class ActivationQuantizer(nn.Module):
         scale: [groups] float32; a parameter where it is learned.
         offset: [groups] float32.
         seen: Tensors that entered the statistics.
+        known: Whether it can round; scales that are computed from each tensor always are.
     """
 
     scale: Tensor
@@ -44,7 +46,7 @@ class ActivationQuantizer(nn.Module):
         self.groups = groups
         self.grid = grid_of(spec)
         self.learned = spec.fake_quantize_cls == "lsq" and not self.grid.is_float
-        self.dynamic = spec.calculator == "dynamic"
+        self.dynamic = spec.dynamic
         self._whole = has_whole_offsets(spec)
         self._observer = observer_of(spec)
         self.observing = False
@@ -54,7 +56,7 @@ class ActivationQuantizer(nn.Module):
         else:
             self.register_buffer("scale", torch.ones(groups))
         self.register_buffer("offset", torch.zeros(groups))
-        self.register_buffer("known", torch.zeros((), dtype=torch.bool))
+        self.register_buffer("known", torch.tensor(self.dynamic))
         self.register_buffer("seen", torch.zeros((), dtype=torch.int64))
         for key, value in self._observer.init(groups).items():
             self.register_buffer(f"stat_{key}", value)
@@ -67,7 +69,7 @@ class ActivationQuantizer(nn.Module):
         if not self.rounding:
             return x
         if self.dynamic:
-            return self._rounded(x, *self._of(self._split(x.detach())))
+            return self._rounded_by_range(x)
         if not self._ready():
             return x
         return self._rounded(x, self.scale, self.offset if has_offset(self.spec) else None)
@@ -97,17 +99,27 @@ class ActivationQuantizer(nn.Module):
             return blocks.join(learned_round(parts, scale, offset, self.grid))
         return blocks.join(round_groups(parts, scale, offset, self.grid, whole=self._whole))
 
+    def _rounded_by_range(self, x: Tensor) -> Tensor:
+        """`graphopt.ops.round_by_range` with straight-through gradients."""
+        if x.numel() == 0:
+            return x
+        blocks = Blocks.of(x.shape, value_block_sizes(self.spec.granularity, x.shape))
+        parts = blocks.split(x)
+        low, high = torch.aminmax(parts.detach(), dim=1)
+        scale, offset = qparams(low, high, self.spec)
+        return blocks.join(round_groups(parts, scale, offset, self.grid, whole=self._whole))
+
     # --- statistics -----------------------------------------------------------------------------
     def reset(self) -> None:
         """Forget everything seen."""
         for key, value in self._observer.init(self.groups).items():
             setattr(self, f"stat_{key}", value.to(self.scale.device))
         self.seen.zero_()
-        self.known.zero_()
+        self.known.fill_(self.dynamic)
 
     def observe(self, x: Tensor) -> None:
         """Enter a tensor into the statistics; in training the range follows at once."""
-        if x.numel() == 0:
+        if x.numel() == 0 or self.dynamic:
             return
         state = self._observer.update(self._state(), self._split(x))
         for key, value in state.items():
@@ -172,13 +184,11 @@ class ActivationQuantizer(nn.Module):
         offset = self.offset.detach()
         return scale.clone(), (offset.clone() if bool(offset.any()) else None)
 
-    def _of(self, parts: Tensor) -> QParams:
-        low, high = torch.aminmax(parts, dim=1)
-        return qparams(low, high, self.spec)
-
     def extra_repr(self) -> str:
         """Spec and range for print()."""
         text = f"{str(self.spec.dtype).removeprefix('torch.')}, {self.spec.qscheme.value}"
+        if self.dynamic:
+            return f"{text}, scales from each tensor"
         if bool(self.known) and self.groups == 1:
             text += f", scale={float(self.scale.detach()):.4g}, offset={float(self.offset):g}"
         if math.isfinite(float(self.seen)):

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Literal
 
 from graphopt.analysis.activation_places import places_of
-from graphopt.errors import CalibrationError, LoweringError
+from graphopt.errors import CalibrationError
 from graphopt.ir import op_info
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.records import ActivationRecord
@@ -20,14 +20,11 @@ __all__ = ["activation_records", "scales_of"]
 def scales_of(
     prepared: CapturedModule, on_unobserved: Literal["error", "skip"]
 ) -> dict[str, QParams]:
-    """Sharing group → scale and offset of those with a usable range."""
+    """Sharing group → scale and offset of those with a usable range that is not of each tensor."""
     scales, problems = {}, []
     for quantizer in parts_of(prepared, ActivationQuantizer):
         if quantizer.dynamic:
-            raise LoweringError(
-                f"{quantizer.origin.name}: scales that are computed at run time are lowered to no target"
-                f" ({quantizer.origin.path}); use another qparam_calculator_cls than 'dynamic'"
-            )
+            continue
         if bool(quantizer.known):
             scales[quantizer.origin.name] = quantizer.parameters_of()
             continue
@@ -61,7 +58,9 @@ def activation_records(
         name = quantizer.origin.name
         dtype = str(quantizer.spec.dtype).removeprefix("torch.")
         detail = f"{dtype} {quantizer.spec.qscheme.value}"
-        single = bool(quantizer.known) and quantizer.groups == 1
+        if quantizer.dynamic:
+            detail += ", scales from each tensor"
+        single = bool(quantizer.known) and quantizer.groups == 1 and not quantizer.dynamic
         low, high = quantizer.observed_range() if single else (None, None)
         scale, offset = quantizer.parameters_of() if single else (None, None)
         yield ActivationRecord(

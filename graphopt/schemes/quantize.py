@@ -99,7 +99,8 @@ def plan_blocks(
             inputs = _input_axis(rank, output_axis)
             axis = inputs if granularity.axis is None else checked(granularity.axis)
             other = inputs if axis == output_axis else output_axis
-            sizes[axis] = granularity.block_size
+            if granularity.block_size != -1:
+                sizes[axis] = granularity.block_size
             if other != axis:
                 sizes[other] = 1
     exact = [nearest_divisor(dim, min(size, dim)) for dim, size in zip(dims, sizes, strict=True)]

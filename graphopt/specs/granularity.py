@@ -18,6 +18,7 @@ __all__ = [
     "PerTensorGranularity",
     "QuantizationGranularity",
     "resolve_block_sizes",
+    "value_block_sizes",
 ]
 
 
@@ -69,17 +70,24 @@ class PerBlockGranularity(SpecModel):
     """One scale per block.
 
     Attributes:
-        axis: Axis along which a scalar `block_size` runs; None is the op's input-channel axis.
-        block_size: Elements per block along `axis`, or one size per tensor axis (-1: whole axis).
+        axis: Axis along which a scalar `block_size` runs; None is the op's input-channel axis. Every
+            other axis of an activation has blocks of 1.
+        block_size: Elements per block along `axis`, or one size per tensor axis; -1 is a whole axis.
 
     Examples:
         >>> PerBlockGranularity(block_size=32)  # along the input channels
         PerBlockGranularity(axis=None, block_size=32)
+        >>> PerBlockGranularity(axis=-1, block_size=-1)  # activations with a scale per token
+        PerBlockGranularity(axis=-1, block_size=-1)
     """
 
     type: Literal["per_block"] = Field(default="per_block", repr=False)
     axis: int | None = None
-    block_size: Annotated[int, Field(gt=0)] | tuple[Annotated[int, Field(gt=0)] | Literal[-1], ...]
+    block_size: (
+        Annotated[int, Field(gt=0)]
+        | Literal[-1]
+        | tuple[Annotated[int, Field(gt=0)] | Literal[-1], ...]
+    )
 
 
 PalettizationGranularity = Annotated[
@@ -125,3 +133,47 @@ def resolve_block_sizes(tensor_shape: Sequence[int], block_sizes: Sequence[int])
                 f"blocks of {size} do not divide the {extent} elements of axis {axis}"
             )
     return resolved
+
+
+def value_block_sizes(granularity: SpecModel, shape: Sequence[int]) -> tuple[int, ...]:
+    """Block sizes of an activation, which has other axes than a weight.
+
+    With a scalar `block_size` every other axis has blocks of 1, so that one scale belongs to a run of
+    values at one position, as in coreai-opt.
+
+    Args:
+        granularity: Of an activation's spec.
+        shape: Its shape; only axes that are divided must be known.
+
+    Returns:
+        One size per axis, -1 being the whole axis; () for one scale.
+
+    Raises:
+        ConfigError: The granularity is of weights only, or does not fit the shape.
+
+    Examples:
+        >>> value_block_sizes(PerBlockGranularity(axis=-1, block_size=64), (2, 5, 64))  # per token
+        (1, 1, -1)
+    """
+    rank = len(shape)
+    if isinstance(granularity, PerTensorGranularity):
+        return ()
+    axis = getattr(granularity, "axis", None)
+    if axis is not None and not -rank <= axis < rank:
+        raise ConfigError(f"{granularity} has axis {axis}, the value has rank {rank}")
+    if isinstance(granularity, PerChannelGranularity) and axis is not None:
+        return tuple(1 if place == axis % rank else -1 for place in range(rank))
+    if not isinstance(granularity, PerBlockGranularity):
+        raise ConfigError(f"activations have no {granularity}")
+    sizes = granularity.block_size
+    if isinstance(sizes, int):
+        if axis is None:
+            raise ConfigError(f"{granularity}: activations need an axis, as -1 for the last one")
+        sizes = tuple(sizes if place == axis % rank else 1 for place in range(rank))
+    if len(sizes) != rank:
+        raise ConfigError(f"block_size has {len(sizes)} sizes, the value {rank} axes")
+    for place, (extent, size) in enumerate(zip(shape, sizes, strict=True)):
+        if size > 1 and (not isinstance(extent, int) or extent % size):
+            raise ConfigError(f"blocks of {size} do not divide the {extent} values of axis {place}")
+    given = zip(shape, sizes, strict=True)
+    return tuple(-1 if size > 1 and size == extent else size for extent, size in given)

@@ -95,7 +95,8 @@ class QuantizationSpec(CompressionSpec):
         qparam_calculator_cls: Range statistics: "static" (the latest tensor's minimum and maximum;
             the default of weights), "moving_average" (the default of activations),
             "global_minmax", "percentile", "mse", "lp" (between squared and largest error),
-            "entropy", "dynamic" (from each tensor as it comes), or a subclass of `graphopt.observers.Observer`.
+            "entropy", or a subclass of `graphopt.observers.Observer`. "dynamic", for activations: the
+            scale is computed from each tensor when the model runs, for blocks of values, too.
         range_calculator_cls: For weights: "minmax", "mse" for the range of least squared error, or a
             subclass of `RangeCalculatorBase`.
         float_range: Fixed lower and upper bound of the float range; None leaves a side open.
@@ -175,6 +176,28 @@ class QuantizationSpec(CompressionSpec):
         if low is not None and high is not None and low >= high:
             raise ValueError(f"float_range must be increasing, got {self.float_range}")
         return self
+
+    @model_validator(mode="after")
+    def _found_at_run_time(self) -> QuantizationSpec:
+        if not self.dynamic:
+            return self
+        if self.qscheme is QuantizationScheme.SYMMETRIC_WITH_CLIPPING:
+            raise ValueError("'dynamic' scales cover every value; use 'symmetric' or 'asymmetric'")
+        if self.float_range != (None, None):
+            raise ValueError(
+                "'dynamic' scales follow each tensor, not a float_range; leave one of both out"
+            )
+        if self.scale_dtype is not None or self.fake_quantize_cls != "default":
+            raise ValueError(
+                "'dynamic' scales are float32 and not learned; leave scale_dtype and"
+                " fake_quantize_cls at their defaults"
+            )
+        return self
+
+    @property
+    def dynamic(self) -> bool:
+        """Whether scales are computed when the model runs."""
+        return self.calculator == "dynamic"
 
     @property
     def calculator(self) -> str:

@@ -45,6 +45,7 @@ class StorageRules:
         float_dtype: Type of tables, scales and uncompressed weights.
         lut_dtype: Type of table entries where it differs.
         power_scales: Weights whose e8m0 scales are held in a byte; others hold them as floats.
+        bfloat16_scales: Whether scales in bfloat16 are held as such.
     """
 
     index_bits: tuple[int, ...] | None = None
@@ -53,6 +54,7 @@ class StorageRules:
     float_dtype: torch.dtype = torch.float16
     lut_dtype: torch.dtype | None = None
     power_scales: PowerScales = "all"
+    bfloat16_scales: bool = True
 
     def keeps_power_scales(self, storage: str) -> bool:
         """Whether e8m0 scales of weights of an element type are held in a byte."""
@@ -70,7 +72,8 @@ class StorageRules:
         if dtype is None:
             return bits_of(self.float_dtype)
         powers = dtype_name(dtype) == "float8_e8m0fnu"
-        held = self.keeps_power_scales(storage) if powers else True
+        held = self.bfloat16_scales or dtype is not torch.bfloat16
+        held = self.keeps_power_scales(storage) if powers else held
         return bits_of(dtype if held else self.float_dtype)
 
     def code_bits(self, n_bits: int) -> int | None:

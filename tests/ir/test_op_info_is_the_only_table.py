@@ -19,6 +19,7 @@ ALLOWED = {
     "graphopt/capture/inference_form.py": "emits the copies that dropouts become",
     "graphopt/schemes/palette.py": "emits the sum of a table's values and outliers",
     "passes/convert_quantization.py": "emits the shift by a float minimum",
+    "passes/expand_range_rounding.py": "emits the arithmetic of scales that are found at run time",
     "backends/casting.py": "emits casts",
     "backends/interface.py": "emits casts and shapes of inputs and outputs, and copies of outputs",
     "backends/scalar_states.py": "emits reshapes of state",

@@ -22,7 +22,7 @@ from graphopt.compressors.joint import joint_config
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QuantizerConfig
-from graphopt.errors import CalibrationError, StateError
+from graphopt.errors import CalibrationError, ConfigError, StateError
 from graphopt.fitting.calibration import without_data
 from graphopt.ir.annotations import (
     ActivationPoint,
@@ -260,6 +260,11 @@ class GraphOptQuantizer(Quantizer):  # type: ignore[misc]
         def spec_of(point: ActivationPoint, place: Any) -> Any:
             if point.group in roots:
                 return SharedQuantizationSpec(roots[point.group])
+            if point.spec.dynamic:
+                raise ConfigError(
+                    f"{point.path}: torchao's observers hold scales of calls that are past; convert with"
+                    " graphopt.compress or Quantizer where they are 'dynamic'"
+                )
             roots[point.group] = place
             maker = _Maker(_ActivationObserver, spec=point.spec, name=point.group)
             name = dtype_name(point.spec.dtype)

@@ -119,7 +119,7 @@ def activation_spec(spec: Any, where: str) -> QuantizationSpec:
     """Our spec of an activation whose ranges torchao's own observer finds.
 
     Raises:
-        ConfigError: The spec has no counterpart: scales at run time, several scales, a type.
+        ConfigError: The spec has no counterpart: several scales, a type, a clipped range at run time.
     """
     if isinstance(spec, FixedQParamsQuantizationSpec):
         dtype, scheme = _kind(spec, where)
@@ -130,17 +130,14 @@ def activation_spec(spec: Any, where: str) -> QuantizationSpec:
         return QuantizationSpec(dtype=dtype, qscheme=scheme, float_range=ends)
     if not isinstance(spec, TorchaoSpec):
         raise ConfigError(f"{where}: {type(spec).__name__} is not taken over from torchao")
-    if spec.is_dynamic:
-        raise ConfigError(
-            f"{where}: scales that are computed at run time are not lowered; use a static config of"
-            " the quantizer"
-        )
     if spec.ch_axis is not None and spec.qscheme in (
         torch.per_channel_symmetric,
         torch.per_channel_affine,
     ):
         raise ConfigError(f"{where}: activations with one scale per channel")
     dtype, scheme = _kind(spec, where)
+    if spec.is_dynamic:
+        return QuantizationSpec(dtype=dtype, qscheme=scheme, qparam_calculator_cls="dynamic")
     observer = type("TorchaoObserver", (TorchaoObserver,), {"make": staticmethod(_maker(spec))})
     return QuantizationSpec(dtype=dtype, qscheme=scheme, qparam_calculator_cls=observer)
 

@@ -132,12 +132,20 @@ def test_result_of_a_torchao_quantizer_runs_on_executorch(
     assert not artifact.delegation.outside  # type: ignore[attr-defined]
 
 
-def test_dynamic_scales_are_refused_with_the_place(net: nn.Module, data: list[Tensor]) -> None:
+def test_dynamic_scales_are_those_of_each_tensor(net: nn.Module, data: list[Tensor]) -> None:
     from dataclasses import replace
 
     dynamic = replace(ACTIVATION, is_dynamic=True)
-    with pytest.raises(ConfigError, match="conv2d.*run time"):
-        quantize_with(Custom(dynamic), data).run(net, (X,))
+    program = quantize_with(Custom(dynamic), data).run(net, (X,))
+    rounded = [n for n in program.graph_module.graph.nodes if "round_by_range" in str(n.target)]
+    assert rounded
+    scale, zero = torch.ops.quantized_decomposed.choose_qparams.tensor(
+        X, -128, 127, torch.finfo(torch.float32).eps, torch.int8
+    )
+    want = torch.fake_quantize_per_tensor_affine(X, float(scale), int(zero), -128, 127)
+    got = rounded[0].target(X, *rounded[0].args[1:])
+    assert (got - want).abs().max() <= 0.51 * float(scale)
+    assert torch.isclose(got, want, atol=1e-5).float().mean() > 0.99
 
 
 def test_odd_range_is_refused_with_the_place(net: nn.Module, data: list[Tensor]) -> None:

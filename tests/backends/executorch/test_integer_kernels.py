@@ -1,0 +1,126 @@
+"""XNNPACK's own kernels of linear layers: rows rounded at run time, and floats beside integers."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import graphopt
+from graphopt.backends.executorch.dynamic import RowsByRange
+from graphopt.backends.executorch.integer_kernels import is_packed
+from graphopt.backends.executorch.lower import legal_passes
+from graphopt.passes import DequantizeToShiftScale
+from graphopt.passes.pass_manager import run_passes
+from graphopt.quantization import ModuleQuantizerConfig, QuantizerConfig
+from graphopt.quantization.spec import PerBlockGranularity
+from graphopt.specs import QuantizationScheme, QuantizationSpec
+
+PRESETS = ModuleQuantizerConfig.presets
+X = torch.randn(3, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor(
+    [[0.01], [1.0], [100.0]]
+)
+EVERY_KERNEL = QuantizerConfig(
+    global_config=None,
+    module_name_configs={
+        "0": PRESETS.w8a8_dynamic(),
+        "2": PRESETS.w4a8_dynamic(),
+        "4": PRESETS.w4(),
+        "6": PRESETS.w8(),
+    },
+)
+
+
+def net(between: type[nn.Module] = nn.ReLU) -> nn.Sequential:
+    torch.manual_seed(0)
+    sizes = (64, 96, 64, 64, 32)
+    layers = [nn.Linear(*pair) for pair in itertools.pairwise(sizes)]
+    parts = [part for layer in layers for part in (layer, between())]
+    return nn.Sequential(*parts[:-1]).eval()
+
+
+def targets_of(gm: torch.fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in gm.graph.nodes if node.op == "call_function"]
+
+
+@pytest.mark.integration
+@pytest.mark.executorch
+def test_all_four_kernels_are_delegated_with_their_layers_and_right(tmp_path: Path) -> None:
+    program = graphopt.compress(net(), (X,), EVERY_KERNEL)
+    artifact = graphopt.lower(program, "executorch")
+    artifact.save(tmp_path / "model.pte", max_error=1e-5)
+    assert artifact.delegation.outside == {}
+    assert artifact.delegation.notes == ()
+    inside = artifact.delegation.inside
+    assert inside["aten.linear.default"] == 4
+    assert inside["quantized_decomposed.quantize_per_token.default"] == 2
+    assert inside["quantized_decomposed.dequantize_per_channel_group.default"] == 1
+    weights = sum(-(-row.stored_bits // 8) for row in program.report())
+    assert artifact.size < weights + 12_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"qscheme": QuantizationScheme.SYMMETRIC},
+        {"granularity": PerBlockGranularity(axis=-1, block_size=16)},
+        {"dtype": "uint8"},
+    ],
+)
+def test_roundings_that_xnnpack_has_not_become_plain_ops(changes: dict[str, object]) -> None:
+    token = {
+        "qscheme": "asymmetric",
+        "qparam_calculator_cls": "dynamic",
+        "granularity": PerBlockGranularity(axis=-1, block_size=-1),
+    }
+    spec = QuantizationSpec.model_validate({**token, **changes})
+    config = QuantizerConfig(
+        global_config=ModuleQuantizerConfig(op_input_spec={"*": spec}, op_output_spec=None)
+    )
+    # values that are not bounded below keep the scheme that is asked for
+    legal = graphopt.compress(net(nn.Tanh), (X,), config).copy()
+    want = legal.module()(X)
+    assert not run_passes(legal.graph_module, [RowsByRange()])
+    run_passes(legal.graph_module, list(legal_passes("auto")))
+    assert not any("per_token" in target for target in targets_of(legal.graph_module))
+    error = (legal.module()(X) - want).norm() / want.norm()
+    assert error < 1e-2  # a tie may fall to the other side
+
+
+def test_rows_by_range_rewrites_once_and_keeps_the_values() -> None:
+    legal = graphopt.compress(net(), (X,), EVERY_KERNEL).copy()
+    want = legal.module()(X)
+    assert run_passes(legal.graph_module, [RowsByRange()])
+    assert sum("choose_qparams" in target for target in targets_of(legal.graph_module)) == 2
+    torch.testing.assert_close(legal.module()(X), want, rtol=1e-4, atol=1e-4)
+    assert not run_passes(legal.graph_module, [RowsByRange()])
+
+
+def test_scales_of_blocks_that_are_no_bfloat16_are_packed_and_said() -> None:
+    weight = QuantizationSpec(dtype="int4", granularity=PerBlockGranularity(block_size=32))
+    dynamic = PRESETS.w8a8_dynamic().op_type_config["linear"]
+    assert dynamic is not None
+    module = ModuleQuantizerConfig(
+        op_input_spec=dynamic.op_input_spec, op_output_spec=None, op_state_spec={"weight": weight}
+    )
+    legal = graphopt.compress(net(), (X,), QuantizerConfig(global_config=module)).copy()
+    gm = legal.graph_module
+    run_passes(gm, [DequantizeToShiftScale(), RowsByRange()])
+    held = [n for n in gm.graph.nodes if "shift_scale" in str(n.target)]
+    assert len(held) == 4
+    assert all(is_packed(node) for node in held)
+
+
+def test_packing_takes_what_a_kernel_would_widen_only_where_asked() -> None:
+    spec = QuantizationSpec(dtype="int6")
+    module = ModuleQuantizerConfig(
+        op_input_spec=None, op_output_spec=None, op_state_spec={"weight": spec}
+    )
+    gm = graphopt.compress(net(), (X,), QuantizerConfig(global_config=module)).graph_module
+    node = next(n for n in gm.graph.nodes if "shift_scale" in str(n.target))
+    assert not is_packed(node)
+    assert is_packed(node, tightly=True)
+    assert is_packed(node, kernels=False)
