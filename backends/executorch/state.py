@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,34 +9,26 @@ from torch.export import ExportedProgram
 
 from graphopt.backends.quiet import silent
 from graphopt.errors import LoweringError
-from graphopt.ir.state import state_of
 
 __all__ = ["executorch_config", "set_buffer"]
 
 
 def set_buffer(methods: Mapping[str, Any], partitioners: Callable[[str], list[Any]]) -> bytes:
-    """The bytes of a program with several methods, which share the constants that they hold.
+    """The bytes of a program with several methods, which share constants and state.
+
+    Each buffer that several methods write has one place in an arena of its own, which is the same
+    memory for all methods of a loaded program. Loading a method writes the initial values there, so
+    that all are loaded before the first call.
 
     Args:
         methods: Name → artifact, each lowered for XNNPACK or for portable kernels.
         partitioners: Those of a delegate.
 
     Raises:
-        LoweringError: Methods write the same state, whose memory the runtime gives each of its own,
-            or another delegate holds them.
+        LoweringError: Another delegate holds the methods, or they cannot be converted.
     """
     from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
-    owners = Counter(
-        name for each in methods.values() for name in state_of(each.program.graph_module)
-    )
-    shared = [name for name, count in owners.items() if count > 1]
-    if shared:
-        raise LoweringError(
-            f"{shared[0]}: state of several methods, of which ExecuTorch's runtime gives each its own;"
-            " use one entry point whose length is open (shapes={'x': {1: (1, 128)}}), or take the"
-            " state as an input and return it"
-        )
     delegates = {str(each.options.get("delegate", "xnnpack")) for each in methods.values()}
     if delegates - {"xnnpack", "portable"}:
         raise LoweringError(
@@ -53,7 +44,7 @@ def set_buffer(methods: Mapping[str, Any], partitioners: Callable[[str], list[An
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
             names = [name for each in methods.values() for name in _state_inputs(each.exported)]
-            return bytes(edge.to_executorch(_config(names)).buffer)
+            return bytes(edge.to_executorch(_config(names, shared=bool(names))).buffer)
         except Exception as error:
             raise LoweringError(
                 f"ExecuTorch cannot convert {list(methods)}: {error}\n{said()}"
@@ -71,12 +62,15 @@ def executorch_config(exported: ExportedProgram) -> Any:
     return _config(_state_inputs(exported))
 
 
-def _config(names: list[str]) -> Any:
+def _config(names: list[str], *, shared: bool = False) -> Any:
     from executorch.exir import ExecutorchBackendConfig
+    from executorch.exir.passes import MemoryPlanningPass
     from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
 
-    passes = [InitializedMutableBufferPass(names)] if names else []
-    return ExecutorchBackendConfig(passes=passes)
+    return ExecutorchBackendConfig(
+        passes=[InitializedMutableBufferPass(names)] if names else [],
+        memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=shared),
+    )
 
 
 def _state_inputs(exported: ExportedProgram) -> list[str]:
