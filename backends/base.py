@@ -19,7 +19,7 @@ from graphopt.backends.delegate import Delegate
 from graphopt.backends.double_precision import as_float32, has_doubles
 from graphopt.backends.options import LoweringKeywords, TargetOptions, read_options
 from graphopt.backends.registry import Target, target_of_class
-from graphopt.backends.sets import SetArtifact
+from graphopt.backends.sets import SetArtifact, own_options
 from graphopt.backends.verification import (
     Evaluation,
     Verification,
@@ -100,12 +100,16 @@ class Backend(ABC):
 
         Args:
             programs: They are not changed.
-            options: Fields of the target's `options`, for all of them.
+            options: Fields of the target's `options`, for all of them; `shapes` may be {entry point:
+                its shapes}, the others having those of their examples.
 
         Raises:
             LoweringError: The target cannot hold one of them.
         """
-        methods = {name: self.lower(each, **options) for name, each in programs.methods.items()}
+        methods = {
+            name: self.lower(each, **own_options(name, programs, options))
+            for name, each in programs.methods.items()
+        }
         return SetArtifact(self, programs, methods)
 
     def write_set(self, path: Path, methods: Mapping[str, Artifact]) -> None:

@@ -17,6 +17,7 @@ from graphopt.backends.base import Backend
 from graphopt.backends.options import LoweringKeywords
 from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.backends.registry import ExportBackend, target_of, target_of_suffix
+from graphopt.backends.sets import own_options
 from graphopt.capture import capture
 from graphopt.exclusive import exclusively
 from graphopt.ir.captured_module import CapturedModule
@@ -110,8 +111,8 @@ def lower(
     """
     target = load_backend(backend)
     if isinstance(model, ProgramSet):
-        for each in model.methods.values():
-            target.refuse_unsupported(each, **options)
+        for name, each in model.methods.items():
+            target.refuse_unsupported(each, **own_options(name, model, options))
         return target.lower_set(model, **options)
     program = as_program(model, example_inputs, example_kwargs)
     wanted = _wanted(program, target)

@@ -16,14 +16,29 @@ from graphopt.exclusive import exclusively
 from graphopt.files import replaced, stored_size
 from graphopt.ir.program import Program, share_graph
 from graphopt.ir.program_set import ProgramSet
-from graphopt.ir.state import with_state
+from graphopt.ir.state import StateTensor, with_state
 from graphopt.run.batches import Batch
 from graphopt.run.set_calls import method_calls
 
 if TYPE_CHECKING:
     from graphopt.backends.base import Artifact, Backend
 
-__all__ = ["SetArtifact"]
+__all__ = ["SetArtifact", "own_options"]
+
+
+def own_options(name: str, programs: ProgramSet, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options of one entry point: its own shapes, where they are given by entry point.
+
+    Args:
+        name: The entry point.
+        programs: All of them.
+        options: Those of the set.
+    """
+    shapes = options.get("shapes")
+    if not isinstance(shapes, Mapping) or not shapes or not set(shapes) <= set(programs):
+        return dict(options)
+    others = {key: value for key, value in options.items() if key != "shapes"}
+    return others | ({"shapes": shapes[name]} if name in shapes else {})
 
 
 class SetArtifact:
@@ -111,6 +126,11 @@ class SetArtifact:
         if self.path is None:
             raise StateError("save the artifact before verifying it")
         return self._check(self.path, self._examples() if calls is None else calls)
+
+    @property
+    def state(self) -> tuple[StateTensor, ...]:
+        """What the entry points share from call to call, with the values before the first."""
+        return self.programs.state
 
     @property
     def size(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -36,6 +37,7 @@ from graphopt.backends.executorch.state import executorch_config, set_buffer
 from graphopt.backends.interface import named_inputs
 from graphopt.backends.options import LoweringKeywords, TargetOptions
 from graphopt.backends.quiet import silent
+from graphopt.backends.sets import SetArtifact, own_options
 from graphopt.backends.shapes import plan_shapes
 from graphopt.backends.verification import Evaluation
 from graphopt.errors import LoweringError, VerificationError
@@ -44,6 +46,7 @@ from graphopt.extras import require
 from graphopt.ir.annotations import notes_of
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
+from graphopt.ir.program_set import ProgramSet
 from graphopt.ir.state import state_of
 from graphopt.passes.pass_base import Pass
 from graphopt.run.batches import Batch
@@ -53,48 +56,73 @@ from graphopt.specs.storage import StorageRules
 __all__ = ["Delegation", "ExecuTorchArtifact", "ExecuTorchBackend", "run_program"]
 
 
+@dataclass(frozen=True)
+class _Form:
+    """A program in the form that a delegate takes: another target's, or ours with its graph."""
+
+    name: str
+    exported: ExportedProgram
+    lowered: CapturedModule | None = None
+    target: Delegate | None = None
+
+
+@dataclass(frozen=True)
+class _Emitted:
+    """What ExecuTorch's conversion gave."""
+
+    buffer: bytes
+    delegation: Delegation
+    planned_memory: int
+
+
 class ExecuTorchArtifact(Artifact):
     """An ExecuTorch program; saves as .pte and runs on the ExecuTorch runtime.
 
+    An entry point of a set is converted alone only where it is asked for, since the set is converted
+    as a whole.
+
     Attributes:
-        buffer: The program's bytes.
-        delegation: What the delegate took.
         lowered: The program in PyTorch, in the form that was lowered; None for other targets'
             delegates.
-        exported: What was converted.
-        planned_memory: Bytes that the runtime sets aside for values, constants not included; what a
-            delegate allocates for itself is not known here.
+        exported: What is converted.
     """
 
-    def __init__(
-        self,
-        backend: ExecuTorchBackend,
-        program: Program,
-        buffer: bytes,
-        delegation: Delegation,
-        lowered: CapturedModule | None,
-        planned_memory: int,
-    ) -> None:
+    def __init__(self, backend: ExecuTorchBackend, program: Program, form: _Form) -> None:
         super().__init__(backend, program)
-        self.buffer = buffer
-        self.delegation = delegation
-        self.lowered = lowered
-        self.planned_memory = planned_memory
-        self.exported: ExportedProgram | None = None
+        self._form = form
+        self.lowered, self.exported = form.lowered, form.exported
+
+    @cached_property
+    def emitted(self) -> _Emitted:
+        """The conversion's outcome.
+
+        Raises:
+            LoweringError: ExecuTorch cannot convert the program.
+        """
+        return _emit(self._form)
+
+    @property
+    def buffer(self) -> bytes:
+        """The program's bytes."""
+        return self.emitted.buffer
+
+    @property
+    def delegation(self) -> Delegation:
+        """What the delegate took."""
+        return self.emitted.delegation
+
+    @property
+    def planned_memory(self) -> int:
+        """Bytes that the runtime sets aside for values, constants not included.
+
+        What a delegate allocates for itself is not known here.
+        """
+        return self.emitted.planned_memory
 
     @override
     @exclusively
     def _write(self, path: Path) -> None:
         path.write_bytes(self.buffer)
-
-
-@dataclass(frozen=True)
-class _Form:
-    """A program in the form that a delegate takes: another target's, or ours with its graph."""
-
-    exported: ExportedProgram
-    lowered: CapturedModule | None = None
-    target: Delegate | None = None
 
 
 class ExecuTorchBackend(Backend):
@@ -175,7 +203,21 @@ class ExecuTorchBackend(Backend):
         Raises:
             LoweringError: An option is wrong, or ExecuTorch cannot convert the program.
         """
-        given: dict[str, Any] = {**options}
+        artifact = self._formed(program, **options)
+        _ = artifact.emitted
+        return artifact
+
+    @override
+    @exclusively
+    def lower_set(self, programs: ProgramSet, **options: Any) -> SetArtifact:
+        methods = {
+            name: self._formed(each, **own_options(name, programs, options))
+            for name, each in programs.methods.items()
+        }
+        return SetArtifact(self, programs, methods)
+
+    def _formed(self, program: Program, **options: Any) -> ExecuTorchArtifact:
+        given = dict(options)
         chosen, others = _split(given)
         plan = plan_shapes(program, chosen.shapes, self.name, bounded=True)
         if chosen.delegate in delegates_of_targets():
@@ -190,50 +232,14 @@ class ExecuTorchBackend(Backend):
                 target = backend.delegate(**others)
             except LoweringError as error:
                 raise LoweringError(f"delegate {chosen.delegate!r}: {error}") from None
-            form = _Form(target.export(program), target=target)
-            artifact = self._emit(program, chosen.delegate, form)
+            form = _Form(chosen.delegate, target.export(program), target=target)
+            artifact = ExecuTorchArtifact(self, program, form)
             artifact.options, artifact.precision = given, target.options.float_type
             return artifact
         _refuse_options(others, chosen.delegate)
         exported, gm = legal_export(program, chosen.tables, chosen.delegate, plan)
-        artifact = self._emit(program, chosen.delegate, _Form(exported, lowered=gm))
+        artifact = ExecuTorchArtifact(self, program, _Form(chosen.delegate, exported, gm))
         artifact.options, artifact.shapes = given, plan
-        return artifact
-
-    def _emit(self, program: Program, name: str, form: _Form) -> ExecuTorchArtifact:
-        target = form.target
-        with silent() as said:
-            require("executorch.exir", "executorch")
-            require("executorch.kernels.quantized", "executorch")
-            from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
-
-            chosen = _partitioners(name) if target is None else [target.partitioner()]
-            options: dict[str, Any] = {
-                "compile_config": EdgeCompileConfig(_check_ir_validity=False)
-            }
-            if target is not None:
-                options |= target.edge_options()
-            try:
-                edge = to_edge_transform_and_lower(form.exported, partitioner=chosen, **options)
-                if target is not None:
-                    target.finish(edge)
-                notes = () if form.lowered is None else notes_of(form.lowered)
-                delegation = delegation_of(edge, notes)
-                manager = edge.to_executorch(executorch_config(form.exported))
-                buffer = bytes(manager.buffer)
-                plan = manager.executorch_program.execution_plan[0]
-            except Exception as error:
-                # sizes with an upper bound are taken
-                refuse_data_sizes(form.exported, self.name)
-                raise LoweringError(
-                    f"ExecuTorch cannot convert the program for {name}: {error}\n{said()}"
-                ) from error
-            lacking = lacking_kernels(plan) if target is None else []
-        if lacking:
-            raise LoweringError(f"the ExecuTorch runtime has no kernel for {', '.join(lacking)}")
-        memory = sum(int(size) for size in plan.non_const_buffer_sizes)
-        artifact = ExecuTorchArtifact(self, program, buffer, delegation, form.lowered, memory)
-        artifact.exported = form.exported
         return artifact
 
     @override
@@ -281,6 +287,39 @@ class ExecuTorchBackend(Backend):
             how = f"unpacked the saved program and evaluated its {' and '.join(others)} part"
         weights = stored_weights(program.graph_module)
         return [Evaluation(tuple(outputs), how, weights=weights) for outputs in results]
+
+
+def _emit(form: _Form) -> _Emitted:
+    target = form.target
+    with silent() as said:
+        require("executorch.exir", "executorch")
+        require("executorch.kernels.quantized", "executorch")
+        from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
+
+        chosen = _partitioners(form.name) if target is None else [target.partitioner()]
+        options: dict[str, Any] = {"compile_config": EdgeCompileConfig(_check_ir_validity=False)}
+        if target is not None:
+            options |= target.edge_options()
+        try:
+            edge = to_edge_transform_and_lower(form.exported, partitioner=chosen, **options)
+            if target is not None:
+                target.finish(edge)
+            notes = () if form.lowered is None else notes_of(form.lowered)
+            delegation = delegation_of(edge, notes)
+            manager = edge.to_executorch(executorch_config(form.exported))
+            buffer = bytes(manager.buffer)
+            plan = manager.executorch_program.execution_plan[0]
+        except Exception as error:
+            # sizes with an upper bound are taken
+            refuse_data_sizes(form.exported, ExecuTorchBackend.name)
+            raise LoweringError(
+                f"ExecuTorch cannot convert the program for {form.name}: {error}\n{said()}"
+            ) from error
+        lacking = lacking_kernels([plan]) if target is None else []
+    if lacking:
+        raise LoweringError(f"the ExecuTorch runtime has no kernel for {', '.join(lacking)}")
+    memory = sum(int(size) for size in plan.non_const_buffer_sizes)
+    return _Emitted(buffer, delegation, memory)
 
 
 def _split(options: Mapping[str, Any]) -> tuple[ExecuTorchOptions, dict[str, Any]]:

@@ -62,10 +62,15 @@ def run_methods(path: Path, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[
         return results
 
 
-def lacking_kernels(plan: Any) -> list[str]:
-    """Ops of a plan that no kernel of this process computes."""
+def lacking_kernels(plans: Sequence[Any]) -> list[str]:
+    """Ops of methods that no kernel of this process computes.
+
+    Args:
+        plans: Their execution plans.
+    """
     from executorch.runtime import Runtime
 
     known = Runtime.get().operator_registry.operator_names
-    wanted = {f"{op.name}.{op.overload}" if op.overload else op.name for op in plan.operators}
+    ops = [op for plan in plans for op in plan.operators]
+    wanted = {f"{op.name}.{op.overload}" if op.overload else op.name for op in ops}
     return sorted(wanted - set(known))

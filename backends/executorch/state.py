@@ -7,6 +7,8 @@ from typing import Any
 
 from torch.export import ExportedProgram
 
+from graphopt.backends.data_sizes import refuse_data_sizes
+from graphopt.backends.executorch.check import lacking_kernels
 from graphopt.backends.quiet import silent
 from graphopt.errors import LoweringError
 
@@ -44,11 +46,18 @@ def set_buffer(methods: Mapping[str, Any], partitioners: Callable[[str], list[An
                 compile_config=EdgeCompileConfig(_check_ir_validity=False),
             )
             names = [name for each in methods.values() for name in _state_inputs(each.exported)]
-            return bytes(edge.to_executorch(_config(names, shared=bool(names))).buffer)
+            manager = edge.to_executorch(_config(names, shared=bool(names)))
+            buffer = bytes(manager.buffer)
         except Exception as error:
+            for each in methods.values():
+                refuse_data_sizes(each.exported, "ExecuTorch")
             raise LoweringError(
                 f"ExecuTorch cannot convert {list(methods)}: {error}\n{said()}"
             ) from error
+        lacking = lacking_kernels(manager.executorch_program.execution_plan)
+    if lacking:
+        raise LoweringError(f"the ExecuTorch runtime has no kernel for {', '.join(lacking)}")
+    return buffer
 
 
 def executorch_config(exported: ExportedProgram) -> Any:

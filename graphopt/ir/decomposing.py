@@ -80,11 +80,12 @@ def is_functional(op: Any) -> bool:
 
 
 def _is_simple(calls: Sequence[fx.Node]) -> bool:
-    """Whether every call is of a functional op, with values of known sizes."""
+    """Whether every call is of a functional op, with operands and values of known sizes."""
     for node in calls:
         if not is_functional(node.target):
             return False
-        for leaf in pytree.tree_leaves(node.meta.get("val")):
+        values = [each.meta.get("val") for each in (node, *node.all_input_nodes)]
+        for leaf in pytree.tree_leaves(values):
             if not isinstance(leaf, Tensor) or any(not isinstance(n, int) for n in leaf.shape):
                 return False
     return True

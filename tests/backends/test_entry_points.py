@@ -13,6 +13,7 @@ from helpers.tiers import cases
 from torch import Tensor, nn
 
 import graphopt
+from graphopt import rdo
 from graphopt.errors import InputError
 from graphopt.ir.program_set import ProgramSet
 from graphopt.palettization import PalettizationSpec
@@ -140,6 +141,36 @@ def test_one_file_holds_all_entry_points_and_each_weight_once(
         found = artifact.verify(calls=CALLS)
         assert found.holds
         assert found.calls == 3
+
+
+@pytest.mark.slow
+def test_rate_distortion_decides_shared_weights_once() -> None:
+    programs = cached(model())
+    config = {"target_bits": 4.7, "candidates": [4], "rounding": {"blocks": "none"}, "draws": 1}
+    data = {"prefill": [PROMPT], "decode": [TOKEN]}
+    made, report = rdo.optimize(programs, None, data, config, progress=False)
+    assert list(made) == ["prefill", "decode"]
+    assert report.bits_per_weight <= 4.7
+    first, second = (dict(made[name].graph_module.named_buffers()) for name in made)
+    shared = [name for name in first if name.startswith("wide") and name in second]
+    assert shared
+    assert all(first[name] is second[name] for name in shared)
+    with torch.no_grad():
+        found = made["prefill"].module()(*PROMPT)
+        wanted = programs["prefill"].module()(*PROMPT)
+    assert float((found - wanted).abs().max() / wanted.abs().max()) < 0.2
+
+
+def test_sizes_are_open_by_entry_point(tmp_path: Path) -> None:
+    net = model()
+    entries = {"few": (net.mix, noise(2, WIDTH)), "many": (net.mix, noise(5, WIDTH), None)}
+    programs = graphopt.capture(entries)
+    artifact = graphopt.lower(programs, "torch", shapes={"few": {"x": {0: (2, 7)}}})
+    artifact.save(tmp_path / "m.pt2")
+    for count in (2, 7):
+        assert artifact.verify(
+            calls=[("few", noise(count, WIDTH)), ("many", noise(5, WIDTH))]
+        ).holds
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,41 @@ def decoder(kind: str, **config: Any) -> nn.Module:
     return TorchExportableModuleForDecoderOnlyLM(model, batch_size=1, max_cache_len=16).model
 
 
+class WhisperDecoder(nn.Module):
+    """Whisper's decoder: a static cache of its own tokens, and attention to what the encoder gave."""
+
+    def __init__(self) -> None:
+        from transformers import WhisperConfig, WhisperForConditionalGeneration
+        from transformers.cache_utils import StaticCache
+
+        super().__init__()
+        sizes = {"d_model": WIDTH, "vocab_size": 90, "num_mel_bins": 8, "max_source_positions": 20}
+        layers = {"encoder_layers": 1, "decoder_layers": 2}
+        heads = {"encoder_attention_heads": HEADS, "decoder_attention_heads": HEADS}
+        wide = {"encoder_ffn_dim": 64, "decoder_ffn_dim": 64}
+        ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}
+        self.config = WhisperConfig(**sizes, **layers, **heads, **wide, **ids)
+        whole = WhisperForConditionalGeneration(self.config)
+        self.decoder, self.head = whole.get_decoder(), whole.proj_out
+        self.cache = StaticCache(config=self.config, max_cache_len=16)
+        self.cache.early_initialization(1, HEADS, WIDTH // HEADS, torch.float32, "cpu")
+        for number, layer in enumerate(self.cache.layers):
+            self.register_buffer(f"keys_{number}", layer.keys)
+            self.register_buffer(f"values_{number}", layer.values)
+            self.register_buffer(f"length_{number}", layer.cumulative_length)
+
+    def forward(self, ids: Tensor, encoded: Tensor, position: Tensor) -> Tensor:
+        from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+
+        for layer in self.cache.layers:
+            layer.cumulative_length.copy_(position[0])
+        cache = EncoderDecoderCache(self.cache, DynamicCache(config=self.config))
+        found = self.decoder(
+            input_ids=ids, encoder_hidden_states=encoded, cache=cache, use_cache=True
+        )
+        return self.head(found[0])
+
+
 STATEFUL: dict[str, Case] = {
     "index_copy cache": _cached(CachedAttention),
     "index_put cache": _cached(IndexPut),
@@ -252,6 +287,10 @@ STATEFUL: dict[str, Case] = {
     "Qwen3": Case(
         lambda: decoder("Qwen3", head_dim=8),
         [(tokens(1, 1, seed=s), None, torch.tensor([s])) for s in range(4)],
+    ),
+    "Whisper decoder": Case(
+        WhisperDecoder,
+        [(tokens(1, 1, seed=s), noise(1, 20, WIDTH), torch.tensor([s])) for s in range(4)],
     ),
 }
 

@@ -33,7 +33,7 @@ def attention(
     wide = int(value.shape[-1]) != int(query.shape[-1])
     if rank == 4 and attn_mask is None and not wide and scale != 0 and not dropout_p:
         return whole(query, key, value, None, 0.0, is_causal, scale=scale, enable_gqa=enable_gqa)
-    lead = [int(size) for size in query.shape[:-2]]
+    lead = list(query.shape[:-2])
     if rank == 4:
         q, k, v = query, key, value
     else:
@@ -48,24 +48,24 @@ def attention(
         made = whole(q, k, v, attn_mask, 0.0, is_causal, **options)
     if kept is not None:
         made = torch.where(kept, made, torch.zeros_like(made))
-    shape = [*lead, int(query.shape[-2]), int(value.shape[-1])]
+    shape = [*lead, query.shape[-2], value.shape[-1]]
     return made if rank == 4 else made.reshape(shape)
 
 
 def _four(x: Tensor, lead: list[int], rank: int) -> Tensor:
     """The tensor with two leading axes."""
     if rank < 4:
-        return x.reshape([1] * (4 - rank) + [int(size) for size in x.shape])
-    whole = x.expand([*lead[:-1], *[int(size) for size in x.shape[-3:]]])
+        return x.reshape([1] * (4 - rank) + list(x.shape))
+    whole = x.expand([*lead[:-1], *x.shape[-3:]])
     return whole.flatten(0, rank - 4)
 
 
 def _mask_of_four(mask: Tensor, lead: list[int], rank: int) -> Tensor:
     if rank <= 4:
-        return mask.reshape([1] * (4 - mask.ndim) + [int(size) for size in mask.shape])
+        return mask.reshape([1] * (4 - mask.ndim) + list(mask.shape))
     if mask.ndim <= 2:
-        return mask.reshape([1] * (4 - mask.ndim) + [int(size) for size in mask.shape])
-    sizes = [int(size) for size in mask.shape]
+        return mask.reshape([1] * (4 - mask.ndim) + list(mask.shape))
+    sizes = list(mask.shape)
     heads = sizes[-3]
     return mask.expand([*lead[:-1], heads, *sizes[-2:]]).flatten(0, rank - 4)
 

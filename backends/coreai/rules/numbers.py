@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,12 +26,23 @@ Number = bool | int | float
 
 def scaled_add(x: Tensor, y: Tensor | Number, *, alpha: Number = 1) -> Tensor:
     """`x + alpha · y`; plain sums stay."""
-    return NotImplemented if alpha == 1 else torch.add(x, y * alpha)
+    if alpha != 1:
+        return torch.add(x, y * alpha)
+    return _with_axis(torch.add, x, y)
 
 
 def scaled_sub(x: Tensor, y: Tensor | Number, *, alpha: Number = 1) -> Tensor:
     """`x − alpha · y`; plain differences stay."""
-    return NotImplemented if alpha == 1 else torch.sub(x, y * alpha)
+    if alpha != 1:
+        return torch.sub(x, y * alpha)
+    return _with_axis(torch.sub, x, y)
+
+
+def _with_axis(op: Callable[[Tensor, Any], Tensor], x: Tensor, y: Any) -> Tensor:
+    """A tensor without axes and an open size, which is a tensor of one axis there; others stay."""
+    if isinstance(y, torch.SymInt) and isinstance(x, Tensor) and not x.ndim:
+        return op(x.reshape(1), y).reshape(())
+    return NotImplemented
 
 
 def logical_sum(x: Tensor, y: Any, *, alpha: Number = 1) -> Tensor:
@@ -42,7 +54,7 @@ def logical_sum(x: Tensor, y: Any, *, alpha: Number = 1) -> Tensor:
 
 def logical_product(x: Tensor, y: Any) -> Tensor:
     """`x · y` of two booleans as `and`; others stay."""
-    return torch.logical_and(x, y) if _both_bool(x, y) else NotImplemented
+    return torch.logical_and(x, y) if _both_bool(x, y) else _with_axis(torch.mul, x, y)
 
 
 def _both_bool(x: Any, y: Any) -> bool:

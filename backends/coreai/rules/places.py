@@ -88,7 +88,8 @@ def index_put(
 ) -> Tensor:
     """Values of the shape that the indices give; a sum is one at places of the flattened tensor.
 
-    Where a mask says which, what is put is chosen or takes the places in order.
+    An open number of rows is written along the first axis. Where a mask says which, what is put is
+    chosen or takes the places in order.
 
     Raises:
         LoweringError: A mask stands beside other indices.
@@ -107,7 +108,13 @@ def index_put(
         flat = torch.scatter_add(x.reshape(-1), 0, places.reshape(-1), spread)
         return flat.reshape(x.shape)
     wanted = torch.ops.aten.index.Tensor(x, list(indices)).shape
-    return whole(x, list(indices), values.expand(wanted))
+    values = values.expand(wanted)
+    axis = next(place for place, index in enumerate(indices) if index is not None)
+    if axis and len(given) == 1 and given[0].ndim == 1 and isinstance(wanted[axis], torch.SymInt):
+        # an open number of rows has to be the first axis
+        made = whole(x.movedim(axis, 0), given, values.movedim(axis, 0))
+        return made.movedim(0, axis)
+    return whole(x, list(indices), values)
 
 
 def _masked_put(x: Tensor, indices: list[Tensor | None], values: Tensor, add: bool) -> Tensor:

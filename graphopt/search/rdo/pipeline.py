@@ -21,12 +21,14 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from typing_extensions import Unpack
 
-from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.compressors.compressed_program import CompressedProgram, CompressedSet
 from graphopt.errors import ArtifactExistsError, InfeasibleError
 from graphopt.files import locked, replaced
 from graphopt.ir.program import Program
+from graphopt.ir.program_set import ProgramSet
 from graphopt.run.batches import Batch
 from graphopt.run.calibration_data import read_calls
+from graphopt.run.set_calls import merged_calls
 from graphopt.search.rdo.allocation import Allocation, Rates, allocate
 from graphopt.search.rdo.comparison import Evaluate, compare
 from graphopt.search.rdo.config import RDOConfig
@@ -47,16 +49,16 @@ class Optimized(NamedTuple):
     """The outcome of `optimize`.
 
     Attributes:
-        program: The compressed program.
+        program: The compressed program; a `CompressedSet` of a set.
         report: What was done, and how it compares.
     """
 
-    program: CompressedProgram
+    program: Any
     report: RDOReport
 
 
 def optimize(
-    model: nn.Module | ExportedProgram | Program | str | Path,
+    model: nn.Module | ExportedProgram | Program | ProgramSet | str | Path,
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     calibration_data: Iterable[Any] = (),
     config: RDOConfig | Mapping[str, Any] | str | Path | None = None,
@@ -80,11 +82,13 @@ def optimize(
     uniform 8- and 4-bit quantization. One λ holds for all: the loss that a bit must save.
 
     Args:
-        model: A module, an exported program, a `Program` or a .pt2 file; it is never changed.
+        model: A module, an exported program, a `Program`, a `ProgramSet` or a .pt2 file; it is never
+            changed.
         example_inputs: Inputs of one call.
         calibration_data: Unlabelled inputs of one call each, samples along the first dimension: a
             tensor, a tuple or list of positional ones, or a dict of keyword ones. 16 to 64 samples a
-            call suit adaptive rounding.
+            call suit adaptive rounding. For a set, {entry point: calls}, or (entry point, inputs)
+            pairs and `CallSequence` of such.
         config: An `RDOConfig`, a mapping of its fields, or a YAML file; 4-, 6- and 8-bit integers at
             4.19 bits per weight when None.
         example_kwargs: Keyword inputs of the example call.
@@ -110,6 +114,8 @@ def optimize(
         OutputError: `out` cannot be written, or another run writes it.
         MissingDependencyError: `out` is given and matplotlib is not installed.
     """
+    if isinstance(model, ProgramSet):
+        return _optimized_set(model, calibration_data, config, evaluate, evaluation_data, options)
     run = RunOptions.of("optimize", options)
     target = None if run.out is None else Path(run.out)
     if target is not None:
@@ -125,6 +131,29 @@ def optimize(
             _Evaluation(evaluate, evaluation_data),
             run,
         )
+
+
+def _optimized_set(
+    programs: ProgramSet,
+    calibration_data: Iterable[Any],
+    config: RDOConfig | Mapping[str, Any] | str | Path | None,
+    evaluate: Evaluate | None,
+    evaluation_data: Iterable[Any] | None,
+    options: RunKeywords,
+) -> Optimized:
+    """All entry points as one program, whose shared weights are decided once."""
+    merged = programs.merged()
+    held_out = None if evaluation_data is None else merged_calls(programs, evaluation_data)
+    made = optimize(
+        merged,
+        merged.example_args,
+        merged_calls(programs, calibration_data),
+        config,
+        evaluate=evaluate,
+        evaluation_data=held_out,
+        **options,
+    )
+    return Optimized(CompressedSet(programs.split(made.program).methods, made.program), made.report)
 
 
 class _Evaluation(NamedTuple):
