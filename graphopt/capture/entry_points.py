@@ -6,11 +6,15 @@ import inspect
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from torch import nn
 
 from graphopt.errors import InputError
+from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.ir.program_set import ProgramSet
+from graphopt.ir.state import state_of
 
 __all__ = ["captured_set"]
 
@@ -44,7 +48,29 @@ def captured_set(
         kwargs = example if isinstance(example, Mapping) else None
         shapes = entry[2] if len(entry) == 3 else dynamic_shapes
         methods[name] = capture(model, args, kwargs, shapes)
+    states = {each.name for program in methods.values() for each in program.state}
+    for program in methods.values():
+        _keep_as_state(program.graph_module, states)
     return ProgramSet(methods)
+
+
+def _keep_as_state(gm: CapturedModule, states: set[str]) -> None:
+    """Write back what a method only reads of the others' state, which would be a constant of it.
+
+    Args:
+        gm: The method's graph.
+        states: Names of what any of the methods writes.
+    """
+    edit, own = Editor(gm), set(state_of(gm))
+    (output,) = gm.graph.find_nodes(op="output")
+    for node in edit.constants():
+        name = str(node.target)
+        if name not in states or name in own or not node.users:
+            continue
+        own.add(name)
+        same = edit.call(torch.ops.aten.clone.default, node, like=node, before=output)
+        edit.call(torch.ops.aten.copy_.default, node, same, like=node, before=output)
+    gm.recompile()
 
 
 def _as_module(model: Any) -> Any:

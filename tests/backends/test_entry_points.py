@@ -114,6 +114,41 @@ def test_calls_of_a_sequence_know_the_state_that_other_entry_points_left() -> No
     assert bool((calls[0].state["state_of_prefill.keys"] == 0).all())
 
 
+class Peeking(Decoder):
+    """Its second way in reads the cache, and writes nothing."""
+
+    def peek(self, x: Tensor) -> Tensor:
+        return self.out((x @ self.keys[0, 0].T) @ self.values[0].transpose(0, 1).flatten(1))
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "target",
+    cases(
+        ["coreai", "coreml", "executorch", "torch"],
+        default=lambda target: target in ("executorch", "torch"),
+    ),
+)
+def test_state_that_an_entry_point_only_reads_is_no_constant(target: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = Peeking().eval()
+    x = noise(1, 3, WIDTH // 4)
+    programs = graphopt.capture({"write": (net, PROMPT), "peek": (net.peek, x)})
+    small = graphopt.compress(programs, config=uniform(PalettizationSpec(n_bits=4)))
+    assert not any("keys" in row.name or "values" in row.name for row in small.report())
+    options = {"precision": "float32"} if target == "coreml" else {}
+    artifact = graphopt.lower(programs, target, **options)
+    later = (noise(1, 4, WIDTH, seed=8), torch.arange(4, 8))
+    calls = [("write", PROMPT), ("peek", x), ("write", later), ("peek", x)]
+    artifact.save(tmp_path / f"m{artifact.suffix}", verify=calls)
+    with torch.no_grad():  # what PyTorch's own module gives behind the same calls
+        net(*PROMPT), net(*later)
+        module = programs["peek"].module()
+        module.keys.copy_(net.keys), module.values.copy_(net.values)
+        torch.testing.assert_close(module(x), net.peek(x), rtol=1e-5, atol=1e-6)
+    assert artifact.verification.calls == 4
+
+
 @pytest.mark.integration
 @pytest.mark.parametrize(
     ("target", "kind"),

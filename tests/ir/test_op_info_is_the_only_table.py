@@ -16,6 +16,7 @@ TABLE = "graphopt/ir/op_info/"
 ALLOWED = {
     "graphopt/analysis/matrix_form.py": "runs torch's own backward kernel of convolutions",
     "graphopt/capture/composites.py": "emits sizes, and copies of constants",
+    "graphopt/capture/entry_points.py": "emits the copies that keep what a method only reads as state",
     "graphopt/capture/inference_form.py": "emits the copies that dropouts become",
     "graphopt/schemes/palette.py": "emits the sum of a table's values and outliers",
     "passes/convert_quantization.py": "emits the shift by a float minimum",
