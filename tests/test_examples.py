@@ -255,3 +255,53 @@ def test_resnet18_example_keeps_its_accuracy(tmp_path: Path) -> None:
         assert rows["rate-distortion"]["drop"] <= most
         assert rows["rate-distortion"]["bits_per_weight"] <= float(name.partition("-")[0])
         assert report["samples"] == 512
+
+
+@pytest.mark.slow
+@pytest.mark.coreai
+@pytest.mark.coreml
+@pytest.mark.executorch
+def test_language_model_example_writes_the_same_text_on_every_runtime(tmp_path: Path) -> None:
+    """One layer, trained for a moment: the workflow, and that runtimes agree with PyTorch."""
+    out = run(
+        str(ROOT / "examples/language_model/run.py"),
+        "--modules",
+        "30",
+        "--layers",
+        "1",
+        "--steps",
+        "20",
+        "--cache",
+        "48",
+        "--pieces",
+        "4",
+        "--tokens",
+        "16",
+        "--out",
+        str(tmp_path),
+        cwd=tmp_path,
+    )
+    lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    rows = [[cell.strip() for cell in line] for line in lines if line[1].strip()]
+    assert len(rows) == 2 * 6
+    for row in rows:
+        (
+            form,
+            bits,
+            cache,
+            perplexity,
+            coreai,
+            coreml,
+            executorch,
+            on_coreai,
+            on_executorch,
+            same,
+        ) = row
+        assert (on_coreai, on_executorch) == ("16 of 16", "16 of 16"), form
+        assert (same == "16 of 16") or form != "float32"
+        assert coreml == "refused" if "int8 cache" in form else float(coreml.replace(",", "")) > 0
+        assert float(perplexity) < 300
+        assert ("int8" in form) == (float(cache) < 10)
+        assert (float(bits) < 5.1) == ("4" in form.partition(";")[0])
+        assert "refused" not in (coreai, executorch)
+    assert len(list(tmp_path.glob("*.aimodel"))) == 12
