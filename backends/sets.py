@@ -81,7 +81,8 @@ class SetArtifact:
             path: Where to.
             overwrite: Replace what is there.
             verify: (entry point, inputs) of calls, one behind the other; True calls each once with its
-                example, in their order, False compares nothing.
+                example, in their order, and those of open sizes at the bounds and between; False
+                compares nothing.
 
         Raises:
             ArtifactExistsError: `path` exists and `overwrite` is False.
@@ -98,9 +99,9 @@ class SetArtifact:
             if verify is False:
                 self.verification = None
             else:
-                calls = self._examples() if verify is True else verify
+                sequences = self._examples() if verify is True else [list(verify)]
                 with trusting():  # it was written just now
-                    self.verification = self._check(temporary, calls)
+                    self.verification = self._checked(temporary, sequences)
                 if not self.verification.holds:
                     raise VerificationError(
                         f"{self.backend.name} computes something else: outputs differ by"
@@ -116,7 +117,7 @@ class SetArtifact:
 
         Args:
             calls: (entry point, inputs) of each, which goes on from the state that the one before
-                left; None calls each once with its example.
+                left; None calls each once with its example, and at other sizes where they are open.
 
         Raises:
             InputError: There is no such entry point, or inputs do not fit.
@@ -125,7 +126,7 @@ class SetArtifact:
         """
         if self.path is None:
             raise StateError("save the artifact before verifying it")
-        return self._check(self.path, self._examples() if calls is None else calls)
+        return self._checked(self.path, self._examples() if calls is None else [list(calls)])
 
     @property
     def state(self) -> tuple[StateTensor, ...]:
@@ -143,12 +144,22 @@ class SetArtifact:
             raise StateError("save the artifact before asking for its size")
         return stored_size(self.path)
 
-    def _examples(self) -> list[tuple[str, Any]]:
-        calls: list[tuple[str, Any]] = []
-        for name, program in self.programs.methods.items():
-            args, kwargs = program.example_args, program.example_kwargs
-            calls.append((name, kwargs if kwargs and not args else args))
-        return calls
+    def _examples(self) -> list[list[tuple[str, Any]]]:
+        """Each entry point's example, one behind the other; then those of other sizes, each alone."""
+        first = [
+            (name, _inputs(program.example_args, program.example_kwargs))
+            for name, program in self.programs.methods.items()
+        ]
+        others = [
+            [(name, _inputs(*call))]
+            for name, artifact in self.methods.items()
+            if artifact.shapes.is_open
+            for call in artifact.shapes.calls(self.programs[name])
+        ]
+        return [first, *others]
+
+    def _checked(self, path: Path, sequences: Iterable[list[tuple[str, Any]]]) -> Verification:
+        return merged([self._check(path, calls) for calls in sequences])
 
     def _check(self, path: Path, calls: Iterable[tuple[str, Any]]) -> Verification:
         steps = list(method_calls(self.programs, calls))
@@ -160,6 +171,10 @@ class SetArtifact:
             precision = self.methods[name].precision
             outcomes.append(verified(evaluation, program, (call[0], call[1]), precision))
         return replace(merged([replace(each, outputs=(), state=()) for each in outcomes]))
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return kwargs if kwargs and not args else args
 
 
 def _at(program: Program, state: Mapping[str, Tensor]) -> Program:

@@ -158,7 +158,7 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=["Llama", "Qwen3"])
     parser.add_argument("--forms", nargs="+", default=list(FORMS), choices=list(FORMS))
     parser.add_argument("--targets", nargs="+", default=list(TARGETS), choices=TARGETS)
-    parser.add_argument("--steps", type=int, default=300, help="of training")
+    parser.add_argument("--steps", type=int, default=250, help="of training")
     parser.add_argument("--batch", type=int, default=16, help="pieces a step of training")
     parser.add_argument("--layers", type=int, default=None, help="of the decoder")
     parser.add_argument("--modules", type=int, default=None, help="read only so many")

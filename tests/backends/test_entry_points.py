@@ -202,6 +202,7 @@ def test_sizes_are_open_by_entry_point(tmp_path: Path) -> None:
     programs = graphopt.capture(entries)
     artifact = graphopt.lower(programs, "torch", shapes={"few": {"x": {0: (2, 7)}}})
     artifact.save(tmp_path / "m.pt2")
+    assert artifact.verification.calls == 2 + 3  # examples; both bounds and a size between
     for count in (2, 7):
         assert artifact.verify(
             calls=[("few", noise(count, WIDTH)), ("many", noise(5, WIDTH))]
