@@ -11,8 +11,9 @@ from torch.export import ExportedProgram
 from graphopt.analysis.quantized import quantized_ops
 from graphopt.backends.coreml.decompose import decompose_for_coreml
 from graphopt.backends.coreml.lowerings import register_lowerings
+from graphopt.backends.coreml.names import leave_names
 from graphopt.backends.coreml.refusals import PACKED, refusals
-from graphopt.backends.coreml.states import HalfStates, leave_names_to_states, state_refusals
+from graphopt.backends.coreml.states import HalfStates, state_refusals
 from graphopt.backends.double_precision import as_float32
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_interface
 from graphopt.backends.quiet import quiet
@@ -92,7 +93,7 @@ def legal_export(
         )
     drop_written_inputs(exported)
     refuse_fixed(exported, plan, "Core ML")
-    leave_names_to_states(exported)
+    leave_names(exported)
     return exported
 
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, fx
-from torch.export import ExportedProgram
 from typing_extensions import override
 
 from graphopt.errors import LoweringError
@@ -23,7 +22,6 @@ __all__ = [
     "HalfStates",
     "decoded_state",
     "encoded_zeros",
-    "leave_names_to_states",
     "state_refusals",
 ]
 
@@ -60,31 +58,6 @@ def state_refusals(program: Program, target: str) -> list[str]:
         elif value.is_complex():
             reasons.append(f"{name}: complex state; keep real and imaginary parts apart")
     return reasons
-
-
-def leave_names_to_states(exported: ExportedProgram) -> None:
-    """Rename values that are called as a state is: coremltools has one dictionary of both.
-
-    Args:
-        exported: It is changed.
-    """
-    signature = exported.graph_signature
-    states = set(signature.buffers_to_mutate.values())
-    taken = {node.name for node in exported.graph.nodes} | states
-    renamed = {}
-    for node in exported.graph.nodes:
-        if node.op in ("placeholder", "output") or node.name not in states:
-            continue
-        name = f"{node.name}_value"
-        while name in taken:
-            name += "_"
-        taken.add(name)
-        renamed[node.name] = name
-        node._rename(name)
-    for spec in signature.output_specs:
-        if getattr(spec.arg, "name", None) in renamed:
-            spec.arg = replace(spec.arg, name=renamed[spec.arg.name])
-    exported.graph_module.recompile()
 
 
 def encoded_zeros(value: Tensor) -> Tensor:
