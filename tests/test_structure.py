@@ -31,6 +31,7 @@ EXEMPT = {
     ("graphopt/numerics/kernels.py", "_best_start"): _KERNEL,
     ("graphopt/numerics/kernels.py", "_centroids"): _KERNEL,
     ("graphopt/numerics/kernels.py", "fit_groups"): _KERNEL,
+    ("graphopt/numerics/kernels_feedback.py", "descend"): _KERNEL,
     ("graphopt/numerics/kernels_vectors.py", "assign_vectors"): _KERNEL,
     ("graphopt/compressors/kmeans.py", "prepare"): _COREAI_OPT,
     ("graphopt/compressors/kmeans.py", "calibration_mode"): _COREAI_OPT,

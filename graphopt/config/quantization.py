@@ -14,6 +14,11 @@ from graphopt.config.base import (
     ModuleCompressionConfig,
     OpCompressionConfig,
 )
+from graphopt.config.default_specs import (
+    default_activation_quantization_spec,
+    default_slots,
+    default_weight_quantization_spec,
+)
 from graphopt.errors import InvalidExecutionModeError
 from graphopt.specs import (
     PerBlockGranularity,
@@ -46,35 +51,6 @@ class ExecutionMode(StrEnum):
 
     EAGER = "eager"
     GRAPH = "graph"
-
-
-def default_weight_quantization_spec() -> QuantizationSpec:
-    """Symmetric int8, one scale per output channel, from the weights' own range.
-
-    Examples:
-        >>> default_weight_quantization_spec().granularity
-        PerChannelGranularity(axis=None)
-    """
-    return QuantizationSpec(granularity=PerChannelGranularity(), qparam_calculator_cls="static")
-
-
-def default_activation_quantization_spec() -> QuantizationSpec:
-    """Symmetric int8, one scale per tensor, from a moving average of ranges.
-
-    Examples:
-        >>> default_activation_quantization_spec().qparam_calculator_cls
-        'moving_average'
-    """
-    return QuantizationSpec(qparam_calculator_cls="moving_average")
-
-
-def _default_slots() -> dict[str, dict[Any, Any]]:
-    activation = default_activation_quantization_spec()
-    return {
-        "op_input_spec": {ANY: activation},
-        "op_output_spec": {ANY: activation},
-        "op_state_spec": {"weight": default_weight_quantization_spec()},
-    }
 
 
 class QATSchedule(SpecModel):
@@ -116,7 +92,7 @@ class OpQuantizerConfig(OpCompressionConfig[QuantizationSpec]):
     @classmethod
     def default_slots(cls) -> dict[str, dict[Any, Any]]:
         """int8 activations and per-channel int8 weights."""
-        return _default_slots()
+        return default_slots()
 
 
 class KVCacheQuantConfig(SpecModel):
@@ -171,7 +147,7 @@ class ModuleQuantizerConfig(ModuleCompressionConfig[QuantizationSpec, OpQuantize
     @classmethod
     def default_slots(cls) -> dict[str, dict[Any, Any]]:
         """int8 activations and per-channel int8 weights."""
-        return _default_slots()
+        return default_slots()
 
 
 class QuantizerConfig(CompressionConfig[ModuleQuantizerConfig]):

@@ -128,7 +128,7 @@ def qparams(
 
 def ranged_qparams(
     low: Tensor, high: Tensor, spec: QuantizationSpec, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor | None]:
+) -> QParams:
     """`qparams` without a look at the values, so that it can be traced; offsets may all be 0."""
     grid = grid_of(spec)
     low, high = low.to(torch.float32).clamp(max=0), high.to(torch.float32).clamp(min=0)

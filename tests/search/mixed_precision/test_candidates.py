@@ -161,7 +161,7 @@ def test_a_choice_becomes_a_config_that_compresses_exactly_that() -> None:
 
 
 def test_spec_of_a_scheme_that_no_config_asks_for_is_refused() -> None:
-    pruned = Candidate("half", PruningSpec(final_sparsity=0.5))
+    pruned = Candidate("half", PruningSpec(target_sparsity=0.5))
     with pytest.raises(ConfigError, match=r"stem.weight: no config asks for 'prune'"):
         config_for({"stem.weight": pruned}, {})
 
