@@ -18,7 +18,7 @@ __all__ = ["missing_module", "without_cache"]
 
 _log = logging.getLogger(__name__)
 _OP = re.compile(rb"torch\.ops\.(\w+)\.(\w+)")
-_TYPE = re.compile(rb'"(transformers|torchvision|timm|diffusers)\.[\w.]+\\*"')
+_TYPE = re.compile(rb'"((?:transformers|torchvision|timm|diffusers)\.[\w.]+)\.\w+\\*"')
 
 
 @contextmanager
@@ -66,8 +66,9 @@ def missing_module(path: Path) -> str:
                     f" registered: import the module that defines the op (of {library.decode()})"
                     " before it is read"
                 )
-        found = _TYPE.search(text)
-        if found is not None and found[1].decode() not in sys.modules:
-            name = found[1].decode()
-            return f"; it gives values of a type of {name}: `import {name}` before it is read"
+        for module in _TYPE.findall(text):
+            name = module.decode()
+            # importing the package alone does not make the type known, as it loads its parts late
+            if name not in sys.modules:
+                return f"; it gives values of a type of {name}: `import {name}` before it is read"
     return ""
