@@ -168,7 +168,7 @@ def main() -> None:
     args = parser.parse_args()
     warnings.simplefilter("ignore", FutureWarning)
     args.out.mkdir(parents=True, exist_ok=True)
-    console = Console(width=150)
+    console = Console(width=170)
 
     text, held_out = corpus(args.modules)
     pieces = held_out[: len(held_out) // args.cache * args.cache].reshape(-1, args.cache)
@@ -200,7 +200,8 @@ def main() -> None:
             "ExecuTorch = PyTorch",
             "as float",
         ):
-            table.add_column(heading, justify="left" if heading == "form" else "right")
+            of_form = heading == "form"
+            table.add_column(heading, justify="left" if of_form else "right", no_wrap=of_form)
         for form in args.forms:
             made = FORMS[form](programs, data)
             found = in_pytorch(made, prompt, args.tokens)
