@@ -285,7 +285,8 @@ def test_language_model_example_writes_the_same_text_on_every_runtime(tmp_path: 
     rows = [[cell.strip() for cell in line] for line in lines if line[1].strip()]
     assert len(rows) == 2 * 5
     for row in rows:
-        form, bits, cache, perplexity = row[0], *map(float, row[1:4])
+        form = row[0]
+        bits, cache, perplexity = (float(cell) for cell in row[1:4])
         coreai, coreml, executorch = row[4:7]
         assert row[7:9] == ["16 of 16", "16 of 16"], form  # tokens as in PyTorch
         assert row[9] == "16 of 16" or form != "float32"
