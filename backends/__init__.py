@@ -6,14 +6,18 @@ if __name__ != "graphopt.backends":
 
 from graphopt.audited import module_of
 from graphopt.backends.base import Artifact, Backend
+from graphopt.backends.benchmark import DEVICES, Benchmark, Device
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.registry import ExportBackend, Target, target_of
 from graphopt.backends.verification import Verification
 
 __all__ = [
+    "DEVICES",
     "Artifact",
     "Backend",
+    "Benchmark",
     "Capabilities",
+    "Device",
     "ExportBackend",
     "Target",
     "Verification",

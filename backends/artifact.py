@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from torch import fx
 
 from graphopt.analysis.stored_values import stored_values
+from graphopt.backends.benchmark import Benchmark, Device, benchmark_of, device_of
 from graphopt.backends.first_difference import first_difference
 from graphopt.backends.sequences import behind, example_calls, sequence_of
 from graphopt.backends.shapes import EXAMPLE_SHAPES
@@ -260,6 +262,49 @@ class Artifact(ABC):
         if not inputs and not kwargs:
             tried = example_calls(self.program, self.shapes)
         return merged([self._check(self.path, sequence) for sequence in tried])
+
+    @exclusively
+    def benchmark(
+        self, *inputs: Any, device: str | Device = "m1", runs: int = 20, **kwargs: Any
+    ) -> Benchmark:
+        """Time a call of the saved artifact, or estimate it where the target does not run here.
+
+        ExecuTorch, ONNX and PyTorch are timed, Core ML on macOS. Elsewhere the time is the lower bound
+        of a roofline: operations by the device's rate, or bytes by its bandwidth, whichever is longer.
+
+        Args:
+            inputs: Inputs of one call, or one tuple of them; none takes the program's example.
+            device: What to estimate for: a name of `graphopt.backends.DEVICES`, or a `Device`.
+            runs: How often a call is timed.
+            kwargs: Keyword inputs.
+
+        Raises:
+            StateError: The artifact was not saved.
+            InputError: There is no such device, or fewer than one run.
+            VerificationError: It does not run.
+        """
+        if self.path is None:
+            raise StateError("save the artifact before timing it")
+        if runs < 1:
+            raise InputError(f"runs must be at least 1, not {runs}")
+        device = device_of(device)
+        if len(inputs) == 1 and isinstance(inputs[0], tuple | list):
+            inputs = tuple(inputs[0])
+        given = (tuple(inputs), dict(kwargs))
+        if not inputs and not kwargs:
+            given = (self.program.example_args, self.program.example_kwargs)
+        call = as_captured(self.program.graph_module, given)
+        run = self.backend.runner(self.path, self.program, call)
+        width = 2 if self.precision in ("float16", "bfloat16") else None
+        outcome = benchmark_of(
+            self.program, call, run, runs=runs, device=device, file_bytes=self.size, width=width
+        )
+        return replace(outcome, planned_memory=self.planned_memory)
+
+    @property
+    def planned_memory(self) -> int | None:
+        """Bytes that the runtime sets aside for values; None where the target does not tell."""
+        return None
 
     @property
     def size(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -173,6 +173,23 @@ class Backend(ABC):
         if len(calls) > 1 and state_of(program.graph_module):
             raise VerificationError(f"{self.name}: no state is kept over several calls")
         return [self.evaluate(path, program, call) for call in calls]
+
+    def runner(self, path: Path, program: Program, call: Batch) -> Callable[[], object] | None:
+        """What computes a call of the artifact at `path`, loaded already, so that it can be timed.
+
+        Args:
+            path: What was saved.
+            program: What it was made from.
+            call: Inputs.
+
+        Returns:
+            A function of nothing; None where the target's own runtime is not on this machine.
+
+        Raises:
+            VerificationError: It does not load.
+        """
+        del path, program, call
+        return None
 
     def check(
         self,

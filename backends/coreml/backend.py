@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, ClassVar
@@ -34,7 +35,7 @@ from graphopt.backends.coreml.states import state_refusals
 from graphopt.backends.coreml.translations import our_translations
 from graphopt.backends.coreml.updates import place_updates
 from graphopt.backends.delegate import Delegate
-from graphopt.backends.interface import flat_call, output_names
+from graphopt.backends.interface import flat_call, named_inputs, output_names
 from graphopt.backends.options import LoweringKeywords, TargetOptions, read_options
 from graphopt.backends.quiet import quiet
 from graphopt.backends.shapes import plan_shapes
@@ -180,6 +181,15 @@ class CoreMLBackend(Backend):
         self, path: Path, programs: Mapping[str, Program], calls: Sequence[tuple[str, Batch]]
     ) -> list[Evaluation]:
         return evaluate_functions(path, programs, calls)
+
+    @override
+    def runner(self, path: Path, program: Program, call: Batch) -> Callable[[], object] | None:
+        if sys.platform != "darwin":
+            return None
+        model = require("coremltools", "coreml").models.MLModel(str(path))
+        feeds = {name: value.numpy() for name, value in named_inputs(program, *call).items()}
+        state = model.make_state() if program.state else None
+        return lambda: model.predict(feeds, state)
 
     @override
     @exclusively

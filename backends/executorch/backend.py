@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +20,13 @@ from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.data_sizes import refuse_data_sizes
 from graphopt.backends.delegate import Delegate
-from graphopt.backends.executorch.check import lacking_kernels, run_calls, run_methods, run_program
+from graphopt.backends.executorch.check import (
+    lacking_kernels,
+    run_calls,
+    run_methods,
+    run_program,
+    runner_of,
+)
 from graphopt.backends.executorch.delegation import Delegation, delegation_of
 from graphopt.backends.executorch.kernels import FUSED_ACTIVATIONS
 from graphopt.backends.executorch.lower import legal_export, legal_passes
@@ -259,6 +265,13 @@ class ExecuTorchBackend(Backend):
             Evaluation(tuple(outputs), how, weights=weights[name])
             for (name, _), outputs in zip(flat, run_methods(path, flat), strict=True)
         ]
+
+    @override
+    def runner(self, path: Path, program: Program, call: Batch) -> Callable[[], object] | None:
+        planned = read_plan(path)
+        if any(kind.id in planned.ids for kind in delegates_of_targets().values()):
+            return None
+        return runner_of(path, pytree.tree_leaves(call))
 
     @override
     @exclusively

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,33 @@ def run_methods(path: Path, calls: Sequence[tuple[str, Sequence[Any]]]) -> list[
                 f"{path.name} does not run on the ExecuTorch runtime: {error}\n{said()}"
             ) from error
         return results
+
+
+def runner_of(path: Path, inputs: Sequence[Any]) -> Callable[[], object]:
+    """A function that executes one call of a loaded program.
+
+    Args:
+        path: A .pte with the method "forward".
+        inputs: Its flat inputs.
+
+    Raises:
+        VerificationError: The runtime refuses the program.
+    """
+    with silent() as said:
+        require("executorch.runtime", "executorch")
+        require("executorch.kernels.quantized", "executorch")
+        from executorch.runtime import Runtime
+
+        try:
+            program = Runtime.get().load_program(str(path))
+            method = program.load_method("forward")
+        except Exception as error:
+            raise VerificationError(
+                f"{path.name} does not run on the ExecuTorch runtime: {error}\n{said()}"
+            ) from error
+    flat = [x.detach().contiguous() if isinstance(x, Tensor) else x for x in inputs]
+    # a method does not keep its program alive
+    return lambda: (program, method.execute(flat))
 
 
 def lacking_kernels(plans: Sequence[Any]) -> list[str]:

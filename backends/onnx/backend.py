@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -12,7 +12,7 @@ from typing_extensions import Unpack, override
 
 from graphopt.backends.base import Artifact, Backend, stored_size, stored_weights
 from graphopt.backends.capabilities import Capabilities
-from graphopt.backends.onnx.check import check_model, run_calls
+from graphopt.backends.onnx.check import check_model, run_calls, runner_of
 from graphopt.backends.onnx.external_data import data_of, name_data
 from graphopt.backends.onnx.lower import TABLE_TYPES, legal_passes, to_model
 from graphopt.backends.onnx.options import ONNXOptions
@@ -138,6 +138,11 @@ class ONNXBackend(Backend):
         """
         chosen = read_options(ONNXOptions, self.name, options)
         return ONNXArtifact(self, program, to_model(program, chosen), chosen)
+
+    @override
+    def runner(self, path: Path, program: Program, call: Batch) -> Callable[[], object]:
+        tensors = [leaf for leaf in pytree.tree_leaves(call) if isinstance(leaf, Tensor)]
+        return runner_of(path, tensors, initial_state(program))
 
     @override
     @exclusively

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,24 @@ def run_calls(
     return found
 
 
-def _run(
+def runner_of(
+    path: Path, inputs: Sequence[Tensor], state: Mapping[str, Tensor]
+) -> Callable[[], object]:
+    """A function that computes one call in a session.
+
+    Args:
+        path: An .onnx.
+        inputs: Tensors in the order of the model's inputs.
+        state: Values of `past_` inputs by their names.
+    """
+    session = session_of(path)
+    feeds = _feeds(session, path, inputs, state)
+    return lambda: session.run(None, feeds)
+
+
+def _feeds(
     session: Any, path: Path, inputs: Sequence[Tensor], state: Mapping[str, Tensor]
-) -> tuple[list[Tensor], dict[str, Tensor]]:
+) -> dict[str, Any]:
     feeds = {name: tensor.numpy() for name, tensor in state.items()}
     places = [place for place in session.get_inputs() if place.name not in feeds]
     if len(places) != len(inputs):
@@ -109,6 +124,13 @@ def _run(
         narrow = place.type == "tensor(float)" and tensor.dtype is torch.float64
         held = tensor.detach().cpu().contiguous()
         feeds[place.name] = (held.to(torch.float32) if narrow else held).numpy()
+    return feeds
+
+
+def _run(
+    session: Any, path: Path, inputs: Sequence[Tensor], state: Mapping[str, Tensor]
+) -> tuple[list[Tensor], dict[str, Tensor]]:
+    feeds = _feeds(session, path, inputs, state)
     names = [out.name for out in session.get_outputs()]
     try:
         found = session.run(names, feeds)

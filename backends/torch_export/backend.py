@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -177,6 +177,21 @@ class TorchBackend(Backend):
         except Exception as error:
             raise VerificationError(f"{path.name} does not load and run: {error}") from error
         return evaluations
+
+    @override
+    def runner(self, path: Path, program: Program, call: Batch) -> Callable[[], object]:
+        try:
+            if not is_trusted():
+                check_archive(path)
+            loaded = read_exported(path).module()
+        except Exception as error:
+            raise VerificationError(f"{path.name} does not load: {error}") from error
+
+        def run() -> None:
+            with torch.no_grad():
+                loaded(*call[0], **call[1])
+
+        return run
 
     @override
     @exclusively
