@@ -8,7 +8,7 @@ TORCH ?= 2.13.0
 
 TIME ?= 600
 
-.PHONY: demo test test-integration test-slow docs notebooks walk coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-peer bench-accuracy bench-e2e bench-memory clean
+.PHONY: demo test test-integration test-slow docs notebooks walk coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-onnx bench-peer bench-accuracy bench-e2e bench-memory clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -57,7 +57,9 @@ bench-peer:
 	.venv-peer/bin/pip install --quiet torch==$(TORCH)
 	.venv-peer/bin/pip install --quiet "coreai-opt[coreai]==0.4.0"
 
+# what people wait for first, then the kernels, both beside the peer
 bench: $(STAMP)
+	$(BIN)/python tests/benchmarks/end_to_end.py --targets coreai
 	$(BIN)/python tests/benchmarks/palettization.py
 
 bench-quantization: $(STAMP)
@@ -74,6 +76,9 @@ bench-executorch: $(STAMP)
 
 bench-coreml: $(STAMP)
 	$(BIN)/python tests/benchmarks/coreml_weights.py
+
+bench-onnx: $(STAMP)
+	$(BIN)/python tests/benchmarks/onnx_runtime.py
 
 bench-calibrated: $(STAMP)
 	$(BIN)/python tests/benchmarks/calibrated.py
