@@ -229,7 +229,8 @@ def _put(call: fx.Node, piece: _Piece, stands: dict[fx.Node, fx.Node]) -> None:
     with graph.inserting_before(call):
         for step in piece.steps:
             args, kwargs = pytree.tree_map(node_of, (step.args, step.kwargs))
-            made = graph.call_function(step.op, args, kwargs)
+            name = step.op._schema.name.rpartition("::")[2]
+            made = graph.create_node("call_function", step.op, args, kwargs, name)
             made.meta.update({key: call.meta[key] for key in ORIGIN if key in call.meta})
             made.meta["val"] = step.value
             for place, leaf in enumerate([] if isinstance(step.value, Tensor) else step.value):

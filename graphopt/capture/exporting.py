@@ -156,9 +156,12 @@ def _attempt(
 
 def copied(exported: ExportedProgram) -> ExportedProgram:
     """A program with a graph of its own; tensors are shared."""
+    graph = copy.deepcopy(exported.graph)
+    for own, node in zip(graph.nodes, exported.graph.nodes, strict=True):
+        own.name = node.name  # a copy gives "input", a builtin, another one
     return ExportedProgram(
         root=exported.graph_module,
-        graph=copy.deepcopy(exported.graph),
+        graph=graph,
         graph_signature=copy.deepcopy(exported.graph_signature),
         state_dict=exported.state_dict,
         range_constraints=exported.range_constraints,
