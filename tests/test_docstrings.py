@@ -59,8 +59,8 @@ WITHOUT_EXAMPLE: dict[str, str] = {
     "graphopt.passes": (
         "AbsorbChannelScale AnnotatePruning AnnotateQuantization ConvertQuantization "
         "CorrectBias CorrectStatistics DecodeWeights DequantizeToShiftScale DetectSparsity "
-        "ExpandSparse ExpandTables FakePalettize FitIntegers FoldComputedWeights "
-        "ForgetReference InsertFakeQuantize InsertPalettizers InsertPruners InsertTaps "
+        "ExpandRangeRounding ExpandSparse ExpandTables FakePalettize FitIntegers "
+        "FoldComputedWeights ForgetReference InsertFakeQuantize InsertPalettizers InsertPruners InsertTaps "
         "IntegersToTables KeepReference LoadState MigrateScales PruneWeights QuantizeCaches "
         "RaiseToVocabulary ReestimateBatchNorm RestoreTraining TablesToIntegers Tune "
         "WidenScales cluster_annotated reference_of"

@@ -59,6 +59,14 @@ def test_tables_are_those_of_the_state(name: str, x: Tensor) -> None:
     torch.testing.assert_close(second.finalize(backend="torch")(x), prepared(x))
 
 
+def test_scales_of_channels_come_back_nearly(x: Tensor) -> None:
+    spec = PalettizationSpec(enable_per_channel_scale=True)
+    first = KMeansPalettizer(_model(0), _config(spec))
+    want = first.prepare((x,))
+    prepared = KMeansPalettizer(_model(1), _config(spec)).prepare((x,), state_dict=want.state_dict())
+    assert (prepared(x) - want(x)).abs().max() < 1e-3 * want(x).abs().max()
+
+
 @pytest.mark.parametrize("kind", [KMeansPalettizer, DKMPalettizer])
 def test_trained_palettes_go_on(kind: type[KMeansPalettizer], x: Tensor) -> None:
     first = kind(_model(0))

@@ -147,6 +147,7 @@ class GeneralConvolution(nn.Module):
 @pytest.mark.integration
 @pytest.mark.parametrize("transposed", [False, True])
 def test_general_convolution_is_computed_with_integers(transposed: bool, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     program = quantized(GeneralConvolution(transposed=transposed), torch.randn(2, 16, 9, 9))
     artifact = graphopt.lower(program, "executorch")
     assert artifact.delegation.notes == ()
