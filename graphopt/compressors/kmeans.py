@@ -117,9 +117,10 @@ class KMeansPalettizer(Compressor):
             seed: Seed of vector tables.
             state_dict: State dict of a model that was prepared with the same config: its weights,
                 which hold few values each, give the tables back; errors are counted from them. With
-                `enable_per_channel_scale` the outputs come back within 1e-3 of their peak: the names
-                are those of the model, so that the state holds products of entries and scales alone,
-                and the largest of a row, by which it is scaled, is not the weight's any more.
+                `enable_per_channel_scale` they come back nearly, within a hundredth of the outputs'
+                peak: the names are those of the model, so that the state holds products of entries
+                and scales alone, and the largest of a row, which scales it, is not the weight's any
+                more. To go on exactly, keep the program (`program().save`), not the state.
             cache_dense: Let the module hold the palettized weights decoded: calls run at the model's
                 speed, for as much memory as the model's weights take. Otherwise it holds codes and
                 tables, each call decodes a weight where it is read, and torch.export takes it only

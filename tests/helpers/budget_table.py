@@ -18,7 +18,7 @@ from graphopt.mixed_precision import Recipe, SensitivityTable, analyze
 __all__ = ["BUDGETS", "SUFFIXES", "X", "net", "saved", "table"]
 
 SUFFIXES = {"torch": ".pt2", "coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte"}
-# XNNPACK has eight bits or floats
+# int8 or floats are what is chosen from there
 BUDGETS: dict[str, tuple[str, ...]] = dict.fromkeys(SUFFIXES, ("48 KiB", "60 KB", "0.1 MB"))
 BUDGETS["executorch"] = ("80 KB", "128 KiB", "0.2 MB")
 X = torch.randn(8, 128, generator=torch.Generator().manual_seed(0))
