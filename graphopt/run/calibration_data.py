@@ -130,6 +130,11 @@ def refuse_non_finite(gm: CapturedModule, batch: Batch, number: int) -> None:
 def _converted(node: fx.Node, leaf: Any, number: int) -> Any:
     captured = node.meta.get("val")
     if not isinstance(leaf, Tensor):
+        if isinstance(captured, Tensor) and not isinstance(leaf, bool | int | float):
+            raise InputError(
+                f"calibration data [{number}]: input {str(node.target)!r} is {_described(leaf)}, the"
+                f" model was captured with a tensor of {captured.dtype}"
+            )
         return leaf
     _check_finite(str(node.target), leaf, number)
     if any(writes(user) for user in node.users):

@@ -152,6 +152,14 @@ def test_arrays_and_other_float_types_are_the_same_data(
     assert torch.equal(made.module()(X), want.module()(X))  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize(("given", "kind"), [("a.png", "a str"), (None, "a NoneType")])
+def test_what_is_no_tensor_is_refused_by_name(given: object, kind: str) -> None:
+    quantizer = Quantizer(net())
+    quantizer.prepare((X,))
+    with pytest.raises(InputError, match=rf"data \[1\]: input 'input' is {kind}"):
+        quantizer.calibrate([(X,), (given,)])
+
+
 def test_integers_for_floats_are_refused_by_name() -> None:
     with pytest.raises(InputError, match=r"\[0\]: input 'input' is torch.uint8.*torch.float32"):
         COMPRESS["W8A8"]([X.to(torch.uint8)])
