@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, fx
 from typing_extensions import override
 
+from graphopt.analysis.stored_values import quantized_at
 from graphopt.backends.executorch.kernels import CONVOLUTIONS
 from graphopt.backends.executorch.weight_forms import bias_apart
 from graphopt.ir import op_info
@@ -65,9 +66,10 @@ def _is_plain(conv: fx.Node, info: OpInfo) -> bool:
 
 
 def _is_decoded(weight: fx.Node) -> bool:
-    return weight.op == "call_function" and not str(weight.target).startswith(
-        "quantized_decomposed."
-    )
+    """Whether it is computed when the program runs, and no integers that become a constant yet."""
+    if weight.op != "call_function" or quantized_at(weight) is not None:
+        return False
+    return not str(weight.target).startswith("quantized_decomposed.")
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -124,3 +124,16 @@ def test_packing_takes_what_a_kernel_would_widen_only_where_asked() -> None:
     assert not is_packed(node)
     assert is_packed(node, tightly=True)
     assert is_packed(node, kernels=False)
+
+
+def test_convolution_between_integers_stays_one_with_integers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(8, 16, 3), nn.ReLU()).eval()
+    x = torch.randn(2, 8, 6, 6)
+    program = graphopt.compress(model, (x,), QuantizerConfig.presets.w8a8(), [x])
+    gm = program.module()
+    run_passes(gm, legal_passes("auto"))
+    targets = targets_of(gm)
+    assert "aten.conv2d.default" in targets
+    assert "aten.linear.default" not in targets
+    assert "quantized_decomposed.dequantize_per_channel.default" in targets

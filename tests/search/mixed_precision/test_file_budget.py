@@ -148,11 +148,12 @@ def test_budget_without_a_target_counts_tensors() -> None:
 @pytest.mark.parametrize(
     ("module", "candidate", "bits"),
     [
-        # tables of linear layers are expanded; integers of them are held, of convolutions not
+        # tables of linear layers are expanded; kernels hold integers of linear layers, and of
+        # convolutions between integers; others are codes of a table of all bytes
         ("linear", "4-bit", 32 * 64 * 64),
-        ("linear", "int8", 8 * 64 * 64 + 64 * (32 + 64)),
-        ("convolution", "int8", 32 * 64 * 64),
-        ("convolution", "int8 a8", 8 * 64 * 64 + 64 * (32 + 64)),
+        ("linear", "int8", 8 * 64 * 64 + 64 * 32),
+        ("convolution", "int8", 8 * 64 * 64 + 64 * 32 + 256 * 32),
+        ("convolution", "int8 a8", 8 * 64 * 64 + 64 * 32),
         ("embedding", "4-bit", 4 * 64 * 64 + 32 * 16),
     ],
 )
