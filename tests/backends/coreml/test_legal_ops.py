@@ -42,6 +42,19 @@ class Twice(nn.Module):
         return self.lstm(self.lstm(x)[0])[0]
 
 
+class Windows(nn.Module):
+    """An image cut into windows, which takes six axes in between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        cut = self.first(x).view(1, 2, 2, 2, 2, 4).permute(0, 1, 3, 2, 4, 5)
+        return self.second(cut.reshape(4, 4, 4))
+
+
 def saved(model: nn.Module, args: tuple[Tensor, ...], path: Path, precision: str) -> float:
     artifact = graphopt.lower(graphopt.capture(model.eval(), args), "coreml", precision=precision)
     artifact.save(path / "net.mlpackage")
@@ -91,6 +104,25 @@ KINDS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
 def test_what_the_converter_has_not_right_is_saved_right(kinds: list[str], tmp_path: Path) -> None:
     functions = {kind: (Function(KINDS[kind][0]), KINDS[kind][1]) for kind in kinds}
     assert saved(*together(functions, kinds), tmp_path, "float32") < 1e-4
+
+
+@pytest.mark.integration
+@pytest.mark.coreml
+def test_values_of_six_axes_are_rounded_in_fewer(tmp_path: Path) -> None:
+    x = of(1, 4, 4, 4)
+    program = graphopt.compress(
+        Windows().eval(), (x,), {"quantization": {}}, calibration_data=[(x,)], progress=False
+    )
+    rounded = [
+        node.meta["val"].dim()
+        for node in program.graph_module.graph.nodes
+        if "quantize_per_tensor" in str(node.target)
+    ]
+    assert 6 in rounded
+    artifact = graphopt.lower(program, "coreml", precision="float32")
+    artifact.save(tmp_path / "m.mlpackage")
+    assert artifact.verification is not None
+    assert artifact.verification.max_error < 1e-5
 
 
 @pytest.mark.integration
