@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from helpers.op_calls import counted_ops
-from helpers.op_sweep import check_share, sweep, write_table
+from helpers.op_sweep import Sweeper, check_share, sweep, write_table
 
 # share of the calls that come out right, at least
 SHARES = {"coreai": 0.9, "coreml": 0.85, "executorch": 0.9, "torch": 0.95}
@@ -14,13 +16,18 @@ TARGETS = [
     pytest.param(name, marks=[getattr(pytest.mark, name)] if name != "torch" else [])
     for name in SHARES
 ]
-SAMPLE = counted_ops()[3::20]
+
+
+@pytest.fixture(scope="module")
+def sweeper() -> Iterator[Sweeper]:
+    with contextlib.closing(Sweeper()) as made:
+        yield made
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("target", TARGETS[:3])
-def test_every_twentieth_op_is_right_or_refused(target: str) -> None:
-    outcomes = list(sweep(target, SAMPLE))
+def test_every_twentieth_op_is_right_or_refused(target: str, sweeper: Sweeper) -> None:
+    outcomes = list(sweeper.sweep(target, counted_ops()[3::20]))
     assert len(outcomes) > 45
     check_share(outcomes, SHARES[target])
 
@@ -28,6 +35,6 @@ def test_every_twentieth_op_is_right_or_refused(target: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS)
 def test_every_op_is_right_or_refused(target: str) -> None:
-    outcomes = list(sweep(target, counted_ops()))
+    outcomes = sweep(target, counted_ops())
     write_table(outcomes, Path(__file__).parents[2] / f"out/ops/{target}.csv")
     check_share(outcomes, SHARES[target])

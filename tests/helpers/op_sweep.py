@@ -1,7 +1,8 @@
-"""Try calls on a target, each outcome on its own: `python op_sweep.py coreai [op …]`.
+"""Try calls on targets, each outcome on its own: `python op_sweep.py coreai [op …]`.
 
 Calls run in a process of their own that is started again when one of them ends it. Several are one
-program, as most of the time is that of a program; where it is not right, its halves are tried.
+program, as most of the time is that of a program; where it is not right, its halves are tried. A
+program is captured once for all targets.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import sys
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,15 @@ if __name__ == "__main__":
 from helpers.op_calls import OpCall, calls_of, counted_ops
 from helpers.together import Together
 
-__all__ = ["SUFFIXES", "Outcome", "check_share", "sweep", "together_call", "write_table"]
+__all__ = [
+    "SUFFIXES",
+    "Outcome",
+    "Sweeper",
+    "check_share",
+    "sweep",
+    "together_call",
+    "write_table",
+]
 
 _SECONDS = 300
 SUFFIXES = {target.value: target.suffix for target in targets()}
@@ -80,42 +89,59 @@ def _rewritten_parts(program: graphopt.Program, target: str) -> set[int]:
     return found
 
 
-def try_calls(calls: Sequence[OpCall], target: str) -> list[Outcome]:
+_made = functools.lru_cache(maxsize=64)(calls_of)
+
+
+def _names(op: str) -> list[str]:
+    return [call.name for call in _made(op)]
+
+
+def _try(names: tuple[str, ...], target: str, rules: bool) -> list[Outcome]:
     """Outcomes of calls that are one program: of each if all are right, else one for all of them."""
-    call = together_call(calls)
-    outcome, program = _try_call(call, target)
-    if outcome.kind != "right" or program is None:
-        return [outcome]
-    parts = _rewritten_parts(program, target)
-    return [
-        Outcome(call.name, "right", outcome.said, place in parts)
-        for place, call in enumerate(calls)
-    ]
+    name = " ".join(names)
+    captured = _captured(names)
+    if not isinstance(captured, graphopt.Program):
+        return [Outcome(name, *captured)]
+    kind, said = _lowered(captured, target)
+    if kind != "right":
+        return [Outcome(name, kind, said)]
+    parts = _rewritten_parts(captured, target) if rules else ()
+    return [Outcome(name, kind, said, place in parts) for place, name in enumerate(names)]
 
 
-def _try_call(call: OpCall, target: str) -> tuple[Outcome, graphopt.Program | None]:
-    """Capture, lower, save and evaluate; the right value comes from PyTorch in eager mode."""
-    program = None
+@functools.lru_cache(maxsize=64)
+def _captured(names: tuple[str, ...]) -> graphopt.Program | tuple[str, str]:
+    """The program of several calls, or what became of it; PyTorch in eager mode says what is right."""
+    call = together_call(
+        [call for name in names for call in _made(name.split("#")[0]) if call.name == name]
+    )
     try:
         with torch.no_grad():
             want = pytree.tree_leaves(call.module(*(x.clone() for x in call.inputs)))
         program = graphopt.capture(call.module, tuple(x.clone() for x in call.inputs))
         with torch.no_grad():
             ours = pytree.tree_leaves(program.module()(*(x.clone() for x in call.inputs)))
-        if not _close(ours, want):
-            return Outcome(call.name, "wrong", "captured program differs"), program
+    except GraphOptError as error:
+        return "refused", f"{type(error).__name__}: {_line(error)}"
+    except Exception as error:
+        return "raw", f"{type(error).__name__}: {_line(error)}"
+    return program if _close(ours, want) else ("wrong", "captured program differs")
+
+
+def _lowered(program: graphopt.Program, target: str) -> tuple[str, str]:
+    """Lower, save and evaluate."""
+    try:
         artifact = graphopt.lower(program, target, **_OPTIONS.get(target, {}))
         with tempfile.TemporaryDirectory() as folder:
             artifact.save(Path(folder) / f"m{SUFFIXES[target]}", verify=False)
             found = artifact.verify()
     except GraphOptError as error:
-        return Outcome(call.name, "refused", f"{type(error).__name__}: {_line(error)}"), program
+        return "refused", f"{type(error).__name__}: {_line(error)}"
     except Exception as error:
-        return Outcome(call.name, "raw", f"{type(error).__name__}: {_line(error)}"), program
+        return "raw", f"{type(error).__name__}: {_line(error)}"
     if not found.complete:
-        return Outcome(call.name, "refused", f"not evaluable: {'; '.join(found.notes)}"), program
-    kind = "right" if found.holds else "wrong"
-    return Outcome(call.name, kind, f"{found.max_error:.2g}"), program
+        return "refused", f"not evaluable: {'; '.join(found.notes)}"
+    return "right" if found.holds else "wrong", f"{found.max_error:.2g}"
 
 
 def _line(error: Exception) -> str:
@@ -140,64 +166,77 @@ def together_call(calls: Sequence[OpCall]) -> OpCall:
     return OpCall(" ".join(call.name for call in calls), module, inputs)
 
 
-def _serve(pipe: Any, target: str) -> None:
+def _serve(pipe: Any) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    made = functools.lru_cache(maxsize=16)(calls_of)
     while True:
-        names = pipe.recv()
-        calls = [call for name in names for call in made(name.split("#")[0]) if call.name == name]
-        pipe.send(try_calls(calls, target))
+        function, *args = pipe.recv()
+        pipe.send(function(*args))
 
 
 class _Worker:
-    def __init__(self, target: str) -> None:
+    def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, target), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
         self.process.start()
         theirs.close()
 
-    def ask(self, names: Sequence[str]) -> list[Outcome]:
-        """Outcomes of calls, one alone or several as one program.
+    def ask(self, function: Callable[..., Any], *args: Any) -> Any:
+        """What a function of this module returns in the process.
 
         Raises:
             EOFError: The process ended, or took too long.
         """
-        self.pipe.send(names)
+        self.pipe.send((function, *args))
         if not self.pipe.poll(_SECONDS):
             self.process.kill()
             raise EOFError
-        outcomes: list[Outcome] = self.pipe.recv()
-        return outcomes
+        return self.pipe.recv()
 
 
-def sweep(target: str, ops: Iterable[str], together: int = 8) -> Iterator[Outcome]:
-    """Outcomes of every call of these ops on a target.
+class Sweeper:
+    """A process that tries calls; targets that are swept one after the other share captured programs.
 
     Args:
-        target: Name of the target.
-        ops: Names of ops.
         together: Calls that are tried as one program; where that is not right, its halves are.
+        rules: Whether outcomes say which calls have ops that the target has rules for, which takes
+            an export per program.
     """
-    names = [call.name for op in ops for call in calls_of(op)]
-    groups = [names[first : first + together] for first in range(0, len(names), together)]
-    groups.reverse()
-    worker = _Worker(target)
-    while groups:
-        group = groups.pop()
-        try:
-            outcomes = worker.ask(group)
-        except (EOFError, ConnectionError):
-            worker = _Worker(target)
-            outcomes = [Outcome(group[0], "died")]
-        if len(outcomes) == len(group):
-            yield from outcomes
-        else:
-            half = len(group) // 2
-            groups += [group[half:], group[:half]]
-    with contextlib.suppress(Exception):
-        worker.process.kill()
+
+    def __init__(self, together: int = 8, *, rules: bool = False) -> None:
+        self.together, self.rules = together, rules
+        self._worker = _Worker()
+
+    def sweep(self, target: str, ops: Iterable[str]) -> Iterator[Outcome]:
+        """Outcomes of every call of these ops on a target."""
+        names = [name for op in ops for name in self._worker.ask(_names, op)]
+        size = self.together
+        groups = [tuple(names[first : first + size]) for first in range(0, len(names), size)]
+        groups.reverse()
+        while groups:
+            group = groups.pop()
+            try:
+                outcomes = self._worker.ask(_try, group, target, self.rules)
+            except (EOFError, ConnectionError):
+                self._worker = _Worker()
+                outcomes = [Outcome(group[0], "died")]
+            if len(outcomes) == len(group):
+                yield from outcomes
+            else:
+                half = len(group) // 2
+                groups += [group[half:], group[:half]]
+
+    def close(self) -> None:
+        """End the process."""
+        with contextlib.suppress(Exception):
+            self._worker.process.kill()
+
+
+def sweep(target: str, ops: Iterable[str], together: int = 8) -> list[Outcome]:
+    """Outcomes of every call of these ops on one target, with the rules that each takes."""
+    with contextlib.closing(Sweeper(together, rules=True)) as sweeper:
+        return list(sweeper.sweep(target, ops))
 
 
 def check_share(outcomes: Sequence[Outcome], share: float) -> None:
@@ -230,12 +269,12 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="print what is right too")
     chosen = parser.parse_args()
     outcomes = []
-    for outcome in sweep(
-        chosen.target, chosen.ops or counted_ops()[:: chosen.every], chosen.together
-    ):
+    sweeper = Sweeper(chosen.together, rules=chosen.table is not None)
+    for outcome in sweeper.sweep(chosen.target, chosen.ops or counted_ops()[:: chosen.every]):
         outcomes.append(outcome)
         if outcome.kind != "right" or chosen.all:
             print(f"{outcome.kind:8} {outcome.call}: {outcome.said}", flush=True)
+    sweeper.close()
     counts = Counter(outcome.kind for outcome in outcomes)
     tried = {outcome.call.split("#")[0] for outcome in outcomes}
     print(f"{len(outcomes)} calls of {len(tried)} ops: {dict(counts)}")

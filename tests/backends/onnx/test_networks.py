@@ -31,6 +31,6 @@ def test_nine_networks_of_ten_are_right() -> None:
 
 @pytest.mark.slow
 def test_every_op_is_right_or_refused() -> None:
-    outcomes = list(sweep("onnx", counted_ops()))
+    outcomes = sweep("onnx", counted_ops())
     write_table(outcomes, Path(__file__).parents[3] / "out/ops/onnx.csv")
     check_share(outcomes, SHARE)
