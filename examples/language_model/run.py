@@ -224,7 +224,8 @@ def main() -> None:
                     continue
                 count = agreeing(generate(artifacts[target], prompt, args.tokens), found)
                 same.append(f"{count} of {args.tokens}")
-            bits = 32.0 if form == "float32" else made.report().bits_per_weight
+            # of caches alone, no weight has a row
+            bits = 32.0 if form == "float32" else made.report().bits_per_weight or 32.0
             table.add_row(
                 form,
                 f"{bits:.2f}",
