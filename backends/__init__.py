@@ -33,6 +33,10 @@ def load_backend(name: Target | str) -> Backend:
 
     Raises:
         LoweringError: There is no such target.
+
+    Examples:
+        >>> load_backend("coreml").name, load_backend(graphopt.ExportBackend.Torch).name
+        ('Core ML', 'Torch')
     """
     module, _, attribute = target_of(name).backend.partition(":")
     backend = getattr(module_of(module), attribute)()

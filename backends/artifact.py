@@ -57,6 +57,15 @@ class Artifact(ABC):
         shapes: Sizes of the inputs that it takes.
         wanted: The file that the program is for, where it is one of this target.
         verification: How what was saved compared with PyTorch, None where that was turned off.
+
+    Examples:
+        >>> artifact = graphopt.lower(program, "torch")
+        >>> isinstance(artifact, Artifact), artifact.suffix, artifact
+        (True, '.pt2', TorchArtifact(not saved))
+        >>> artifact.save("artifact.pt2", verify=False).name
+        'artifact.pt2'
+        >>> artifact.size > 0
+        True
     """
 
     def __init__(

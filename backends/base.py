@@ -54,6 +54,11 @@ class Backend(ABC):
         capabilities: What it can hold.
         options: What `lower` takes as keywords.
         delegate_type: The target as a delegate inside ExecuTorch programs, where it is one.
+
+    Examples:
+        >>> from graphopt.backends import load_backend
+        >>> isinstance(load_backend("torch"), Backend), load_backend("torch").name
+        (True, 'Torch')
     """
 
     name: ClassVar[str]

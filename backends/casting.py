@@ -137,6 +137,19 @@ def cast_int32_to_int16(exported_program: ExportedProgram) -> ExportedProgram:
 
     Returns:
         The same program.
+
+    Examples:
+        >>> class Shifted(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_buffer("steps", torch.arange(16))
+        ...
+        ...     def forward(self, x):
+        ...         return x + self.steps.to(x.dtype)
+        >>> exported = torch.export.export(Shifted(), example).run_decompositions({})
+        >>> _ = cast_int32_to_int16(exported)
+        >>> exported.state_dict["steps"].dtype
+        torch.int16
     """
     program = exported_program
     graph = program.graph_module.graph

@@ -108,6 +108,11 @@ def lower(
         CaptureError: The model cannot be exported.
         LoweringError: The target cannot hold the program.
         MissingDependencyError: The target's packages are not installed.
+
+    Examples:
+        >>> artifact = lower(compressed, "torch")
+        >>> artifact.save("compressed.pt2").name
+        'compressed.pt2'
     """
     target = load_backend(backend)
     if isinstance(model, ProgramSet):

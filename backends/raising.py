@@ -37,6 +37,10 @@ class RaiseToVocabulary(Pass):
 
     Each target says in `Backend.raise_` how; targets are only looked at where the graph holds ops
     that neither PyTorch nor we have.
+
+    Examples:
+        >>> RaiseToVocabulary()(program.graph_module).modified  # no target has been here
+        False
     """
 
     name: ClassVar[str] = "raise-to-vocabulary"

@@ -135,6 +135,10 @@ def rdo(
         data: Unlabelled calibration inputs of one call each.
         config: An `RDOConfig`, a mapping of its fields, or a YAML file.
         progress: Show bars; None shows them on a terminal.
+
+    Examples:
+        >>> rdo(batches, {"target_bits": 4}).names
+        ('raise-to-vocabulary', 'optimize-rate-distortion', 'remove-unused')
     """
     optimize = OptimizeRateDistortion(list(data), config, progress)
     return Pipeline("rdo", (RaiseToVocabulary(), optimize, RemoveUnused()))

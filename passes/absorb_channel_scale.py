@@ -31,6 +31,10 @@ class AbsorbChannelScale(Pass):
     One table per tensor then serves channels of one spread, as a per-channel scale would make it,
     which targets store and multiply. Run it before palettizing. Channels are scaled relative to the
     quietest that keeps every variance above zero.
+
+    Examples:
+        >>> AbsorbChannelScale()(convolutional.graph_module).modified
+        True
     """
 
     name: ClassVar[str] = "absorb-channel-scale"

@@ -36,6 +36,11 @@ class AnnotatePruning(Pass):
     Attributes:
         config: What is asked for.
         on_unmatched: Whether a key that matches no module, op or state is an error or a warning.
+
+    Examples:
+        >>> from graphopt.pruning import MagnitudePrunerConfig
+        >>> AnnotatePruning(MagnitudePrunerConfig())(program.graph_module).modified
+        True
     """
 
     name: ClassVar[str] = "annotate-pruning"

@@ -57,6 +57,11 @@ class AnnotateQuantization(Pass):
         fused: Activation functions that the target computes together with the op before; None for
             all.
         integer_results: Whether the target needs rounded results to compute with integers.
+
+    Examples:
+        >>> from graphopt.quantization import QuantizerConfig
+        >>> AnnotateQuantization(QuantizerConfig.presets.w8())(program.graph_module).modified
+        True
     """
 
     name: ClassVar[str] = "annotate-quantization"

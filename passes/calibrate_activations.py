@@ -98,6 +98,17 @@ class CalibrateActivations(Pass):
         progress: Show a bar; None shows it on a terminal.
         rounded_weights: Observe what rounded weights give, as the target will; torchao observes what
             the float ones give.
+
+    Examples:
+        >>> from graphopt.passes import AnnotateQuantization, ConvertQuantization
+        >>> from graphopt.quantization import QuantizerConfig
+        >>> steps = (AnnotateQuantization(QuantizerConfig()), CalibrateActivations(batches))
+        >>> gm = program.graph_module
+        >>> for step in (*steps, ConvertQuantization()):
+        ...     _ = step(gm)
+        >>> rounded = torch.ops.quantized_decomposed.quantize_per_tensor.default
+        >>> len(gm.graph.find_nodes(op="call_function", target=rounded))
+        3
     """
 
     name: ClassVar[str] = "calibrate-activations"

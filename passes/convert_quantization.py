@@ -66,6 +66,16 @@ class ConvertQuantization(Pass):
             group without either stays in float.
         weights: Name → quantized form; weights without one are quantized here, by the quantizers that
             an earlier stage trained for them or as their specs say.
+
+    Examples:
+        >>> from graphopt.passes import AnnotateQuantization
+        >>> from graphopt.quantization import QuantizerConfig
+        >>> gm = program.graph_module
+        >>> for step in (AnnotateQuantization(QuantizerConfig.presets.w8()), ConvertQuantization()):
+        ...     _ = step(gm)
+        >>> decode = torch.ops.quantized_decomposed.dequantize_per_channel.default
+        >>> len(gm.graph.find_nodes(op="call_function", target=decode))
+        2
     """
 
     name: ClassVar[str] = "convert-quantization"

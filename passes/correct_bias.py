@@ -37,6 +37,11 @@ class CorrectBias(Pass):
         data: Inputs of one call each, as for `as_batch`.
         reference: The uncompressed graph.
         dense: Names of stored tensors that count as compressed, though no lookup produces them.
+
+    Examples:
+        >>> gm = compressed.graph_module
+        >>> CorrectBias(batches, reference=program.module())(gm).modified
+        True
     """
 
     name: ClassVar[str] = "correct-bias"

@@ -26,6 +26,14 @@ class KeepReference(Pass):
     """Remember the graph as it is, for passes that compare with it; tensors are shared.
 
     The graph does not change.
+
+    Examples:
+        >>> from graphopt.passes import reference_of
+        >>> gm = program.graph_module
+        >>> KeepReference()(gm).modified
+        False
+        >>> torch.equal(reference_of(gm)(*example), model(*example))
+        True
     """
 
     name: ClassVar[str] = "keep-reference"
@@ -39,7 +47,18 @@ class KeepReference(Pass):
 
 @dataclass(frozen=True)
 class ForgetReference(Pass):
-    """Let go of the graph that `KeepReference` kept, and of its tensors; the graph stays as it is."""
+    """Let go of the graph that `KeepReference` kept, and of its tensors; the graph stays as it is.
+
+    Examples:
+        >>> from graphopt.passes import KeepReference, reference_of
+        >>> gm = program.graph_module
+        >>> _ = KeepReference()(gm), ForgetReference()(gm)
+        >>> try:
+        ...     reference_of(gm)
+        ... except graphopt.errors.InputError as error:
+        ...     print(error)
+        KeepReference has kept no graph to compare with
+    """
 
     name: ClassVar[str] = "forget-reference"
 
@@ -53,6 +72,13 @@ def reference_of(gm: fx.GraphModule) -> CapturedModule:
 
     Raises:
         InputError: It kept none, or one that cannot be run batch by batch.
+
+    Examples:
+        >>> from graphopt.passes import KeepReference
+        >>> gm = program.graph_module
+        >>> _ = KeepReference()(gm)
+        >>> torch.equal(reference_of(gm)(*example), model(*example))
+        True
     """
     reference = findings_of(gm).reference
     if reference is None:
@@ -68,6 +94,16 @@ class CorrectStatistics(Pass):
 
     Attributes:
         data: Inputs of one call each, as for `as_batch`; some hundred samples suffice.
+
+    Examples:
+        >>> from graphopt.palettization import KMeansPalettizerConfig
+        >>> from graphopt.passes import AnnotatePalettization, KeepReference, PalettizeWeights
+        >>> gm = program.graph_module
+        >>> annotate = AnnotatePalettization(KMeansPalettizerConfig())
+        >>> for step in (KeepReference(), annotate, PalettizeWeights()):
+        ...     _ = step(gm)
+        >>> CorrectStatistics(batches)(gm).modified
+        True
     """
 
     name: ClassVar[str] = "correct-statistics"

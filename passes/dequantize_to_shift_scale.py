@@ -26,6 +26,13 @@ class DequantizeToShiftScale(Pass):
 
     After:
         %w = graphopt.shift_scale(%packed, %scale, %offset, "int8", shape, float32)
+
+    Examples:
+        >>> from graphopt.quantization import QuantizerConfig
+        >>> config = QuantizerConfig.presets.w8()
+        >>> gm = graphopt.compress(model, example, config).graph_module
+        >>> DequantizeToShiftScale()(gm).modified
+        True
     """
 
     name: ClassVar[str] = "dequantize-to-shift-scale"

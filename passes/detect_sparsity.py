@@ -35,6 +35,21 @@ class DetectSparsity(Pass):
 
     Attributes:
         config: Whose specs have a `sparsity_detection_threshold`.
+
+    Examples:
+        >>> from graphopt.palettization import KMeansPalettizerConfig, ModuleKMeansPalettizerConfig
+        >>> spec = {"n_bits": 4, "sparsity_detection_threshold": 0.5}
+        >>> config = KMeansPalettizerConfig(
+        ...     global_config=ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
+        ... )
+        >>> gm = program.graph_module
+        >>> DetectSparsity(config)(gm).modified  # nothing is zero
+        False
+        >>> weight = gm.get_parameter("0.weight")
+        >>> with torch.no_grad():
+        ...     _ = weight.copy_(weight.clamp(min=0.1) - 0.1)
+        >>> DetectSparsity(config)(gm).modified
+        True
     """
 
     name: ClassVar[str] = "detect-sparsity"

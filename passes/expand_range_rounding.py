@@ -35,6 +35,16 @@ class ExpandRangeRounding(Pass):
         %scale = (%high - %low) / 255                              # 1 where it is 0
         %offset = clamp(round(-128 - %low / %scale), -128, 127)
         %r = (clamp(round(%x / %scale) + %offset, -128, 127) - %offset) * %scale
+
+    Examples:
+        >>> class Rounded(torch.nn.Module):
+        ...     def forward(self, x):
+        ...         return torch.ops.graphopt.round_by_range(x, [1, -1], "int8", "asymmetric", False)
+        >>> gm = graphopt.capture(Rounded(), example).graph_module
+        >>> ExpandRangeRounding()(gm).modified
+        True
+        >>> bool((gm(*example)[0] - Rounded()(*example)).abs().max() < 1e-6)
+        True
     """
 
     name: ClassVar[str] = "expand-range-rounding"

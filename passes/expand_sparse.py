@@ -34,6 +34,16 @@ class ExpandSparse(Pass):
     Symmetric int8 values with one scale become a dense int8 weight with that scale, all others float.
     Outliers beside tables belong to these and stay. What was expanded is noted in
     `annotations.notes_of`.
+
+    Examples:
+        >>> gm = graphopt.compress(model, example, {"pruning": {}}).graph_module
+        >>> sparse = torch.ops.graphopt.sparse_to_dense.default
+        >>> len(gm.graph.find_nodes(op="call_function", target=sparse))
+        2
+        >>> ExpandSparse()(gm).modified
+        True
+        >>> len(gm.graph.find_nodes(op="call_function", target=sparse))
+        0
     """
 
     name: ClassVar[str] = "expand-sparse"

@@ -28,6 +28,14 @@ class ExpandTables(Pass):
 
     The values are those of the tables; only the storage is that of a dense weight. What was expanded
     is noted in `annotations.notes_of`.
+
+    Examples:
+        >>> gm = compressed.graph_module
+        >>> ExpandTables()(gm).modified
+        True
+        >>> lookup = torch.ops.graphopt.lut_to_dense.default
+        >>> len(gm.graph.find_nodes(op="call_function", target=lookup))
+        0
     """
 
     name: ClassVar[str] = "expand-tables"

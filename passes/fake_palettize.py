@@ -32,6 +32,16 @@ class FakePalettize(Pass):
         palettes: Name of the tensor → its clustering (`cluster_annotated`).
         dense: Hold the decoded values instead: calls run at the speed of the original, and the
             weights take as much memory as the original's.
+
+    Examples:
+        >>> from graphopt.palettization import KMeansPalettizerConfig
+        >>> from graphopt.passes import AnnotatePalettization, cluster_annotated
+        >>> gm = program.graph_module
+        >>> _ = AnnotatePalettization(KMeansPalettizerConfig())(gm)
+        >>> FakePalettize(cluster_annotated(gm))(gm).modified
+        True
+        >>> gm.state_dict().keys() == model.state_dict().keys()
+        True
     """
 
     name: ClassVar[str] = "fake-palettize"

@@ -44,6 +44,15 @@ class FitIntegers(Pass):
 
     Raises:
         CalibrationError: A spec has algorithm "gptq" and there are no data.
+
+    Examples:
+        >>> from graphopt.passes import AnnotateQuantization, ConvertQuantization
+        >>> from graphopt.quantization import QuantizerConfig
+        >>> gm = program.graph_module
+        >>> for step in (AnnotateQuantization(QuantizerConfig.presets.w4()), FitIntegers(batches)):
+        ...     _ = step(gm)
+        >>> ConvertQuantization()(gm).modified
+        True
     """
 
     name: ClassVar[str] = "fit-integers"

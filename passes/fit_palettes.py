@@ -58,6 +58,15 @@ class FitPalettes(Pass):
 
     Raises:
         CalibrationError: An algorithm needs data and there are none.
+
+    Examples:
+        >>> from graphopt.palettization import KMeansPalettizerConfig
+        >>> from graphopt.passes import AnnotatePalettization, PalettizeWeights
+        >>> gm = program.graph_module
+        >>> _ = AnnotatePalettization(KMeansPalettizerConfig())(gm)
+        >>> _ = FitPalettes()(gm)
+        >>> PalettizeWeights()(gm).modified
+        True
     """
 
     name: ClassVar[str] = "fit-palettes"

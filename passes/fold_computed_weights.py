@@ -39,6 +39,12 @@ class FoldComputedWeights(Pass):
     After:
         %w = get_attr[fc.weight]
         %y = linear(%x, %w)
+
+    Examples:
+        >>> normed = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(16, 4))
+        >>> gm = graphopt.capture(normed, example).graph_module
+        >>> FoldComputedWeights()(gm).modified
+        True
     """
 
     name: ClassVar[str] = "fold-computed-weights"

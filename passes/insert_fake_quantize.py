@@ -57,6 +57,15 @@ class InsertFakeQuantize(Pass):
         %rq = _quantizers.relu(%r)
 
     A norm that is not folded and a dropout become modules too, so that `train()` reaches them.
+
+    Examples:
+        >>> from graphopt.passes import AnnotateQuantization
+        >>> from graphopt.quantization import QuantizerConfig
+        >>> gm = program.graph_module
+        >>> _ = AnnotateQuantization(QuantizerConfig())(gm), InsertFakeQuantize()(gm)
+        >>> [node.target for node in gm.graph.nodes if node.op == "call_module"]
+        ['_quantizers.of_0_weight', '_quantizers.of_2_weight', '_quantizers.at_input_1',
+         '_quantizers.at_relu', '_quantizers.at_linear_1']
     """
 
     name: ClassVar[str] = "insert-fake-quantize"

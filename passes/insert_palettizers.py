@@ -40,6 +40,16 @@ class InsertPalettizers(Pass):
 
     Raises:
         CompressionError: A weight is to keep sparse outliers.
+
+    Examples:
+        >>> from graphopt.palettization import KMeansPalettizerConfig
+        >>> from graphopt.passes import AnnotatePalettization, cluster_annotated
+        >>> gm = program.graph_module
+        >>> _ = AnnotatePalettization(KMeansPalettizerConfig())(gm)
+        >>> InsertPalettizers(cluster_annotated(gm))(gm).modified
+        True
+        >>> [node.target for node in gm.graph.nodes if node.op == "call_module"]
+        ['_quantizers.of_0_weight', '_quantizers.of_2_weight']
     """
 
     name: ClassVar[str] = "insert-palettizers"

@@ -32,6 +32,14 @@ class InsertPruners(Pass):
         %w = get_attr[fc.weight]
         %p = _quantizers.of_fc_weight(%w)
         %y = linear(%x, %p)
+
+    Examples:
+        >>> from graphopt.passes import AnnotatePruning
+        >>> from graphopt.pruning import MagnitudePrunerConfig
+        >>> gm = program.graph_module
+        >>> _ = AnnotatePruning(MagnitudePrunerConfig())(gm), InsertPruners()(gm)
+        >>> [node.target for node in gm.graph.nodes if node.op == "call_module"]
+        ['_quantizers.of_0_weight', '_quantizers.of_2_weight']
     """
 
     name: ClassVar[str] = "insert-pruners"

@@ -35,6 +35,15 @@ class InsertTaps(Pass):
     Attributes:
         collector: What the taps report to.
         names: Names of the weights.
+
+    Examples:
+        >>> from graphopt.fitting.sensitivity.collector import GradientCollector
+        >>> collector, module = GradientCollector(), program.module()
+        >>> InsertTaps(collector, ["0.weight"])(module).modified
+        True
+        >>> module(batches[0]).square().mean().backward()
+        >>> {name: tuple(total.shape) for name, total in collector.sums.items()}
+        {'0.weight': (8, 16)}
     """
 
     name: ClassVar[str] = "insert-taps"

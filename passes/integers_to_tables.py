@@ -36,6 +36,14 @@ class IntegersToTables(Pass):
     Attributes:
         storages: Element types to rewrite.
         wanted: Which of their weights, by the node of `shift_scale`; None takes all.
+
+    Examples:
+        >>> specs = {"op_state_spec": {"weight": {"dtype": "int3"}}}
+        >>> specs |= {"op_input_spec": None, "op_output_spec": None}
+        >>> config = {"quantization": {"global_config": specs}}
+        >>> gm = graphopt.compress(model, example, config).graph_module
+        >>> IntegersToTables()(gm).modified
+        True
     """
 
     name: ClassVar[str] = "integers-to-tables"

@@ -27,6 +27,14 @@ class LoadState(Pass):
 
     Raises:
         InputError: Names or shapes are not those of the graph.
+
+    Examples:
+        >>> gm = program.graph_module
+        >>> zeros = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+        >>> LoadState(zeros)(gm).modified
+        True
+        >>> gm.get_parameter("0.weight").count_nonzero().item()
+        0
     """
 
     name: ClassVar[str] = "load-state"

@@ -59,6 +59,19 @@ class MigrateScales(Pass):
 
     Attributes:
         data: Inputs of one call each, as for `as_batch`; without data nothing changes.
+
+    Examples:
+        >>> from graphopt.passes import AnnotateQuantization
+        >>> from graphopt.quantization import QuantizerConfig
+        >>> _ = torch.manual_seed(0)
+        >>> net = torch.nn.Sequential(torch.nn.LayerNorm(16), torch.nn.Linear(16, 16)).eval()
+        >>> with torch.no_grad():
+        ...     _ = net[0].weight.copy_(torch.logspace(-2, 2, 16))
+        >>> rows = torch.randn(64, 16)
+        >>> gm = graphopt.capture(net, rows).graph_module
+        >>> _ = AnnotateQuantization(QuantizerConfig.presets.w8a8_affine())(gm)
+        >>> MigrateScales([rows])(gm).modified
+        True
     """
 
     name: ClassVar[str] = "migrate-scales"

@@ -37,6 +37,12 @@ class PassRecord:
         error: max|a − b| / max|b| of the outputs against what the pass must compute; None where that
             was not asked for, or where the pass changes values in a way that nothing predicts.
         tolerance: What the pass allows itself.
+
+    Examples:
+        >>> from graphopt import pipelines
+        >>> record = pipelines.palettize().run(model, example).pass_report.records[0]
+        >>> isinstance(record, PassRecord), record.name
+        (True, 'raise-to-vocabulary')
     """
 
     name: str
@@ -50,7 +56,15 @@ class PassRecord:
 
 @dataclass(frozen=True)
 class PassReport:
-    """What a pipeline did, pass by pass; a program's `pass_report` prints as a table."""
+    """What a pipeline did, pass by pass; a program's `pass_report` prints as a table.
+
+    Examples:
+        >>> from graphopt.passes import FoldBatchNorm
+        >>> from graphopt.pipelines import PassManager
+        >>> report = PassManager((FoldBatchNorm(),)).run(convolutional.graph_module)
+        >>> isinstance(report, PassReport), report.modified, [record.name for record in report]
+        (True, True, ['fold-batch-norm'])
+    """
 
     records: tuple[PassRecord, ...]
 

@@ -61,6 +61,15 @@ class PruneWeights(Pass):
     Attributes:
         masks: Name → where elements stay, beside those that an earlier stage found; weights without
             one are masked by their specs.
+
+    Examples:
+        >>> from graphopt.passes import AnnotatePruning
+        >>> from graphopt.pruning import MagnitudePrunerConfig
+        >>> gm = program.graph_module
+        >>> _ = AnnotatePruning(MagnitudePrunerConfig())(gm), PruneWeights()(gm)
+        >>> sparse = torch.ops.graphopt.sparse_to_dense.default
+        >>> len(gm.graph.find_nodes(op="call_function", target=sparse))
+        2
     """
 
     name: ClassVar[str] = "prune-weights"

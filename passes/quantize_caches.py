@@ -50,6 +50,22 @@ class QuantizeCaches(Pass):
 
     Attributes:
         ops: Ops that update caches, "index_copy" and "index_put".
+
+    Examples:
+        >>> class Cache(torch.nn.Module):
+        ...     def __init__(self):
+        ...         super().__init__()
+        ...         self.register_buffer("keys", torch.zeros(1, 2, 8, 16))
+        ...
+        ...     def forward(self, k, position):
+        ...         self.keys.index_copy_(2, position, k)
+        ...         return self.keys * 2
+        >>> inputs = torch.randn(1, 2, 1, 16), torch.tensor([3])
+        >>> gm = graphopt.capture(Cache(), inputs).graph_module
+        >>> QuantizeCaches(("index_copy",))(gm).modified
+        True
+        >>> {name: buffer.dtype for name, buffer in gm.named_buffers()}
+        {'keys': torch.int8, 'keys_scale': torch.float32}
     """
 
     name: ClassVar[str] = "quantize-caches"

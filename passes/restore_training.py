@@ -33,6 +33,13 @@ class RestoreTraining(Pass):
         %i = _quantizers.norm_n(%y, %gamma, %beta, %mean, %var)
         %d = _quantizers.dropout_d(%i)
         %a = _quantizers.dropout_a(%q, %k, %v)
+
+    Examples:
+        >>> gm = convolutional.graph_module
+        >>> RestoreTraining()(gm).modified
+        True
+        >>> [node.target for node in gm.graph.nodes if node.op == "call_module"]
+        ['_quantizers.norm__native_batch_norm_legit_no_training_default']
     """
 
     name: ClassVar[str] = "restore-training"

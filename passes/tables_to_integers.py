@@ -40,6 +40,13 @@ class TablesToIntegers(Pass):
     Attributes:
         wanted: (weight, op that reads it) → whether that op gains by integers; lookups with another
             reader stay. None takes all.
+
+    Examples:
+        >>> spec = {"n_bits": 4, "lut_qspec": {"dtype": "int8"}}
+        >>> config = {"palettization": {"global_config": {"op_state_spec": {"weight": spec}}}}
+        >>> gm = graphopt.compress(model, example, config).graph_module
+        >>> TablesToIntegers()(gm).modified
+        True
     """
 
     name: ClassVar[str] = "tables-to-integers"

@@ -35,6 +35,16 @@ class Tune(Pass):
         steps: Steps per block.
         seed: Seed of the order of the data.
         progress: Show a bar; None shows it on a terminal.
+
+    Examples:
+        >>> from graphopt.palettization import KMeansPalettizerConfig
+        >>> from graphopt.passes import AnnotatePalettization, KeepReference, PalettizeWeights
+        >>> gm = program.graph_module
+        >>> annotate = AnnotatePalettization(KMeansPalettizerConfig())
+        >>> for step in (KeepReference(), annotate, PalettizeWeights()):
+        ...     _ = step(gm)
+        >>> Tune(batches, steps=5)(gm).modified
+        True
     """
 
     name: ClassVar[str] = "tune"
@@ -74,6 +84,11 @@ def tune(
         OptionError: There is no such option.
         CalibrationError: There is no data.
         InputError: Data do not fit the program.
+
+    Examples:
+        >>> tuned = tune(compressed, program, batches, steps=5)
+        >>> type(tuned).__name__
+        'CompressedProgram'
     """
     how = TuningOptions.of("tune", options)
     tuned = replace(program, graph_module=copy.deepcopy(program.graph_module))

@@ -33,6 +33,15 @@ class WidenScales(Pass):
         floats: Whether e8m0 scales of narrow floats are widened, too, and not those of integers only.
         bfloat16: Whether scales in bfloat16 are.
         dtype: Type that they get; None is the weight's own.
+
+    Examples:
+        >>> spec = {"dtype": "int8", "scale_dtype": "float8_e8m0fnu"}
+        >>> specs = {"op_state_spec": {"weight": spec}}
+        >>> specs |= {"op_input_spec": None, "op_output_spec": None}
+        >>> config = {"quantization": {"global_config": specs}}
+        >>> gm = graphopt.compress(model, example, config).graph_module
+        >>> WidenScales()(gm).modified
+        True
     """
 
     name: ClassVar[str] = "widen-scales"

@@ -88,6 +88,11 @@ def capture(
         CaptureError: The model cannot be exported, and the message names op, module and source line;
             or the file is no program, or holds what could run code.
         InputError: Example inputs are missing, or the model fails on them.
+
+    Examples:
+        >>> program = capture(model, example)
+        >>> torch.equal(program.module()(*example), model(*example))
+        True
     """
     if isinstance(model, Mapping):
         return captured_set(model, capture, dynamic_shapes)

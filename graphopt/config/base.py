@@ -27,8 +27,6 @@ __all__ = [
     "CompressionConfig",
     "ModuleCompressionConfig",
     "OpCompressionConfig",
-    "WeightOnlyModuleValidationMixin",
-    "WeightOnlyOpValidationMixin",
     "read_yaml",
     "type_name",
 ]
@@ -92,6 +90,12 @@ class OpCompressionConfig(_Mutable, Generic[SpecT]):
         op_input_spec: Slot (index, name or "*") → spec.
         op_output_spec: Slot → spec.
         op_state_spec: State name ("weight", "bias", a parameter's own name, or "*") → spec.
+
+    Examples:
+        >>> from graphopt.palettization import OpKMeansPalettizerConfig
+        >>> config = OpKMeansPalettizerConfig(op_state_spec={"weight": {"n_bits": 2}})
+        >>> isinstance(config, OpCompressionConfig), config.op_state_spec["weight"].n_bits
+        (True, 2)
     """
 
     op_input_spec: _Slots[SpecT] = Field(default_factory=dict)
@@ -133,20 +137,6 @@ class OpCompressionConfig(_Mutable, Generic[SpecT]):
         return self
 
 
-class WeightOnlyOpValidationMixin:
-    """First base of an op's config that has specs of states only: others are refused.
-
-    Raises:
-        ConfigError: From the config's constructor, where an input or an output has a spec.
-    """
-
-    weight_only: ClassVar[bool] = True
-
-
-class WeightOnlyModuleValidationMixin(WeightOnlyOpValidationMixin):
-    """The same for a module's config."""
-
-
 class ModuleCompressionConfig(OpCompressionConfig[SpecT], Generic[SpecT, OpT]):
     """Specs for everything inside a module.
 
@@ -157,6 +147,12 @@ class ModuleCompressionConfig(OpCompressionConfig[SpecT], Generic[SpecT, OpT]):
         module_output_spec: Slot of the module's own outputs → spec.
         module_state_spec: Parameter or buffer name relative to the module → spec; holds whatever op
             uses it.
+
+    Examples:
+        >>> from graphopt.palettization import ModuleKMeansPalettizerConfig
+        >>> config = ModuleKMeansPalettizerConfig(op_type_config={"conv2d": None})
+        >>> isinstance(config, ModuleCompressionConfig), config.op_type_config
+        (True, {'conv2d': None})
     """
 
     op_type_config: dict[str, OpT | None] = Field(default_factory=dict)
@@ -174,6 +170,11 @@ class CompressionConfig(_Mutable, Generic[ModuleT]):
             when not given, nothing when None.
         module_type_configs: Module class or qualified name → config or None.
         module_name_configs: Regex over module names → config or None.
+
+    Examples:
+        >>> config = graphopt.palettization.KMeansPalettizerConfig(module_name_configs={"2": None})
+        >>> isinstance(config, CompressionConfig), config.module_name_configs
+        (True, {'2': None})
     """
 
     root_key: ClassVar[str]

@@ -8,6 +8,8 @@ from graphopt.config.base import (
     CompressionConfig,
     ModuleCompressionConfig,
     OpCompressionConfig,
+)
+from graphopt.config.weight_only import (
     WeightOnlyModuleValidationMixin,
     WeightOnlyOpValidationMixin,
 )

@@ -49,6 +49,14 @@ def cluster_annotated(
 
     Raises:
         CompressionError: A weight contains NaN or Inf; the message names it.
+
+    Examples:
+        >>> from graphopt.palettization import KMeansPalettizerConfig
+        >>> from graphopt.passes import AnnotatePalettization
+        >>> gm = program.graph_module
+        >>> _ = AnnotatePalettization(KMeansPalettizerConfig())(gm)
+        >>> list(cluster_annotated(gm))
+        ['0.weight', '2.weight']
     """
     weights = _annotated(gm)
     if names is not None:

@@ -208,6 +208,10 @@ def fp4_forward(tensor: Tensor) -> Tensor:
 
     Returns:
         float32 of the same shape.
+
+    Examples:
+        >>> fp4_forward(torch.tensor([0.2, 0.25, 1.3, 100.0]))
+        tensor([0.0000, 0.0000, 1.5000, 6.0000])
     """
     storage, largest, exponent = _FLOAT_STORAGE["float4_e2m1fn_x2"]
     return _round_float(tensor.float(), Grid(storage, 4, -largest, largest, True, exponent))

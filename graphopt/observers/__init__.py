@@ -44,6 +44,10 @@ def observer_of(spec: QuantizationSpec) -> Observer:
 
     Raises:
         ConfigError: The spec names a class that is no `Observer`.
+
+    Examples:
+        >>> observer_of(graphopt.quantization.QuantizationSpec(qparam_calculator_cls="mse"))
+        MSEObserver(exponent=2.0)
     """
     wanted = spec.qparam_calculator_cls
     if isinstance(wanted, type):

@@ -35,6 +35,14 @@ class EntropyObserver(HistogramObserver):
     For every candidate range the values outside are added to the outermost bins (P); the bins of one
     quantization level then share their mean over those that are not empty (Q); the range with the
     least `Σ P log(P / Q)` is taken. (Migacz, "8-bit Inference with TensorRT", GTC 2017.)
+
+    Examples:
+        >>> observer = EntropyObserver()
+        >>> spec = graphopt.quantization.QuantizationSpec(dtype="int8")
+        >>> state = observer.update(observer.init(1), torch.linspace(-1, 1, 1001)[None])
+        >>> low, high = observer.range(state, spec)
+        >>> low.shape, bool(0.9 < high <= 1.01)
+        (torch.Size([1]), True)
     """
 
     name: ClassVar[str] = "entropy"

@@ -17,6 +17,14 @@ class LpObserver(MSEObserver):
     Squared error clips a little too much at 8 bits: a network's output depends on its large values
     more than on as many small ones. At the outputs of a trained ResNet p = 2.4 was worth
     0.6 dB; it cost 0.4 dB on a MobileNetV2 and 0.2 dB on a sentence encoder.
+
+    Examples:
+        >>> observer = LpObserver()
+        >>> spec = graphopt.quantization.QuantizationSpec(dtype="int8")
+        >>> state = observer.update(observer.init(1), torch.linspace(-1, 1, 1001)[None])
+        >>> low, high = observer.range(state, spec)
+        >>> low.shape, bool(0.9 < high <= 1.01)
+        (torch.Size([1]), True)
     """
 
     name: ClassVar[str] = "lp"

@@ -23,6 +23,14 @@ class MSEObserver(HistogramObserver):
 
     Attributes:
         exponent: Power of the errors that is summed.
+
+    Examples:
+        >>> observer = MSEObserver()
+        >>> spec = graphopt.quantization.QuantizationSpec(dtype="int8")
+        >>> state = observer.update(observer.init(1), torch.linspace(-1, 1, 1001)[None])
+        >>> low, high = observer.range(state, spec)
+        >>> low.shape, bool(0.9 < high <= 1.01)
+        (torch.Size([1]), True)
     """
 
     name: ClassVar[str] = "mse"

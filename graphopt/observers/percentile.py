@@ -22,6 +22,14 @@ class PercentileObserver(HistogramObserver):
 
     Attributes:
         share: Share of the values inside the range, in (0, 1].
+
+    Examples:
+        >>> observer = PercentileObserver(share=0.99)
+        >>> spec = graphopt.quantization.QuantizationSpec(dtype="int8")
+        >>> state = observer.update(observer.init(1), torch.linspace(-1, 1, 1001)[None])
+        >>> low, high = observer.range(state, spec)
+        >>> low.shape, bool(0.9 < high <= 1.01)
+        (torch.Size([1]), True)
     """
 
     name: ClassVar[str] = "percentile"

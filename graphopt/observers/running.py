@@ -19,7 +19,18 @@ KindT = TypeVar("KindT", bound=type)
 
 
 class QParamsCalculatorBase(Observer):
-    """Base of range statistics that specs name by a text."""
+    """Base of range statistics that specs name by a text.
+
+    Examples:
+        >>> from graphopt.observers import observer_of
+        >>> from graphopt.quantization.spec import GlobalMinMaxQParamsCalculator
+        >>> @QParamsCalculatorBase.register("documented_range")
+        ... class Documented(GlobalMinMaxQParamsCalculator):
+        ...     pass
+        >>> spec = graphopt.quantization.QuantizationSpec(qparam_calculator_cls="documented_range")
+        >>> type(observer_of(spec)).__name__
+        'Documented'
+    """
 
     name: ClassVar[str] = ""
 
@@ -45,6 +56,19 @@ class RunningRangeMixin:
     Attributes:
         running_min: Lower ends so far, while `update_running_range` runs.
         running_max: Upper ends so far.
+
+    Examples:
+        >>> from graphopt.observers import QParamsCalculatorBase
+        >>> class Widest(RunningRangeMixin, QParamsCalculatorBase):
+        ...     def update_running_range(self, min_val, max_val):
+        ...         low = torch.minimum(self.running_min, min_val)
+        ...         return low, torch.maximum(self.running_max, max_val)
+        >>> widest = Widest()
+        >>> state = widest.init(1)
+        >>> for values in ([[-1.0, 2.0]], [[-3.0, 0.0]]):
+        ...     state = widest.update(state, torch.tensor(values))
+        >>> state["low"], state["high"]
+        (tensor([-3.]), tensor([2.]))
     """
 
     running_min: Tensor

@@ -57,6 +57,11 @@ class LayerDifference:
             layers before it included; None without data.
         own_sqnr: The same where the op reads the exact inputs, so that only its own weight counts;
             None without data.
+
+    Examples:
+        >>> layer = graphopt.inspection.diff(program, compressed).layers[0]
+        >>> isinstance(layer, LayerDifference), layer.name, layer.dtype, layer.weight_sqnr > 10
+        (True, '0.weight', 'float32 → 4-bit table', True)
     """
 
     name: str
@@ -80,6 +85,11 @@ class Difference(ShownAsTable):
     Attributes:
         layers: One per op with a weight.
         output_sqnr: dB of each output of the whole model; () without data.
+
+    Examples:
+        >>> difference = graphopt.inspection.diff(program, compressed, batches)
+        >>> isinstance(difference, Difference), [layer.name for layer in difference.layers]
+        (True, ['0.weight', '2.weight'])
     """
 
     layers: tuple[LayerDifference, ...]
@@ -176,6 +186,11 @@ def diff(
 
     Raises:
         InputError: The two have no op in common or are not of one model, or data do not fit.
+
+    Examples:
+        >>> difference = diff(program, compressed, batches)
+        >>> [(layer.name, layer.output_sqnr > 10) for layer in difference.layers]
+        [('0.weight', True), ('2.weight', True)]
     """
     batches = [] if data is None else [as_batch(each) for each in data]
     known = [each for each in (before, after) if isinstance(each, Program)]

@@ -72,6 +72,12 @@ def save_graph(
         InputError: The suffix is none of these, the graph has too many nodes for a picture, or two
             programs are to be drawn in another form than a page.
         MissingDependencyError: matplotlib is not installed and a picture is asked for.
+
+    Examples:
+        >>> save_graph(compressed, "graph.html").name
+        'graph.html'
+        >>> save_graph(compressed, "graph.explorer.json").name
+        'graph.explorer.json'
     """
     target = Path(path)
     suffix = _EXPLORER if target.name.endswith(_EXPLORER) else target.suffix

@@ -26,6 +26,12 @@ class ModuleContext:
     Attributes:
         module_name: Dotted name, "" for the root.
         module_type: Class with its module.
+
+    Examples:
+        >>> from graphopt.inspection import ModelInspector
+        >>> [op] = ModelInspector(model, example).summary.model.child_modules["0"].ops
+        >>> isinstance(op.module_stack[-1], ModuleContext), op.module_stack[-1].module_name
+        (True, '0')
     """
 
     module_name: str
@@ -41,6 +47,14 @@ class SourceFrame:
         lineno: Line.
         function_name: Function.
         code_context: The line's text.
+
+    Examples:
+        >>> from graphopt.inspection import ModelInspector
+        >>> [op] = ModelInspector(model, example).summary.model.child_modules["0"].ops
+        >>> all(isinstance(frame, SourceFrame) for frame in op.source_frames)
+        True
+        >>> op.source_frames[-1].code_context
+        'return F.linear(input, self.weight, self.bias)'
     """
 
     filename: str
@@ -61,6 +75,12 @@ class OpInfo:
         inputs: What it reads, in order.
         outputs: Output index → ops that read it.
         is_state: Whether it is a parameter or buffer.
+
+    Examples:
+        >>> from graphopt.inspection import ModelInspector
+        >>> [op] = ModelInspector(model, example).summary.model.child_modules["0"].ops
+        >>> isinstance(op, OpInfo), op.op_name, [edge.op.op_name for edge in op.inputs]
+        (True, 'linear', ['input', '0.weight', '0.bias'])
     """
 
     op_name: str
@@ -88,6 +108,12 @@ class InputEdge:
     Attributes:
         op: What is read.
         output_idx: Which of its outputs.
+
+    Examples:
+        >>> from graphopt.inspection import ModelInspector
+        >>> [op] = ModelInspector(model, example).summary.model.child_modules["0"].ops
+        >>> isinstance(op.inputs[1], InputEdge), op.inputs[1].op.op_name, op.inputs[1].op.is_state
+        (True, '0.weight', True)
     """
 
     op: OpInfo
@@ -106,6 +132,13 @@ class BoundaryEdge:
     Attributes:
         op: The op inside that reads or gives it.
         index: Which of its operands or outputs.
+
+    Examples:
+        >>> from graphopt.inspection import ModelInspector
+        >>> linear = ModelInspector(model, example).summary.model.child_modules["0"]
+        >>> [edge] = linear.input_ops[0]
+        >>> isinstance(edge, BoundaryEdge), edge.op.op_name, edge.index
+        (True, 'linear', 0)
     """
 
     op: OpInfo
@@ -123,6 +156,12 @@ class ModuleInfo:
         ops: Ops of its own, in order.
         input_ops: Index of an input, as `module_input_spec` counts, → where it is read.
         output_ops: Index of an output, as `module_output_spec` counts, → what gives it.
+
+    Examples:
+        >>> from graphopt.inspection import ModelInspector
+        >>> linear = ModelInspector(model, example).summary.model.child_modules["0"]
+        >>> isinstance(linear, ModuleInfo), linear.module_name, [op.op_type for op in linear.ops]
+        (True, '0', ['linear'])
     """
 
     module_name: str
@@ -179,6 +218,12 @@ class ModelSummary:
         model: The root module.
         mode: How it was seen, "graph".
         state: What the model changes from one call to the next.
+
+    Examples:
+        >>> from graphopt.inspection import ModelInspector
+        >>> summary = ModelInspector(model, example).summary
+        >>> isinstance(summary, ModelSummary), list(summary.model.child_modules)
+        (True, ['0', '1', '2'])
     """
 
     model: ModuleInfo

@@ -90,6 +90,10 @@ def write_page(
         ArtifactExistsError: The file exists and `overwrite` is False.
         InputError: `before` is another model, or data do not fit.
         MissingDependencyError: Something is drawn by its `plot()` and matplotlib is not installed.
+
+    Examples:
+        >>> write_page(compressed, "report.html", before=program, data=batches).name
+        'report.html'
     """
     shown = PageOptions.of("write_page", options)
     if Path(path).exists() and not shown.overwrite:

@@ -29,6 +29,11 @@ class ModuleRow:
         parameters: Elements of the state that its own ops use.
         stored_bytes: Bytes of that state as it is stored.
         bits_per_weight: Stored bits per element of the compressed part, None without one.
+
+    Examples:
+        >>> rows = graphopt.inspection.inspect_program(program).modules
+        >>> isinstance(rows[0], ModuleRow), rows[1].name, rows[1].parameters
+        (True, '0', 136)
     """
 
     name: str
@@ -41,7 +46,13 @@ class ModuleRow:
 
 @dataclass(frozen=True)
 class ModelReport:
-    """A program's modules and totals; prints as a tree and a table."""
+    """A program's modules and totals; prints as a tree and a table.
+
+    Examples:
+        >>> report = graphopt.inspection.inspect_program(program)
+        >>> isinstance(report, ModelReport), report.parameters, report.stored_bytes
+        (True, 172, 688)
+    """
 
     source: str
     modules: tuple[ModuleRow, ...]
@@ -82,7 +93,12 @@ class ModelReport:
 
 
 def inspect_program(program: Program) -> ModelReport:
-    """Summarise a program, compressed or not."""
+    """Summarise a program, compressed or not.
+
+    Examples:
+        >>> inspect_program(program).parameters
+        172
+    """
     gm = program.graph_module
     types: dict[str, str] = {}
     for node in gm.graph.nodes:

@@ -50,6 +50,17 @@ class Workers:
         executor: Any `concurrent.futures.Executor`, or a `distributed.Client` or cluster of Dask.
         folder: Folder that all workers see under this path, for tensors on their way; None is one of
             this machine's, which is enough for workers on it. Files are gone when the work is done.
+
+    Examples:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> from graphopt.palettization import KMeansPalettizerConfig
+        >>> from graphopt.passes import AnnotatePalettization, cluster_annotated
+        >>> gm = program.graph_module
+        >>> _ = AnnotatePalettization(KMeansPalettizerConfig())(gm)
+        >>> with ThreadPoolExecutor(2) as pool:
+        ...     palettes = cluster_annotated(gm, executor=Workers(pool))
+        >>> list(palettes)
+        ['0.weight', '2.weight']
     """
 
     executor: Any

@@ -51,7 +51,14 @@ class DefaultTrainingSpec(TrainingStrategySpec):
 
 
 class STETrainingSpec(TrainingStrategySpec):
-    """Nearest table entries, which follow the weights; gradients pass straight through."""
+    """Nearest table entries, which follow the weights; gradients pass straight through.
+
+    Examples:
+        >>> training = STETrainingSpec()
+        >>> spec = graphopt.specs.PalettizationSpec(n_bits=2, training_strategy_spec=training)
+        >>> spec.training_strategy_spec.type
+        'ste'
+    """
 
     type: Literal["ste"] = Field(default="ste", repr=False)
 
@@ -64,6 +71,12 @@ class DKMTrainingSpec(TrainingStrategySpec):
             small values approach the nearest entry. A value relative to the weights' own scale
             serves layers of any magnitude.
         iterations: Soft k-means steps of each training step.
+
+    Examples:
+        >>> training = DKMTrainingSpec(iterations=4)
+        >>> spec = graphopt.specs.PalettizationSpec(n_bits=2, training_strategy_spec=training)
+        >>> spec.training_strategy_spec
+        DKMTrainingSpec(temperature=0.5, iterations=4)
     """
 
     type: Literal["dkm"] = Field(default="dkm", repr=False)

@@ -15,7 +15,12 @@ __all__ = ["CompressionGranularity", "DType", "QScheme", "check_whole", "option_
 
 
 class DType(StrEnum):
-    """Element types of stored weights, tables and scales."""
+    """Element types of stored weights, tables and scales.
+
+    Examples:
+        >>> DType("int4")
+        <DType.INT4: 'int4'>
+    """
 
     INT2 = "int2"
     UINT2 = "uint2"
@@ -30,7 +35,12 @@ class DType(StrEnum):
 
 
 class CompressionGranularity(StrEnum):
-    """How many elements share a table or a scale."""
+    """How many elements share a table or a scale.
+
+    Examples:
+        >>> CompressionGranularity("per_channel")
+        <CompressionGranularity.PER_CHANNEL: 'per_channel'>
+    """
 
     PER_TENSOR = "per_tensor"
     PER_CHANNEL = "per_channel"
@@ -39,7 +49,12 @@ class CompressionGranularity(StrEnum):
 
 
 class QScheme(StrEnum):
-    """Where the representable range sits around zero."""
+    """Where the representable range sits around zero.
+
+    Examples:
+        >>> QScheme("symmetric")
+        <QScheme.SYMMETRIC: 'symmetric'>
+    """
 
     SYMMETRIC = "symmetric"
     ASYMMETRIC = "asymmetric"

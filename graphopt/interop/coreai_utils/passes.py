@@ -167,6 +167,13 @@ def quantize_weights(
         CompressionError: A weight contains NaN or Inf; nothing was changed.
         InputError: It is no `AIProgram`.
         MissingDependencyError: coreai-core is not installed.
+
+    Examples:
+        >>> from coreai.authoring import AIModelAsset
+        >>> path = graphopt.lower(program, "coreai").save("model.aimodel")
+        >>> asset = AIModelAsset.load(path)
+        >>> small = quantize_weights(asset.program, "int8", weight_num_threshold=0)
+        >>> saved = small.save_asset(path.with_name("small.aimodel"))
     """
     types = tuple(member for member in DType if member is not DType.FP8_E8M0FNU)
     wanted = option_of(DType, dtype, types, "dtype")
@@ -246,6 +253,13 @@ def sparsify_weights(
         CompressionError: A weight contains NaN or Inf; nothing was changed.
         InputError: It is no `AIProgram`.
         MissingDependencyError: coreai-core is not installed.
+
+    Examples:
+        >>> from coreai.authoring import AIModelAsset
+        >>> path = graphopt.lower(program, "coreai").save("model.aimodel")
+        >>> asset = AIModelAsset.load(path)
+        >>> small = sparsify_weights(asset.program, target_sparsity=0.5, weight_num_threshold=0)
+        >>> saved = small.save_asset(path.with_name("small.aimodel"))
     """
     if (target_sparsity is None) == (n_m_ratio is None):
         raise ConfigError("give either target_sparsity or n_m_ratio (with target_sparsity=None)")

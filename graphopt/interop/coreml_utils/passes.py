@@ -47,6 +47,12 @@ class WeightInfo:
         ops: (name, type) of the ops that read it.
         shape: Its shape.
         dtype: Its type.
+
+    Examples:
+        >>> from graphopt.coreml_utils import weights_of
+        >>> package = graphopt.lower(program, "coreml").model  # an MLModel
+        >>> isinstance(weights_of(package)[0], WeightInfo), weights_of(package)[0].shape
+        (True, (8, 16))
     """
 
     name: str
@@ -60,6 +66,11 @@ def weights_of(model: Any) -> tuple[WeightInfo, ...]:
 
     Raises:
         InputError: It is no `MLModel` of type ML program.
+
+    Examples:
+        >>> package = graphopt.lower(program, "coreml").model  # an MLModel
+        >>> [weight.shape for weight in weights_of(package)]
+        [(8, 16), (4, 8)]
     """
     weights = open_model(model, modern=False).weights()
     return tuple(
@@ -145,6 +156,11 @@ def quantize_weights(
         CompressionError: A weight contains NaN or Inf, or cannot be quantized so.
         InputError: It is no `MLModel` of type ML program.
         MissingDependencyError: coremltools is not installed.
+
+    Examples:
+        >>> package = graphopt.lower(program, "coreml").model  # an MLModel
+        >>> small = quantize_weights(package, weight_threshold=0)
+        >>> small.save("small.mlpackage")
     """
     rules = _Rules(spec, op_type_specs or {}, name_specs or {}, weight_threshold)
     rules.refuse(_problem_of_integers)

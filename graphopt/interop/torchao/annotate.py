@@ -67,6 +67,13 @@ class AnnotateFromTorchao(Pass):
         transform: Whether its `transform_for_annotation` runs first. Off by default: that of
             XNNPACKQuantizer turns integer scalars into float32 tensors, which breaks models that
             compute positions.
+
+    Examples:
+        >>> from executorch.backends.xnnpack.quantizer import xnnpack_quantizer as xnnpack
+        >>> config = xnnpack.get_symmetric_quantization_config(is_per_channel=True)
+        >>> theirs = xnnpack.XNNPACKQuantizer().set_global(config)
+        >>> AnnotateFromTorchao(theirs)(program.graph_module).modified
+        True
     """
 
     name: ClassVar[str] = "annotate-from-torchao"

@@ -35,6 +35,11 @@ class Scales(Enum):
     SHARE: all operands and the result have one scale.
     PASS: the result has the first operand's scale, where that operand is quantized.
     FLOAT: left in float unless a config names it.
+
+    Examples:
+        >>> from graphopt.ir.op_info import info_of
+        >>> info_of(torch.ops.aten.cat.default).scales is Scales.SHARE
+        True
     """
 
     COMPUTE = "compute"
@@ -50,6 +55,11 @@ class View(Enum):
     1 is the order. TRANSPOSE: arguments 1 and 2 change places. REVERSE: the order is turned around.
     UNSQUEEZE: argument 1 is a new axis. SELECT: argument 1 is an axis that goes. EXPAND: axes come in
     front.
+
+    Examples:
+        >>> from graphopt.ir.op_info import info_of
+        >>> info_of(torch.ops.aten.permute.default).view is View.PERMUTE
+        True
     """
 
     KEEP = "keep"
@@ -74,6 +84,12 @@ class WeightSlot:
         data: Place of the operand that it is multiplied with.
         bias: Place of what is added per output channel, None where the op has no such argument.
         result_axis: Axis of the result that counts the output channels.
+
+    Examples:
+        >>> from graphopt.ir.op_info import info_of
+        >>> [slot] = info_of(torch.ops.aten.linear.default).weights
+        >>> isinstance(slot, WeightSlot), slot.position, slot.channel_axis, slot.matrix
+        (True, 1, 0, 'linear')
     """
 
     position: int
@@ -99,6 +115,11 @@ class BiasSlot:
     Attributes:
         position: Its place among the arguments.
         channel_axis: Its axis of output channels.
+
+    Examples:
+        >>> from graphopt.ir.op_info import info_of
+        >>> info_of(torch.ops.aten.conv2d.default).biases
+        (BiasSlot(position=2, channel_axis=0),)
     """
 
     position: int
@@ -116,6 +137,11 @@ class ConvolutionArguments:
         groups: Place of the number of channel groups.
         transposed: Whether it is a transposed one.
         ndim: Its spatial dimensions.
+
+    Examples:
+        >>> from graphopt.ir.op_info import info_of
+        >>> info_of(torch.ops.aten.conv1d.default).convolution.ndim
+        1
     """
 
     stride: int = 3
@@ -134,6 +160,11 @@ class Activation:
         low: Its smallest value, None where it has none.
         bounds_from: Place of its smallest value, where that is an argument.
         homogeneous: Whether f(s·x) = s·f(x) for s > 0.
+
+    Examples:
+        >>> from graphopt.ir.op_info import info_of
+        >>> info_of(torch.ops.aten.relu.default).activation
+        Activation(low=0.0, bounds_from=None, homogeneous=True)
     """
 
     low: float | None = None
@@ -149,6 +180,11 @@ class NormArguments:
         gain: Place of the gain.
         shift: Place of the shift.
         axis: Axis of the channels that they count.
+
+    Examples:
+        >>> from graphopt.ir.op_info import info_of
+        >>> info_of(torch.ops.aten.layer_norm.default).norm
+        NormArguments(gain=2, shift=3, axis=-1)
     """
 
     gain: int | None
@@ -165,6 +201,11 @@ class BatchNormArguments:
         eps: Place of ε.
         training: Place of the switch to the batch's own statistics, None where there is none.
         gives_tuple: Whether the normalised value is item 0 of the result.
+
+    Examples:
+        >>> from graphopt.ir.op_info import BATCH_NORM, info_of
+        >>> info_of(BATCH_NORM).batch_norm
+        BatchNormArguments(momentum=5, eps=6, training=None, gives_tuple=True)
     """
 
     momentum: int
@@ -214,6 +255,11 @@ class OpInfo:
         kept_whole: Whether export's decomposition leaves it as it is.
         linear_if_turned: Whether it is a linear layer where its right operand is a turned matrix.
         by_node: Says of one node what the op is there, where its arguments decide.
+
+    Examples:
+        >>> relu = graphopt.ir.op_info.info_of(torch.ops.aten.relu.default)
+        >>> isinstance(relu, OpInfo), relu.names[0], relu.scales
+        (True, 'relu', <Scales.PASS: 'pass'>)
     """
 
     names: tuple[str, ...]

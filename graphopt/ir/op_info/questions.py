@@ -27,24 +27,50 @@ _TURNING = (View.REVERSE, View.TRANSPOSE, View.PERMUTE)
 
 
 def view_of(node: object) -> View | None:
-    """What a node does with axes, where it only rearranges its operand."""
+    """What a node does with axes, where it only rearranges its operand.
+
+    Examples:
+        >>> gm = torch.fx.symbolic_trace(lambda x: torch.ops.aten.transpose.int(x, 0, 1))
+        >>> [str(view_of(node)) for node in gm.graph.nodes if node.op == "call_function"]
+        ['View.TRANSPOSE']
+    """
     info = info_of(node) if isinstance(node, fx.Node) else None
     return None if info is None else info.view
 
 
 def is_batch_norm(node: object) -> bool:
-    """Whether a node is a batch norm that uses its stored statistics, as captures hold them."""
+    """Whether a node is a batch norm that uses its stored statistics, as captures hold them.
+
+    Examples:
+        >>> [node.name for node in convolutional.graph_module.graph.nodes if is_batch_norm(node)]
+        ['_native_batch_norm_legit_no_training_default']
+    """
     return isinstance(node, fx.Node) and node.target is BATCH_NORM
 
 
 def is_cast(node: fx.Node) -> bool:
-    """Whether a node only changes the type of its operand."""
+    """Whether a node only changes the type of its operand.
+
+    Examples:
+        >>> to_copy = torch.ops.aten._to_copy.default
+        >>> gm = torch.fx.symbolic_trace(lambda x: to_copy(x, dtype=torch.float16))
+        >>> [is_cast(node) for node in gm.graph.nodes if node.op == "call_function"]
+        [True]
+    """
     info = info_of(node)
     return info is not None and info.cast
 
 
 def cast_type(node: fx.Node) -> torch.dtype | None:
-    """The type that a node only casts its operand to; None where it names none."""
+    """The type that a node only casts its operand to; None where it names none.
+
+    Examples:
+        >>> to_copy = torch.ops.aten._to_copy.default
+        >>> gm = torch.fx.symbolic_trace(lambda x: to_copy(x, dtype=torch.float16))
+        >>> [cast] = gm.graph.find_nodes(op="call_function", target=to_copy)
+        >>> cast_type(cast)
+        torch.float16
+    """
     if not is_cast(node):
         return None
     given = (*node.args[1:], node.kwargs.get("dtype"))
@@ -52,20 +78,40 @@ def cast_type(node: fx.Node) -> torch.dtype | None:
 
 
 def is_training(node: fx.Node) -> bool:
-    """Whether a norm or a dropout is switched to training."""
+    """Whether a norm or a dropout is switched to training.
+
+    Examples:
+        >>> gm = torch.fx.symbolic_trace(lambda x: torch.ops.aten.dropout.default(x, 0.5, True))
+        >>> [is_training(node) for node in gm.graph.nodes if node.op == "call_function"]
+        [True]
+    """
     info = info_of(node)
     return info is not None and bool(argument(node, info.training))
 
 
 def noise_range(node: fx.Node) -> tuple[float, float]:
-    """Between which values an op of random slope draws it in training."""
+    """Between which values an op of random slope draws it in training.
+
+    Examples:
+        >>> gm = torch.fx.symbolic_trace(lambda x: torch.ops.aten.rrelu.default(x, 0.1, 0.3))
+        >>> [noise_range(node) for node in gm.graph.nodes if node.op == "call_function"]
+        [(0.1, 0.3)]
+    """
     low, high = (argument(node, place) for place in (1, 2))
     defaults = [each.default_value for each in node.target._schema.arguments[1:3]]  # type: ignore[union-attr]
     return float(defaults[0] if low is None else low), float(defaults[1] if high is None else high)
 
 
 def eps_of(norm: fx.Node) -> float:
-    """A batch norm's ε."""
+    """A batch norm's ε.
+
+    Examples:
+        >>> from graphopt.ir.op_info import BATCH_NORM
+        >>> graph = convolutional.graph_module.graph
+        >>> [norm] = graph.find_nodes(op="call_function", target=BATCH_NORM)
+        >>> eps_of(norm)
+        1e-05
+    """
     info = info_of(norm)
     assert info is not None
     assert info.batch_norm is not None
@@ -73,7 +119,15 @@ def eps_of(norm: fx.Node) -> float:
 
 
 def momentum_of(norm: fx.Node) -> float:
-    """A batch norm's momentum."""
+    """A batch norm's momentum.
+
+    Examples:
+        >>> from graphopt.ir.op_info import BATCH_NORM
+        >>> graph = convolutional.graph_module.graph
+        >>> [norm] = graph.find_nodes(op="call_function", target=BATCH_NORM)
+        >>> momentum_of(norm)
+        0.1
+    """
     info = info_of(norm)
     assert info is not None
     assert info.batch_norm is not None
@@ -81,7 +135,15 @@ def momentum_of(norm: fx.Node) -> float:
 
 
 def op_names(node: fx.Node) -> tuple[str, ...]:
-    """What configs call an op: its family, the op itself, and its overload."""
+    """What configs call an op: its family, the op itself, and its overload.
+
+    Examples:
+        >>> calls = program.graph_module.graph.find_nodes(
+        ...     op="call_function", target=torch.ops.aten.linear.default
+        ... )
+        >>> op_names(calls[0])
+        ('linear', 'aten.linear.default')
+    """
     info = info_of(node)
     full = str(node.target)
     packet = full.split(".")[1] if "." in full else full

@@ -25,7 +25,17 @@ _TABLE: dict[Any, OpInfo] = {
 
 
 class Registration:
-    """What `register` has added; as a context manager it takes that back at the end."""
+    """What `register` has added; as a context manager it takes that back at the end.
+
+    Examples:
+        >>> from graphopt.ir.op_info import OpInfo, info_of, register
+        >>> row = register(OpInfo(names=("sinc",), targets=(torch.ops.aten.sinc.default,)))
+        >>> isinstance(row, Registration), info_of(torch.ops.aten.sinc.default).names
+        (True, ('sinc',))
+        >>> row.undo()
+        >>> info_of(torch.ops.aten.sinc.default) is None
+        True
+    """
 
     def __init__(self, info: OpInfo, before: dict[Any, OpInfo]) -> None:
         self.info = info
@@ -90,7 +100,12 @@ def register(info: OpInfo, *, replace: bool = False) -> Registration:
 
 
 def info_of(op: fx.Node | Any) -> OpInfo | None:
-    """What is known of an op: a node that calls it, or the overload; None where nothing is."""
+    """What is known of an op: a node that calls it, or the overload; None where nothing is.
+
+    Examples:
+        >>> info_of(torch.ops.aten.conv2d.default).names[0], info_of(torch.ops.aten.sinc.default)
+        ('conv2d', None)
+    """
     if not isinstance(op, fx.Node):
         return _TABLE.get(op)
     if op.op != "call_function":
@@ -100,17 +115,32 @@ def info_of(op: fx.Node | Any) -> OpInfo | None:
 
 
 def known_ops() -> tuple[OpInfo, ...]:
-    """All rows of the table."""
+    """All rows of the table.
+
+    Examples:
+        >>> any("conv2d" in info.names for info in known_ops())
+        True
+    """
     return tuple(dict.fromkeys(_TABLE.values()))
 
 
 def targets(wanted: Callable[[OpInfo], object]) -> tuple[Any, ...]:
-    """Overloads of the ops that have a property."""
+    """Overloads of the ops that have a property.
+
+    Examples:
+        >>> torch.ops.aten.dropout.default in targets(lambda info: info.dropout)
+        True
+    """
     return tuple(target for target, info in _TABLE.items() if wanted(info))
 
 
 def named(*names: str) -> tuple[Any, ...]:
-    """Overloads of aten that `names` say, as "conv2d" (all known ones) or "squeeze.dim" (one)."""
+    """Overloads of aten that `names` say, as "conv2d" (all known ones) or "squeeze.dim" (one).
+
+    Examples:
+        >>> named("squeeze.dim")
+        (<OpOverload(op='aten.squeeze', overload='dim')>,)
+    """
     made = []
     for target in _TABLE:
         space, packet, overload = str(target).split(".")
@@ -120,5 +150,13 @@ def named(*names: str) -> tuple[Any, ...]:
 
 
 def argument(node: fx.Node, place: int | None, default: Any = None) -> Any:
-    """An argument of a node by its place, `default` where it has none there."""
+    """An argument of a node by its place, `default` where it has none there.
+
+    Examples:
+        >>> [conv] = convolutional.graph_module.graph.find_nodes(
+        ...     op="call_function", target=torch.ops.aten.conv2d.default
+        ... )
+        >>> argument(conv, 0).name, argument(conv, 6, default=1)
+        ('input_1', 1)
+    """
     return node.args[place] if place is not None and place < len(node.args) else default

@@ -96,5 +96,9 @@ def without_memory_order(target: Any) -> Any:
 
     A captured view counts on the order that the kernel in front of it gave. With gradients or dropout
     other kernels run, attention's for one, that give another.
+
+    Examples:
+        >>> without_memory_order(torch.ops.aten.view.default)
+        <OpOverload(op='aten.reshape', overload='default')>
     """
     return _RESHAPE if target is _STRICT else target

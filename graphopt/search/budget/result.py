@@ -72,6 +72,11 @@ class FitResult:
         better: The smallest choice that is predicted to be 1 dB better; None where there is none.
         smaller: The best choice that is predicted to be 1 dB worse; None where there is none.
         seconds: Time that it took.
+
+    Examples:
+        >>> result = graphopt.fit(model, example, batches, size="64kB", path="fitted.pt2")
+        >>> isinstance(result, FitResult), result.size <= result.asked, result.measured.psnr > 20
+        (True, True, True)
     """
 
     artifact: Artifact

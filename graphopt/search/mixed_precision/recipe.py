@@ -47,6 +47,11 @@ class Recipe:
         file_bytes: Bytes of its artifact on the table's target, where that was measured.
         artifact: Target and options of its artifact, and the bytes that it may have; None where no
             target was named.
+
+    Examples:
+        >>> recipe = sensitivities.recipe(target_bpw=6)
+        >>> isinstance(recipe, Recipe), recipe.choice, recipe.bits_per_weight <= 6
+        (True, {'0.weight': '2-bit', '2.weight': 'keep'}, True)
     """
 
     choice: Mapping[str, str]

@@ -44,7 +44,14 @@ _log = logging.getLogger(__name__)
 
 
 class SensitivityTable(Measurements):
-    """Measurements of one model; made by `analyze`, read by `SensitivityTable.load`."""
+    """Measurements of one model; made by `analyze`, read by `SensitivityTable.load`.
+
+    Examples:
+        >>> isinstance(sensitivities, SensitivityTable), list(sensitivities.candidates)
+        (True, ['2-bit', '4-bit', '6-bit'])
+        >>> sensitivities.uniform("4-bit").choice
+        {'0.weight': '4-bit', '2.weight': '4-bit'}
+    """
 
     def recipe(
         self,

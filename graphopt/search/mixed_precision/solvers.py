@@ -129,6 +129,10 @@ def solve_greedily(
 
     Raises:
         InfeasibleError: The list ends before the budget is met.
+
+    Examples:
+        >>> solve_greedily([[20, 40], [30, 50]], sizes=[[2, 4], [2, 4]], kept=[32, 32], budget=6)
+        (1, 0)
     """
     pairs = [
         (float(score), layer, candidate)
@@ -287,6 +291,12 @@ def solve_near(
 
     Returns:
         The choice, or None where none was found.
+
+    Examples:
+        >>> from graphopt.mixed_precision import Problem
+        >>> problem = Problem.of(losses=[[0.9, 0.1], [0.5, 0.2]], sizes=[[2, 4], [2, 4]])
+        >>> solve_near(problem, budget=8, choice=(0, 0), changes=1).choice
+        (1, 0)
     """
     pairs = [
         (layer, int(candidate))

@@ -49,6 +49,10 @@ class Point:
         bits_per_weight: Realised bits per weight.
         bytes: Bytes of all tensors.
         score: What `evaluate` gave.
+
+    Examples:
+        >>> Point("uniform", "4-bit", None, 4.03, 1_200, 0.97)
+        Point(kind='uniform', label='4-bit', target=None, bits_per_weight=4.03, bytes=1200, score=0.97)
     """
 
     kind: str
@@ -68,6 +72,13 @@ class Sweep(ShownAsTable):
         recipes: Recipes of the points of kind "recipe", in that order.
         score: Name of the score.
         failed: Targets that no choice meets.
+
+    Examples:
+        >>> def score(net):
+        ...     return -(net(batches[0]) - model(batches[0])).square().mean().item()
+        >>> curve = sensitivities.sweep([4.5, 6.0], evaluate=score)
+        >>> isinstance(curve, Sweep), [point.kind for point in curve.points]
+        (True, ['recipe', 'recipe', 'uniform', 'uniform', 'uniform', 'uncompressed'])
     """
 
     points: tuple[Point, ...]

@@ -26,6 +26,14 @@ class Allocation:
         loss: Sum of the losses.
         bits: Sum of the bits.
         bound: No choice within the budget has a smaller loss than this.
+
+    Examples:
+        >>> from graphopt.rdo import allocate
+        >>> losses = {"a": {"2": 0.9, "4": 0.1}, "b": {"2": 0.5, "4": 0.2}}
+        >>> bits = {"a": {"2": 2.0, "4": 4.0}, "b": {"2": 2.0, "4": 4.0}}
+        >>> found = allocate(losses, bits, budget=6.0, rate_weight=None)
+        >>> isinstance(found, Allocation), found.choice, found.bits
+        (True, {'a': '4', 'b': '2'}, 6.0)
     """
 
     choice: dict[str, str]

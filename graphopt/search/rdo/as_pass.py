@@ -30,6 +30,13 @@ class OptimizeRateDistortion(Pass):
         data: Unlabelled inputs of one call each, as for `as_batch`.
         config: An `RDOConfig`, a mapping of its fields, or a YAML file.
         progress: Show bars; None shows them on a terminal.
+
+    Examples:
+        >>> config = {"target_bits": 9, "rounding": {"blocks": "none"}}
+        >>> gm = program.graph_module
+        >>> _ = graphopt.passes.RaiseToVocabulary()(gm)
+        >>> OptimizeRateDistortion(batches, config)(gm).modified
+        True
     """
 
     name: ClassVar[str] = "optimize-rate-distortion"

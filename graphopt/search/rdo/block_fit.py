@@ -21,6 +21,13 @@ class BlockFit:
         number: Its place.
         layers: Name of each of its layers → its form.
         rounded: What adaptive rounding did, or None where it did not run.
+
+    Examples:
+        >>> config = graphopt.rdo.RDOConfig.from_dict({"target_bits": 8, "candidates": [4, 8]})
+        >>> session = graphopt.rdo.Session.open(model, example, batches, config)
+        >>> fits = session.fit(session.search(rate_weight=1e-9).choice)
+        >>> all(isinstance(fit, BlockFit) for fit in fits), [list(fit.layers) for fit in fits]
+        (True, [['0.weight'], ['2.weight']])
     """
 
     number: int

@@ -32,6 +32,12 @@ def uniform_program(session: Session, bits: int) -> CompressedProgram:
     Args:
         session: The model.
         bits: 2, 3, 4, 6 or 8.
+
+    Examples:
+        >>> config = graphopt.rdo.RDOConfig.from_dict({"target_bits": 8, "candidates": [4, 8]})
+        >>> session = graphopt.rdo.Session.open(model, example, batches, config)
+        >>> len(uniform_program(session, 4).report())
+        2
     """
     spec = QuantizationSpec(
         dtype=f"int{bits}", granularity=PerChannelGranularity(), algorithm="nearest"
@@ -56,6 +62,14 @@ def compare(
 
     Raises:
         InputError: Scores of the samples differ in number between two forms.
+
+    Examples:
+        >>> config = graphopt.rdo.RDOConfig.from_dict({"target_bits": 8, "candidates": [4, 8]})
+        >>> session = graphopt.rdo.Session.open(model, example, batches, config)
+        >>> from graphopt.rdo import uniform_program
+        >>> rows = compare(session, uniform_program(session, 4), session.batches, None)
+        >>> [row.name for row in rows]
+        ['float', 'uniform 8-bit', 'uniform 4-bit', 'rate-distortion']
     """
     kept = sum(layer.kept_bits for layer in session.layers) / session.weights
     forms: dict[str, tuple[nn.Module, float]] = {

@@ -29,6 +29,9 @@ def draw_comparison(report: RDOReport) -> Figure:
 
     Raises:
         MissingDependencyError: matplotlib is not installed.
+
+    Examples:
+        >>> draw_comparison(optimized.report).savefig("comparison.png")
     """
     figure = require("matplotlib.figure", "plot").Figure(figsize=(14, 4.2), layout="constrained")
     scored = all(row.score is not None for row in report.comparison)

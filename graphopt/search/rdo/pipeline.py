@@ -51,6 +51,10 @@ class Optimized(NamedTuple):
     Attributes:
         program: The compressed program; a `CompressedSet` of a set.
         report: What was done, and how it compares.
+
+    Examples:
+        >>> isinstance(optimized, Optimized), type(optimized.program).__name__
+        (True, 'CompressedProgram')
     """
 
     program: Any

@@ -31,6 +31,11 @@ class LayerReport:
         how: "error feedback", "adaptive rounding", "searched", "rounded" or "kept".
         snr_db: Signal to noise ratio against the exact weight; None for a weight that is kept.
         note: Why something was not done, or "".
+
+    Examples:
+        >>> layer = optimized.report.layers[0]
+        >>> isinstance(layer, LayerReport), layer.name, layer.shape, layer.how
+        (True, '0.weight', (8, 16), 'error feedback')
     """
 
     name: str
@@ -58,6 +63,11 @@ class BlockReport:
         after: The same after it.
         changed: Elements that went to another level.
         undecided: Elements that were between two levels when training ended, and were decided then.
+
+    Examples:
+        >>> block = optimized.report.blocks[0]
+        >>> isinstance(block, BlockReport), block.number, block.rounded
+        (True, 0, False)
     """
 
     number: int
@@ -83,6 +93,11 @@ class Comparison:
         score: What the caller's evaluation says, or None.
         drop: Score of the float model less this one's.
         error: Standard error of the drop, from the paired scores of the samples.
+
+    Examples:
+        >>> rows = optimized.report.comparison
+        >>> isinstance(rows[0], Comparison), [row.name for row in rows]
+        (True, ['float', 'uniform 8-bit', 'uniform 4-bit', 'rate-distortion'])
     """
 
     name: str
@@ -115,6 +130,11 @@ class RDOReport:
         blocks: Every block.
         metric: Name of the distance.
         comparison: The result, uniform forms and the float model.
+
+    Examples:
+        >>> report = optimized.report
+        >>> isinstance(report, RDOReport), report.samples, report.metric
+        (True, 16, 'kl')
     """
 
     created: str

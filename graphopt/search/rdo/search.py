@@ -30,6 +30,13 @@ class Costs:
         choice: Layer → candidate of least loss + λ · bits.
         moves: Candidates that changed because of other layers of their block.
         rate_weight: λ under which they were measured.
+
+    Examples:
+        >>> config = graphopt.rdo.RDOConfig.from_dict({"target_bits": 8, "candidates": [4, 8]})
+        >>> session = graphopt.rdo.Session.open(model, example, batches, config)
+        >>> costs = session.search(rate_weight=1e-9)
+        >>> isinstance(costs, Costs), sorted(costs.choice), sorted(costs.losses["0.weight"])
+        (True, ['0.weight', '2.weight'], ['int4', 'int8'])
     """
 
     losses: dict[str, dict[str, float]] = field(default_factory=dict)
