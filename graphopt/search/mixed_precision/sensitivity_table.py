@@ -13,6 +13,7 @@ from graphopt.compressors.joint import compress
 from graphopt.compressors.options import CompressKeywords
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
+from graphopt.report.charts import DotChart
 from graphopt.search.mixed_precision.accuracy_drop import within_drop
 from graphopt.search.mixed_precision.choose import choose, uniform
 from graphopt.search.mixed_precision.file_budget import (
@@ -30,7 +31,7 @@ from graphopt.search.mixed_precision.options import (
     SweepKeywords,
     SweepOptions,
 )
-from graphopt.search.mixed_precision.plots import plot_table
+from graphopt.search.mixed_precision.plots import chart_of_table, plot_table
 from graphopt.search.mixed_precision.recipe import Recipe
 from graphopt.search.mixed_precision.refinement import refine_recipe
 from graphopt.search.mixed_precision.sweep import Sweep, run_sweep
@@ -215,6 +216,10 @@ class SensitivityTable(Measurements):
 
     def _by_kmeans(self, recipe: Recipe) -> CapturedModule:
         return self.apply(recipe, algorithm="kmeans")
+
+    def chart(self, metric: str | None = None) -> DotChart:
+        """Each candidate's values over the layers as a value, which pages draw."""
+        return chart_of_table(self, metric)
 
     def plot(self, ax: Axes | None = None, *, metric: str | None = None) -> Axes:
         """Each candidate's values over the layers; see `graphopt.mixed_precision.plots`."""

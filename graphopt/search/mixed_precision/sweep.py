@@ -20,12 +20,13 @@ from rich.table import Table
 from graphopt.errors import InfeasibleError, InputError
 from graphopt.files import locked, write_csv
 from graphopt.progress import track
+from graphopt.report.charts import CurveChart
 from graphopt.report.notebook import ShownAsTable
 from graphopt.search.content import content_hash
 from graphopt.search.mixed_precision.choose import uniform
 from graphopt.search.mixed_precision.measurements import Measurements
 from graphopt.search.mixed_precision.options import SweepOptions
-from graphopt.search.mixed_precision.plots import plot_sweep
+from graphopt.search.mixed_precision.plots import chart_of_sweep, plot_sweep
 from graphopt.search.mixed_precision.recipe import Recipe
 from graphopt.search.record_file import RecordFile
 
@@ -121,6 +122,10 @@ class Sweep(ShownAsTable):
     def to_csv(self, path: str | Path) -> Path:
         """Write the points as CSV."""
         return write_csv(Path(path), self.to_rows(), list(Point.__dataclass_fields__))
+
+    def chart(self) -> CurveChart:
+        """Accuracy against realised bits per weight as a value, which pages draw."""
+        return chart_of_sweep(self)
 
     def plot(self, ax: Axes | None = None) -> Axes:
         """Accuracy against realised bits per weight; see `graphopt.mixed_precision.plots`."""
