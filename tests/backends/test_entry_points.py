@@ -126,7 +126,7 @@ class Peeking(Decoder):
     "target",
     cases(
         ["coreai", "coreml", "executorch", "torch"],
-        default=lambda target: target in ("executorch", "torch"),
+        default=lambda target: target in ("coreai", "torch"),
     ),
 )
 def test_state_that_an_entry_point_only_reads_is_no_constant(target: str, tmp_path: Path) -> None:
