@@ -15,12 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
-from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from graphopt.ir import op_info
-from graphopt.ir.decomposing import is_functional, never_whole
+from graphopt.ir.decomposing import is_functional, name_outputs, never_whole
 from graphopt.ir.editor import ORIGIN
 from graphopt.ir.torch_private import FakeTensor, TorchDispatchMode
 
@@ -67,10 +66,7 @@ def break_up_composites(exported: ExportedProgram, table: Mapping[Any, Callable[
     stands: dict[fx.Node, fx.Node] = {}
     for call, piece in pieces.items():
         _put(call, piece, stands)
-    outputs: Any = exported.graph.output_node().args[0]
-    for spec, value in zip(exported.graph_signature.output_specs, outputs, strict=True):
-        if isinstance(spec.arg, TensorArgument):
-            spec.arg = TensorArgument(value.name)
+    name_outputs(exported)
     # what torch's tracer does not keep: conditions that only the example's sizes brought about
     exported._guards_code = []
     exported.graph.eliminate_dead_code()

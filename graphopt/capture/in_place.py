@@ -81,7 +81,7 @@ def _value(functional: Any, call: fx.Node) -> Any:
     try:
         with torch.no_grad(), args[0].fake_mode:
             return functional(*args, **kwargs)
-    except Exception:
+    except Exception:  # sizes that depend on data, and what fake tensors cannot do
         return None
 
 

@@ -23,7 +23,7 @@ from graphopt.ir import torch_private
 from graphopt.ir.editor import ORIGIN
 from graphopt.ir.torch_private import FakeTensor, OpOverload
 
-__all__ = ["decomposed", "is_functional", "never_whole"]
+__all__ = ["decomposed", "is_functional", "name_outputs", "never_whole"]
 
 Table = Mapping[Any, Callable[..., Any]]
 
@@ -54,15 +54,17 @@ def decomposed(exported: ExportedProgram, table: Table) -> ExportedProgram:
         # a rule has made a tensor of its own, which torch finds a place for
         return exported.run_decompositions(dict(table))
     _inline(exported.graph, likes, _Pieces(traced, likes))
-    for spec, value in zip(
-        exported.graph_signature.output_specs,
-        exported.graph.output_node().args[0],
-        strict=True,
-    ):
-        if isinstance(spec.arg, TensorArgument):
-            spec.arg = TensorArgument(value.name)
+    name_outputs(exported)
     exported.graph_module.recompile()
     return exported
+
+
+def name_outputs(exported: ExportedProgram) -> None:
+    """Let the signature call outputs what the graph now calls them."""
+    outputs: Any = exported.graph.output_node().args[0]
+    for spec, value in zip(exported.graph_signature.output_specs, outputs, strict=True):
+        if isinstance(spec.arg, TensorArgument):
+            spec.arg = TensorArgument(value.name)
 
 
 def never_whole(op: Any) -> bool:
