@@ -305,7 +305,8 @@ def test_sweeps_trace_a_curve_and_go_on_after_an_interruption(
     assert "knee" in str(curve)
     axes = curve.plot()
     labels = {text.get_text() for text in axes.get_legend().get_texts()}
-    assert {"mixed precision", "uniform"} <= labels
+    solver = curve.of_kind("recipe")[0].label
+    assert {f"mixed precision, {solver}", "uniform"} <= labels
     assert (curve.to_csv(tmp_path / "sweep.csv").read_text().count("\n")) == 1 + 3 + 3 + 1
     with pytest.raises(InfeasibleError, match="none of the targets"):
         table.sweep([1.0], score)
