@@ -8,8 +8,7 @@ import warnings
 from collections.abc import Iterator
 
 from graphopt.capture.export_errors import without_warnings
-from graphopt.exclusive import exclusive
-from graphopt.silence import silent
+from graphopt.exclusive import exclusive, silent
 
 __all__ = ["quiet", "silent"]
 

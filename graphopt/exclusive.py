@@ -2,14 +2,19 @@
 
 torch.export, decompositions and the converters set flags, configs, filters of warnings and streams that
 all threads share. Whatever does so runs inside `exclusive`, which also gives the caller back what is
-the process's: random states, environment variables and warnings filters.
+the process's: random states, environment variables and warnings filters. `silent` keeps what libraries write
+to the process's own streams from the terminal.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import logging
 import os
 import random
+import sys
+import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -19,7 +24,7 @@ from typing import ParamSpec, TypeVar
 import numpy as np
 import torch
 
-__all__ = ["exclusive", "exclusively"]
+__all__ = ["exclusive", "exclusively", "silent"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -79,3 +84,53 @@ def _restore(environment: dict[str, str]) -> None:
     for name, value in environment.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
+
+
+@contextmanager
+def silent() -> Iterator[Callable[[], str]]:
+    """Silence what a library's compiled parts write to the process's own streams, too.
+
+    Handlers that a library adds to the root logger are removed again. The streams are those of the
+    whole process, so nothing else should write to them meanwhile.
+
+    Yields:
+        A function that gives the text written so far.
+    """
+    with exclusive():
+        yield from _silenced()
+
+
+def _silenced() -> Iterator[Callable[[], str]]:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    root = logging.getLogger()
+    handlers, level, disabled = list(root.handlers), root.level, root.manager.disable
+    with tempfile.TemporaryFile() as sink, open(sink.fileno(), "w", closefd=False) as text:
+        saved = [os.dup(1), os.dup(2)]
+        os.dup2(sink.fileno(), 1)
+        os.dup2(sink.fileno(), 2)
+        logging.disable(logging.WARNING)
+
+        def said() -> str:
+            text.flush()
+            sink.seek(0)
+            return sink.read().decode(errors="replace").strip()
+
+        try:
+            with (
+                warnings.catch_warnings(),
+                contextlib.redirect_stdout(text),  # it need not be the process's own
+                contextlib.redirect_stderr(text),
+            ):
+                warnings.simplefilter("ignore")
+                yield said
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for stream, copy in zip((1, 2), saved, strict=True):
+                os.dup2(copy, stream)
+                os.close(copy)
+            logging.disable(disabled)
+            for handler in [other for other in root.handlers if other not in handlers]:
+                root.removeHandler(handler)
+            root.setLevel(level)

@@ -7,7 +7,7 @@ from types import ModuleType
 
 from graphopt.audited import module_of
 from graphopt.errors import MissingDependencyError
-from graphopt.silence import silent
+from graphopt.exclusive import silent
 
 __all__ = ["deferred", "require"]
 

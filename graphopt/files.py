@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import ctypes
 import errno
 import hashlib
 import os
@@ -23,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 from graphopt.errors import GraphOptError, OutputError
-from graphopt.exchange import exchange
 
 if sys.platform != "win32":
     import fcntl
@@ -32,6 +32,8 @@ __all__ = ["delete_path", "locked", "replaced", "reserved", "stored_size", "writ
 
 # bytes of what a temporary name takes over from the place's; writers put prefixes before it
 _LONGEST, _LONGEST_SUFFIX = 120, 32
+_HERE = -100  # AT_FDCWD: paths are relative to the working folder
+_SWAP = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
 _MINE = re.compile(r"\.(.*)\.([0-9a-f]{6})-(\d+)-[0-9a-f]{8}(\..*)?")
 _active: set[str] = set()  # temporary names of this process
@@ -143,7 +145,7 @@ def _take_place(temporary: Path, place: Path) -> None:
         if not place.is_dir():
             os.replace(temporary, place)
             return
-        if exchange(temporary, place):
+        if _exchanged(temporary, place):
             return  # the old one is now the temporary, which is deleted
         # no folder can be renamed over another one, so for a moment there is none
         aside = temporary.with_name(temporary.name.replace(f".{_HOST}-", f".old.{_HOST}-", 1))
@@ -262,3 +264,17 @@ def stored_size(path: Path) -> int:
     if path.is_file():
         return path.stat().st_size
     return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _exchanged(one: Path, other: Path) -> bool:
+    """Let two existing paths of one file system change places; False where that cannot be done."""
+    first, second = os.fsencode(one), os.fsencode(other)
+    try:
+        system = ctypes.CDLL(None)
+        if sys.platform == "linux":
+            return system.renameat2(_HERE, first, _HERE, second, _SWAP) == 0
+        if sys.platform == "darwin":
+            return system.renamex_np(first, second, _SWAP) == 0
+    except (OSError, AttributeError, TypeError):
+        return False
+    return False

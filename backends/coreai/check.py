@@ -15,8 +15,8 @@ from torch import Tensor
 
 from graphopt.backends.interface import match_inputs
 from graphopt.errors import VerificationError
+from graphopt.exclusive import silent
 from graphopt.extras import require
-from graphopt.silence import silent
 
 __all__ = ["run_asset", "run_calls"]
 

@@ -215,7 +215,7 @@ class ExecuTorchBackend(Backend):
 
     @override
     @exclusively
-    def lower_set(self, programs: ProgramSet, **options: Any) -> SetArtifact:
+    def lower_set(self, programs: ProgramSet, **options: Unpack[LoweringKeywords]) -> SetArtifact:
         methods = {
             name: self._formed(each, **own_options(name, programs, options))
             for name, each in programs.methods.items()

@@ -22,7 +22,7 @@ from graphopt.errors import CalibrationError
 from graphopt.extras import deferred
 from graphopt.numerics.parallel import map_tasks
 from graphopt.numerics.table_map import TableMap
-from graphopt.numerics.table_solve import best_tables, row_tasks
+from graphopt.numerics.table_solve import TableFit, best_tables, row_tasks
 from graphopt.specs.options import Options
 
 if TYPE_CHECKING:
@@ -194,7 +194,7 @@ def fit_tables(
             break
         if not how.move_tables or not where.by_rows or number + 1 == how.rounds:
             break
-        current = best_tables(codes, slope, h_used, unit_weight, where.rows, current)
+        current = best_tables(TableFit(codes, slope, h_used, unit_weight, where.rows, current))
     assert best is not None
     reached, current, q, codes = best
     back = torch.argsort(order)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 else:
     kernels = deferred("graphopt.numerics.kernels_feedback")
 
-__all__ = ["best_tables", "row_tasks"]
+__all__ = ["TableFit", "best_tables", "row_tasks"]
 
 _TASK_ROWS = 64
 _PRODUCTS_UP_TO = 32  # entries per table
@@ -36,49 +37,50 @@ def row_tasks(rows: int, size: int) -> list[tuple[slice, slice]]:
     ]
 
 
-def best_tables(
-    codes: Tensor,
-    slope: Tensor,
-    hessian: Tensor,
-    weight: Tensor,
-    row_table: _Indices,
-    tables: Tensor,
-) -> Tensor:
-    """Entries that minimise `Σ_units f_u (w_u − q_u)ᵀ H (w_u − q_u)` for given codes.
+@dataclass(frozen=True)
+class TableFit:
+    """Which entries of which tables stand for a matrix, and the error that they leave.
 
-    Args:
+    Attributes:
         codes: [columns, units] uint8.
         slope: H (w − q), [columns, rows] float32.
-        hessian: [columns, columns] float32, positive definite.
+        hessian: H, [columns, columns] float32, positive definite.
         weight: Importance f of each unit, float64.
         row_table: Table of each unit.
         tables: What to improve, [tables, k, size] float32.
+    """
+
+    codes: Tensor
+    slope: Tensor
+    hessian: Tensor
+    weight: Tensor
+    row_table: _Indices
+    tables: Tensor
+
+    @property
+    def multiplications(self) -> int:
+        """What the normal equations of all units cost."""
+        columns, units = self.codes.shape
+        return columns * columns * units * self.tables.shape[1]
+
+
+def best_tables(fit: TableFit) -> Tensor:
+    """Entries that minimise `Σ_units f_u (w_u − q_u)ᵀ H (w_u − q_u)` for given codes.
 
     Returns:
         Tables of the same shape; scalar ones are increasing.
     """
-    columns, units = codes.shape
-    if columns * columns * units * tables.shape[1] > _EXACT_UP_TO:
-        solved = _by_gradients(codes, slope, hessian, weight, row_table, tables)
-    else:
-        solved = _by_equations(codes, slope, hessian, weight, row_table, tables)
-    if tables.shape[2] == 1:
+    solved = (_by_gradients if fit.multiplications > _EXACT_UP_TO else _by_equations)(fit)
+    if fit.tables.shape[2] == 1:
         solved = solved.sort(dim=1).values
     return solved.contiguous()
 
 
-def _by_gradients(
-    codes: Tensor,
-    slope: Tensor,
-    hessian: Tensor,
-    weight: Tensor,
-    row_table: _Indices,
-    tables: Tensor,
-) -> Tensor:
+def _by_gradients(fit: TableFit) -> Tensor:
     """A few steps of conjugate gradients, each a product with H: equations of all rows cost k of them."""
-    (count, k, size), (columns, units) = tables.shape, codes.shape
-    own = torch.from_numpy(row_table)
-    place = codes.long()
+    (count, k, size), (columns, units) = fit.tables.shape, fit.codes.shape
+    own, hessian = torch.from_numpy(fit.row_table), fit.hessian
+    place = fit.codes.long()
 
     def spread(entries: Tensor) -> Tensor:
         """Values of all weights, [columns, rows]."""
@@ -96,12 +98,12 @@ def _by_gradients(
             ],
             dim=2,
         )
-        scaled = sums.transpose(0, 1).double() * weight[:, None, None]
+        scaled = sums.transpose(0, 1).double() * fit.weight[:, None, None]
         return torch.zeros(count, k, size, dtype=torch.float64).index_add_(0, own, scaled)
 
     diagonal = gathered(hessian.diagonal()[:, None].expand(columns, units * size).contiguous())
     scale = diagonal.amax(1, keepdim=True).clamp_min(1e-30)
-    entries, rest = tables.double(), gathered(slope)
+    entries, rest = fit.tables.double(), gathered(fit.slope)
     first = rest.square().sum(1, keepdim=True)
     turned = rest / torch.maximum(diagonal, 1e-6 * scale)
     step, product = turned, (rest * turned).sum(1, keepdim=True)
@@ -120,71 +122,50 @@ def _by_gradients(
     return entries.float()
 
 
-def _by_equations(
-    codes: Tensor,
-    slope: Tensor,
-    hessian: Tensor,
-    weight: Tensor,
-    row_table: _Indices,
-    tables: Tensor,
-) -> Tensor:
-    accumulate = _by_products if tables.shape[1] <= _PRODUCTS_UP_TO else _by_scatter
-    left, right = accumulate(codes, slope, hessian, weight, row_table, tables)
+def _by_equations(fit: TableFit) -> Tensor:
+    accumulate = _by_products if fit.tables.shape[1] <= _PRODUCTS_UP_TO else _by_scatter
+    left, right = accumulate(fit)
     diagonal = left.diagonal(dim1=1, dim2=2)
     # an unused entry keeps its value
     ridge = 1e-6 * diagonal.amax(1, keepdim=True).clamp_min(1e-30)
     left = left + torch.diag_embed(ridge.expand_as(diagonal))
-    return (tables.double() + torch.linalg.solve(left, right)).float()
+    return (fit.tables.double() + torch.linalg.solve(left, right)).float()
 
 
-def _by_products(
-    codes: Tensor,
-    slope: Tensor,
-    hessian: Tensor,
-    weight: Tensor,
-    row_table: _Indices,
-    tables: Tensor,
-) -> tuple[Tensor, Tensor]:
+def _by_products(fit: TableFit) -> tuple[Tensor, Tensor]:
     """Normal equations from products with one-hot codes: the fastest way for small tables."""
-    (count, k, size), (columns, units) = tables.shape, codes.shape
+    (count, k, size), (columns, units) = fit.tables.shape, fit.codes.shape
     left = torch.zeros(count, k, k, dtype=torch.float64)
     right = torch.zeros(count, k, size, dtype=torch.float64)
     step = max(1, 2048 // k)
     for start in range(0, units, step):
         part = slice(start, min(start + step, units))
-        own = torch.from_numpy(row_table[part])
+        own = torch.from_numpy(fit.row_table[part])
         width = len(own)
         hot = torch.zeros(columns, width, k)
-        hot.scatter_(2, codes[:, part, None].long(), 1.0)
-        moved = (hessian @ hot.reshape(columns, -1)).reshape(columns, width, k)
-        wanted = slope[:, start * size : part.stop * size].reshape(columns, width, size)
+        hot.scatter_(2, fit.codes[:, part, None].long(), 1.0)
+        moved = (fit.hessian @ hot.reshape(columns, -1)).reshape(columns, width, k)
+        wanted = fit.slope[:, start * size : part.stop * size].reshape(columns, width, size)
         hot = hot.permute(1, 2, 0)
-        factor = weight[part, None, None]
+        factor = fit.weight[part, None, None]
         left.index_add_(0, own, torch.bmm(hot, moved.transpose(0, 1)).double() * factor)
         right.index_add_(0, own, torch.bmm(hot, wanted.transpose(0, 1)).double() * factor)
     return left, right
 
 
-def _by_scatter(
-    codes: Tensor,
-    slope: Tensor,
-    hessian: Tensor,
-    weight: Tensor,
-    row_table: _Indices,
-    tables: Tensor,
-) -> tuple[Tensor, Tensor]:
-    count, k, size = tables.shape
+def _by_scatter(fit: TableFit) -> tuple[Tensor, Tensor]:
+    count, k, size = fit.tables.shape
 
     def run(task: tuple[slice, slice]) -> tuple[Tensor, Tensor, int]:
         rows, units = task
-        own = row_table[units]
+        own = fit.row_table[units]
         low, high = int(own.min()), int(own.max()) + 1
         left, right = np.zeros((high - low, k, k)), np.zeros((high - low, k, size))
         kernels.normal_equations(
-            np.ascontiguousarray(codes[:, units].numpy()),
-            np.ascontiguousarray(slope[:, rows].numpy()),
-            hessian.numpy(),
-            weight[units].numpy(),
+            np.ascontiguousarray(fit.codes[:, units].numpy()),
+            np.ascontiguousarray(fit.slope[:, rows].numpy()),
+            fit.hessian.numpy(),
+            fit.weight[units].numpy(),
             own - low,
             left,
             right,
@@ -193,7 +174,7 @@ def _by_scatter(
 
     left = torch.zeros(count, k, k, dtype=torch.float64)
     right = torch.zeros(count, k, size, dtype=torch.float64)
-    for part_left, part_right, low in map_tasks(run, row_tasks(slope.shape[1], size)):
+    for part_left, part_right, low in map_tasks(run, row_tasks(fit.slope.shape[1], size)):
         left[low : low + len(part_left)] += part_left
         right[low : low + len(part_left)] += part_right
     return left, right

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from graphopt.numerics import table_solve
 from graphopt.numerics.feedback import TableMap, fit_tables
-from graphopt.numerics.table_solve import best_tables
+from graphopt.numerics.table_solve import TableFit, best_tables
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -71,7 +71,9 @@ def test_solved_tables_are_stationary(name: str) -> None:
     codes, w, h, importance, where = normal_problem(name)
     tables = problem(name)[2]
     rest = (codes, w, h, importance, where)
-    solved = best_tables(codes, slope_of(tables, *rest), h, importance, where.rows, tables)
+    solved = best_tables(
+        TableFit(codes, slope_of(tables, *rest), h, importance, where.rows, tables)
+    )
     if where.size == 1:
         assert torch.equal(solved, solved.sort(dim=1).values)
         # codes name the entries in the order that they had before
@@ -89,12 +91,12 @@ def test_gradients_come_to_what_the_equations_give(
     codes, w, h, importance, where = normal_problem(name)
     tables = problem(name)[2]
     rest = (codes, w, h, importance, where)
-    given = (codes, slope_of(tables, *rest), h, importance, where.rows, tables)
-    least = float(table_loss(table_solve._by_equations(*given).double(), *rest))
+    given = TableFit(codes, slope_of(tables, *rest), h, importance, where.rows, tables)
+    least = float(table_loss(table_solve._by_equations(given).double(), *rest))
     losses = [float(table_loss(tables.double(), *rest))]
     for steps in (1, 3, 60):
         monkeypatch.setattr(table_solve, "_STEPS", steps)
-        solved = table_solve._by_gradients(*given)
+        solved = table_solve._by_gradients(given)
         losses.append(float(table_loss(solved.double(), *rest)))
     assert losses == sorted(losses, reverse=True)
     left = [(loss - least) / (losses[0] - least) for loss in losses]
@@ -106,7 +108,7 @@ def test_gradients_come_to_what_the_equations_give(
 def test_normal_equations_are_the_derivatives_of_the_objective(way: str, name: str) -> None:
     codes, w, h, importance, where = normal_problem(name)
     tables = problem(name)[2]
-    left, right = ACCUMULATE[way](codes, h @ w, h, importance, where.rows, tables)
+    left, right = ACCUMULATE[way](TableFit(codes, h @ w, h, importance, where.rows, tables))
     rest = (codes, w, h, importance, where)
     at_zero = slope_at(torch.zeros_like(tables), *rest)
     torch.testing.assert_close(
@@ -122,9 +124,9 @@ def test_normal_equations_are_the_derivatives_of_the_objective(way: str, name: s
 @pytest.mark.parametrize("name", BY_ROWS)
 def test_both_ways_to_accumulate_agree(name: str) -> None:
     codes, w, h, importance, where = normal_problem(name)
-    given = (codes, h @ w, h, importance, where.rows, problem(name)[2])
+    given = TableFit(codes, h @ w, h, importance, where.rows, problem(name)[2])
     for one, other in zip(
-        table_solve._by_products(*given), table_solve._by_scatter(*given), strict=True
+        table_solve._by_products(given), table_solve._by_scatter(given), strict=True
     ):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-6 * float(other.abs().max()))
 
@@ -135,5 +137,5 @@ def test_an_entry_that_no_code_names_keeps_its_value() -> None:
     codes[codes == 15] = 14
     tables = tables + 10 * (tables.argsort(1) == 15)
     slope = slope_of(tables, codes, w, h, importance, where)
-    solved = best_tables(codes, slope, h, importance, where.rows, tables)
+    solved = best_tables(TableFit(codes, slope, h, importance, where.rows, tables))
     assert float(solved[0, 15, 0]) == pytest.approx(float(tables[0, 15, 0]), rel=1e-5)
