@@ -14,6 +14,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import OutputKind
 from torch.utils import _pytree as pytree
 
+from graphopt.backends.constant_factories import store_constant_factories
 from graphopt.errors import InputError, LoweringError
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import Editor
@@ -67,6 +68,7 @@ def flat_interface(program: Program, target: Interface) -> Program:
     """
     legal = program.copy()
     edit = Editor(legal.graph_module)
+    store_constant_factories(edit)
     given = _separate_outputs(edit, target)
     whole: Any = edit.gm.graph._codegen
     result = whole.pytree_info.out_spec if hasattr(whole, "pytree_info") else None

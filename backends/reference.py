@@ -184,7 +184,7 @@ class Reference:
             self._rounded = [self._run(rule) for rule in behind]
             if self.is_half and self.narrow_sums:
                 self._rounded.append(
-                    self._run(_to_and_back(kind), sums=NarrowSums(self.narrow_sums))
+                    self._run(_to_and_back(kind), sums=NarrowSums(self.narrow_sums, kind))
                 )
         return self._rounded
 

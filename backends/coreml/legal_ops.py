@@ -194,6 +194,7 @@ _BY_OVERLOAD: Rules = {
     _aten.arange.start: creation.arange,
     _aten.arange.start_step: creation.arange,
     _aten.round.decimals: pointwise.round_to_decimals,
+    _aten.polar.default: creation.polar,
     _aten.where.Scalar: pointwise.where_with_numbers,
     _aten.where.ScalarSelf: pointwise.where_with_numbers,
     _aten.where.ScalarOther: pointwise.where_with_numbers,
@@ -237,7 +238,7 @@ _TORCHS = (
     *("mse_loss", "nll_loss", "nll_loss_forward", "nll_loss2d_forward", "huber_loss"),
     *("smooth_l1_loss", "addmv", "addr", "renorm", "lerp", "log_sigmoid_forward"),
     *("im2col", "col2im", "nll_loss_nd", "cosine_similarity", "norm", "frobenius_norm"),
-    *("cross", "broadcast_tensors"),
+    *("cross", "broadcast_tensors", "affine_grid_generator"),
 )
 
 

@@ -15,6 +15,7 @@ __all__ = [
     "meshgrid",
     "new_full",
     "ones_like",
+    "polar",
     "zeros",
     "zeros_like",
 ]
@@ -80,3 +81,8 @@ def meshgrid(tensors: Sequence[Tensor], *, indexing: str = "ij") -> list[Tensor]
         shape[axis] = sizes[axis]
         grids.append(vector.reshape(shape).expand(sizes))
     return [grids[1], grids[0], *grids[2:]] if turned else grids
+
+
+def polar(length: Tensor, angle: Tensor) -> Tensor:
+    """Complex numbers by length and angle; torch's own rule writes into memory."""
+    return torch.complex(length * angle.cos(), length * angle.sin())

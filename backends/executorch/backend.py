@@ -61,6 +61,12 @@ from graphopt.specs.storage import StorageRules
 
 __all__ = ["Delegation", "ExecuTorchArtifact", "ExecuTorchBackend", "run_program"]
 
+# kernels, and XNNPACK in float16, add up the terms of these in 16 bits where they are given in 16 bits
+_NARROW_SUMS = (
+    *("linear", "matmul", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d"),
+    *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention"),
+)
+
 
 @dataclass(frozen=True)
 class _Form:
@@ -262,7 +268,7 @@ class ExecuTorchBackend(Backend):
         how = "ran the methods of the saved program on the ExecuTorch runtime"
         weights = {name: stored_weights(each.graph_module) for name, each in programs.items()}
         return [
-            Evaluation(tuple(outputs), how, weights=weights[name])
+            Evaluation(tuple(outputs), how, weights=weights[name], narrow_sums=_NARROW_SUMS)
             for (name, _), outputs in zip(flat, run_methods(path, flat), strict=True)
         ]
 
@@ -299,7 +305,10 @@ class ExecuTorchBackend(Backend):
                     results.append(planned.run(inputs, runners, Path(folder)))
             how = f"unpacked the saved program and evaluated its {' and '.join(others)} part"
         weights = stored_weights(program.graph_module)
-        return [Evaluation(tuple(outputs), how, weights=weights) for outputs in results]
+        return [
+            Evaluation(tuple(outputs), how, weights=weights, narrow_sums=_NARROW_SUMS)
+            for outputs in results
+        ]
 
 
 def _emit(form: _Form) -> _Emitted:

@@ -234,3 +234,9 @@ _MISCOMPUTED: Table = {
     _aten.max_pool2d.default: exact_ops.of_a_batch,
     _aten.constant_pad_nd.default: plain(views.pad_or_cut),
 }
+# kernels that add up or multiply in 16 bits
+for _op in (
+    *(_aten.native_layer_norm.default, _aten._cdist_forward.default, _aten.prod.dim_int),
+    *(_aten.sum.dim_IntList, _aten.cumsum.default, _aten.avg_pool2d.default),
+):
+    _MISCOMPUTED[_op] = exact_ops.in_single(_MISCOMPUTED.get(_op, exact_ops.as_it_is))

@@ -8,11 +8,22 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from graphopt.backends.decompositions import pooling, products
 from graphopt.ir.torch_private import decomposition_table
 
-__all__ = ["average_volumes", "bilinear", "convolution", "exp2", "of_a_batch", "prelu", "remainder"]
+__all__ = [
+    "as_it_is",
+    "average_volumes",
+    "bilinear",
+    "convolution",
+    "exp2",
+    "in_single",
+    "of_a_batch",
+    "prelu",
+    "remainder",
+]
 
 
 def exp2(x: Tensor) -> Tensor:
@@ -23,6 +34,30 @@ def exp2(x: Tensor) -> Tensor:
 def of_a_batch(whole: Callable[..., Tensor], x: Tensor, *given: Any) -> Any:
     """Pooling of one image as that of a batch of one, which XNNPACK's partitioner takes it for."""
     return whole(x.unsqueeze(0), *given).squeeze(0) if x.ndim == 3 else NotImplemented
+
+
+def in_single(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """A rule that computes in float32 what the kernel would add up, or multiply, in 16 bits."""
+
+    def narrow(whole: Callable[..., Any], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            return rule(whole, x, *args, **kwargs)
+        wide = pytree.tree_map_only(Tensor, _widened, (x, *args))
+        made = rule(whole, *wide, **kwargs)
+        made = whole(*wide, **kwargs) if made is NotImplemented else made
+        return pytree.tree_map_only(Tensor, lambda y: y.to(kwargs.get("dtype") or x.dtype), made)
+
+    return narrow
+
+
+def _widened(x: Tensor) -> Tensor:
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def as_it_is(whole: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """The op itself."""
+    del whole, args, kwargs
+    return NotImplemented
 
 
 def prelu(whole: Callable[..., Tensor], x: Tensor, weight: Tensor) -> Any:

@@ -4,13 +4,18 @@ Its rules for convolutions and linear layers mark quantize and dequantize ops as
 before they know whether they will take the op; where they then do not, the delegate drops the marked
 ops and the op left outside reads integers as floats. Here the marks are undone. And a linear layer
 whose weight is computed while the program runs is taken as a float one, and one with integers whose
-data are floats by the kernel for these, which the rules do not know.
+data are floats by the kernel for these, which the rules do not know. Padding of integers is left to the
+convolution that reads it, as alone it would read integers and give floats; ops that read rounded
+tensors without dimensions stay outside, as delegates cannot be made of them.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
+
+from torch import Tensor
 
 from graphopt.backends.executorch.integer_kernels import ZEROS
 from graphopt.backends.executorch.kernels import edge_info, is_fused_activation
@@ -21,7 +26,11 @@ __all__ = ["partition_configs"]
 @functools.cache
 def partition_configs() -> tuple[Any, ...]:
     """The partitioner's rules, repaired."""
-    from executorch.backends.xnnpack.partition.config import ALL_PARTITIONER_CONFIGS, gemm_configs
+    from executorch.backends.xnnpack.partition.config import (
+        ALL_PARTITIONER_CONFIGS,
+        gemm_configs,
+        generic_node_configs,
+    )
 
     repaired = {
         rule: _with_clean_refusal(rule)
@@ -34,7 +43,41 @@ def partition_configs() -> tuple[Any, ...]:
     repaired[gemm_configs.LinearConfig] = _with_computed_weights(
         _with_clean_refusal(gemm_configs.LinearConfig)
     )
-    return tuple(repaired.get(rule, rule) for rule in ALL_PARTITIONER_CONFIGS)
+    repaired[generic_node_configs.ConstantPadConfig] = _with_constraint(
+        generic_node_configs.ConstantPadConfig, _reads_integers
+    )
+    return tuple(
+        _with_constraint(repaired.get(rule, rule), _reads_rounded_scalar)
+        for rule in ALL_PARTITIONER_CONFIGS
+    )
+
+
+def _with_constraint(base: Any, refused: Callable[[Any], bool]) -> Any:
+    class Constrained(base):  # type: ignore[misc]
+        def get_deps(self, node: Any, program: Any) -> Any:
+            return (False, []) if refused(node) else super().get_deps(node, program)
+
+        def check_constraints(self, node: Any, program: Any) -> bool:
+            return not refused(node) and super().check_constraints(node, program)
+
+    Constrained.__name__ = Constrained.__qualname__ = base.__name__
+    return Constrained
+
+
+def _reads_integers(node: Any) -> bool:
+    from executorch.backends.xnnpack.utils.quant_utils import is_dequant
+
+    return bool(is_dequant(node.args[0]))
+
+
+def _reads_rounded_scalar(node: Any) -> bool:
+    from executorch.backends.xnnpack.utils.quant_utils import is_dequant, is_quant
+
+    return any(
+        (is_dequant(used) or is_quant(node) or is_dequant(node)) and not used.meta["val"].ndim
+        for used in node.all_input_nodes
+        if isinstance(used.meta.get("val"), Tensor)
+    )
 
 
 def _with_clean_refusal(base: Any) -> Any:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphopt.backends.capabilities import Capabilities, quantization_refusals
 from graphopt.ir.module_frames import module_frames
 from graphopt.ir.program import Program
 
 __all__ = ["refusals"]
+
+_MAKE_COMPLEX = ("aten.complex.", "aten.polar.", "aten.view_as_complex.")
 
 
 def refusals(program: Program, allowed: Capabilities) -> list[str]:
@@ -36,4 +38,19 @@ def refusals(program: Program, allowed: Capabilities) -> list[str]:
         " only: quantize a float32 model, as `model.float()` is"
         for layer, kind in halves.items()
     ]
-    return reasons
+    return reasons + _made_complex(gm)
+
+
+def _made_complex(gm: fx.GraphModule) -> list[str]:
+    """Complex numbers made of real ones, other than by Fourier transforms."""
+    return [
+        f"{node.target}{_where(node)}: ExecuTorch has no kernel for it; compute with real and imaginary"
+        " parts, as rotary embeddings do with cosines and sines"
+        for node in gm.graph.nodes
+        if str(node.target).startswith(_MAKE_COMPLEX) and node.op == "call_function"
+    ]
+
+
+def _where(node: fx.Node) -> str:
+    frames = module_frames(node)
+    return f" of {frames[-1].name}" if frames and frames[-1].name else ""

@@ -60,9 +60,16 @@ def _behind_average(user: fx.Node, before: Tensor, behind: Tensor, axis: int) ->
         return None
     info = op_info.info_of(user)
     dims = None if info is None else op_info.argument(user, info.pools_over)
-    if isinstance(dims, list | tuple) and axis in {int(dim) % before.ndim for dim in dims}:
+    place = axis
+    if isinstance(dims, list | tuple):
+        averaged = {int(dim) % before.ndim for dim in dims}
+        if axis in averaged:
+            return None
+        if behind.ndim < before.ndim:  # averaged axes are gone
+            place -= sum(dim < axis for dim in averaged)
+    if place >= behind.ndim or behind.shape[place] != before.shape[axis]:
         return None
-    return 1 if behind.shape[1] == before.shape[1] else None
+    return place
 
 
 def _behind_view(

@@ -50,8 +50,14 @@ class Editor:
         self._fake_mode = _fake_mode_of(gm.graph)
 
     def constants(self) -> Iterator[fx.Node]:
-        """The `get_attr` nodes, as a list that edits do not disturb."""
-        yield from list(self.gm.graph.find_nodes(op="get_attr"))
+        """The `get_attr` nodes of tensors, as a list that edits do not disturb; bodies of control flow are none."""
+        yield from [
+            node for node in self.gm.graph.find_nodes(op="get_attr") if self._holds_tensor(node)
+        ]
+
+    def _holds_tensor(self, node: fx.Node) -> bool:
+        holder, name = holder_of(self.gm, str(node.target))
+        return isinstance(getattr(holder, name), Tensor)
 
     def calls(self, *targets: Callable[..., Any]) -> Iterator[fx.Node]:
         """The nodes that call one of `targets`, in order."""

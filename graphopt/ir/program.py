@@ -76,7 +76,10 @@ def export_graph(
     table = dict(decompositions or {})
     if not dynamic and not limits:
         built = lifted(module, args, kwargs)
-        return _exported(module, args, kwargs, table) if built is None else decomposed(built, table)
+        whole = (
+            _exported(module, args, kwargs, table) if built is None else decomposed(built, table)
+        )
+        return _with_plain_results(whole)
     exported = None if limits else lifted(module, args, kwargs, dynamic=True)
     exported = (
         _opened(module, args, kwargs, table, limits)
@@ -85,6 +88,26 @@ def export_graph(
     )
     _pass_guards_on(module, exported, args, kwargs)
     exported.example_inputs = (args, kwargs)
+    return _with_plain_results(exported)
+
+
+def _with_plain_results(exported: ExportedProgram) -> ExportedProgram:
+    """Tuples for torch's own results (`torch.return_types.topk`), which no file can name."""
+
+    def is_named(part: Any) -> bool:
+        return type(part).__module__ == "torch.return_types"
+
+    def plain(whole: Any) -> Any:
+        return pytree.tree_map(
+            lambda part: tuple(map(plain, part)) if is_named(part) else part,
+            whole,
+            is_leaf=is_named,
+        )
+
+    signature = exported.module_call_graph[0].signature
+    assert signature is not None
+    spec = signature.out_spec
+    signature.out_spec = pytree.tree_structure(plain(spec.unflatten(range(spec.num_leaves))))
     return exported
 
 

@@ -41,3 +41,21 @@ def test_other_names_of_a_tensor_that_is_read_stay_on_request() -> None:
     assert gm.get_parameter("0.other") is gm.get_parameter("0.bias")
     assert RemoveUnused()(gm).modified
     assert "0.other" not in gm.state_dict()
+
+
+def test_bodies_of_control_flow_stay() -> None:
+    class Conditional(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.first(x)
+            return torch.cond(y.sum() > 0, self.second, lambda z: -z, (y,))  # type: ignore[no-any-return]
+
+    model = Conditional().eval()
+    gm = graphopt.capture(model, (X,)).graph_module
+    for keep_tied in (False, True):
+        RemoveUnused(keep_tied=keep_tied)(gm)
+        for x in (X, -X):
+            torch.testing.assert_close(gm(x), model(x))
