@@ -14,6 +14,11 @@ __all__ = ["explain_export_error", "without_warnings"]
 
 _HINTS = (
     (
+        re.compile("[Ii]nference tensor"),
+        "The model or its inputs were made inside torch.inference_mode(), which torch.export cannot"
+        " trace. Make them outside of it; torch.no_grad() does no harm.",
+    ),
+    (
         re.compile("data-dependent|DataDependent|Could not guard|item\\(\\)|nonzero"),
         "Python control flow depends on a tensor's values. Rewrite it with torch.where or"
         " torch.cond, or move it out of forward().",

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def read_calls(
     Args:
         gm: The graph.
         data: Inputs of one call each, as for `as_batch`; numpy arrays and, for float inputs, other
-            float types are taken too. The calls of a `CallSequence` come one by one, as
+            float types are taken too, and a pair (args, kwargs). The calls of a `CallSequence` come one by one, as
             `StatefulCall`, which is taken as it is.
         recorded: Run the graph on sequences, so that each of their calls knows the state that it
             starts from and can be run at any time; else the calls must be run in order.
@@ -78,7 +79,7 @@ def read_calls(
         tensors = pytree.tree_map_only(np.ndarray, torch.from_numpy, inputs)
         given: Batch = (tensors[0], tensors[1]) if known else as_batch(tensors)
         try:
-            leaves = flat_inputs(gm, given)
+            leaves = _flat(gm, given, tensors)
         except InputError as error:
             raise InputError(
                 f"calibration data [{number}]: {error}{_advice(given, wanted)}"
@@ -87,6 +88,28 @@ def read_calls(
         args, kwargs = pytree.tree_unflatten(leaves, spec)
         batch = tuple(args), dict(kwargs)
         yield StatefulCall(batch, inputs.state) if known else batch
+
+
+def _flat(gm: CapturedModule, given: Batch, inputs: Any) -> list[Any]:
+    """The values of the placeholders; a pair (args, kwargs) is taken where it fits as nothing else does."""
+    try:
+        return flat_inputs(gm, given)
+    except InputError:
+        if not _is_args_and_kwargs(inputs):
+            raise
+        with contextlib.suppress(InputError):
+            return flat_inputs(gm, (tuple(inputs[0]), dict(inputs[1])))
+        raise
+
+
+def _is_args_and_kwargs(inputs: Any) -> bool:
+    return (
+        isinstance(inputs, tuple)
+        and len(inputs) == 2
+        and isinstance(inputs[0], tuple)
+        and isinstance(inputs[1], Mapping)
+        and all(isinstance(name, str) for name in inputs[1])
+    )
 
 
 def _in_order(calls: Iterable[Batch]) -> Iterator[Batch]:

@@ -192,6 +192,13 @@ def test_model_that_branches_on_values_is_explained() -> None:
     assert "op: aten" in message
 
 
+def test_model_of_inference_mode_is_explained() -> None:
+    with torch.inference_mode():
+        model, x = nn.Linear(3, 3), torch.randn(2, 3)
+    with pytest.raises(CaptureError, match=r"outside of it; torch.no_grad\(\) does no harm"):
+        graphopt.capture(model, (x,))
+
+
 def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
     model = Net()
     with pytest.raises(InputError, match="example_inputs are needed"):

@@ -142,8 +142,10 @@ def test_inputs_alone_with_a_loss_are_refused() -> None:
         lambda x: x.numpy().astype(np.float64),
         lambda x: {"input": x.numpy()},
         lambda x: (x.numpy(),),
+        lambda x: ((x,), {}),
+        lambda x: ((), {"input": x}),
     ],
-    ids=["array", "double", "double array", "named array", "tuple"],
+    ids=["array", "double", "double array", "named array", "tuple", "args and kwargs", "kwargs"],
 )
 def test_arrays_and_other_float_types_are_the_same_data(
     way: str, form: Callable[[Tensor], Any]
