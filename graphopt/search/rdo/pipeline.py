@@ -189,8 +189,12 @@ def _optimized(
         )
     partial = None if target is None else target.with_name(f".{target.name}.partial")
     state = RunState(partial, key_of(session) if partial is not None else "", resume=run.resume)
-    with watch("sensitivities"):
-        first, losses = _first_allocation(session, state, run.resume, progress)
+    try:
+        with watch("sensitivities"):
+            first, losses = _first_allocation(session, state, run.resume, progress)
+    except InfeasibleError:
+        state.discard()  # no run of this config can go on from it
+        raise
     with watch("block-wise search"):
         costs = _costs(session, state, first, losses, progress)
     final = _final_allocation(session, first, costs)

@@ -118,5 +118,6 @@ def test_refusals_have_their_exit_codes(
     with pytest.raises(SystemExit) as stopped:
         run()
     assert stopped.value.code == code
+    assert not list(tmp_path.iterdir())  # a run that never began leaves nothing to go on from
     assert message in " ".join(capsys.readouterr().err.split())
     assert not (tmp_path / "out").exists()
