@@ -7,6 +7,8 @@ DOCS := $(VENV)/.docs-installed
 TORCH ?= 2.13.0
 
 TIME ?= 600
+# each of two workers has a core: more threads would only wait for one another
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
 .PHONY: demo test test-integration test-slow docs notebooks walk coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-onnx bench-peer bench-accuracy bench-e2e bench-memory clean
 
@@ -14,10 +16,10 @@ demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-integration: $(STAMP)
-	$(BIN)/python -m pytest -m "integration and not slow" -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
+	$(PYTEST) -m "integration and not slow" -n 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 # the guide with the API from docstrings, in out/docs; a dead link or an unknown name stops it
 docs: $(DOCS)
@@ -36,7 +38,7 @@ test-slow: $(DOCS)
 
 # the first two tiers, with what they cover; the report's last line is the total
 coverage: $(STAMP)
-	$(BIN)/python -m pytest -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered $(ARGS)
+	$(PYTEST) -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --cov --cov-report=term:skip-covered $(ARGS)
 
 # random configs, files, pass pipelines and graphs for TIME seconds; what fails with a minimal reproduction
 fuzz: $(STAMP)
