@@ -113,7 +113,10 @@ def legal_export(
     run_passes(gm, [RemoveUnused(), *legal_passes(tables, kernels=delegate == "xnnpack")])
     _own_storage(gm)
     args, kwargs = legal.example_args, legal.example_kwargs
-    table, limits = decompositions(_kept_whole(delegate)), plan.limits(legal)
+    # delegates see the whole graph alone: what stands in the bodies of control flow is run by kernels
+    bodies = any(isinstance(module, fx.GraphModule) for module in gm.children())
+    kept = [] if bodies else _kept_whole(delegate)
+    table, limits = decompositions(kept), plan.limits(legal)
     exported = export_graph(gm, args, kwargs, limits=limits, decompositions=table)
     drop_written_inputs(exported)
     refuse_fixed(exported, plan, "ExecuTorch")
