@@ -112,9 +112,7 @@ def _runs(program: Program, sizes: Mapping[str, int]) -> bool:
     return True
 
 
-def plan_shapes(
-    program: Program, shapes: Shapes, target: str, *, bounded: bool = False
-) -> ShapePlan:
+def plan_shapes(program: Program, shapes: Shapes, target: str, *, bounded: str = "") -> ShapePlan:
     """What sizes an artifact of a program takes.
 
     Args:
@@ -122,7 +120,7 @@ def plan_shapes(
         shapes: "example"; "open", as it was captured; or a mapping from an input's name to its
             bounds, {dimension: (smallest, largest)}, or to a list of the shapes that it may have.
         target: The target's name in messages.
-        bounded: Whether the target needs to know the largest sizes.
+        bounded: Why the target needs to know the largest sizes; "" where it does not.
 
     Raises:
         LoweringError: The program fixes a size that should be open, there is no such input or
@@ -149,7 +147,7 @@ def plan_shapes(
     else:
         raise LoweringError(f"shapes must be 'example', 'open' or a mapping, got {shapes!r}")
     if bounded:
-        _refuse_unbounded(plan, target)
+        _refuse_unbounded(plan, f"{target} {bounded}")
     return plan
 
 
@@ -189,7 +187,7 @@ def _mapped(program: Program, dims: Sequence[OpenDim], shapes: Mapping[str, Any]
     return ShapePlan({s: b for s, b in bounds.items() if s.isidentifier()}, taken, enumerated)
 
 
-def _refuse_unbounded(plan: ShapePlan, target: str) -> None:
+def _refuse_unbounded(plan: ShapePlan, why: str) -> None:
     missing = [
         dim.place
         for dim in plan.dims
@@ -198,8 +196,8 @@ def _refuse_unbounded(plan: ShapePlan, target: str) -> None:
     if missing:
         name, _, axis = missing[0].rstrip("]").partition("[")
         raise LoweringError(
-            f"{target} plans memory for the largest sizes, and {', '.join(missing)} has no bound:"
-            f" give shapes={{{name!r}: {{{axis}: (1, 512)}}}}, or capture with"
+            f"{why}, and {', '.join(missing)} has no bound: give"
+            f" shapes={{{name!r}: {{{axis}: (1, 512)}}}}, or capture with"
             " torch.export.Dim(…, max=…)"
         )
 

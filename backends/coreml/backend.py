@@ -122,7 +122,9 @@ class CoreMLBackend(Backend):
         oldest = chosen.minimum_deployment_target
         with quiet("coremltools"):
             ct = require("coremltools", "coreml")
-        plan = plan_shapes(program, chosen.shapes, self.name)
+        plan = plan_shapes(
+            program, chosen.shapes, self.name, bounded="takes ranges of sizes with both ends"
+        )
         exported = legal_export(program, oldest, plan=plan)
         precision = getattr(ct.precision, chosen.precision.upper())
         pipeline = ct.PassPipeline.DEFAULT

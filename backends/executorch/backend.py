@@ -231,7 +231,9 @@ class ExecuTorchBackend(Backend):
     def _formed(self, program: Program, **options: Any) -> ExecuTorchArtifact:
         given = dict(options)
         chosen, others = _split(given)
-        plan = plan_shapes(program, chosen.shapes, self.name, bounded=True)
+        plan = plan_shapes(
+            program, chosen.shapes, self.name, bounded="plans memory for the largest sizes"
+        )
         if chosen.delegate in delegates_of_targets():
             backend = load_backend(chosen.delegate)
             if plan.is_open:

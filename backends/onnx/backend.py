@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -20,6 +21,7 @@ from graphopt.backends.onnx.refusals import refusals
 from graphopt.backends.onnx.state import initial_state
 from graphopt.backends.onnx.tables import PADDED
 from graphopt.backends.options import LoweringKeywords, TargetOptions, read_options
+from graphopt.backends.shapes import plan_shapes
 from graphopt.backends.verification import Evaluation
 from graphopt.exclusive import exclusively
 from graphopt.ir.program import Program
@@ -137,7 +139,14 @@ class ONNXBackend(Backend):
             LoweringError: An option is unknown, or torch's exporter cannot convert the program.
         """
         chosen = read_options(ONNXOptions, self.name, options)
-        return ONNXArtifact(self, program, to_model(program, chosen), chosen)
+        word = chosen.shapes if isinstance(chosen.shapes, str) else ""
+        if word == "captured":
+            return ONNXArtifact(self, program, to_model(program, chosen), chosen)
+        plan = plan_shapes(program, chosen.shapes, self.name)
+        model = to_model(program, replace(chosen, dynamic=False), plan)
+        artifact = ONNXArtifact(self, program, model, chosen)
+        artifact.shapes = plan
+        return artifact
 
     @override
     def runner(self, path: Path, program: Program, call: Batch) -> Callable[[], object]:

@@ -23,6 +23,7 @@ from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.registry import OPSET, read_once
 from graphopt.backends.onnx.state import add_state, outputs_of_state
 from graphopt.backends.quiet import quiet
+from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
 from graphopt.errors import LoweringError
 from graphopt.extras import require
 from graphopt.ir.program import Program, export_graph
@@ -53,12 +54,13 @@ def legal_passes() -> tuple[Pass, ...]:
     )
 
 
-def to_model(program: Program, options: ONNXOptions) -> Any:
+def to_model(program: Program, options: ONNXOptions, plan: ShapePlan = EXAMPLE_SHAPES) -> Any:
     """The program as a model of onnx_ir.
 
     Args:
         program: In our vocabulary.
         options: Of `lower`.
+        plan: Sizes that must stay open; what `options.dynamic` leaves open may not.
 
     Raises:
         LoweringError: torch's exporter cannot convert it.
@@ -77,10 +79,12 @@ def to_model(program: Program, options: ONNXOptions) -> Any:
                 str(error).splitlines()[-1],
             )
             return model
-    return _converted(program, legal, options)
+    return _converted(program, legal, options, plan)
 
 
-def _converted(program: Program, legal: Program, options: ONNXOptions) -> Any:
+def _converted(
+    program: Program, legal: Program, options: ONNXOptions, plan: ShapePlan = EXAMPLE_SHAPES
+) -> Any:
     names = [
         str(node.target)
         for node, leaf in zip(
@@ -96,9 +100,10 @@ def _converted(program: Program, legal: Program, options: ONNXOptions) -> Any:
                 legal.graph_module,
                 legal.example_args,
                 legal.example_kwargs,
-                dynamic=options.dynamic,
+                dynamic=options.dynamic or plan.is_open,
                 decompositions=decompositions(),
             )
+            refuse_fixed(exported, plan, "ONNX")
             drop_written_inputs(exported)
             state = outputs_of_state(exported)
             made: Any = torch.onnx.export(

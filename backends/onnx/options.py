@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from graphopt.backends.options import TargetOptions, in_shell
+from graphopt.backends.shapes import Shapes
 from graphopt.errors import LoweringError
 
 __all__ = ["ONNXOptions"]
@@ -20,6 +21,10 @@ class ONNXOptions(TargetOptions):
 
     Attributes:
         dynamic: Leave the dimensions open that the graph leaves open.
+        shapes: Sizes of the inputs that the artifact takes: "captured", those that the capture leaves
+            open, as `dynamic` says, or the example's, with a warning, where they cannot be converted;
+            "open", the same or an error, and compared at three sizes; "example"; or bounds or shapes by
+            input, see `backends.shapes`, between which the artifact is compared, as the format has none.
         weights: What integers with scales become where no kernel of integers takes them. "folded":
             casts and products of constants, which ONNX Runtime computes once, when it loads the
             model. "dequantize": `DequantizeLinear`, which other runtimes and execution providers know
@@ -33,6 +38,7 @@ class ONNXOptions(TargetOptions):
     """
 
     dynamic: bool = True
+    shapes: Shapes = "captured"
     weights: Literal["folded", "dequantize"] = field(
         default="folded",
         metadata=in_shell(_WEIGHTS, "For .onnx: what integer weights with scales become."),

@@ -114,14 +114,17 @@ class TorchBackend(Backend):
         chosen = read_options(TorchOptions, self.name, options)
         neutral = program.copy()
         run_passes(neutral.graph_module, [RemoveUnused()])
-        as_captured = isinstance(chosen.shapes, str) and chosen.shapes == "captured"
-        plan = EXAMPLE_SHAPES if as_captured else plan_shapes(program, chosen.shapes, self.name)
+        word = chosen.shapes if isinstance(chosen.shapes, str) else ""
+        plan = EXAMPLE_SHAPES
+        if word != "captured":
+            plan = plan_shapes(program, chosen.shapes, self.name)
+        as_captured = word in ("captured", "open")
         exported = export_graph(
             neutral.graph_module,
             program.example_args,
             program.example_kwargs,
-            dynamic=as_captured and chosen.dynamic,
-            limits=plan.limits(neutral),
+            dynamic=word == "open" or (as_captured and chosen.dynamic),
+            limits=None if as_captured else plan.limits(neutral),
         )
         # the nodes of earlier graphs, by their addresses in memory
         dropped = ("from_node",) if chosen.stack_traces else ("from_node", "stack_trace")

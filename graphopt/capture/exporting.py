@@ -6,6 +6,7 @@ import copy
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from graphopt.capture.composites import break_up_composites
 from graphopt.capture.export_errors import explain_export_error
 from graphopt.capture.in_place import make_functional
 from graphopt.capture.inference_form import dropout_kept, is_plain
+from graphopt.capture.input_sizes import settle_sizes
 from graphopt.capture.quick_shapes import quick_shapes
 from graphopt.capture.tied_constants import tie_constants
 from graphopt.errors import CaptureError, InputError
@@ -100,11 +102,11 @@ def exported_open(
         raise InputError(
             f"{type(model).__name__} fails on the example inputs: {type(error).__name__}: {error}"
         ) from error
-    attempts: list[Callable[[], ExportedProgram]] = []
-    doubled = _double_batch(args, kwargs)
-    if doubled is not None:
-        # torch.export specialises on sizes of 1, so a batch of 1 is captured as a batch of 2
-        attempts.append(lambda: _attempt(model, *doubled, "auto", oblivious=True))
+    # torch.export specialises on sizes of 1, so a batch of 1 is captured as a batch of 2
+    attempts: list[Callable[[], ExportedProgram]] = [
+        partial(_attempt, model, *doubled, "auto", oblivious=True)
+        for doubled in _double_batch(args, kwargs)
+    ]
     attempts.append(lambda: _attempt(model, args, kwargs, "auto", oblivious=True))
     attempts.append(lambda: _attempt(model, args, kwargs, None, oblivious=False))
     for attempt in attempts[:-1]:
@@ -148,6 +150,7 @@ def _attempt(
             quick_shapes(),
         ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
+            settle_sizes(exported)
             tie_constants(exported)
             return flat(exported)
     except Exception as error:
@@ -192,17 +195,25 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return {op: known[op] for op in broken_up if op in known}
 
 
-def _double_batch(args: _Args, kwargs: _Kwargs) -> tuple[_Args, _Kwargs] | None:
-    """The example with its batch of 1 repeated, or None where there is no such batch."""
+def _double_batch(args: _Args, kwargs: _Kwargs) -> Iterator[tuple[_Args, _Kwargs]]:
+    """The example with its batch of 1 repeated, in the ways that there are.
+
+    The batch is the first axis of every tensor; or the second one of those that count layers first,
+    as the hidden states of recurrent layers do; or the second one of all, where time comes first.
+    """
     leaves, spec = pytree.tree_flatten((args, kwargs))
-    tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
-    if not tensors or any(tensor.shape[0] != 1 for tensor in tensors):
-        return None
-    doubled = [
-        torch.cat([leaf, leaf]) if isinstance(leaf, Tensor) and leaf.ndim else leaf
-        for leaf in leaves
-    ]
-    return pytree.tree_unflatten(doubled, spec)
+    tensors = [place for place, leaf in enumerate(leaves) if isinstance(leaf, Tensor) and leaf.ndim]
+    first, *others = tensors or [-1]
+    ways = [dict.fromkeys(tensors, 0)]
+    if others and all(leaves[place].ndim == 3 for place in tensors):
+        ways += [{first: 0, **dict.fromkeys(others, 1)}, dict.fromkeys(tensors, 1)]
+    for axes in ways:
+        if not tensors or any(leaves[place].shape[axis] != 1 for place, axis in axes.items()):
+            continue
+        doubled = list(leaves)
+        for place, axis in axes.items():
+            doubled[place] = torch.cat([leaves[place]] * 2, axis)
+        yield pytree.tree_unflatten(doubled, spec)
 
 
 def _same(expected: Any, outputs: Any) -> bool:

@@ -9,7 +9,38 @@ from torch import Tensor
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 
-__all__ = ["size_conditions", "static_dims"]
+__all__ = ["settle_sizes", "size_conditions", "static_dims"]
+
+
+def settle_sizes(exported: ExportedProgram) -> None:
+    """Make numbers of the sizes of inputs that the program's own conditions allow one value for.
+
+    torch.export keeps a symbol for a size that must be 1 where it was told that sizes may be 1.
+
+    Args:
+        exported: Sizes of its values change with those of its inputs.
+    """
+    for node in exported.graph.find_nodes(op="placeholder"):
+        value = node.meta.get("val")
+        for size in value.shape if isinstance(value, Tensor) else ():
+            if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:
+                _settle(size)
+
+
+def _settle(size: torch.SymInt) -> None:
+    symbol, env = size.node.expr, size.node.shape_env
+    if not symbol.is_Symbol:
+        return
+    for guard in env.guards:
+        sides = guard.expr.args
+        if type(guard.expr).__name__ != "Equality" or symbol not in sides:
+            continue
+        (other,) = set(sides) - {symbol} or {symbol}
+        if other.is_Integer:
+            env.replacements[symbol] = other
+            env._replacements_version_counter += 1
+            env._update_version_counter()
+            return
 
 
 def size_conditions(exported: ExportedProgram, places: Sequence[str]) -> Iterator[str]:

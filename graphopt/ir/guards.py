@@ -10,12 +10,17 @@ from typing import Any
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from graphopt.ir.conditions import condition_code, holds, is_shape_condition
+
 __all__ = ["by_signature", "input_places"]
 
 _PLACE = re.compile(r"L(?:\['[^']+'\]|\[\d+\]|\.(?!size\b|ndim\b|dim\b)\w+)+")
 # the tracer assumes that an open size is neither 0 nor 1; that a graph of 2 serves 1 is tried when it
 # is captured
 _NOT_ONE = re.compile(r"(?:(?:2 <=|1 <|1 !=) )?L\S*\.size\(\)\[\d+\](?: (?:!= 1|> 1|>= 2))?")
+# neither is a product of sizes, or a size behind a stride
+_UNEQUAL = re.compile(r"[^<>=!]+ != [^<>=!]+")
+_SIZE = re.compile(_PLACE.pattern + r"\.size\(\)\[\d+\]")
 _ITEM = re.compile(r"L\['([^']+)'\]\[(\d+)\]")
 _KEYWORD = re.compile(r"L\['[^']+'\]\['([^']+)'\]")
 
@@ -55,7 +60,16 @@ def by_signature(conditions: Iterable[str], places: Mapping[str, Any]) -> list[s
         for code in known
         if all(place in places for place in _PLACE.findall(code))
         and not _NOT_ONE.fullmatch(code.strip())
+        and not _fails_for_ones(code)
     ]
+
+
+def _fails_for_ones(code: str) -> bool:
+    """Whether a condition says that two numbers differ which are equal where every size is 1."""
+    if not _UNEQUAL.fullmatch(code.strip()) or not is_shape_condition(code):
+        return False
+    ones = _SIZE.sub("1", code)
+    return "L[" not in ones and not holds(condition_code(ones), {})
 
 
 class _Names:

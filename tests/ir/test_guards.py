@@ -127,3 +127,34 @@ def test_conditions_speak_of_the_places_of_the_signature() -> None:
         "L['scale'].size()[0] > 2",
         "L['xs_0'].size()[0] == 2",
     ]
+
+
+def test_conditions_that_a_size_of_1_breaks_are_the_tracers() -> None:
+    class Captured(nn.Module):
+        def forward(self, x: Any) -> None:
+            return None
+
+    height, width = "L['x'].size()[2]", "L['x'].size()[3]"
+    told = [
+        f"{height} * {width} != 1",
+        f"(32*{height}) != 32",
+        f"(1 + (-1 + {height}) // 2) * (1 + (-1 + {width}) // 2) != 1",
+        f"{height} != 5",
+        f"{height} != {width} + 1",
+        f"{height} * {width} <= 4096",
+    ]
+    assert by_signature(told, input_places(Captured(), (1,), {})) == told[3:]
+
+
+def test_saved_programs_run_at_the_smallest_of_their_open_sizes(tmp_path: Path) -> None:
+    model = nn.Sequential(
+        nn.Conv2d(3, 4, 3, 2, 1), nn.Conv2d(4, 4, 3, 2, 1), nn.AdaptiveAvgPool2d(1)
+    )
+    artifact = graphopt.lower(
+        graphopt.capture(model.eval(), (torch.randn(2, 3, 9, 7),)), "torch", shapes="open"
+    )
+    loaded = torch.export.load(artifact.save(tmp_path / "m.pt2")).module()
+    assert artifact.verification.calls > 1
+    for shape in ((1, 3, 1, 1), (2, 3, 2, 1), (3, 3, 20, 5)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(loaded(x), model(x))

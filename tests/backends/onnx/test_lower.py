@@ -105,3 +105,21 @@ def test_other_float_types_are_right(dtype: torch.dtype, tmp_path: Path) -> None
     artifact.save(tmp_path / "net.onnx")
     assert artifact.verification is not None
     assert artifact.verification.complete
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "shapes", ["open", {"input": {0: (1, 4), 2: (4, 16)}}], ids=["open", "bounds"]
+)
+def test_sizes_asked_for_are_compared_on_other_calls(shapes: Any, tmp_path: Path) -> None:
+    program = graphopt.capture(Named().eval(), call(2, 8))
+    artifact = graphopt.lower(program, "onnx", shapes=shapes)
+    artifact.save(tmp_path / "m.onnx")
+    assert artifact.verification.holds
+    assert artifact.verification.calls > 2
+
+
+def test_sizes_that_the_program_fixes_are_not_opened() -> None:
+    program = graphopt.capture(Named().eval(), call(2, 8), dynamic_shapes=None)
+    with pytest.raises(LoweringError, match="captured with fixed sizes"):
+        graphopt.lower(program, "onnx", shapes="open")
