@@ -5,8 +5,9 @@ before they know whether they will take the op; where they then do not, the dele
 ops and the op left outside reads integers as floats. Here the marks are undone. And a linear layer
 whose weight is computed while the program runs is taken as a float one, and one with integers whose
 data are floats by the kernel for these, which the rules do not know. Padding of integers is left to the
-convolution that reads it, as alone it would read integers and give floats; ops that read rounded
-tensors without dimensions stay outside, as delegates cannot be made of them.
+convolution that reads it, as alone it would read integers and give floats, and so would a batch norm,
+which becomes a convolution.
+Ops that read rounded tensors without dimensions stay outside, as delegates cannot be made of them.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ def partition_configs() -> tuple[Any, ...]:
         ALL_PARTITIONER_CONFIGS,
         gemm_configs,
         generic_node_configs,
+        node_configs,
     )
 
     repaired = {
@@ -45,6 +47,9 @@ def partition_configs() -> tuple[Any, ...]:
     )
     repaired[generic_node_configs.ConstantPadConfig] = _with_constraint(
         generic_node_configs.ConstantPadConfig, _reads_integers
+    )
+    repaired[node_configs.BatchNormConfig] = _with_constraint(
+        node_configs.BatchNormConfig, _is_beside_integers
     )
     return tuple(
         _with_constraint(repaired.get(rule, rule), _reads_rounded_scalar)
@@ -68,6 +73,14 @@ def _reads_integers(node: Any) -> bool:
     from executorch.backends.xnnpack.utils.quant_utils import is_dequant
 
     return bool(is_dequant(node.args[0]))
+
+
+def _is_beside_integers(node: Any) -> bool:
+    """Whether a batch norm, which becomes a convolution, would have integers on one side alone."""
+    from executorch.backends.xnnpack.utils.quant_utils import is_quant
+
+    readers = [reader for item in node.users for reader in item.users]
+    return _reads_integers(node) or any(is_quant(reader) for reader in readers)
 
 
 def _reads_rounded_scalar(node: Any) -> bool:

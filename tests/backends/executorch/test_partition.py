@@ -39,8 +39,22 @@ class Padded(nn.Module):
         return y[:, 1:].softmax(1) + self.layer(x).mean(1, keepdim=True)
 
 
+class Normalized(nn.Module):
+    """A batch norm of a rounded sum, which no convolution takes in."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1)
+        self.norm = nn.BatchNorm1d(4)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.norm(self.first(x) + x)) + self.norm(torch.relu(x))
+
+
 CASES: dict[str, tuple[nn.Module, tuple[Tensor, ...]]] = {
     "scalar": (Scaled(), (torch.randn(4, 16), torch.tensor(0.3))),
+    "batch norm": (Normalized(), (torch.randn(2, 4, 6),)),
     "padding": (Padded(), (torch.randn(1, 3, 6, 6),)),
     "padding of volumes": (nn.Conv3d(3, 4, 3, padding=1), (torch.randn(1, 3, 4, 6, 6),)),
     "padding of a convolution": (nn.Conv2d(3, 4, 3, padding=1), (torch.randn(1, 3, 6, 6),)),
