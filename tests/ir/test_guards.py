@@ -139,6 +139,7 @@ def test_conditions_that_a_size_of_1_breaks_are_the_tracers() -> None:
         f"{height} * {width} != 1",
         f"(32*{height}) != 32",
         f"(1 + (-1 + {height}) // 2) * (1 + (-1 + {width}) // 2) != 1",
+        f"{height} % ({width} - 1) != 1",
         f"{height} != 5",
         f"{height} != {width} + 1",
         f"{height} * {width} <= 4096",
