@@ -44,32 +44,31 @@ def channel_axis_behind(user: fx.Node, node: fx.Node, axis: int) -> int | None:
     axis %= before.ndim
     if info.activation is not None:
         return axis if info.activation.homogeneous else None
-    if info.averages:
-        return _behind_average(user, before, behind, axis)
+    if info.averages and info.pools_over is not None:
+        return _behind_mean(user, info.pools_over, before, behind, axis)
     if info.view is not None:
         return _behind_view(user, info.view, before, behind, axis)
     if info.dropout:
         return axis
-    if info.names[0] == "max_pool":
-        return axis if axis == 1 and before.shape[1] == behind.shape[1] else None
+    if info.averages or info.names[0] == "max_pool":
+        return axis if axis < before.ndim - _pooled_axes(user, before) else None
     return None
 
 
-def _behind_average(user: fx.Node, before: Tensor, behind: Tensor, axis: int) -> int | None:
-    if axis != 1:
+def _behind_mean(
+    user: fx.Node, place: int, before: Tensor, behind: Tensor, axis: int
+) -> int | None:
+    dims: Any = op_info.argument(user, place)
+    gone = {int(dim) % before.ndim for dim in dims or range(before.ndim)}
+    if axis in gone:
         return None
-    info = op_info.info_of(user)
-    dims = None if info is None else op_info.argument(user, info.pools_over)
-    place = axis
-    if isinstance(dims, list | tuple):
-        averaged = {int(dim) % before.ndim for dim in dims}
-        if axis in averaged:
-            return None
-        if behind.ndim < before.ndim:  # averaged axes are gone
-            place -= sum(dim < axis for dim in averaged)
-    if place >= behind.ndim or behind.shape[place] != before.shape[axis]:
-        return None
-    return place
+    return axis if behind.ndim == before.ndim else axis - sum(dim < axis for dim in gone)
+
+
+def _pooled_axes(user: fx.Node, before: Tensor) -> int:
+    """How many of the last axes a pool goes over: its kernel, or its result, has a size for each."""
+    sizes = user.args[1]
+    return len(sizes) if isinstance(sizes, list | tuple) else before.ndim
 
 
 def _behind_view(

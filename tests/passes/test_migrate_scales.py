@@ -85,6 +85,8 @@ FORMS: dict[str, tuple[Callable[[Net, Tensor], Tensor], Tensor]] = {
     "convolutions": (lambda m, x: m.out(F.relu(m.conv(x))), IMAGES),
     "depthwise": (lambda m, x: m.out(F.relu(m.deep(F.relu(m.conv(x))))), IMAGES),
     "batch norm": (lambda m, x: m.out(F.relu(m.batch(m.conv(x)))), IMAGES),
+    "mean over tokens": (lambda m, x: m.b(F.relu(m.a(x)).mean(1)), ROWS),
+    "mean over the batch": (lambda m, x: m.b(F.relu(m.a(x)).mean(0)), ROWS),
     "pools": (lambda m, x: m.c(F.max_pool2d(F.relu(m.conv(x)), 2).mean((2, 3))), IMAGES),
 }
 
@@ -174,8 +176,9 @@ def test_few_samples_change_little() -> None:
         lambda m, x: m.c(torch.clamp(m.a(x), 0.0, 6.0).abs()),  # nor what is unknown
         lambda m, x: F.linear(F.relu(m.a(x)), m.c.weight) + F.linear(x, m.c.weight),  # tied
         lambda m, x: m.a(x),
+        lambda m, x: m.b(F.max_pool2d(F.relu(m.a(x)).mT, 3, 1, 1).mT),  # over channels, too
     ],
-    ids=["sum", "unknown function", "tied weight", "nothing before"],
+    ids=["sum", "unknown function", "tied weight", "nothing before", "pool over channels"],
 )
 def test_other_places_are_left_alone(function: Callable[[Net, Tensor], Tensor]) -> None:
     assert find_migrations(annotated(function, ROWS)) == []
