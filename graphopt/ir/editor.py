@@ -11,7 +11,7 @@ from graphopt.ir import op_info
 from graphopt.ir.annotations import note, record
 from graphopt.ir.captured_module import holder_of
 from graphopt.ir.records import ActivationRecord, TensorRecord
-from graphopt.ir.torch_private import FakeTensor, FakeTensorMode
+from graphopt.ir.torch_private import FakeTensor, FakeTensorMode, open_size_kernels
 
 __all__ = ["ORIGIN", "Editor", "nodes_in", "operands"]
 
@@ -140,7 +140,8 @@ class Editor:
         self._inherit(node, like)
         values = fx.map_arg(args, lambda used: used.meta.get("val"))
         if self._fake_mode is not None:
-            with self._fake_mode:
+            # kernels in C++ would fix an open size, in the program that the graph was copied from, too
+            with self._fake_mode, open_size_kernels():
                 node.meta["val"] = target(*values, **kwargs)
         self.changed = True
         return node

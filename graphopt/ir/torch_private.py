@@ -19,6 +19,7 @@ from graphopt.errors import MissingDependencyError, UntestedTorchVersionWarning
 if TYPE_CHECKING:
     from torch._C import PyTorchFileReader as ArchiveReader
     from torch._decomp import core_aten_decompositions, decomposition_table
+    from torch._dispatch.python import enable_python_dispatcher as open_size_kernels
     from torch._export.utils import _check_valid_to_preserve as may_stay_whole
     from torch._export.utils import _get_decomp_for_cia as decomposition_of_composite
     from torch._export.utils import _is_cia_op as is_composite
@@ -57,6 +58,7 @@ __all__ = [
     "load_pt2",
     "may_stay_whole",
     "minor_version",
+    "open_size_kernels",
     "package_pt2",
     "part_of_torch",
     "shape_rules",
@@ -91,6 +93,7 @@ _PARTS = {
     "shape_rules": ("torch._subclasses.fake_impls", "get_fast_op_impls"),
     "in_kernel": ("torch._subclasses.fake_tensor", "in_kernel_invocation_manager"),
     "is_composite": ("torch._export.utils", "_is_cia_op"),
+    "open_size_kernels": ("torch._dispatch.python", "enable_python_dispatcher"),
     "may_stay_whole": ("torch._export.utils", "_check_valid_to_preserve"),
     "decomposition_table": ("torch._decomp", "decomposition_table"),
     "symbolic_config": ("torch.fx.experimental", "_config"),

@@ -119,10 +119,12 @@ def test_state_is_kept_from_call_to_call(name: str, target: str, tmp_path: Path)
 )
 def test_open_sizes_are_compared_at_their_bounds(name: str, target: str, tmp_path: Path) -> None:
     _, example, shapes = OPEN[name]
+    before = open_dims(made(name, "float"))
     artifact = lowered(made(name, "float"), target, shapes=shapes)
     artifact.save(tmp_path / f"m{artifact.suffix}")
     found = artifact.verification
     assert found.calls >= 4  # the example, both bounds and one between
+    assert open_dims(made(name, "float")) == before
     assert found.max_error < 1e-3
     smaller = tuple(leaf[..., :8] if leaf.dim() > 2 else leaf[:, :3] for leaf in example)
     if name != "picture":

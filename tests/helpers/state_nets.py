@@ -272,7 +272,7 @@ STATEFUL: dict[str, Case] = {
     "functional cache": _cached(Functional),
     "scattered cache": _cached(Scattered),
     "one-hot cache": _cached(Chosen),
-    "sliding window": Case(SlidingWindow, [(noise(1, 1, WIDTH, seed=s),) for s in range(4)]),
+    "sliding window": Case(SlidingWindow, [(noise(1, 1, WIDTH, seed=s),) for s in range(10)]),
     "ring buffer": Case(RingBuffer, [(noise(1, 16, seed=s),) for s in range(6)]),
     "GRU": Case(Recurrent, [(noise(2, 16, seed=s),) for s in range(4)]),
     "streaming convolution": Case(Streaming, [(noise(1, 8, 6, seed=s),) for s in range(4)]),

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import graphopt
+from graphopt.analysis.open_dims import open_dims
 from graphopt.ir.annotations import (
     annotate_dropout,
     annotate_norm,
@@ -107,3 +108,14 @@ def test_annotations_of_a_node_stand_beside_each_other(gm: CapturedModule) -> No
     annotate_dropout(node, 0.5)
     assert is_fused_norm(node)
     assert dropout_rate(node) == 0.5
+
+
+def test_new_calls_leave_sizes_open() -> None:
+    """Kernels of C++ take sizes as integers; the program that the graph was copied from shares them."""
+    program = graphopt.capture(nn.ReLU(), torch.randn(2, 3, 4, 4))
+    gm = copy.deepcopy(program.graph_module)
+    (relu,) = gm.graph.find_nodes(op="call_function", target=torch.ops.aten.relu.default)
+    edit = Editor(gm)
+    padded = edit.call(torch.ops.aten.constant_pad_nd.default, relu, [1, 1, 2, 2], like=relu)
+    assert isinstance(padded.meta["val"].shape[0], torch.SymInt)
+    assert [dim.axis for dim in open_dims(program)] == [0, 1, 2, 3]
