@@ -62,7 +62,6 @@ def _size(size: int | torch.SymInt, ranges: dict[str, Any], exported: ExportedPr
         if stated is not None and stated.upper.is_Integer and int(stated.upper) < 2**31:
             upper = int(stated.upper)
         hint = int(size.node.hint) if size.node.has_hint() else lower
-        ranges[symbol] = ct.RangeDim(
-            lower_bound=lower, upper_bound=upper, default=hint, symbol=symbol
-        )
+        # without a name: coremltools holds names until a conversion in the process ends well
+        ranges[symbol] = ct.RangeDim(lower_bound=lower, upper_bound=upper, default=hint)
     return ranges[symbol]

@@ -56,10 +56,13 @@ def zeros(size: Sequence[int], *, dtype: Any = None, **_: Any) -> Any:
 
 
 def arange(start: Any, end: Any = None, step: Any = 1, *, dtype: Any = None, **_: Any) -> Any:
-    """Numbers of the wanted type from the start; left alone where they are."""
+    """Numbers of the wanted type from the start; of open sizes, integers become it; else left alone."""
     start, end = (0, start) if end is None else (start, end)
     given = (start, end, step)
     if not all(isinstance(number, int | float) for number in given):
+        whole = all(isinstance(number, int | torch.SymInt) for number in given)
+        if whole and dtype is not None and dtype.is_floating_point:
+            return torch.arange(*given).to(dtype)
         return NotImplemented
     floats = any(isinstance(number, float) for number in given)
     wanted = dtype or (torch.get_default_dtype() if floats else torch.int64)
