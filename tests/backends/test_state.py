@@ -85,7 +85,7 @@ def outcome(name: str, form: str, target: str, folder: Path) -> tuple[str, str]:
     except GraphOptError as error:
         return "wrong", str(error)
     found = artifact.verification
-    return "right", f"{found.max_error:.0e} in {found.calls} calls"
+    return "right", f"{found.max_error:.1g}"
 
 
 @pytest.mark.integration
@@ -197,7 +197,6 @@ def test_core_ml_refuses_state_before_ios_18() -> None:
 COMPRESSED = [form for form in FORMS if form != "float"]
 
 
-@functools.cache
 def cells(name: str) -> dict[tuple[str, str], tuple[str, str]]:
     """What became of a model: (form, target) → as `outcome` says. `OUT/state.md` has those so far."""
     found = {}
@@ -226,19 +225,6 @@ def _shown(found: dict[tuple[str, str], tuple[str, str]], form: str) -> list[str
 @pytest.mark.coreml
 @pytest.mark.executorch
 @pytest.mark.parametrize("name", MODELS)
-def test_every_cell_of_a_model_is_right_or_refused(name: str) -> None:
-    wrong = {cell: detail for cell, (kind, detail) in cells(name).items() if kind == "wrong"}
-    assert wrong == {}
-
-
-@pytest.mark.slow
-@pytest.mark.coreai
-@pytest.mark.coreml
-@pytest.mark.executorch
-def test_nine_of_ten_cells_are_right() -> None:
-    total = len(MODELS) * len(COMPRESSED)
-    for target in TARGETS:
-        right = sum(
-            cells(name)[form, target][0] == "right" for name in MODELS for form in COMPRESSED
-        )
-        assert right >= (0.8 if target == "coreml" else 0.9) * total, (target, right, total)
+def test_every_cell_of_a_model_is_right(name: str) -> None:
+    others = {cell: said for cell, (kind, *said) in cells(name).items() if kind != "right"}
+    assert others == {}
