@@ -186,7 +186,7 @@ def where(context: Any, node: Any) -> None:
 
 
 def expand(context: Any, node: Any) -> None:
-    """Scalars stay."""
+    """Scalars stay; beside an axis whose size is open, coremltools forgets the sizes of the others."""
     from coremltools.converters.mil.frontend import _utils
     from coremltools.converters.mil.mil import Builder
 
@@ -195,8 +195,24 @@ def expand(context: Any, node: Any) -> None:
     sizes = sizes.tolist() if isinstance(sizes, np.ndarray) else sizes
     if isinstance(sizes, list) and not sizes:
         context.add(Builder.identity(x=x, name=node.name))
-    else:
+        return
+    times = _repetitions(x, sizes) if isinstance(sizes, list) else None
+    if times is None:
         context.add(_utils.pymil_broadcast_to(x, sizes, node.name))
+        return
+    if len(sizes) > x.rank:
+        x = Builder.expand_dims(x=x, axes=list(range(len(sizes) - x.rank)))
+    context.add(Builder.tile(x=x, reps=times, name=node.name))
+
+
+def _repetitions(x: Any, sizes: list[Any]) -> list[int] | None:
+    """How often each axis is repeated; None where one of size 1 becomes one of open size."""
+    own = [1] * (len(sizes) - x.rank) + list(x.shape)
+    wanted = [getattr(size, "val", size) for size in sizes]
+    times = [1 if has != 1 else value for has, value in zip(own, wanted, strict=True)]
+    if any(value is None for value in times):
+        return None
+    return [max(int(value), 1) for value in times]  # -1 keeps a size
 
 
 TRANSLATED: dict[str, Callable[[Any, Any], None]] = {

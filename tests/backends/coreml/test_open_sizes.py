@@ -47,3 +47,27 @@ def test_places_of_open_number_are_floats_also_after_a_conversion_that_failed(
     artifact.save(tmp_path / "m.mlpackage")
     assert artifact.verification.calls >= 4
     assert artifact.verification.max_error < 1e-5
+
+
+class Cache(nn.Module):
+    """Rows of any number put into a cache, as a prompt's are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(4, 4)
+        self.register_buffer("rows", torch.zeros(1, 2, 16, 4))
+
+    def forward(self, x: Tensor, position: Tensor) -> Tensor:
+        return self.rows.index_copy_(2, position, self.fc(x)) + 0
+
+
+def test_rows_of_open_number_are_put_into_a_cache(tmp_path: Path) -> None:
+    program = graphopt.capture(Cache().eval(), (noise(1, 2, 5, 4), torch.arange(5)))
+    shapes = {"x": {2: (2, 9)}}
+    artifact = graphopt.lower(program, "coreml", precision="float32", shapes=shapes)
+    artifact.save(tmp_path / "m.mlpackage")
+    places = ((9, 0), (3, 9), (2, 12))
+    calls = [(noise(1, 2, n, 4, seed=n), torch.arange(start, start + n)) for n, start in places]
+    found = artifact.verify(calls=calls)
+    assert found.holds
+    assert found.calls == 3
