@@ -193,9 +193,10 @@ class KMeansPalettizer(Compressor):
 
         Inside, the prepared module computes with the original weights. Call it on each batch and
         hand its output to `step`; or only call it, and the label-free loss runs on the same inputs
-        at the exit. What is done depends on the spec's `algorithm`: "auto" and "skm" weigh squared
-        errors by the mean squared gradient of a sample's loss (Kim et al., SqueezeLLM, arXiv
-        2306.07629, equation 3), "gptq" fits the outputs layer by layer, "kmeans" stays as it is.
+        at the exit. What is done depends on the spec's `algorithm`: "skm" weighs squared errors by
+        the mean squared gradient of a sample's loss (Kim et al., SqueezeLLM, arXiv 2306.07629,
+        equation 3), "gptq" fits the outputs layer by layer, "auto" is "gptq" where it can be, and
+        "kmeans" stays as it is.
         If the context is left by an exception, everything stays as before.
 
         Args:
@@ -313,7 +314,10 @@ class KMeansPalettizer(Compressor):
             StateError: There was no calibration that collected any.
         """
         if not self._sensitivities:
-            raise StateError("there are no sensitivities; run calibration_mode() first")
+            raise StateError(
+                "there are no sensitivities: run calibration_mode() for algorithm 'skm', or give it"
+                " a sensitivity_path"
+            )
         return save_sensitivities(path, self._sensitivities)
 
     def _take(

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
+from graphopt.analysis.matrix_form import weight_uses
 from graphopt.analysis.weights import find_weights
 from graphopt.errors import CalibrationError, InputError
-from graphopt.fitting.algorithms import ALGORITHMS, CALIBRATED
+from graphopt.fitting.algorithms import ALGORITHMS, calibrated_word
 from graphopt.fitting.evidence import Evidence, Palettes
 from graphopt.fitting.sensitivity import GradientCollector, LossFn, label_free_loss
 from graphopt.fitting.sensitivity.taps import TAPS, insert_taps
@@ -38,13 +39,17 @@ __all__ = [
 
 def algorithms_of(annotated: Program) -> dict[str, str]:
     """Name of each weight to be palettized → the algorithm that a calibration runs for it."""
-    algorithms: dict[str, str] = {}
-    for weight in find_weights(annotated.graph_module):
-        annotation = palette_annotation(weight.nodes[0])
-        if annotation is not None:
-            algorithm = annotation.spec.algorithm
-            algorithms[weight.name] = CALIBRATED if algorithm == "auto" else algorithm
-    return algorithms
+    weights = find_weights(annotated.graph_module)
+    specs = {
+        weight.name: annotation.spec
+        for weight in weights
+        if (annotation := palette_annotation(weight.nodes[0])) is not None
+    }
+    uses = weight_uses(annotated.graph_module, [each for each in weights if each.name in specs])
+    return {
+        name: calibrated_word(spec, feedable=len(uses.get(name, ())) == 1)
+        for name, spec in specs.items()
+    }
 
 
 def needs_gradients(algorithm: str) -> bool:

@@ -126,8 +126,9 @@ class PalettizationSpec(CompressionSpec):
         algorithm: How tables and codes are found. "kmeans" minimises the error of the weights;
             "skm" weighs it by the loss's squared gradients (SqueezeLLM, arXiv 2306.07629); "gptq"
             minimises the error of the layer's outputs, by error feedback with tables (arXiv
-            2210.17323). The last two need `calibration_mode()`. "auto" is "skm" where there was a
-            calibration and "kmeans" where not.
+            2210.17323). The last two need `calibration_mode()`. "auto" is the best that the data
+            allow: without a calibration "kmeans"; with one "gptq", or "skm" for weights that several
+            ops or recurrent ones read, and beside outliers.
         outlier_fraction: Share of the weights that stay as they are, in a sparse tensor beside the
             tables: those farthest from their group's mean, by importance where there is any (the
             dense-and-sparse form of SqueezeLLM, section 4.2). The targets' sparse ops store a mask

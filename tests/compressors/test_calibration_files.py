@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 def test_saved_sensitivities_give_the_palettes_of_their_calibration(tmp_path: Path) -> None:
     path = tmp_path / "made" / "s.safetensors"
-    palettizer, prepared = prepared_for(captured())
+    palettizer, prepared = prepared_for(captured(), config("skm"))
     with palettizer.calibration_mode(
         loss_fn=losses("mean"), sensitivity_path=path, progress=False
     ) as calibrator:

@@ -58,10 +58,10 @@ def test_calibrating_changes_the_module_that_prepare_returned() -> None:
     assert palettizer.summary()["first.weight"].snr_db > 0
 
 
-def test_auto_is_skm_after_a_calibration_and_kmeans_before() -> None:
+def test_auto_is_gptq_after_a_calibration_and_kmeans_before() -> None:
     _, plain = prepared_for(captured(), config("kmeans"))
     (one, first), (two, second) = (
-        prepared_for(captured(), config(each)) for each in ("auto", "skm")
+        prepared_for(captured(), config(each)) for each in ("auto", "gptq")
     )
     for module in (first, second):
         assert_same(state(module), state(plain))

@@ -85,7 +85,7 @@ def test_sensitivities_are_mean_squared_gradients_of_single_samples(
 ) -> None:
     make, x, size = CASES[name]
     model = make().eval()
-    palettizer, prepared = prepared_for(model, args=(x[:size],))
+    palettizer, prepared = prepared_for(model, config("skm"), (x[:size],))
     with palettizer.calibration_mode(loss_fn=losses(reduction), progress=False) as calibrator:
         for start in range(0, len(x), size):
             calibrator.step(prepared(x[start : start + size]), TARGETS[start : start + size])
@@ -129,7 +129,7 @@ def test_tables_are_the_best_for_the_sensitivities_with_a_floor(n_bits: int) -> 
 
 def test_product_of_means_stands_in_for_single_samples_on_request(tmp_path: Path) -> None:
     model = mlp()
-    palettizer, prepared = prepared_for(model)
+    palettizer, prepared = prepared_for(model, config("skm"))
     x, targets = torch.cat(DATA), torch.arange(32) % 4
     options = {"loss_fn": losses("mean"), "per_sample": False}
     with palettizer.calibration_mode(progress=False, **options) as calibrator:
@@ -147,7 +147,7 @@ def test_product_of_means_stands_in_for_single_samples_on_request(tmp_path: Path
 def test_label_free_squares_estimate_the_curvature_of_the_output_error(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Linear(5, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)).eval()
     x = torch.randn(1, 5)
-    palettizer, _ = prepared_for(model, args=(x.repeat(2, 1),))
+    palettizer, _ = prepared_for(model, config("skm"), (x.repeat(2, 1),))
     palettizer.calibrate([x.repeat(8192, 1)], progress=False)
     found = load_file(palettizer.save_sensitivities(tmp_path / "s.safetensors"))
     wanted = torch.zeros_like(found["0.weight"])
@@ -216,9 +216,8 @@ class Branches(nn.Module):
 
 
 def test_weights_without_a_gradient_are_named_and_clustered_plainly() -> None:
-    palettizer, prepared = prepared_for(Branches().eval())
+    palettizer, prepared = prepared_for(Branches().eval(), config("skm"))
     before = state(prepared)
-    assert palettizer.summary().warnings == ()
     with palettizer.calibration_mode(
         loss_fn=lambda y, _: y[0].square().sum(1).mean(), progress=False
     ) as calibrator:

@@ -17,7 +17,12 @@ from graphopt.fitting.algorithms import (
     INTEGER_ALGORITHMS,
     FittingAlgorithm,
 )
-from graphopt.fitting.calibration import Calibrator, shapes_to_weigh, without_data
+from graphopt.fitting.calibration import (
+    Calibrator,
+    algorithms_of,
+    shapes_to_weigh,
+    without_data,
+)
 from graphopt.fitting.evidence import Evidence, Integers, Palettes
 from graphopt.ir.program import Program
 from graphopt.palettization import (
@@ -110,6 +115,31 @@ def test_what_an_algorithm_needs_is_known_before_it_runs(
     assert len(waiting) == (2 if waits else 0)
     watched = {} if algorithm == "kmeans" else {"first.weight", "second.weight"}
     assert set(shapes_to_weigh(program)) == set(watched)
+
+
+class Shared(nn.Module):
+    """Weights of every kind of reader: one op, two ops, one op beside outliers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.once, self.twice, self.around = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.around(self.twice(self.twice(self.once(x)).relu()).relu())
+
+
+def test_auto_with_data_is_the_best_that_readers_and_outliers_allow() -> None:
+    def module(**options: Any) -> ModuleKMeansPalettizerConfig:
+        spec = PalettizationSpec(n_bits=2, **options)
+        return ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
+
+    config = KMeansPalettizerConfig(
+        global_config=module(), module_name_configs={"around": module(outlier_fraction=0.05)}
+    )
+    program = graphopt.capture(Shared().eval(), (torch.randn(2, 8),))
+    run_passes(program.graph_module, [AnnotatePalettization(config)])
+    expected = {"once.weight": "gptq", "twice.weight": "skm", "around.weight": "skm"}
+    assert algorithms_of(program) == expected
 
 
 def test_an_algorithm_of_ones_own_is_one_entry(monkeypatch: pytest.MonkeyPatch) -> None:

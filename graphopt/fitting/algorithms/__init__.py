@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import Any, get_args
 
 from graphopt.fitting.algorithms.base import FittingAlgorithm
-from graphopt.fitting.algorithms.gptq import IntegerFeedback
+from graphopt.fitting.algorithms.gptq import IntegerFeedback, OutputFeedback
 from graphopt.fitting.algorithms.skm import SensitiveKMeans
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.schemes.quantize import QuantizedWeight
@@ -23,6 +23,7 @@ __all__ = [
     "CALIBRATED_INTEGERS",
     "INTEGER_ALGORITHMS",
     "FittingAlgorithm",
+    "calibrated_word",
 ]
 
 
@@ -40,5 +41,17 @@ INTEGER_ALGORITHMS: dict[str, FittingAlgorithm[QuantizedWeight]] = _algorithms(
     QuantizationSpec, "INTEGERS"
 )
 # what "auto" stands for where there is a calibration
-CALIBRATED = SensitiveKMeans.name
+CALIBRATED = OutputFeedback.name
 CALIBRATED_INTEGERS = IntegerFeedback.name
+
+
+def calibrated_word(spec: PalettizationSpec, *, feedable: bool) -> str:
+    """The algorithm that a spec's `algorithm` stands for where there is a calibration.
+
+    Args:
+        spec: What a weight becomes.
+        feedable: Whether one op reads the weight as a matrix, so that its errors can be fed on.
+    """
+    if spec.algorithm != "auto":
+        return spec.algorithm
+    return CALIBRATED if feedable and not spec.outlier_fraction else SensitiveKMeans.name

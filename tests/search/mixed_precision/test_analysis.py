@@ -128,7 +128,7 @@ class OneNorm(nn.Module):
 def test_corrections_of_one_layer_are_those_of_compress(correction: Any) -> None:
     torch.manual_seed(0)
     model, x = OneNorm().eval(), pictures()
-    # with data, "auto" would be sensitive k-means
+    # with data, "auto" would be output feedback
     plain_kmeans = {
         name: {"palettize": {"n_bits": bits, "algorithm": "kmeans"}}
         for name, bits in (("2-bit", 2), ("3-bit", 3))
