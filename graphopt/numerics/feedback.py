@@ -229,7 +229,10 @@ def feedback_grouped(
         chosen = np.empty((columns, units), dtype=np.uint8)
         factor = inverse_factor(hessian[group], damping).numpy()
         errors = np.empty_like(part)
-        kernels.feedback(part, factor, entries, where.rows[mine], where.columns, chosen, errors)
+        axes = (0,) * where.size
+        kernels.feedback(
+            axes, part, factor, entries, where.rows[mine], where.columns, chosen, errors
+        )
         codes[mine] = torch.from_numpy(chosen.T.copy())
 
     for _ in map_tasks(run, range(groups)):
@@ -249,6 +252,7 @@ def _pass(w: Tensor, factor: Tensor, tables: Tensor, where: TableMap) -> tuple[T
     columns, rows = w.shape
     q, errors = w.clone(), torch.empty(min(_BLOCK_COLUMNS, columns), rows)
     codes = torch.empty((columns, rows // where.size), dtype=torch.uint8)
+    axes = (0,) * where.size
     for block in _blocks(columns):
         own = factor[block, block].contiguous().numpy()
 
@@ -258,7 +262,7 @@ def _pass(w: Tensor, factor: Tensor, tables: Tensor, where: TableMap) -> tuple[T
             chosen = np.empty((len(part), part.shape[1] // where.size), dtype=np.uint8)
             left = np.empty_like(part)
             places = where.rows[units], where.columns[block]
-            kernels.feedback(part, own, tables.numpy(), *places, chosen, left)
+            kernels.feedback(axes, part, own, tables.numpy(), *places, chosen, left)
             q[block, mine] = torch.from_numpy(part)
             codes[block, units] = torch.from_numpy(chosen)
             errors[: len(part), mine] = torch.from_numpy(left)
@@ -277,7 +281,7 @@ def _descend(
     """One cycle of coordinate descent; `slope`, H (w − q), moves along with values and codes."""
     columns, rows = q.shape
     moves = torch.empty(min(_BLOCK_COLUMNS, columns), rows)
-    changes = 0
+    axes, changes = (0,) * where.size, 0
     for block in _blocks(columns):
         own = hessian[block, block].contiguous().numpy()
 
@@ -287,7 +291,8 @@ def _descend(
             chosen = np.array(codes[block, units].numpy(), order="C")
             moved = np.empty_like(part)
             places = where.rows[units], where.columns[block]
-            changed = kernels.descend(part, gradient, own, tables.numpy(), *places, chosen, moved)
+            entries = tables.numpy()
+            changed = kernels.descend(axes, part, gradient, own, entries, *places, chosen, moved)
             q[block, mine], slope[block, mine] = map(torch.from_numpy, (part, gradient))
             codes[block, units] = torch.from_numpy(chosen)
             moves[: len(part), mine] = torch.from_numpy(moved)

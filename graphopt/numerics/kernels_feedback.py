@@ -11,49 +11,64 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from graphopt.numerics.kernels_columns import nearest_entries
+
 __all__ = ["descend", "feedback", "normal_equations"]
 
 _jit = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
 
 
 @_jit
-def _code(x, at, size, table):
-    """Index of the nearest table entry to `x[at : at + size]`."""
-    if size == 1:
-        value = x[at]
-        k = table.shape[0]
-        if k <= 16:
-            code = 0
-            for i in range(1, k):
-                code += value > 0.5 * (table[i - 1, 0] + table[i, 0])
-            return code
-        low = 0
-        high = k - 1
-        while low < high:
-            middle = (low + high) // 2
-            if value > 0.5 * (table[middle, 0] + table[middle + 1, 0]):
-                low = middle + 1
-            else:
-                high = middle
-        return low
-    best = np.inf
-    code = 0
-    for i in range(table.shape[0]):
-        distance = 0.0
-        for j in range(size):
-            gap = x[at + j] - table[i, j]
-            distance += gap * gap
-        if distance < best:
-            best = distance
-            code = i
-    return code
+def _code(value, table):
+    """Index of the table entry nearest to a number; entries are increasing."""
+    k = table.shape[0]
+    if k <= 16:
+        code = 0
+        for i in range(1, k):
+            code += value > 0.5 * (table[i - 1, 0] + table[i, 0])
+        return code
+    low = 0
+    high = k - 1
+    while low < high:
+        middle = (low + high) // 2
+        if value > 0.5 * (table[middle, 0] + table[middle + 1, 0]):
+            low = middle + 1
+        else:
+            high = middle
+    return low
 
 
 @_jit
-def feedback(w, factor, tables, row_table, col_table, codes, errors):
+def _codes(axes, x, tables, row_table, offset, space, at):
+    """Codes `at` [units] of the entries nearest to the values `x` [rows] of a column.
+
+    `space` is (values [d, units], identity [d, d]).
+    """
+    size = len(axes)
+    units = at.shape[0]
+    if size == 1:
+        for u in range(units):
+            at[u] = _code(x[u], tables[row_table[u] + offset])
+        return
+    values, identity = space
+    for u in range(units):
+        for i in range(size):
+            values[i, u] = x[u * size + i]
+    nearest_entries(axes, values, tables, identity, row_table, offset, at)
+
+
+@_jit
+def _space(axes, units):
+    size = len(axes)
+    return np.empty((size, units), np.float32), np.eye(size).astype(np.float32)
+
+
+@_jit
+def feedback(axes, w, factor, tables, row_table, col_table, codes, errors):
     """Choose codes column by column and hand each column's error on to the later ones.
 
     Args:
+        axes: Tuple as long as a table entry.
         w: [columns, rows] float32, replaced by the table values that were chosen.
         factor: Upper Cholesky factor of the inverse Hessian, [columns, columns] float32.
         tables: [tables, k, size] float32.
@@ -63,19 +78,22 @@ def feedback(w, factor, tables, row_table, col_table, codes, errors):
         errors: Result, [columns, rows] float32: what times a row of the factor is handed on.
     """
     columns, rows = w.shape
-    size = tables.shape[2]
+    size = len(axes)
     units = rows // size
+    at = np.empty(units, np.int32)
+    space = _space(axes, units)
     for j in range(columns):
         error = errors[j]
         inverse = np.float32(1.0) / factor[j, j]
+        _codes(axes, w[j], tables, row_table, col_table[j], space, at)
         for u in range(units):
             table = tables[row_table[u] + col_table[j]]
-            code = _code(w[j], u * size, size, table)
+            code = at[u]
             codes[j, u] = code
             for i in range(size):
-                at = u * size + i
-                error[at] = (w[j, at] - table[code, i]) * inverse
-                w[j, at] = table[code, i]
+                r = u * size + i
+                error[r] = (w[j, r] - table[code, i]) * inverse
+                w[j, r] = table[code, i]
         for k in range(j + 1, columns):
             gain = factor[j, k]
             for r in range(rows):
@@ -83,10 +101,11 @@ def feedback(w, factor, tables, row_table, col_table, codes, errors):
 
 
 @_jit
-def descend(q, slope, hessian, tables, row_table, col_table, codes, moves):
+def descend(axes, q, slope, hessian, tables, row_table, col_table, codes, moves):
     """One cycle of coordinate descent over the codes; never raises the error.
 
     Args:
+        axes: Tuple as long as a table entry.
         q: [columns, rows] float32, the current values; updated.
         slope: H (w − q), [columns, rows] float32; updated.
         hessian: [columns, columns] float32 with a positive diagonal.
@@ -100,8 +119,10 @@ def descend(q, slope, hessian, tables, row_table, col_table, codes, moves):
         Number of codes that changed.
     """
     columns, rows = q.shape
-    size = tables.shape[2]
+    size = len(axes)
     units = rows // size
+    at = np.empty(units, np.int32)
+    space = _space(axes, units)
     wanted = np.empty(rows, dtype=np.float32)
     changes = 0
     for j in range(columns):
@@ -111,18 +132,19 @@ def descend(q, slope, hessian, tables, row_table, col_table, codes, moves):
             wanted[r] = q[j, r] + slope[j, r] * inverse
             move[r] = 0.0
         moved = False
+        _codes(axes, wanted, tables, row_table, col_table[j], space, at)
         for u in range(units):
-            table = tables[row_table[u] + col_table[j]]
-            code = _code(wanted, u * size, size, table)
+            code = at[u]
             if code == codes[j, u]:
                 continue
+            table = tables[row_table[u] + col_table[j]]
             codes[j, u] = code
             changes += 1
             moved = True
             for i in range(size):
-                at = u * size + i
-                move[at] = table[code, i] - q[j, at]
-                q[j, at] = table[code, i]
+                r = u * size + i
+                move[r] = table[code, i] - q[j, r]
+                q[j, r] = table[code, i]
         if moved:
             for k in range(columns):
                 gain = hessian[j, k]
