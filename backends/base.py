@@ -244,6 +244,11 @@ class Backend(ABC):
             raise LoweringError(f"{self.name} is no delegate of ExecuTorch programs")
         return self.delegate_type(read_options(self.options, self.name, options))
 
+    def held(self, lowering: Mapping[str, Any]) -> Capabilities:
+        """What artifacts can hold that are made with these options of `lower`."""
+        del lowering
+        return self.capabilities
+
     def options_among(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Those of the given options that `lower` takes together."""
         known = [field.name for field in fields(self.options)]

@@ -23,6 +23,7 @@ from graphopt.errors import CompressionError, ConfigWarning
 from graphopt.ir.annotations import WeightAnnotation, annotate_weight
 from graphopt.ir.editor import Editor
 from graphopt.passes.pass_base import Pass
+from graphopt.schemes.forms import NO_VECTORS, Held, chosen_form
 from graphopt.schemes.layout import plan_layout
 from graphopt.specs import PalettizationSpec, PerTensorGranularity
 
@@ -40,6 +41,8 @@ class AnnotatePalettization(Pass):
         config: What is asked for.
         on_unmatched: Whether a key that matches no module, op or state is an error or a warning.
             Module types are always a warning, since one config serves many models.
+        held: Which tables the target has, for specs with a `max_table_share`, which get no others;
+            None is all.
 
     Examples:
         >>> from graphopt.palettization import KMeansPalettizerConfig
@@ -51,6 +54,7 @@ class AnnotatePalettization(Pass):
     name: ClassVar[str] = "annotate-palettization"
     config: KMeansPalettizerConfig
     on_unmatched: Literal["error", "warn"] = "error"
+    held: Held | None = None
 
     @override
     def run(self, edit: Editor) -> None:
@@ -62,11 +66,13 @@ class AnnotatePalettization(Pass):
             refusal = partial(self._refusal, weight)
             decision = decide(weight, selector, PalettizationSpec, refusal, "palettize")
             if decision.spec is not None:
-                spec = _of_values(decision.spec) if weight.sparse is not None else decision.spec
+                spec = self._form_of(weight, decision.spec)
+                longer = self._form_of(weight, decision.spec, Held()).cluster_dim > spec.cluster_dim
+                note = NO_VECTORS if longer else ""
                 vectors = self.config.schedule_at(decision.path, "vector_kmeans_config")
                 if vectors is not None and spec.cluster_dim > 1 and spec.vector_kmeans is None:
                     spec = spec.model_copy(update={"vector_kmeans": vectors})
-                annotation = WeightAnnotation(spec, weight.output_axis, decision.path)
+                annotation = WeightAnnotation(spec, weight.output_axis, decision.path, note)
                 for node in weight.nodes:
                     annotate_weight(node, annotation)
                 edit.changed = True
@@ -91,7 +97,8 @@ class AnnotatePalettization(Pass):
                 stacklevel=2,
             )
         try:
-            layout = plan_layout(weight.tensor.shape, weight.output_axis, spec)
+            form = self._form_of(weight, spec)
+            layout = plan_layout(weight.tensor.shape, weight.output_axis, form)
         except CompressionError as error:
             warnings.warn(f"{weight.name}: {error}; left as it is", ConfigWarning, stacklevel=2)
             return str(error)
@@ -99,12 +106,26 @@ class AnnotatePalettization(Pass):
             warnings.warn(f"{weight.name}: {layout.note}", ConfigWarning, stacklevel=2)
         return ""
 
+    def _form_of(
+        self, weight: WeightTensor, spec: PalettizationSpec, held: Held | None = None
+    ) -> PalettizationSpec:
+        """What a spec means for one weight."""
+        if weight.sparse is not None:
+            return _of_values(spec)
+        tables = held or self.held
+        return chosen_form(spec, weight.tensor.shape, weight.output_axis, tables)
+
 
 def _of_values(spec: PalettizationSpec) -> PalettizationSpec:
     """What a spec means for the values of a pruned weight, which know no channels: one scalar table."""
+    rate, rest = divmod(spec.n_bits, spec.cluster_dim)
     changes = {
+        # the rate of a preset holds for values, too
+        "n_bits": spec.n_bits if spec.max_table_share is None or rest else rate,
         "granularity": PerTensorGranularity(),
         "cluster_dim": 1,
+        "cluster_axis": None,
+        "max_table_share": None,
         "enable_per_channel_scale": False,
         "outlier_fraction": 0.0,
         "algorithm": "kmeans",

@@ -30,7 +30,7 @@ from graphopt.backends.coreml.lower import (
 from graphopt.backends.coreml.options import CoreMLOptions
 from graphopt.backends.coreml.package import with_identifiers_of_content
 from graphopt.backends.coreml.precision import CLAMP, float16, register_clamp
-from graphopt.backends.coreml.refusals import refusals
+from graphopt.backends.coreml.refusals import PACKED, refusals
 from graphopt.backends.coreml.states import state_refusals
 from graphopt.backends.coreml.translations import our_translations
 from graphopt.backends.coreml.updates import place_updates
@@ -100,6 +100,11 @@ class CoreMLBackend(Backend):
     @override
     def unsupported(self, program: Program) -> list[str]:
         return [*refusals(program, self.capabilities), *state_refusals(program, "")]
+
+    @override
+    def held(self, lowering: Mapping[str, Any]) -> Capabilities:
+        older = lowering.get("minimum_deployment_target") in ("iOS16", "iOS17")
+        return PACKED if older else self.capabilities
 
     @override
     def legalize(self) -> tuple[Pass, ...]:

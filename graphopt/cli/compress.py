@@ -163,6 +163,7 @@ def compress(
             recipe.check(original)
         how |= {"backend": target, "progress": False if to.as_json else None}
         how |= {"executor": workers, "mmap_dir": folder}
+        how |= {"lowering": load_backend(target).options_among(form)}
         pipeline = pipelines.joint(wanted, batches, **how)
         program = pipeline.run(original, dump_dir=watch.dump_passes, verify=watch.verify_passes)
         table = as_stored(program, target)

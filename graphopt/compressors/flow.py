@@ -10,7 +10,6 @@ from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.compressors.options import CompressOptions
 from graphopt.compressors.pipeline import Pipeline
 from graphopt.config.joint import JointConfig
-from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.pruning import MagnitudePrunerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.fitting.sensitivity import LossFn
@@ -37,6 +36,7 @@ from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.tune import Tune
 from graphopt.run.calibration_data import data_list, inputs_of_pairs
+from graphopt.schemes.forms import Held
 
 __all__ = ["joint_pipeline"]
 
@@ -80,7 +80,7 @@ def joint_pipeline(
     if joint.pruning is not None:
         changes += _zeros(joint.pruning, how)
     if joint.palettization is not None:
-        changes += _tables(joint.palettization, given, loss_fn, how)
+        changes += _tables(joint, given, loss_fn, how)
     passes += changes if inputs is None or not shifting else _compared(changes, inputs, how)
     if quantization is not None:
         passes += _integers(quantization, inputs, how)
@@ -92,15 +92,17 @@ def _zeros(config: MagnitudePrunerConfig, how: CompressOptions) -> list[Pass]:
 
 
 def _tables(
-    config: KMeansPalettizerConfig,
+    joint: JointConfig,
     data: list[Any] | None,
     loss_fn: LossFn | None,
     how: CompressOptions,
 ) -> list[Pass]:
+    config = joint.palettization
+    assert config is not None
     detect: list[Pass] = [DetectSparsity(config)] if config.looks_for_zeros else []
     return [
         *detect,
-        AnnotatePalettization(config, how.on_unmatched),
+        AnnotatePalettization(config, how.on_unmatched, _held(joint, how)),
         FitPalettes(
             data,
             loss_fn,
@@ -111,6 +113,19 @@ def _tables(
         ),
         PalettizeWeights(seed=how.seed),
     ]
+
+
+def _held(joint: JointConfig, how: CompressOptions) -> Held:
+    """Which tables the target has that a compression is for."""
+    artifact = joint.artifact
+    if how.backend is None and artifact is None:
+        return Held()
+    lowering = dict(how.lowering or {}) if artifact is None else dict(artifact.lowering)
+    backend = how.backend if artifact is None else artifact.backend
+    assert backend is not None
+    held = load_backend(backend).held(lowering)
+    # a target without tables of its own expands them all
+    return Held(held.vector, held.grouped or not held.index_bits)
 
 
 def _compared(changes: list[Pass], inputs: list[Any], how: CompressOptions) -> list[Pass]:

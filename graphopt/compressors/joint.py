@@ -65,14 +65,15 @@ def compress(
         loss_fn: `loss_fn(output, target)`, the mean over a batch; None needs no labels.
         example_kwargs: Keyword inputs of the example call.
         options: How it runs, the fields of `graphopt.compressors.options.CompressOptions`:
-            `backend` (target whose fusions decide where activations are rounded; none in
-            particular), `correct_statistics` (estimate batch norms again and correct biases after
-            palettization; True), `tune_steps` (steps of tuning per block, see `graphopt.tune`; 0
-            leaves it out), `on_unmatched` ("error" or "warn" for config keys that match nothing),
-            `on_unobserved` ("error", or "skip" to leave activations without a usable range in
-            float), `fold_batch_norm` (before weights are palettized; by default where activations
-            are quantized too), `seed` (of everything that is drawn; 0) and `progress` (show bars;
-            None shows them on a terminal).
+            `backend` (target whose fusions decide where activations are rounded and whose tables
+            decide the form of weights with a `max_table_share`; none in particular), `lowering`
+            (options of its `lower` that change what it holds), `correct_statistics` (estimate batch
+            norms again and correct biases after palettization; True), `tune_steps` (steps of tuning
+            per block, see `graphopt.tune`; 0 leaves it out), `on_unmatched` ("error" or "warn" for
+            config keys that match nothing), `on_unobserved` ("error", or "skip" to leave activations
+            without a usable range in float), `fold_batch_norm` (before weights are palettized; by
+            default where activations are quantized too), `seed` (of everything that is drawn; 0) and
+            `progress` (show bars; None shows them on a terminal).
 
     Returns:
         A program with `.module()`, `.exported_program`, `.report()` and `.save(path)`; of a set a

@@ -21,7 +21,10 @@ class CompressOptions(Options):
     """How a flow runs; what becomes of which tensor is the config's.
 
     Attributes:
-        backend: Target whose fusions decide where activations are rounded; None is no particular.
+        backend: Target whose fusions decide where activations are rounded, and whose tables decide
+            the form of weights with a `max_table_share`; None is no particular.
+        lowering: Options of the target's `lower` that change what it holds, such as Core ML's
+            `minimum_deployment_target`; those of a config's `artifact` count before these.
         correct_statistics: Estimate batch norms again and correct biases after palettization and
             pruning, where there are data.
         tune_steps: Steps of tuning per block (`graphopt.tune`); 0 leaves it out.
@@ -40,6 +43,7 @@ class CompressOptions(Options):
     """
 
     backend: ExportBackend | str | None = None
+    lowering: Mapping[str, Any] | None = None
     correct_statistics: bool = True
     tune_steps: int = 0
     on_unmatched: Literal["error", "warn"] = "error"
@@ -55,6 +59,7 @@ class CompressKeywords(TypedDict, total=False):
     """The options of `CompressOptions` as keywords of a call."""
 
     backend: ExportBackend | str | None
+    lowering: Mapping[str, Any] | None
     correct_statistics: bool
     tune_steps: int
     on_unmatched: Literal["error", "warn"]

@@ -166,6 +166,20 @@ def _module_config(n_bits: Bits, axis: int | None, group_size: int | None) -> An
     return ModuleKMeansPalettizerConfig(op_state_spec=dict.fromkeys(_STATES, spec))
 
 
+# of the codes' bits: tables of 256 vectors pay from some ten thousand weights on
+_TABLE_SHARE = 0.125
+
+
+def _vector_config(n_bits: Bits, length: int, grouped: float = 0.001) -> Any:
+    spec = PalettizationSpec(
+        n_bits=n_bits,
+        cluster_dim=length,
+        max_table_share=_TABLE_SHARE,
+        grouped_table_share=grouped,
+    )
+    return ModuleKMeansPalettizerConfig(op_state_spec=dict.fromkeys(_STATES, spec))
+
+
 class _ModulePresets:
     """Ready-made module configs."""
 
@@ -185,6 +199,24 @@ class _ModulePresets:
     def w8() -> ModuleKMeansPalettizerConfig:
         """8-bit weights, one table per tensor."""
         config: ModuleKMeansPalettizerConfig = _module_config(8, None, None)
+        return config
+
+    @staticmethod
+    def w4_vectors() -> ModuleKMeansPalettizerConfig:
+        """4-bit weights, 8 bits for two where the tensor carries the table."""
+        config: ModuleKMeansPalettizerConfig = _vector_config(8, 2)
+        return config
+
+    @staticmethod
+    def w3_vectors() -> ModuleKMeansPalettizerConfig:
+        """3-bit weights, 6 bits for two where the tensor carries the table."""
+        config: ModuleKMeansPalettizerConfig = _vector_config(6, 2, 0.05)
+        return config
+
+    @staticmethod
+    def w2_vectors() -> ModuleKMeansPalettizerConfig:
+        """2-bit weights, 8 bits for four where the tensor carries the table."""
+        config: ModuleKMeansPalettizerConfig = _vector_config(8, 4)
         return config
 
 
@@ -209,6 +241,21 @@ class _Presets:
     def w8() -> KMeansPalettizerConfig:
         """8-bit weights, one table per tensor."""
         return KMeansPalettizerConfig(global_config=_ModulePresets.w8())
+
+    @staticmethod
+    def w4_vectors() -> KMeansPalettizerConfig:
+        """4-bit weights, 8 bits for two where the tensor carries the table."""
+        return KMeansPalettizerConfig(global_config=_ModulePresets.w4_vectors())
+
+    @staticmethod
+    def w3_vectors() -> KMeansPalettizerConfig:
+        """3-bit weights, 6 bits for two where the tensor carries the table."""
+        return KMeansPalettizerConfig(global_config=_ModulePresets.w3_vectors())
+
+    @staticmethod
+    def w2_vectors() -> KMeansPalettizerConfig:
+        """2-bit weights, 8 bits for four where the tensor carries the table."""
+        return KMeansPalettizerConfig(global_config=_ModulePresets.w2_vectors())
 
 
 class OpDKMPalettizerConfig(OpKMeansPalettizerConfig):

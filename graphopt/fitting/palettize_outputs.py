@@ -10,13 +10,15 @@ from torch import Tensor
 from graphopt.analysis.matrix_form import WeightUse
 from graphopt.fitting.importance import element_importance
 from graphopt.fitting.output_loss import OutputLoss
-from graphopt.numerics.feedback import TableMap, feedback_grouped, fit_tables
+from graphopt.numerics.feedback import Feedback, TableMap, feedback_grouped, fit_tables
+from graphopt.numerics.feedback_columns import ColumnMap, fit_column_tables
 from graphopt.schemes.palettize import PalettizedWeight, arrange, assemble, palettize
 from graphopt.schemes.tables import StoredTables, round_tables
 from graphopt.specs import PalettizationSpec
 
 __all__ = ["NO_ORDER", "palettize_by_columns", "palettize_to_outputs"]
 
+_CYCLES_OF_VECTORS = 2  # of coordinate descent
 NO_ORDER = "its tables do not follow the rows and columns of its matrix"
 
 
@@ -49,7 +51,8 @@ def palettize_to_outputs(
         return None
     where, units = places
     shape = use.matrix(weight, casts=False).shape  # groups, rows, columns
-    if shape[1] % spec.cluster_dim:
+    along_columns = isinstance(where, ColumnMap)
+    if (along_columns and shape[0] > 1) or (not along_columns and shape[1] % spec.cluster_dim):
         return None
     rows = torch.ones(shape[:2]) if loss.row_importance is None else loss.row_importance.float()
     rows = rows / rows.mean().clamp_min(1e-30)
@@ -68,6 +71,20 @@ def palettize_to_outputs(
         scaled_rows = rows * scale[:, :, 0].float().square()
 
     def fitted(entries: Tensor, *, move: bool) -> tuple[Tensor, Tensor]:
+        fit: Feedback
+        if isinstance(where, ColumnMap):
+            fit = fit_column_tables(
+                matrix[0],
+                hessian[0],
+                entries,
+                where,
+                importance=scaled_rows[0],
+                damping=loss.damping,
+                rounds=rounds,
+                cycles=_CYCLES_OF_VECTORS,
+                move_tables=move,
+            )
+            return fit.tables.to(weight.dtype), fit.codes
         if shape[0] > 1:
             return entries, feedback_grouped(matrix, hessian, entries, where, loss.damping)
         fit = fit_tables(
@@ -78,6 +95,7 @@ def palettize_to_outputs(
             importance=scaled_rows[0],
             damping=loss.damping,
             rounds=rounds,
+            cycles=_CYCLES_OF_VECTORS if spec.cluster_dim > 1 else 1,
             move_tables=move,
         )
         return fit.tables.to(weight.dtype), fit.codes
@@ -130,7 +148,7 @@ def _start_tables(start: PalettizedWeight, spec: PalettizationSpec) -> Tensor:
 
 def _places(
     weight: Tensor, spec: PalettizationSpec, use: WeightUse, output_axis: int
-) -> tuple[TableMap, npt.NDArray[np.int64]] | None:
+) -> tuple[TableMap | ColumnMap, npt.NDArray[np.int64]] | None:
     """Tables of rows and columns, and the number of each unit in the order of the codes."""
     layout = arrange(weight, spec, output_axis, None).layout
     per_group = weight.numel() // layout.n_groups // layout.cluster_dim
@@ -141,9 +159,11 @@ def _places(
     if use.matrix(spread, casts=False).numel() != weight.numel():
         return None
     matrix = use.matrix(spread, casts=False).flatten(0, 1)  # rows of all groups × columns
-    units = matrix.reshape(-1, layout.cluster_dim, matrix.shape[1])
-    if bool((units != units[:, :1]).any()):
-        return None  # entries do not lie along consecutive rows
-    units = units[:, 0]
-    where = TableMap.of(units // per_group, layout.cluster_dim)
-    return None if where is None else (where, units.numpy())
+    length = layout.cluster_dim
+    units = matrix.reshape(-1, length, matrix.shape[1]) if matrix.shape[0] % length == 0 else None
+    if units is not None and not bool((units != units[:, :1]).any()):
+        # entries lie along consecutive rows
+        where = TableMap.of(units[:, 0] // per_group, length)
+        return None if where is None else (where, units[:, 0].numpy())
+    across = ColumnMap.of(matrix, per_group, length)
+    return None if across is None else (across, matrix[:, across.columns[:, 0]].numpy())

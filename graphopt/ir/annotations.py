@@ -74,11 +74,13 @@ class WeightAnnotation(Generic[SpecT]):
         spec: The spec.
         output_axis: Output-channel axis of the stored tensor.
         path: Config path that decided.
+        note: What people should know about the spec beside what it says, or "".
     """
 
     spec: SpecT
     output_axis: int
     path: str = ""
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ class Layout:
         shape: Shape of the weight.
         group_axis: Axis that is cut into groups.
         group_size: Channels per table.
-        vector_axis: Axis along which table entries lie, the output-channel axis.
+        vector_axis: Axis along which table entries lie.
         cluster_dim: Length of a table entry.
         note: What was changed against the spec, or "".
     """
@@ -101,7 +101,7 @@ def plan_layout(shape: Sequence[int], output_axis: int, spec: PalettizationSpec)
         spec: What is asked for.
 
     Raises:
-        CompressionError: The axis does not exist, or `cluster_dim` divides neither the channels nor
+        CompressionError: An axis does not exist, or `cluster_dim` divides neither the channels nor
             the group.
     """
     dims = tuple(int(size) for size in shape)
@@ -120,10 +120,13 @@ def plan_layout(shape: Sequence[int], output_axis: int, spec: PalettizationSpec)
                 f" {axis}; {'one table per tensor' if size == channels else f'groups of {size}'}"
             )
     length = spec.cluster_dim
-    unit = size if axis == output_axis else dims[output_axis]
+    along = output_axis if spec.cluster_axis is None or length == 1 else spec.cluster_axis
+    if along >= len(dims):
+        raise CompressionError(f"cluster_axis={along}, but the weight has shape {dims}")
+    unit = size if axis == along else dims[along]
     if unit % length:
         raise CompressionError(
             f"cluster_dim={length} does not divide the {unit} channels that share a table on axis"
-            f" {output_axis}"
+            f" {along}"
         )
-    return Layout(dims, axis, size, output_axis, length, note)
+    return Layout(dims, axis, size, along, length, note)

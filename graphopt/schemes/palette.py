@@ -129,14 +129,14 @@ class PalettizedWeight(StoredWeight):
 
     def described(self, spec: PalettizationSpec) -> dict[str, Any]:
         """See `StoredWeight.described`."""
-        del spec
         layout = self.layout
         tables = "one table"
         if layout.n_groups > 1:
             tables = f"{layout.n_groups} tables on axis {layout.group_axis}"
         words = [f"{self.n_bits}-bit", tables]
         if layout.cluster_dim > 1:
-            words.append(f"entries of {layout.cluster_dim}")
+            along = "" if spec.cluster_axis is None else f" along axis {spec.cluster_axis}"
+            words.append(f"entries of {layout.cluster_dim}{along}")
         if self.lut_storage is not None:
             words.append(f"{self.lut_storage} table")
         if self.channel_scale is not None:

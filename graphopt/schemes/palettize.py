@@ -18,6 +18,7 @@ from graphopt.numerics.kmeans1d import cluster_1d, sum_of_squares
 from graphopt.numerics.kmeans_nd import VectorSearch, cluster_vectors
 from graphopt.numerics.packing import pack
 from graphopt.schemes.base import Scheme, Statistics
+from graphopt.schemes.forms import chosen_form
 from graphopt.schemes.layout import Layout, plan_layout
 from graphopt.schemes.palette import PalettizedWeight
 from graphopt.schemes.relaxed import RelaxedPalette
@@ -68,6 +69,7 @@ def palettize(
     Raises:
         CompressionError: NaN or Inf in the weight, or a layout that cannot be built.
     """
+    spec = chosen_form(spec, weight.shape, output_axis)
     if spec.outlier_fraction:
         return _palettize_around_outliers(weight.detach(), spec, output_axis, importance, seed)
     parts = arrange(weight.detach(), spec, output_axis, importance)
@@ -274,6 +276,7 @@ class Palettization(Scheme[PalettizationSpec, PalettizedWeight]):
         rules: StorageRules,
     ) -> Parts:
         """See `Scheme.parts`."""
+        spec = chosen_form(spec, shape, output_axis)
         layout = plan_layout(shape, output_axis, spec)
         floats, tables, elements = bits_of(rules.float_dtype), layout.n_groups, math.prod(shape)
         entry, sides = bits_of(rules.lut_dtype or rules.float_dtype), 0
@@ -294,7 +297,8 @@ class Palettization(Scheme[PalettizationSpec, PalettizedWeight]):
         words, per = [f"{spec.n_bits}-bit"], spec.granularity
         if isinstance(per, PerGroupedChannelGranularity):
             words.append(f"g{per.group_size}" + (f" axis {per.axis}" if per.axis else ""))
-        words += [f"v{spec.cluster_dim}"] if spec.cluster_dim > 1 else []
+        along = "" if spec.cluster_axis is None else f" axis {spec.cluster_axis}"
+        words += [f"v{spec.cluster_dim}{along}"] if spec.cluster_dim > 1 else []
         words += [f"{dtype_name(spec.lut_qspec.dtype)} tables"] if spec.lut_qspec else []
         words += ["scaled"] if spec.enable_per_channel_scale else []
         words += [f"{spec.outlier_fraction:.2%} outliers"] if spec.outlier_fraction else []

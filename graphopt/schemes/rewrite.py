@@ -8,7 +8,7 @@ from dataclasses import replace
 from torch import fx
 
 from graphopt.analysis.weights import WeightTensor, identity_of
-from graphopt.ir.annotations import record_of
+from graphopt.ir.annotations import palette_annotation, record_of
 from graphopt.ir.editor import Editor
 from graphopt.ir.records import TensorRecord
 from graphopt.schemes.base import StoredWeight
@@ -54,6 +54,9 @@ def row_of(
         stored_bits=stored.stored_bits(),
         snr_db=stored.snr_db,
     )
+    annotation = palette_annotation(weight.nodes[0])
+    if annotation is not None and annotation.note:
+        row = replace(row, note="; ".join(filter(None, (row.note, annotation.note))))
     return row if weight.sparse is None else _of_whole_weight(gm, weight.sparse, row)
 
 

@@ -118,8 +118,18 @@ class PalettizationSpec(CompressionSpec):
         lut_qspec: How table entries themselves are quantized (int8, uint8, fp8; one scale per
             table, ZP formulation); None keeps them in the weight's type.
         granularity: One table per tensor, or per group of channels.
-        cluster_dim: Length of a table entry; above 1, that many consecutive weights along the
-            output-channel axis share one index.
+        cluster_dim: Length of a table entry; above 1, that many consecutive weights along
+            `cluster_axis` share one index.
+        cluster_axis: Axis along which the entries of tables of vectors lie; None is the
+            output-channel axis.
+        max_table_share: Bits that one table of the tensor may add to its codes, relative to theirs.
+            Where it is given, each tensor gets the longest entries that it carries, at the same
+            `n_bits / cluster_dim` per weight: along the output channels, or another axis that their
+            length divides; and as many tables as `grouped_table_share` allows. None keeps what the
+            other fields say.
+        grouped_table_share: Bits that several tables of a tensor together may add to its codes,
+            relative to theirs, where there is a `max_table_share` (a fiftieth, at least, where
+            entries are scalars).
         enable_per_channel_scale: Divide each output channel by its largest magnitude first and
             store the scales beside the indices.
         training_strategy_spec: Behaviour in training.
@@ -151,6 +161,9 @@ class PalettizationSpec(CompressionSpec):
     lut_qspec: QuantizationSpec | None = None
     granularity: PalettizationGranularity = Field(default_factory=PerTensorGranularity)
     cluster_dim: Annotated[int, Field(ge=1)] = 1
+    cluster_axis: Annotated[int, Field(ge=0)] | None = None
+    max_table_share: Annotated[float, Field(gt=0, le=1)] | None = None
+    grouped_table_share: Annotated[float, Field(ge=0, le=1)] = 0.001
     enable_per_channel_scale: bool = False
     training_strategy_spec: TrainingStrategy = Field(default_factory=DefaultTrainingSpec)
     algorithm: Literal["auto", "kmeans", "skm", "gptq"] = "auto"
