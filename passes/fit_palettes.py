@@ -103,6 +103,7 @@ class FitPalettes(Pass):
             batches = track(calls, "gradients", len(inputs), enabled=self.progress)
             for batch, target in zip(batches, targets, strict=labelled):
                 calibrator.step(run_call(module, batch), target)
+        calibrator.vary(module, self.progress)
         fit = calibrator.palettes(self.seed, self.progress, correct_bias=True)
         set_biases(gm, fit.biases)
         edit.changed |= bool(fit.biases)

@@ -28,16 +28,16 @@ from graphopt.fitting.calibration import (
     without_data,
 )
 from graphopt.fitting.sensitivity import LossFn, save_sensitivities
-from graphopt.ir.annotations import record, record_of
+from graphopt.ir.annotations import record
 from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.program import Program
-from graphopt.ir.records import CompressionRecord
 from graphopt.passes import FakePalettize, LoadState
 from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.passes.pass_manager import run_passes
 from graphopt.prepared import QUANTIZERS
 from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.progress import track
+from graphopt.report.table import CompressionTable, table_of
 from graphopt.run.batches import Batch, CallSequence, run_call
 from graphopt.run.calibration_data import read_calls
 from graphopt.schemes.palettize import PalettizedWeight
@@ -169,7 +169,7 @@ class KMeansPalettizer(Compressor):
         keep_findings(gm, stored={}, sensitivities={})
         fake = run.program.copy().graph_module
         run_passes(fake, [FakePalettize(self._palettes, cache_dense)])
-        _say(record_of(fake))
+        _say(table_of(Program(fake, ())))
         self._run, self._seed, self._cache_dense = run, seed, cache_dense
         self._prepared = copy.deepcopy(fake)
         if state_dict is not None and any(name.startswith(f"{QUANTIZERS}.") for name in state_dict):
@@ -233,6 +233,7 @@ class KMeansPalettizer(Compressor):
         with calibrator.watching(prepared):
             yield calibrator
         calibrator.collect(prepared, progress)
+        calibrator.vary(prepared, progress)
         fitted = calibrator.palettes(self._seed, progress, correct_bias=correct_bias)
         self._sensitivities = calibrator.collector.sums
         self._take(fitted.weights, fitted.biases, fitted.remarks)
@@ -371,7 +372,7 @@ class KMeansPalettizer(Compressor):
         return run.finish(source, stored=self._palettes)
 
 
-def _say(table: CompressionRecord) -> None:
+def _say(table: CompressionTable) -> None:
     """Log what is palettized and what is not."""
     _log.info(
         "palettized %d of %d tensors: %.3f bits per weight, %.3f over the palettized",

@@ -26,6 +26,7 @@ from graphopt.ir.state import current_start, writes
 from graphopt.progress import track
 from graphopt.run.batches import Batch, StatefulCall, run_call
 from graphopt.run.calibration_data import refuse_non_finite
+from graphopt.run.synthetic_data import varied_calls
 
 __all__ = [
     "Calibrator",
@@ -126,6 +127,7 @@ class Calibrator:
         self.batches: list[Batch] = []
         self.steps = 0
         self._calls = 0
+        self._remarks: list[str] = []
         self._loss_fn = loss_fn
         self._label_free = label_free
         self._generator = torch.Generator().manual_seed(seed)
@@ -232,6 +234,25 @@ class Calibrator:
                 self.step(run_call(prepared, batch))
         self.batches = batches if kept else []
 
+    def vary(self, prepared: CapturedModule, progress: bool | None) -> None:
+        """Run random tokens as well, where those of the data are too few to fit layers' outputs to.
+
+        Losses are label-free there. The remark that says so goes to what `palettes` gives.
+        """
+        if not self._layerwise or not self._watched:
+            return
+        calls, remark = varied_calls(prepared, self.batches, seed=0)
+        if not calls:
+            return
+        self._remarks.append(remark)
+        given, self._loss_fn = self._loss_fn, None
+        try:
+            with self.watching(prepared), torch.enable_grad():
+                for batch in track(calls, "random tokens", len(calls), enabled=progress):
+                    self.step(run_call(prepared, batch))
+        finally:
+            self._loss_fn = given
+
     def palettes(self, seed: int, progress: bool | None, *, correct_bias: bool) -> Palettes:
         """Tables and codes after the data."""
         evidence = Evidence(
@@ -243,7 +264,7 @@ class Calibrator:
             seed,
             progress,
         )
-        result = Palettes()
+        result = Palettes(remarks=list(self._remarks))
         for name, algorithm in ALGORITHMS.items():
             weights = [weight for weight, own in self.algorithms.items() if own == name]
             if weights:

@@ -7,6 +7,7 @@ found on text, and 9 dB less than those found on a single sentence.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,12 +17,15 @@ from torch.utils import _pytree as pytree
 from graphopt.errors import InputError
 from graphopt.ir import op_info
 from graphopt.ir.annotations import record
+from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
+from graphopt.run.batches import Batch, StatefulCall
 
-__all__ = ["SYNTHETIC", "synthetic_calls"]
+__all__ = ["SYNTHETIC", "synthetic_calls", "varied_calls"]
 
 SYNTHETIC = "synthetic"  # what people write in place of calibration data
 _SEQUENCES = 64
+_ADDED = 16  # random tokens for each column of embeddings beside narrow data, at least
 _SMALLEST = 16  # rows of a table that holds tokens; types and positions have fewer, or are given
 
 
@@ -81,6 +85,58 @@ def synthetic_calls(
     return calls
 
 
+def varied_calls(
+    gm: CapturedModule, calls: Sequence[Batch], *, seed: int = 0
+) -> tuple[list[Batch], str]:
+    """The same calls with random tokens, where their own are too few to tell apart what a layer reads.
+
+    Fewer distinct tokens than an embedding has columns leave directions without any data: second moments
+    of what layers read are singular, and what is fitted to them holds for these tokens alone. Masks,
+    positions, states and shapes stay those of the data.
+
+    Args:
+        gm: A graph.
+        calls: Inputs of one call each, as it takes them.
+        seed: Seed of the tokens.
+
+    Returns:
+        As many sequences as there are, or a multiple that holds 16 tokens for each column, and a remark
+        that says why; none, and "", where the data hold tokens enough, or no tokens.
+    """
+    nodes = gm.graph.find_nodes(op="placeholder")
+    rows = [_rows(node) for node in nodes]
+    most = max(rows, default=0)
+    leaves = [pytree.tree_leaves((call[0], call[1])) for call in calls]
+    if not most or any(len(each) != len(nodes) for each in leaves):
+        return [], ""
+    places = [place for place, size in enumerate(rows) if size == most]
+    table = _table(nodes[places[0]])
+    width = int(table.meta["val"].shape[1]) if table is not None else 0
+    seen = [each[place].reshape(-1) for each in leaves for place in places]
+    distinct = len(torch.cat(seen).unique()) if seen else 0
+    if distinct >= min(width, most // 2):
+        return [], ""
+    generator = torch.Generator().manual_seed(seed)
+    sequences = sum(len(each[places[0]]) if each[places[0]].ndim > 1 else 1 for each in leaves)
+    times = math.ceil(_ADDED * width / max(sum(map(len, seen)), 1))
+    made: list[Batch] = []
+    for _ in range(times):
+        for call in calls:
+            flat, spec = pytree.tree_flatten((call[0], call[1]))
+            for place in places:
+                like = flat[place]
+                flat[place] = torch.randint(most, like.shape, generator=generator).to(like.dtype)
+            args, kwargs = pytree.tree_unflatten(flat, spec)
+            batch: Batch = (tuple(args), dict(kwargs))
+            made.append(
+                StatefulCall(batch, call.state) if isinstance(call, StatefulCall) else batch
+            )
+    return made, (
+        f"the data hold {distinct} distinct tokens for {width} columns of embeddings:"
+        f" {times * sequences} sequences of random tokens were added"
+    )
+
+
 def _as_inputs(
     program: Program, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any] | tuple[Any, ...]:
@@ -92,9 +148,16 @@ def _as_inputs(
 
 def _rows(node: fx.Node) -> int:
     """Rows of the table in which an integer input is looked up; 0 where there is none."""
+    table = _table(node)
+    size = 0 if table is None else int(table.meta["val"].shape[0])
+    return size if size >= _SMALLEST else 0
+
+
+def _table(node: fx.Node) -> fx.Node | None:
+    """The table in which an integer input is looked up."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor) or value.is_floating_point() or value.dtype == torch.bool:
-        return 0
+        return None
     front, seen = [node], {node}
     for reader in front:
         for user in reader.users:
@@ -105,10 +168,9 @@ def _rows(node: fx.Node) -> int:
                 table = user.args[slot.position]
                 looked_up = slot.matrix == "embedding" and user.args[slot.data] is reader
                 if looked_up and isinstance(table, fx.Node):
-                    size = int(table.meta["val"].shape[0])
-                    return size if size >= _SMALLEST else 0
+                    return table
             passes = info.view is not None or info.cast
             if passes and user not in seen:
                 seen.add(user)
                 front.append(user)
-    return 0
+    return None
