@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, fx
+from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from graphopt.analysis.weights import source_of
@@ -19,10 +21,13 @@ from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor, operands
 from graphopt.ir.op_info import OpInfo, WeightSlot
 from graphopt.passes.pass_base import Pass
+from graphopt.run.batches import Batch, run_call
 from graphopt.run.calibration_data import read_calls
 from graphopt.run.layerwise import LayerwiseRun
 
 __all__ = ["CorrectBias", "channel_axis"]
+
+_CHECKED = 4  # batches whose outputs are compared
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,10 @@ class CorrectBias(Pass):
     `b ← b + E[z − ẑ]` per output channel (Nagel et al., "Data-free quantization", arXiv 1906.04721,
     section 4.2, measured instead of derived). A layer without a bias gets one; layers in front of a
     batch norm are left to `ReestimateBatchNorm`, and biases that several layers share stay.
+
+    A layer's bias is corrected only where what the other batches say brings the outputs of each batch
+    closer on the mean (the samples of a single batch stand for batches); and all stay as they were
+    where together they would take the outputs of the graph farther from the reference's.
 
     Attributes:
         data: Inputs of one call each, as for `as_batch`.
@@ -65,29 +74,79 @@ class CorrectBias(Pass):
             raise CalibrationError("no data: biases cannot be corrected")
         batches = list(read_calls(gm, self.data))
         exact = LayerwiseRun(self.reference, batches)
-        wanted: dict[fx.Node, Tensor] = {}
+        wanted: dict[fx.Node, _Means] = {}
         measured = {partners[node] for node in layers}
         for node in self.reference.graph.nodes:
             if node.op != "output":
                 exact.step(node)
             if node in measured:
                 wanted[node] = _means(exact, node)
+        checked = batches[:: math.ceil(len(batches) / _CHECKED)]
+        before = _distance(gm, self.reference, checked)
+        kept = {node: _bias_of(node) for node in layers}
         for node in layers:
-            if _bias_of(node) is None:
-                _add_bias(edit, node, len(wanted[partners[node]]))
+            if kept[node] is None:
+                _add_bias(edit, node, wanted[partners[node]].each.shape[1])
+        values = {node: edit.value(_constant(node)) for node in layers}
+        changed = self._correct(edit, gm, batches, {n: wanted[partners[n]] for n in layers})
+        gm.recompile()
+        if changed and _distance(gm, self.reference, checked) > before:
+            changed = []
+            for node in layers:
+                edit.set_value(_constant(node), values[node])
+        for node in layers:
+            if kept[node] is None and node not in changed:
+                _set_bias(edit, node, None)
+
+    def _correct(
+        self, edit: Editor, gm: CapturedModule, batches: list[Batch], wanted: dict[fx.Node, _Means]
+    ) -> list[fx.Node]:
+        """Correct layer by layer; the layers whose biases have changed."""
+        changed = []
         run = LayerwiseRun(gm, batches)
         for node in list(gm.graph.nodes):
             if node.op == "output":
                 break
-            if node not in layers:
+            if node not in wanted:
                 run.step(node)
                 continue
             run.step(node, keep_inputs=True)
-            change = wanted[partners[node]] - _means(run, node)
-            bias = _bias_of(node)
-            assert isinstance(bias, fx.Node)
-            edit.set_value(bias, moved_bias(edit.value(bias), change))
+            missing = wanted[node].less(_means(run, node))
+            if missing.helps_others():
+                bias = _constant(node)
+                edit.set_value(bias, moved_bias(edit.value(bias), missing.total()))
+                changed.append(node)
             run.step(node)
+        return changed
+
+
+@dataclass(frozen=True)
+class _Means:
+    """Means of channels batch by batch.
+
+    Attributes:
+        each: [batches, channels] float64.
+        counts: Values of each, [batches, 1] float64.
+    """
+
+    each: Tensor
+    counts: Tensor
+
+    def less(self, other: _Means) -> _Means:
+        return _Means(self.each - other.each, self.counts)
+
+    def total(self) -> Tensor:
+        """The mean of all, [channels]."""
+        return (self.each * self.counts).sum(0) / self.counts.sum()
+
+    def helps_others(self) -> bool:
+        """Whether adding the mean of the others brings each batch closer to 0, on the whole."""
+        if len(self.each) < 2:
+            return True
+        rest = self.counts.sum() - self.counts
+        others = ((self.each * self.counts).sum(0) - self.each * self.counts) / rest
+        gains = others * (2 * self.each - others)
+        return float((gains * self.counts).sum()) > 0
 
 
 def channel_axis(node: fx.Node) -> int | None:
@@ -148,7 +207,13 @@ def _add_bias(edit: Editor, node: fx.Node, channels: int) -> None:
     value = node.meta["val"]
     zeros = torch.zeros(channels, dtype=value.dtype)
     made = edit.constant(f"{owner}.bias" if owner else "bias", zeros, like=node)
-    edit.set_args(node, (*node.args[: slot.bias], made, *node.args[slot.bias + 1 :]))
+    _set_bias(edit, node, made)
+
+
+def _set_bias(edit: Editor, node: fx.Node, bias: fx.Node | None) -> None:
+    slot = _slot_of(node)
+    assert slot.bias is not None
+    edit.set_args(node, (*node.args[: slot.bias], bias, *node.args[slot.bias + 1 :]))
 
 
 def _sources(node: fx.Node) -> list[fx.Node]:
@@ -158,8 +223,37 @@ def _sources(node: fx.Node) -> list[fx.Node]:
     return sources
 
 
-def _means(run: LayerwiseRun, node: fx.Node) -> Tensor:
-    """Mean of each channel of an output over all batches, float64."""
+def _means(run: LayerwiseRun, node: fx.Node) -> _Means:
+    """Means of the channels of an output, batch by batch, or sample by sample of a single one."""
     axis = channel_axis(node)
     assert axis is not None
-    return ChannelMoments.of(run.values(node), axis).mean
+    values = [value for value in run.values(node) if value.numel()]
+    channels = values[0].ndim + axis if axis < 0 else axis
+    if len(values) == 1 and channels > 0 and values[0].ndim > 1:
+        values = list(values[0].split(1))
+    each = torch.stack([ChannelMoments.of([value], axis).mean for value in values])
+    counts = torch.tensor([float(value.numel() // value.shape[axis]) for value in values])
+    return _Means(each, counts.double()[:, None])
+
+
+@torch.no_grad()
+def _distance(gm: CapturedModule, reference: CapturedModule, batches: list[Batch]) -> float:
+    """Squared error of a graph's outputs, relative to the reference's."""
+    total = 0.0
+    for batch in batches:
+        pairs = zip(*(_floats(run_call(module, batch)) for module in (gm, reference)), strict=True)
+        for made, wanted in pairs:
+            size = float(wanted.double().square().sum())
+            total += float((made.double() - wanted.double()).square().sum()) / max(size, 1e-30)
+    return total
+
+
+def _floats(outputs: object) -> list[Tensor]:
+    leaves = pytree.tree_leaves(outputs)
+    return [each for each in leaves if isinstance(each, Tensor) and each.is_floating_point()]
+
+
+def _constant(node: fx.Node) -> fx.Node:
+    bias = _bias_of(node)
+    assert isinstance(bias, fx.Node)
+    return bias

@@ -95,11 +95,15 @@ class Addmms(nn.Module):
 
 
 NETS: dict[str, tuple[type[nn.Module], list[Tensor], int]] = {
-    "linear": (Linears, [torch.randn(5, 6) + 1, torch.randn(9, 6)], -1),
-    "linear over tokens": (Linears, [torch.randn(2, 7, 6) + 1, torch.randn(3, 4, 6)], -1),
-    "general convolution": (Generals, [torch.randn(3, 3, 7, 7) + 1, torch.randn(5, 3, 7, 7)], 1),
-    "addmm": (Addmms, [torch.randn(5, 6) + 1, torch.randn(9, 6)], -1),
-    "convolution": (Convs, [torch.randn(3, 3, 7, 7) + 1, torch.randn(5, 3, 7, 7)], 1),
+    "linear": (Linears, [torch.randn(5, 6) + 1, torch.randn(9, 6) + 1], -1),
+    "linear over tokens": (Linears, [torch.randn(2, 7, 6) + 1, torch.randn(3, 4, 6) + 1], -1),
+    "general convolution": (
+        Generals,
+        [torch.randn(3, 3, 7, 7) + 1, torch.randn(5, 3, 7, 7) + 1],
+        1,
+    ),
+    "addmm": (Addmms, [torch.randn(5, 6) + 1, torch.randn(9, 6) + 1], -1),
+    "convolution": (Convs, [torch.randn(3, 3, 7, 7) + 1, torch.randn(5, 3, 7, 7) + 1], 1),
 }
 
 
@@ -127,6 +131,60 @@ def test_every_layer_gets_the_mean_output_of_the_reference(kind: str) -> None:
     assert CorrectBias(data, reference)(gm).modified
     gm.graph.lint()
     assert max(worst()) < 1e-5
+
+
+def opposed(count: int = 16) -> list[Tensor]:
+    """Batches whose means are far apart, so that what one says is wrong for the others."""
+    generator = torch.Generator().manual_seed(0)
+    places = (6 * torch.eye(6)).repeat_interleave(2, 0) * torch.tensor([1.0, -1.0] * 6)[:, None]
+    return [place + 0.1 * torch.randn(count, 6, generator=generator) for place in places]
+
+
+def test_correction_that_other_batches_do_not_confirm_is_left_out() -> None:
+    torch.manual_seed(3)
+    model, data = nn.Sequential(nn.Linear(6, 12)), opposed()
+    gm, reference = palettized(model, data[0], n_bits=1), graph_of(model, data[0])
+
+    def error(module: nn.Module, batch: Tensor) -> float:
+        with torch.no_grad():
+            return float((module(batch) - reference(batch)).square().mean())
+
+    before = copy.deepcopy(gm)
+    CorrectBias(data[:1], reference)(gm)
+    # one batch alone is taken at its word, and the others suffer
+    assert error(gm, data[0]) < error(before, data[0])
+    other = copy.deepcopy(before)
+    CorrectBias(data, reference)(other)
+    for batch in data:
+        assert error(other, batch) <= error(before, batch) * (1 + 1e-6)
+
+
+class Cancelling(nn.Module):
+    """Two layers whose errors make up for each other, where a bias can be moved in one alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left, self.right = nn.Linear(6, 6), nn.Linear(6, 6)
+        with torch.no_grad():
+            self.right.weight.copy_(-self.left.weight)
+        self.right.bias = self.left.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.left(x) + F.linear(x, self.right.weight, torch.zeros(6))
+
+
+def test_corrections_that_move_the_outputs_away_are_taken_back() -> None:
+    torch.manual_seed(0)
+    model, x = Cancelling(), torch.randn(64, 6) + 3
+    gm, reference = palettized(model, x, n_bits=1), graph_of(model, x)
+    state = copy.deepcopy(gm.state_dict())
+    with torch.no_grad():
+        before = float((gm(x) - reference(x)).square().mean())
+        CorrectBias([x], reference)(gm)
+        after = float((gm(x) - reference(x)).square().mean())
+    assert after <= before
+    if after == before:
+        assert torch.equal(gm.state_dict()["left.bias"], state["left.bias"])
 
 
 def test_layer_without_a_bias_gets_one_under_its_own_name() -> None:
