@@ -110,11 +110,16 @@ class CompressionRecord:
         rows: One per candidate tensor, in the order of the graph.
         warnings: Config keys that had no effect, and other remarks on the whole model.
         activations: One per scale of activations, and per op that stays in float.
+        rest_bits: Bits of the parameters and buffers that have no row: biases, norms, scales of
+            activations.
+        rest_elements: Their elements.
     """
 
     rows: tuple[TensorRecord, ...]
     warnings: tuple[str, ...] = ()
     activations: tuple[ActivationRecord, ...] = ()
+    rest_bits: int = 0
+    rest_elements: int = 0
 
     def __repr__(self) -> str:
         done = f"{len(self.compressed)} of {len(self.rows)} tensors compressed"
@@ -160,8 +165,8 @@ class CompressionRecord:
 
     @property
     def stored_bytes(self) -> int:
-        """Bytes of all listed tensors in their stored form."""
-        return sum(-(-row.stored_bits // 8) for row in self.rows)
+        """Bytes of all parameters and buffers in their stored form."""
+        return sum(-(-row.stored_bits // 8) for row in self.rows) + -(-self.rest_bits // 8)
 
     @property
     def bits_per_weight(self) -> float:
@@ -171,9 +176,10 @@ class CompressionRecord:
 
     @property
     def overall_bits_per_weight(self) -> float:
-        """Stored bits per element over all rows, what is left alone included."""
-        total = sum(row.numel for row in self.rows)
-        return sum(row.stored_bits for row in self.rows) / max(total, 1)
+        """Stored bits per element over all parameters and buffers, what is left alone included."""
+        total = sum(row.numel for row in self.rows) + self.rest_elements
+        bits = sum(row.stored_bits for row in self.rows) + self.rest_bits
+        return bits / max(total, 1)
 
     def to_json(self) -> str:
         """Rows, activations and remarks as one JSON object."""

@@ -18,6 +18,7 @@ from graphopt.errors import StateError
 from graphopt.ir.annotations import record_of
 from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionRecord
+from graphopt.report.bits import stored_tensors
 from graphopt.report.notebook import ShownAsTable
 from graphopt.report.page import PageKeywords, write_page
 
@@ -134,6 +135,16 @@ class CompressionTable(CompressionRecord, ShownAsTable):
 
 
 def table_of(program: Program) -> CompressionTable:
-    """The report of a program."""
+    """The record of a program, for printing, with what the program stores beside its rows."""
     record = record_of(program.graph_module)
-    return CompressionTable(record.rows, record.warnings, record.activations, program)
+    listed = {name for row in record.rows for name in (row.name, *row.aliases)}
+    stored = stored_tensors(program.graph_module)
+    rest = [each for name, each in stored.items() if not each.compressed and name not in listed]
+    return CompressionTable(
+        record.rows,
+        record.warnings,
+        record.activations,
+        rest_bits=sum(each.bits for each in rest),
+        rest_elements=sum(each.elements for each in rest),
+        program=program,
+    )
