@@ -18,7 +18,7 @@ from graphopt.specs import PalettizationSpec
 
 __all__ = ["NO_ORDER", "palettize_by_columns", "palettize_to_outputs"]
 
-_CYCLES_OF_VECTORS = 2  # of coordinate descent
+_CYCLES_OF_VECTORS = 4  # of coordinate descent
 NO_ORDER = "its tables do not follow the rows and columns of its matrix"
 
 
