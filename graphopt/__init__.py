@@ -66,11 +66,11 @@ _MEMBERS = {
     "Program": "graphopt.ir.program",
     "TensorRecord": "graphopt.ir.records",
     "Workers": "graphopt.run.workers",
-    "compress": "graphopt.api",
-    "fit": "graphopt.api",
-    "lower": "graphopt.api",
+    "compress": "graphopt.compressors.joint",
+    "fit": "graphopt.search.budget.fit",
+    "lower": "graphopt.backends.lowering",
     "mapped_weights": "graphopt.ir.mapped",
-    "tune": "graphopt.api",
+    "tune": "graphopt.passes.tune",
 }
 _PACKAGES = ("casting", "mixed_precision", "pipelines", "rdo")
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import random
@@ -29,6 +30,7 @@ __all__ = ["exclusive", "exclusively", "silent"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _lock = threading.RLock()
+_YOUNG = 20_000  # new objects between two collections; a node of a graph is about twenty
 _depth = 0  # of the thread that has the lock
 
 
@@ -42,7 +44,7 @@ def exclusive() -> Iterator[None]:
             if _depth > 1:
                 yield
             else:
-                with _kept():
+                with _kept(), _set_aside():
                     yield
         finally:
             _depth -= 1
@@ -76,6 +78,27 @@ def _kept() -> Iterator[None]:
             if devices is not None:
                 torch.cuda.set_rng_state_all(devices)
             _restore(environment)
+
+
+@contextmanager
+def _set_aside() -> Iterator[None]:
+    """Let collections of garbage pass over the objects that were there before.
+
+    Graphs and programs are many small objects, so full collections come often; each would walk all that
+    torch and the caller's program have made. Garbage that the block itself makes is collected as ever.
+    """
+    if gc.get_freeze_count():  # of the caller's own
+        yield
+        return
+    often = gc.get_threshold()
+    gc.freeze()
+    if 0 < often[0] < _YOUNG:
+        gc.set_threshold(_YOUNG, *often[1:])
+    try:
+        yield
+    finally:
+        gc.set_threshold(*often)
+        gc.unfreeze()
 
 
 def _restore(environment: dict[str, str]) -> None:

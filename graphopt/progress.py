@@ -3,67 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    SpinnerColumn,
-    Task,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
-from rich.text import Text
-from typing_extensions import override
+from graphopt.extras import deferred
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from graphopt import progress_display
+else:
+    progress_display = deferred("graphopt.progress_display")
 
 __all__ = ["step", "track"]
 
 T = TypeVar("T")
-_shown: list[Progress] = []  # the display that is on, which what runs inside adds its bars to
+# what lets a display be on where standard error is no terminal
+_SETTINGS = ("FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")
 
 
-class _Counts(ProgressColumn):
-    """Done of all, rate and remaining time of a bar; nothing of a step, which has no parts."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._count, self._remaining = MofNCompleteColumn(), TimeRemainingColumn()
-
-    @override
-    def render(self, task: Task) -> Text:
-        if task.total is None:
-            return Text()
-        rate = f"{task.speed:.1f}/s" if task.speed and task.speed >= 1 else ""
-        if task.speed and task.speed < 1:
-            rate = f"{1 / task.speed:.1f} s each"
-        parts = (self._count.render(task), Text(rate), self._remaining.render(task), Text("left"))
-        return Text("  ").join(part for part in parts if part.plain)
-
-
-@contextlib.contextmanager
-def _display(enabled: bool | None) -> Iterator[Progress | None]:
+def _display(enabled: bool | None) -> contextlib.AbstractContextManager[Progress | None]:
     """The display that is on, or a new one; None where bars are off."""
-    console = Console(stderr=True)
-    if enabled is False or (enabled is None and not console.is_terminal):
-        yield None
-        return
-    if _shown:
-        yield _shown[-1]
-        return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24))
-    with Progress(
-        *columns, _Counts(), TimeElapsedColumn(), console=console, transient=True
-    ) as display:
-        _shown.append(display)
-        try:
-            yield display
-        finally:
-            _shown.remove(display)
+    if enabled is False or (enabled is None and not _may_show()):
+        return contextlib.nullcontext()
+    return progress_display.display(enabled)
+
+
+def _may_show() -> bool:
+    """Whether the display is worth its import to find out if it can be seen."""
+    terminal = sys.stderr is not None and sys.stderr.isatty()
+    return terminal or "IPython" in sys.modules or any(name in os.environ for name in _SETTINGS)
 
 
 def track(

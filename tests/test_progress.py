@@ -5,14 +5,15 @@ import io
 import pytest
 from rich.console import Console
 
-from graphopt import progress
+from graphopt import progress, progress_display
 
 
 @pytest.fixture
 def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
     screen = io.StringIO()
+    monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setattr(
-        progress,
+        progress_display,
         "Console",
         lambda **_: Console(file=screen, force_terminal=True, width=100, no_color=True),
     )
@@ -22,18 +23,18 @@ def terminal(monkeypatch: pytest.MonkeyPatch) -> io.StringIO:
 def test_bar_shows_what_is_done_how_fast_and_how_long_yet(terminal: io.StringIO) -> None:
     for number in progress.track(range(3), "measuring", 3):
         assert number < 3
-        progress._shown[-1].refresh()
+        progress_display._shown[-1].refresh()
     shown = terminal.getvalue()
     assert "measuring" in shown
     assert "2/3" in shown
     assert "left" in shown
-    assert not progress._shown
+    assert not progress_display._shown
 
 
 def test_what_runs_inside_shares_the_display(terminal: io.StringIO) -> None:
     for _ in progress.track(range(1), "layers", 1):
         with progress.step("lowering"):
-            (display,) = progress._shown
+            (display,) = progress_display._shown
             assert [task.description for task in display.tasks] == ["layers", "lowering"]
         assert [task.description for task in display.tasks] == ["layers"]
 
@@ -41,7 +42,7 @@ def test_what_runs_inside_shares_the_display(terminal: io.StringIO) -> None:
 def test_an_error_inside_ends_the_display(terminal: io.StringIO) -> None:
     with pytest.raises(ValueError, match="mine"), progress.step("lowering"):
         raise ValueError("mine")
-    assert not progress._shown
+    assert not progress_display._shown
 
 
 @pytest.mark.parametrize("enabled", [False, None])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -16,12 +16,17 @@ from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.finalized import Weights, finalized
 from graphopt.compressors.pipeline import PausedRun, Pipeline
 from graphopt.errors import InputError, StateError
+from graphopt.extras import deferred
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
 from graphopt.prepared.state import parts_of
 from graphopt.prepared.training_form import train_as_model
-from graphopt.report.stored import as_stored
-from graphopt.report.table import CompressionTable
+
+if TYPE_CHECKING:
+    from graphopt.report import stored
+    from graphopt.report.table import CompressionTable
+else:
+    stored = deferred("graphopt.report.stored")
 
 __all__ = ["Compressor"]
 
@@ -121,7 +126,7 @@ class Compressor(ABC):
             LoweringError: There is no such target.
             StateError: `prepare` was not called.
         """
-        return as_stored(self.program(), backend)
+        return stored.as_stored(self.program(), backend)
 
     def _refuse_second_prepare(self) -> None:
         if self._run is not None:

@@ -6,19 +6,25 @@ import copy
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import override
 
 from graphopt.backends.lowering import lower_by_suffix
+from graphopt.extras import deferred
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.mapped import is_mapped
 from graphopt.ir.program import Program
 from graphopt.ir.program_set import ProgramSet
 from graphopt.passes.pass_manager import PassReport
 from graphopt.report.passes import PassTable
-from graphopt.report.table import CompressionTable, table_of
 from graphopt.specs.artifact import ArtifactSpec
+
+if TYPE_CHECKING:
+    from graphopt.report import table as tables
+    from graphopt.report.table import CompressionTable
+else:
+    tables = deferred("graphopt.report.table")
 
 __all__ = ["CompressedProgram", "CompressedSet", "compressed"]
 
@@ -43,7 +49,7 @@ class CompressedProgram(Program):
 
     def report(self) -> CompressionTable:
         """One row per candidate tensor; prints as a table, with `to_json()` and `to_html(path)`."""
-        return table_of(self)
+        return tables.table_of(self)
 
     @property
     @override

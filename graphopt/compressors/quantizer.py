@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -25,6 +25,7 @@ from graphopt.config.joint import JointConfig, only_part
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QATSchedule, QuantizerConfig
 from graphopt.errors import InputError
+from graphopt.extras import deferred
 from graphopt.fitting.sensitivity import LossFn
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
@@ -36,9 +37,13 @@ from graphopt.passes.calibrate_activations import (
 )
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 from graphopt.prepared.state import parts_of, take_state
-from graphopt.report.stored import as_stored
-from graphopt.report.table import CompressionTable
 from graphopt.run.calibration_data import data_list
+
+if TYPE_CHECKING:
+    from graphopt.report import stored
+    from graphopt.report.table import CompressionTable
+else:
+    stored = deferred("graphopt.report.stored")
 
 __all__ = ["Quantizer"]
 
@@ -385,7 +390,7 @@ class Quantizer(Compressor):
             LoweringError: There is no such target.
             StateError: `prepare` was not called.
         """
-        return as_stored(self.program(on_unobserved="skip"), backend)
+        return stored.as_stored(self.program(on_unobserved="skip"), backend)
 
     def _quantizers(self) -> list[_AnyQuantizer]:
         prepared = self._ready()

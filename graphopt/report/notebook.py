@@ -4,9 +4,15 @@ from __future__ import annotations
 
 import html
 from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
 
-from rich.table import Table
-from rich.text import Text
+from graphopt.extras import deferred
+
+if TYPE_CHECKING:
+    from rich import table as tables
+    from rich import text
+else:
+    tables, text = deferred("rich.table"), deferred("rich.text")
 
 __all__ = ["ShownAsTable", "table_html"]
 
@@ -15,14 +21,14 @@ class ShownAsTable(ABC):
     """What prints as a table and is one in notebooks, too."""
 
     @abstractmethod
-    def __rich__(self) -> Table:
+    def __rich__(self) -> tables.Table:
         """The table."""
 
     def _repr_html_(self) -> str:
         return table_html(self.__rich__())
 
 
-def table_html(table: Table) -> str:
+def table_html(table: tables.Table) -> str:
     """A table of the terminal as one of HTML, in the notebook's own style."""
     sides = [f" style='text-align:{column.justify}'" for column in table.columns]
     heads = "".join(
@@ -42,5 +48,5 @@ def table_html(table: Table) -> str:
 
 def _text(cell: object) -> str:
     """A cell without the terminal's markup."""
-    shown = Text.from_markup(cell) if isinstance(cell, str) else cell
-    return html.escape(shown.plain if isinstance(shown, Text) else str(shown))
+    shown = text.Text.from_markup(cell) if isinstance(cell, str) else cell
+    return html.escape(shown.plain if isinstance(shown, text.Text) else str(shown))

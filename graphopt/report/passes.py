@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from rich.console import Console
-from rich.table import Table
-
+from graphopt.extras import deferred
 from graphopt.passes.pass_manager import PassReport
 from graphopt.report.notebook import ShownAsTable
+
+if TYPE_CHECKING:
+    from rich import console
+    from rich import table as tables
+else:
+    console, tables = deferred("rich.console"), deferred("rich.table")
 
 __all__ = ["PassTable"]
 
@@ -20,8 +25,8 @@ class PassTable(PassReport, ShownAsTable):
 
     __repr__ = PassReport.__repr__
 
-    def __rich__(self) -> Table:
-        table = Table(title=f"{len(self.records)} passes, {self.seconds:.2f} s")
+    def __rich__(self) -> tables.Table:
+        table = tables.Table(title=f"{len(self.records)} passes, {self.seconds:.2f} s")
         for heading in ("pass", "changed", "ms", "nodes", "error", "allowed"):
             table.add_column(heading, justify="left" if heading == "pass" else "right")
         for record in self.records:
@@ -39,5 +44,5 @@ class PassTable(PassReport, ShownAsTable):
 
     def __str__(self) -> str:
         stream = io.StringIO()
-        Console(file=stream, width=120, no_color=True).print(self)
+        console.Console(file=stream, width=120, no_color=True).print(self)
         return stream.getvalue()

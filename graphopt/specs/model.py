@@ -82,7 +82,9 @@ _UNION_TAGS = ("per_tensor", "per_grouped_channel", "per_channel", "per_block")
 class SpecModel(BaseModel):
     """A frozen value; unknown keys are refused and named with their path."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", arbitrary_types_allowed=True)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", arbitrary_types_allowed=True, defer_build=True
+    )
 
     @model_validator(mode="before")
     @classmethod
