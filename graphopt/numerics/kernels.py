@@ -11,7 +11,8 @@ monotone.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from graphopt.numerics.compiled import compiled
 
 __all__ = [
     "cut_groups",
@@ -22,7 +23,7 @@ __all__ = [
     "table_cuts",
 ]
 
-_jit = njit(cache=True, nogil=True, error_model="numpy")
+_jit = compiled()
 
 
 @_jit

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from graphopt.numerics.compiled import compiled
 
 __all__ = ["shrink_ranges"]
 
 _BLOCK = 4096  # elements whose errors are summed in float32
-_jit = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+_jit = compiled(fastmath={"contract", "reassoc", "nsz"})
 
 
 @_jit

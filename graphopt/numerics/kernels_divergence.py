@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from graphopt.numerics.compiled import compiled
 
 __all__ = ["divergences"]
 
 _LEAST = 1e-12  # share that a bin has at least, where its logarithm is taken
-_jit = njit(cache=True, nogil=True, error_model="numpy")
+_jit = compiled()
 
 
 @_jit

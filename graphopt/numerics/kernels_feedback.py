@@ -9,13 +9,14 @@ consecutive rows (the length of a table entry) and one column; its table is
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from graphopt.numerics.compiled import compiled
 
 from graphopt.numerics.kernels_columns import nearest_entries
 
 __all__ = ["descend", "feedback", "normal_equations"]
 
-_jit = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+_jit = compiled(fastmath={"contract", "reassoc", "nsz"})
 
 
 @_jit

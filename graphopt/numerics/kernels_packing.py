@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from graphopt.numerics.compiled import compiled
 
 __all__ = [
     "pack_bits",
     "unpack_bits",
 ]
 
-_jit = njit(cache=True, nogil=True, error_model="numpy")
+_jit = compiled()
 
 
 @_jit

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from graphopt.numerics.compiled import compiled
 
 __all__ = [
     "assign_groups",
@@ -13,7 +14,7 @@ __all__ = [
     "sum_of_squares",
 ]
 
-_jit = njit(cache=True, nogil=True, error_model="numpy")
+_jit = compiled()
 
 
 @_jit

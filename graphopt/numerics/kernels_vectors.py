@@ -7,12 +7,13 @@ dimensions unroll and those over vectors become SIMD.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from graphopt.numerics.compiled import compiled
 
 __all__ = ["assign_vectors", "seed_vectors"]
 
 _BLOCK = 512  # vectors in cache while all centroids pass by
-_jit = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract"})
+_jit = compiled(fastmath={"contract"})
 
 
 @_jit
