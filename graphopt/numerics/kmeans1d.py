@@ -4,7 +4,7 @@ Values are sorted (or, for long groups, counted into 32,768 uniform bins that ke
 moments), and a monotone dynamic program over prefix sums finds the best cuts for every number of
 parts up to the largest table at once (Wang and Song, "Ckmeans.1d.dp", R Journal 3(2), 2011; the
 divide-and-conquer form is Grønlund et al., arXiv 1701.07204, section 2.2). The program chooses
-among 20 to 64 cells per part placed by Panter and Dite's companding density; a second exact program then
+among 20 to 64 cells per part, placed by Panter and Dite's companding density; a second exact program then
 moves its cuts to single points. Everything is equivariant to scale.
 """
 
@@ -37,6 +37,8 @@ _LONG_GROUP = 262_144
 _MIN_CELLS = 128
 _MANY_GROUPS = 64
 _CELLS_PER_PART = 20
+# More cells than that are for rows whose sorting takes longer than the choice among them.
+_POINTS_PER_CELL = 32
 # A part narrower than this many bins is not resolved by the histogram; the group is sorted instead.
 _MIN_BINS_PER_PART = 16
 _NO_WEIGHTS: npt.NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
@@ -256,8 +258,8 @@ def _fit_rows(
     ks = np.array(sizes, dtype=np.int64)
     cells = max(_CELLS_PER_PART * sizes[-1], _MIN_CELLS)
     if n_groups < _MANY_GROUPS:
-        # one table per tensor: the program over cells is a small part of the work
-        cells = max(cells, min(64 * sizes[-1], 4096))
+        # one table per tensor: the program over cells is a small part of the work on long rows
+        cells = max(cells, min(64 * sizes[-1], 4096, x.shape[1] // _POINTS_PER_CELL))
     if x.shape[1] >= _LONG_GROUP and method == "fast":
         rows = range(x.shape[0])
         sorted_rows = [row for row in rows if not _fit_long(row, x, w, ks, cells, grid, tables)]
