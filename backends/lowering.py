@@ -54,6 +54,8 @@ def as_program(
             args = (example_inputs,) if isinstance(example_inputs, Tensor) else example_inputs or ()
             program = program.with_example(tuple(args), dict(example_kwargs or {}))
     else:
+        if isinstance(source, CapturedModule):
+            source = neutral_form(source) or source
         program = capture(source, example_inputs, example_kwargs)
     neutral = neutral_form(program.graph_module)
     if neutral is not None:
