@@ -81,7 +81,7 @@ def quantize(
     Args:
         config: What becomes of what, or a mapping or YAML file of it; int8 everywhere by default.
         data: Calibration inputs of one call each, needed for the ranges of activations.
-        options: `backend`, `on_unmatched`, `on_unobserved` and `progress`, as for
+        options: `backend`, `tune_steps`, `on_unmatched`, `on_unobserved`, `seed` and `progress`, as for
             `graphopt.compress`.
 
     Examples:

@@ -16,10 +16,11 @@ from graphopt.analysis.weights import WeightTensor, find_weights
 from graphopt.ir.annotations import (
     ActivationPoint,
     WeightAnnotation,
+    annotate_rounding,
     quantization_annotation,
 )
 from graphopt.ir.captured_module import holder_of, set_tensor
-from graphopt.ir.editor import Editor
+from graphopt.ir.editor import Editor, operands
 from graphopt.numerics.affine import QParams, grid_of, has_whole_offsets
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.insert_fake_quantize import (
@@ -96,6 +97,7 @@ class ConvertQuantization(Pass):
                 rounded = _emit_rounding_by_range(edit, operand, point)
             else:
                 rounded = emit_quantize_dequantize(edit, operand, point.group, point.spec, scales)
+                _remember(rounded, point)
             redirect(edit, operand, rounded, readers, users)
         rows, left = [], dict(findings_of(edit.gm).stored)
         for weight in find_weights(edit.gm):
@@ -146,6 +148,16 @@ class ConvertQuantization(Pass):
                 set_tensor(holder, name, made.dense())
                 quantizer.rounding = False
         return gm
+
+
+def _remember(rounded: fx.Node, point: ActivationPoint) -> None:
+    """Let the ops that round a value know what they are for."""
+    node = rounded
+    while "quantize_per" not in str(node.target) and node.target is not _ops.round_to_float.default:
+        node = operands(node)[0]
+    annotate_rounding(node, point)
+    if node.target is not _ops.round_to_float.default:
+        annotate_rounding(operands(node)[0], point)
 
 
 def _emit_rounding_by_range(edit: Editor, operand: fx.Node, point: ActivationPoint) -> fx.Node:

@@ -20,7 +20,7 @@ from graphopt.fitting.migration import (
     trust,
 )
 from graphopt.ir import op_info
-from graphopt.ir.annotations import clear_annotations, move_output, output_point
+from graphopt.ir.annotations import clear_annotations, mark_rescaled, move_output, output_point
 from graphopt.ir.captured_module import callable_graph
 from graphopt.ir.editor import Editor
 from graphopt.passes.annotate_quantization import AnnotateQuantization
@@ -115,6 +115,8 @@ class _Move:
 
     def apply(self) -> None:
         producer, scale, shift = self.migration.producer, self.factors.scale, self.factors.shift
+        scaled: fx.Node = producer.node
+        back: fx.Node | None = None
         if producer.kind == "norm":
             assert producer.affine is not None
             gain, offset = producer.affine.gain, producer.affine.shift
@@ -122,14 +124,27 @@ class _Move:
             if offset is not None:
                 moved = self._of(offset) if shift is None else self._of(offset) - shift
                 self._set(offset, moved / scale)
-            self._give_back()
+            back = self._give_back()
         elif producer.kind == "rows":
             self._scale_rows()
-            self._give_back()
+            back = self._give_back()
         else:
-            self._multiply()
+            scaled = self._multiply()
         for reader in self.migration.readers:
             self._take_up(reader)
+        self._mark(scaled, back)
+
+    def _mark(self, scaled: fx.Node, back: fx.Node | None) -> None:
+        """Mark the values that are scaled now, up to what scales them back."""
+        ends = {back, *(reader.node for reader in self.migration.readers)}
+        pending, seen = [scaled], set[fx.Node]()
+        while pending:
+            node = pending.pop()
+            if node in seen or node in ends:
+                continue
+            seen.add(node)
+            mark_rescaled(node)
+            pending += list(node.users)
 
     def _of(self, node: fx.Node) -> Tensor:
         return self.edit.value(node).detach().double()
@@ -156,34 +171,40 @@ class _Move:
         behind = value.ndim - 1 - self.migration.axis % value.ndim
         return values.to(value.dtype).reshape(-1, *[1] * behind)
 
-    def _give_back(self) -> None:
-        """Let other readers of a value read what it was before."""
+    def _give_back(self) -> fx.Node | None:
+        """Let other readers of a value read what it was before; the first op that scales it back."""
         node, others = self.migration.value, set(self.migration.others)
         if not others:
-            return
+            return None
         place = node.next
         scale = self.edit.constant(
             f"{node.name}_scale", self._wide(self.factors.scale), like=node, before=place
         )
-        back = self.edit.call(_MUL, node, scale, like=node, before=place)
+        mark_rescaled(scale)
+        first = back = self.edit.call(_MUL, node, scale, like=node, before=place)
         if self.factors.shift is not None:
             shift = self.edit.constant(
                 f"{node.name}_shift", self._wide(self.factors.shift), like=node, before=place
             )
+            mark_rescaled(shift)
             back = self.edit.call(_ADD, back, shift, like=node, before=place)
         self.edit.redirect(node, back, lambda user: user not in others)
+        return first
 
-    def _multiply(self) -> None:
+    def _multiply(self) -> fx.Node:
+        """Put a multiplication behind a value; returns it."""
         node, taken = self.migration.producer.node, set(self.migration.taken)
         place = node.next
         factor = self.edit.constant(
             f"{node.name}_scale", self._wide(1 / self.factors.scale), like=node, before=place
         )
+        mark_rescaled(factor)
         made = self.edit.call(_MUL, node, factor, like=node, before=place)
         if output_point(node) is not None:
             move_output(node, made)
             clear_annotations(node)
         self.edit.redirect(node, made, lambda user: user not in taken)
+        return made
 
     def _take_up(self, reader: Reader) -> None:
         stored, *tied = reader.weight.nodes

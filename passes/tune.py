@@ -1,4 +1,4 @@
-"""Tune tables, biases and norms of a compressed program to reproduce the uncompressed one."""
+"""Tune tables, ranges, biases and norms of a compressed program to reproduce the uncompressed one."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ ProgramT = TypeVar("ProgramT", bound=Program)
 
 @dataclass(frozen=True)
 class Tune(Pass):
-    """`tune` as a pass: table entries, biases and norms move, codes stay.
+    """`tune` as a pass: table entries, ranges of activations, biases and norms move, codes stay.
 
     Attributes:
         data: Inputs of one call each, as for `as_batch`.
         steps: Steps per block.
         seed: Seed of the order of the data.
         progress: Show a bar; None shows it on a terminal.
+        held_out: Inputs that decide which step was best; without any, some of `data` do.
 
     Examples:
         >>> from graphopt.palettization import KMeansPalettizerConfig
@@ -54,12 +55,18 @@ class Tune(Pass):
     steps: int = 200
     seed: int = 0
     progress: bool | None = None
+    held_out: Sequence[Any] = ()
 
     @override
     def run(self, edit: Editor) -> None:
         gm = callable_graph(edit.gm)
         programs = (Program(gm, ()), Program(reference_of(edit.gm), ()))
-        tuned = tune(*programs, self.data, steps=self.steps, seed=self.seed, progress=self.progress)
+        options: TuningKeywords = {
+            "steps": self.steps,
+            "seed": self.seed,
+            "progress": self.progress,
+        }
+        tuned = tune(*programs, self.data, self.held_out, **options)
         edit.adopt(tuned.graph_module)
 
 
@@ -67,6 +74,7 @@ def tune(
     program: ProgramT,
     reference: Program,
     data: Sequence[Any],
+    held_out: Sequence[Any] = (),
     **options: Unpack[TuningKeywords],
 ) -> ProgramT:
     """Tune a compressed program on unlabelled data.
@@ -75,10 +83,15 @@ def tune(
         program: What a compressor made of `reference`; it is not changed.
         reference: The uncompressed program.
         data: Inputs of one call each, as for `as_batch`: one step of Adam takes one of them.
+        held_out: Others, to which nothing was fitted: the step with the least error on them counts.
+            Without any, one in eight of `data` is left out of the steps; where weights were fitted to
+            these, too, their errors are too small to be fallen below, and little will move.
         **options: The fields of `TuningOptions`, which documents them.
 
     Returns:
-        A program with the same codes. A block whose error did not fall keeps its values.
+        A program with the same codes and ops: table entries, biases, norms, constants of migrated
+        scales, and scales and zero points of activations have moved, but no range that a config
+        fixes and no scale that is found at run time. A block whose error did not fall stays as it is.
 
     Raises:
         OptionError: There is no such option.
@@ -104,5 +117,5 @@ def tune(
         # the program's convolutions stand for the norms behind them, too
         exact = reference.copy().graph_module
         run_passes(exact, [FoldBatchNorm()])
-    tune_graph(gm, exact, batches, how)
+    tune_graph(gm, exact, batches, how, held_out=list(read_calls(gm, held_out)))
     return tuned

@@ -137,7 +137,7 @@ def compress(
     to: OutputOptions,
     form: Annotated[Given, TargetFields()],
     calibration: CalibrationFiles,
-    how: Annotated[Given, Fields(CompressOptions, "on_unmatched", "seed")],
+    how: Annotated[Given, Fields(CompressOptions, "on_unmatched", "seed", "tune_steps")],
     watch: WatchOptions,
     config: Annotated[
         str,

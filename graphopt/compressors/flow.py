@@ -7,6 +7,7 @@ from typing import Any
 
 from graphopt.backends import load_backend
 from graphopt.backends.raising import RaiseToVocabulary
+from graphopt.compressors.calls import CalibrationCalls
 from graphopt.compressors.options import CompressOptions
 from graphopt.compressors.pipeline import Pipeline
 from graphopt.config.joint import JointConfig
@@ -35,10 +36,10 @@ from graphopt.passes.calibrate_activations import CalibrateActivations
 from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.tune import Tune
-from graphopt.run.calibration_data import data_list, inputs_of_pairs
+from graphopt.run.calibration_data import data_list
 from graphopt.schemes.forms import Held
 
-__all__ = ["joint_pipeline"]
+__all__ = ["after_annotation", "joint_pipeline"]
 
 
 def joint_pipeline(
@@ -51,8 +52,8 @@ def joint_pipeline(
     """The pipeline of one config; every compressor, `compress` and the shell run what this builds.
 
     Weights are pruned and palettized first; then batch norms and biases take up what that has
-    shifted; then tables are tuned; activations and the other weights are quantized last, so that
-    their ranges are those of the compressed weights.
+    shifted; activations and the other weights are quantized behind that, so that their ranges are
+    those of the compressed weights; then all of it is tuned together.
 
     Args:
         name: Its name for people.
@@ -63,10 +64,15 @@ def joint_pipeline(
 
     Raises:
         InputError: The data hold no call, or no pairs where there is a `loss_fn`.
+        CalibrationError: There are steps of tuning and no data.
     """
     how = CompressOptions() if options is None else options
     given = data_list(data)
-    inputs = given if given is None or loss_fn is None else inputs_of_pairs(given)
+    if given is None and how.tune_steps < 1:
+        pairs = calls = None
+    else:
+        pairs = CalibrationCalls.of(given or [], how)
+        calls = pairs.inputs(loss_fn)
     shifting = joint.palettization is not None or joint.pruning is not None
     quantization = joint.quantization
     passes: list[Pass] = [RaiseToVocabulary(), FoldComputedWeights()]
@@ -80,10 +86,17 @@ def joint_pipeline(
     if joint.pruning is not None:
         changes += _zeros(joint.pruning, how)
     if joint.palettization is not None:
-        changes += _tables(joint, given, loss_fn, how)
-    passes += changes if inputs is None or not shifting else _compared(changes, inputs, how)
-    if quantization is not None:
-        passes += _integers(quantization, inputs, how)
+        changes += _tables(joint, pairs, loss_fn, how)
+    if calls is not None and shifting and how.correct_statistics:
+        changes.append(CorrectStatistics(calls.fitted))
+    integers = [] if quantization is None else _integers(quantization, calls, how)
+    if calls is not None and how.tune_steps > 0:
+        # ranges, tables, norms and biases move together
+        tuned = Tune(calls.fitted, how.tune_steps, how.seed, how.progress, calls.held_out)
+        changes, integers = [*changes, *integers, tuned], []
+    if any(KeepReference in step.after for step in changes):
+        changes = [KeepReference(), *changes, ForgetReference()]
+    passes += [*changes, *integers]
     return Pipeline(name, (*passes, RemoveUnused(keep_tied=True)), joint.artifact)
 
 
@@ -93,7 +106,7 @@ def _zeros(config: MagnitudePrunerConfig, how: CompressOptions) -> list[Pass]:
 
 def _tables(
     joint: JointConfig,
-    data: list[Any] | None,
+    pairs: CalibrationCalls | None,
     loss_fn: LossFn | None,
     how: CompressOptions,
 ) -> list[Pass]:
@@ -104,7 +117,7 @@ def _tables(
         *detect,
         AnnotatePalettization(config, how.on_unmatched, _held(joint, how)),
         FitPalettes(
-            data,
+            None if pairs is None else pairs.fitted,
             loss_fn,
             how.seed,
             how.progress,
@@ -128,32 +141,37 @@ def _held(joint: JointConfig, how: CompressOptions) -> Held:
     return Held(held.vector, held.grouped or not held.index_bits)
 
 
-def _compared(changes: list[Pass], inputs: list[Any], how: CompressOptions) -> list[Pass]:
-    """Changes to weights, and what is corrected against the graph before them."""
-    corrections: list[Pass] = []
-    if how.correct_statistics:
-        corrections.append(CorrectStatistics(inputs))
-    if how.tune_steps > 0:
-        corrections.append(Tune(inputs, how.tune_steps, how.seed, how.progress))
-    if not corrections:
-        return changes
-    return [KeepReference(), *changes, *corrections, ForgetReference()]
-
-
 def _integers(
-    config: QuantizerConfig, inputs: list[Any] | None, how: CompressOptions
+    config: QuantizerConfig, calls: CalibrationCalls | None, how: CompressOptions
 ) -> list[Pass]:
     fused, integer_results = None, False
-    caches = config.kv_cache_quant_configs
     if how.backend is not None:
         allowed = load_backend(how.backend).capabilities
         fused, integer_results = allowed.fused_activations, allowed.integer_results
-    migrated = [MigrateScales(inputs)] if config.migrate_scales else []
+    seen = None if calls is None else calls.every
+    migrated = [MigrateScales(seen)] if config.migrate_scales else []
     return [
         AnnotateQuantization(config, how.on_unmatched, fused, integer_results),
         *migrated,
-        CalibrateActivations(inputs, how.on_unobserved, how.progress),
-        FitIntegers(inputs, how.seed, how.progress),
+        *after_annotation(config, calls, how),
+    ]
+
+
+def after_annotation(
+    config: QuantizerConfig, calls: CalibrationCalls | None, how: CompressOptions
+) -> list[Pass]:
+    """What follows where activations and weights are annotated and scales have migrated.
+
+    Args:
+        config: What becomes of which tensor.
+        calls: Calibration inputs, or None.
+        how: How it runs.
+    """
+    caches = config.kv_cache_quant_configs
+    seen, fitted = (None, None) if calls is None else (calls.every, calls.fitted)
+    return [
+        CalibrateActivations(seen, how.on_unobserved, how.progress),
+        FitIntegers(fitted, how.seed, how.progress),
         FoldBatchNorm(),
         ConvertQuantization(),
         *([QuantizeCaches(tuple(caches))] if caches else []),

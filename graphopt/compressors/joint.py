@@ -48,8 +48,8 @@ def compress(
     'model.pt2'
 
     Weights are palettized first, with the algorithms that their specs name; then batch norms and
-    biases take up what tables have shifted; then, if asked for, tables are tuned; activations and the
-    other weights are quantized last, so that their ranges are those of the compressed weights.
+    biases take up what tables have shifted; then activations and the other weights are quantized, so
+    that their ranges are those of the compressed weights; last, if asked for, all of it is tuned.
 
     Args:
         model: A module, an exported program, a `Program`, a `ProgramSet` or a .pt2 file; it is never
@@ -68,11 +68,11 @@ def compress(
             `backend` (target whose fusions decide where activations are rounded and whose tables
             decide the form of weights with a `max_table_share`; none in particular), `lowering`
             (options of its `lower` that change what it holds), `correct_statistics` (estimate batch
-            norms again and correct biases after palettization; True), `tune_steps` (steps of tuning
-            per block, see `graphopt.tune`; 0 leaves it out), `on_unmatched` ("error" or "warn" for
-            config keys that match nothing), `on_unobserved` ("error", or "skip" to leave activations
-            without a usable range in float), `fold_batch_norm` (before weights are palettized; by
-            default where activations are quantized too), `seed` (of everything that is drawn; 0) and
+            norms again and correct biases after palettization; True), `tune_steps` (steps of tuning,
+            see `graphopt.tune`, with one in eight calls held out; 0 leaves it out), `on_unmatched`
+            ("error" or "warn" for config keys that match nothing), `on_unobserved` ("error",
+            or "skip" to leave activations without a usable range in float), `fold_batch_norm` (before
+            weights are palettized; by default where activations are quantized too), `seed` (of everything that is drawn; 0) and
             `progress` (show bars; None shows them on a terminal).
 
     Returns:

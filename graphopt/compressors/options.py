@@ -27,7 +27,8 @@ class CompressOptions(Options):
             `minimum_deployment_target`; those of a config's `artifact` count before these.
         correct_statistics: Estimate batch norms again and correct biases after palettization and
             pruning, where there are data.
-        tune_steps: Steps of tuning per block (`graphopt.tune`); 0 leaves it out.
+        tune_steps: Steps of tuning tables, ranges, norms and biases (`graphopt.tune`); 0 leaves it
+            out. Of four calls of data or more one in eight is then held out.
         on_unmatched: Whether a config key that matches nothing is an error or a warning.
         on_unobserved: "skip" leaves activations without a usable range in float.
         fold_batch_norm: Fold batch norms before weights are palettized or pruned; None does where

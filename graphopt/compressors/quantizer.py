@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from typing_extensions import override
 
+from graphopt.backends.lowering import as_program
 from graphopt.backends.registry import DEFAULT, ExportBackend
 from graphopt.compressors.base import Compressor
 from graphopt.compressors.compressed_program import CompressedProgram
@@ -21,6 +22,8 @@ from graphopt.compressors.fitted_integers import fit_prepared
 from graphopt.compressors.flow import joint_pipeline
 from graphopt.compressors.migration import Calls, migrate_prepared
 from graphopt.compressors.options import CompressOptions
+from graphopt.compressors.switches import AnyQuantizer, Switches
+from graphopt.compressors.tuned import finished_with_tuning
 from graphopt.config.joint import JointConfig, only_part
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QATSchedule, QuantizerConfig
@@ -48,10 +51,9 @@ else:
 __all__ = ["Quantizer"]
 
 _log = logging.getLogger(__name__)
-_AnyQuantizer = ActivationQuantizer | WeightQuantizer
 
 
-class Quantizer(Compressor):
+class Quantizer(Switches, Compressor):
     """Quantize weights and activations, from data or in training.
 
     >>> quantizer = Quantizer(model)
@@ -84,7 +86,7 @@ class Quantizer(Compressor):
         self._config = QuantizerConfig() if own is None else own
         self._palettization = palettization
         self._step = 0
-        self._by_hand = False
+        self._calls: Sequence[Any] = ()
 
     # --- life cycle -----------------------------------------------------------------------------
     @override
@@ -195,6 +197,7 @@ class Quantizer(Compressor):
                 yield prepared
         finally:
             watch.remove()
+        self._calls = calls.inputs
         if self._migrate(calls.inputs):
             calibrate(prepared, calls.inputs, progress=False)
         self._fit(calls.inputs, progress=False)
@@ -231,6 +234,7 @@ class Quantizer(Compressor):
         """
         prepared = self._ready()
         given = data_list(data)
+        self._calls = given or ()
         self._migrate(given or ())
         calibrate(prepared, given or (), progress)
         self._fit(given or (), progress)
@@ -292,43 +296,6 @@ class Quantizer(Compressor):
     def _schedule(self, path: str) -> QATSchedule:
         return self._config.schedule_at(path, "qat_schedule") or QATSchedule()
 
-    def enable_observer(self, module: str | None = None) -> None:
-        """Let ranges follow the data, everywhere or in the module of that name.
-
-        Schedules no longer count from then on.
-        """
-        self._set(module, observing=True)
-
-    def disable_observer(self, module: str | None = None) -> None:
-        """Keep ranges as they are."""
-        self._set(module, observing=False)
-
-    def enable_fake_quant(self, module: str | None = None) -> None:
-        """Round, everywhere or in the module of that name."""
-        self._set(module, rounding=True)
-
-    def disable_fake_quant(self, module: str | None = None) -> None:
-        """Do not round."""
-        self._set(module, rounding=False)
-
-    def _set(self, module: str | None, **flags: bool) -> None:
-        self._by_hand = True
-        chosen = [
-            quantizer
-            for quantizer in self._quantizers()
-            if module is None
-            or quantizer.origin.module == module
-            or quantizer.origin.module.startswith(f"{module}.")
-        ]
-        if not chosen:
-            known = sorted({quantizer.origin.module for quantizer in self._quantizers()})
-            raise InputError(f"no quantizer belongs to module {module!r}; there are: {known}")
-        for quantizer in chosen:
-            for flag, value in flags.items():
-                setattr(quantizer, flag, value)
-            if isinstance(quantizer, WeightQuantizer):
-                quantizer.forget()
-
     # --- results --------------------------------------------------------------------------------
     @override
     def finalize(
@@ -339,6 +306,7 @@ class Quantizer(Compressor):
         weights: Weights = "stored",
         mmap_dir: str | Path | None = None,
         on_unobserved: Literal["error", "skip"] = "error",
+        tune_steps: int = 0,
     ) -> CapturedModule:
         """Turn quantizers into the quantize and dequantize ops of a backend.
 
@@ -348,16 +316,20 @@ class Quantizer(Compressor):
             weights: As in `Compressor.finalize`.
             mmap_dir: As in `Compressor.finalize`.
             on_unobserved: "skip" leaves activations without a usable range in float.
+            tune_steps: Steps of `graphopt.tune` on the calls of the last calibration, one in eight of
+                which is held out from then on; 0 leaves it out.
 
         Returns:
             A callable module, ready for `torch.export.export`.
 
         Raises:
             StateError: `prepare` was not called.
-            CalibrationError: Activations were never observed, saw NaN or Inf, or have an empty range.
+            CalibrationError: Activations were never observed, saw NaN or Inf, or have an empty range;
+                or there was no calibration to tune on.
+            InputError: There are steps of tuning behind a training.
             LoweringError: The backend cannot hold the program.
         """
-        program = self.program(model, on_unobserved=on_unobserved)
+        program = self.program(model, on_unobserved=on_unobserved, tune_steps=tune_steps)
         return finalized(program, backend, weights, mmap_dir)
 
     @override
@@ -366,14 +338,30 @@ class Quantizer(Compressor):
         model: nn.Module | None = None,
         *,
         on_unobserved: Literal["error", "skip"] = "error",
+        tune_steps: int = 0,
     ) -> CompressedProgram:
         """The quantized program in our neutral vocabulary.
+
+        Args:
+            model: See `finalize`.
+            on_unobserved: See `finalize`.
+            tune_steps: See `finalize`.
 
         Raises:
             StateError: `prepare` was not called.
             CalibrationError: See `finalize`.
+            InputError: See `finalize`.
         """
         run, prepared = self._waiting(), self._from_prepare(model, None)
+        if tune_steps > 0:
+            if self._has_trained or prepared is not self._prepared:
+                raise InputError(
+                    f"tune_steps={tune_steps} would take the model back to before its training"
+                )
+            captured = run.program
+            exact = as_program(self._model, captured.example_args, captured.example_kwargs)
+            how = CompressOptions(on_unobserved=on_unobserved, tune_steps=tune_steps)
+            return finished_with_tuning(run, exact, self._config, self._calls, how)
         source = run.program.copy()
         take_state(source.graph_module, prepared)
         observed = CalibrateActivations(on_unobserved=on_unobserved)
@@ -392,6 +380,7 @@ class Quantizer(Compressor):
         """
         return stored.as_stored(self.program(on_unobserved="skip"), backend)
 
-    def _quantizers(self) -> list[_AnyQuantizer]:
+    @override
+    def _quantizers(self) -> list[AnyQuantizer]:
         prepared = self._ready()
         return [*parts_of(prepared, ActivationQuantizer), *parts_of(prepared, WeightQuantizer)]

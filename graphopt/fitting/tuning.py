@@ -1,39 +1,42 @@
-"""Tune tables, biases and norms of a compressed program to reproduce the uncompressed one.
+"""Tune tables, ranges of activations, biases and norms of a compressed program towards the exact one.
 
-Codes stay. The target are the outputs of the uncompressed network, or of one block after the other
-in the order of the graph, with the inputs that the tuned blocks before give (Li et al., BRECQ, arXiv
-2102.05426, section 3.2, with table entries in place of roundings); no labels are needed.
+Codes of weights stay. The target are the outputs of the uncompressed network, or of one block after
+the other in the order of the graph, with the inputs that the tuned blocks before give (Li et al.,
+BRECQ, arXiv 2102.05426, section 3.2, with table entries and ranges in place of roundings); no labels
+are needed. Activations are rounded in every step with straight-through gradients
+(`graphopt.fitting.moving`). The step with the least error on batches that are held out counts.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, Literal, TypedDict
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, fx
 
 from graphopt.analysis.partition import Block, find_blocks
-from graphopt.ir import op_info
-from graphopt.ir.captured_module import CapturedModule, holder_of, set_tensor
+from graphopt.analysis.quantized import find_quantized_activations, quantized_ops
+from graphopt.fitting.tuned_block import TunedBlock
+from graphopt.ir.annotations import is_rescaled
+from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import operands
-from graphopt.numerics.packing import unpack
 from graphopt.progress import track
 from graphopt.run.batches import Batch
-from graphopt.run.block_forward import BlockForward
 from graphopt.run.layerwise import LayerwiseRun
 from graphopt.specs.options import Options
 
 __all__ = ["TuningKeywords", "TuningOptions", "tune_graph"]
 
 _log = logging.getLogger(__name__)
-_LUT_TO_DENSE = torch.ops.graphopt.lut_to_dense.default
-_COMPRESSED = (_LUT_TO_DENSE, torch.ops.graphopt.shift_scale.default)
+_ours = torch.ops.graphopt
+_HELD_OUT = 8  # one batch of so many is held out
+_ENOUGH = 4  # batches from which on any are held out
+_CHECKS = 10  # times that the error on those is looked at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,8 +50,10 @@ class TuningOptions(Options):
             values are alive and needs the memory of one block.
         width: See `graphopt.partition.find_blocks`.
         learning_rate: Step of a table's entries relative to their median distance; biases and
-            norms move a fifth as far, relative to their spread.
-        seed: Seed of the order of the data.
+            norms move a fifth as far, relative to their spread, and beside rounded activations a
+            thirtieth; scales of activations a tenth, relative, and zero points a hundredth of their
+            grid.
+        seed: Seed of what is held out and of the order of the data.
         progress: Show a bar; None shows it on a terminal.
     """
 
@@ -72,25 +77,32 @@ class TuningKeywords(TypedDict, total=False):
 
 
 def tune_graph(
-    gm: CapturedModule, exact: CapturedModule, batches: Sequence[Batch], options: TuningOptions
+    gm: CapturedModule,
+    exact: CapturedModule,
+    batches: Sequence[Batch],
+    options: TuningOptions,
+    *,
+    held_out: Sequence[Batch] = (),
 ) -> None:
-    """Tune a compressed graph in place; a block whose error did not fall keeps its values.
+    """Tune a compressed graph in place; a block whose error on held-out data did not fall stays.
 
     Args:
         gm: The compressed graph.
         exact: The exact one, with the norms folded that `gm` has folded.
         batches: Inputs of one call each.
         options: How.
+        held_out: Inputs that decide when it was best; without any, some of `batches` do.
     """
     targets = _compressed_ops(gm)
     if not targets:
         return
-    partners = Correspondence.by_name(gm, exact)
-    runs = (LayerwiseRun(gm, batches), LayerwiseRun(exact, batches))
+    partners = _partners(gm, exact)
+    every = [*batches, *held_out]
+    runs = (LayerwiseRun(gm, every), LayerwiseRun(exact, every))
     blocks = _blocks(gm, targets, options.blocks, options.width)
     merged = _merged(runs[0], blocks, partners)
     total = options.steps * len(merged)
-    work = _all_blocks(merged, runs, partners, options)
+    work = _all_blocks(merged, runs, partners, options, len(held_out))
     for _ in track(work, "tuning blocks", total, enabled=options.progress):
         pass
 
@@ -98,8 +110,9 @@ def tune_graph(
 def _all_blocks(
     blocks: list[Block],
     runs: tuple[LayerwiseRun, LayerwiseRun],
-    partners: Correspondence,
+    partners: dict[fx.Node, fx.Node],
     options: TuningOptions,
+    held: int,
 ) -> Iterator[None]:
     run, exact = runs
     order = iter(exact.gm.graph.nodes)
@@ -112,21 +125,24 @@ def _all_blocks(
             if all(exact.has_run(value) for value in wanted):
                 break
         goals = [list(map(torch.Tensor.detach, exact.values(value))) for value in wanted]
-        yield from _tune_block(run, block, goals, options, generator)
+        yield from _tune_block(TunedBlock(run, block), goals, options, generator, held)
         for node in block.nodes:
             run.step(node)
 
 
 def _compressed_ops(gm: CapturedModule) -> set[fx.Node]:
-    """Ops that read a compressed constant."""
+    """Ops that read a compressed constant, and ops that round a value."""
+    known = quantized_ops()
+    decoders = {_ours.lut_to_dense.default, _ours.shift_scale.default}
+    decoders |= {known.dequantize_per_tensor.default, known.dequantize_per_channel.default}
     derived: set[fx.Node] = set()
-    ops: set[fx.Node] = set()
+    ops = {rounded.node for rounded in find_quantized_activations(gm)}
     for node in gm.graph.nodes:
         used = operands(node)
         from_constants = bool(used) and all(
             operand.op == "get_attr" or operand in derived for operand in used
         )
-        compressed = node.target in _COMPRESSED or any(operand in derived for operand in used)
+        compressed = node.target in decoders or any(operand in derived for operand in used)
         if from_constants and compressed:
             derived.add(node)
         elif any(operand in derived for operand in used) and node.op != "output":
@@ -134,7 +150,17 @@ def _compressed_ops(gm: CapturedModule) -> set[fx.Node]:
     return ops
 
 
-def _merged(run: LayerwiseRun, blocks: list[Block], partners: Correspondence) -> list[Block]:
+def _partners(gm: CapturedModule, exact: CapturedModule) -> dict[fx.Node, fx.Node]:
+    """Values of a graph → the exact ones; what the graph puts out may be rounded."""
+    known = Correspondence.by_name(gm, exact)
+    partners = {mine: theirs for mine, theirs in known.items() if not is_rescaled(mine)}
+    ends = (operands(next(iter(each.graph.find_nodes(op="output")))) for each in (gm, exact))
+    return partners | dict(zip(*ends, strict=True))
+
+
+def _merged(
+    run: LayerwiseRun, blocks: list[Block], partners: dict[fx.Node, fx.Node]
+) -> list[Block]:
     """Blocks whose ends exist in the reference, and which share no constant with another one."""
     readers: dict[str, list[int]] = {}
     for number, block in enumerate(blocks):
@@ -185,173 +211,87 @@ def _blocks(gm: CapturedModule, targets: set[fx.Node], kind: str, width: int) ->
     return [Block(nodes, (), tuple(dict.fromkeys(operands(result))), tuple(targets))]
 
 
-@dataclass
-class _Trained:
-    """One tensor that a block trains.
-
-    Attributes:
-        path: Its dotted name.
-        value: What the optimizer moves, float32.
-        step: Unit of its learning rate.
-    """
-
-    path: str
-    value: nn.Parameter
-    step: float
-
-
-class _Gather(torch.autograd.Function):
-    """`table[codes]` whose backward pass sums by code."""
-
-    @staticmethod
-    def forward(ctx: Any, table: Tensor, codes: Tensor) -> Tensor:
-        ctx.save_for_backward(codes)
-        ctx.length = table.shape[0]
-        return table.index_select(0, codes)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        (codes,) = ctx.saved_tensors
-        (gradient,) = gradients
-        total = gradient.new_zeros(ctx.length, *gradient.shape[1:])
-        return total.index_add_(0, codes, gradient), None
-
-
-class _TunedBlock:
-    """A block, the tensors that it trains, and the dense weights that it computes from them."""
-
-    def __init__(self, run: LayerwiseRun, block: Block) -> None:
-        self.forward = BlockForward(run, block)
-        self.trained: dict[str, _Trained] = {}
-        self._dense: dict[fx.Node, Callable[[dict[fx.Node, Any]], Any]] = {}
-        for node in self.forward.constants_read:
-            if node.target is _LUT_TO_DENSE:
-                self._dense[node] = partial(_dense_value, node, _element_numbers(run, node))
-            if node.op == "get_attr" and (step := _step_of(node, run)) > 0:
-                value = nn.Parameter(run.constant(node).detach().float().clone())
-                self.trained[str(node.target)] = _Trained(str(node.target), value, step)
-
-    def constants(self) -> dict[fx.Node, Any]:
-        """Values of the constants, once for a step."""
-        given = {path: trained.value for path, trained in self.trained.items()}
-        return self.forward.constants(given, self._dense)
-
-
 def _tune_block(
-    run: LayerwiseRun,
-    block: Block,
+    tuned: TunedBlock,
     goals: list[list[Tensor]],
     options: TuningOptions,
     generator: torch.Generator,
+    given: int,
 ) -> Iterator[None]:
-    steps, learning_rate = options.steps, options.learning_rate
-    tuned = _TunedBlock(run, block)
-    if not tuned.trained:
+    steps = options.steps
+    moving = tuned.moving
+    if not moving:
         yield from (None for _ in range(steps))
         return
-    scales = [
-        max(float(torch.cat([tensor.float().reshape(-1) for tensor in goal]).var()), 1e-30)
-        for goal in goals
-    ]
-    count = len(goals[0])
-
-    def loss(constants: dict[fx.Node, Any], number: int) -> Tensor:
-        made = tuned.forward(constants, number)
-        parts = [
-            (output.float() - goal[number].float()).square().mean() / scale
-            for output, goal, scale in zip(made, goals, scales, strict=True)
-            if output.is_floating_point()
-        ]
-        return torch.stack(parts).sum()
-
-    def whole() -> float:
-        with torch.no_grad():
-            constants = tuned.constants()
-            return sum(float(loss(constants, number)) for number in range(count)) / count
-
-    before = whole()
-    groups = [
-        {"params": [trained.value], "lr": learning_rate * trained.step}
-        for trained in tuned.trained.values()
-    ]
-    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95))
+    error = _Error(tuned, goals)
+    train, held = _split(len(goals[0]), given, generator)
+    before = least = error.over(held)
+    kept: list[Tensor] = []
+    groups = [{"params": [each.v for each in moving], "lr": options.learning_rate}]
+    # gradients of a good program are far below Adam's own epsilon
+    optimizer = torch.optim.Adam(groups, betas=(0.9, 0.95), eps=1e-20)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer,
         lambda step: min(1.0, (step + 1) / 10) * (1 + math.cos(math.pi * step / steps)) / 2,
     )
     order: list[int] = []
-    for _ in range(steps):
-        order = order or torch.randperm(count, generator=generator).tolist()
+    checks = {round(steps * (part + 1) / _CHECKS) for part in range(_CHECKS)}
+    for step in range(steps):
+        order = order or [train[i] for i in torch.randperm(len(train), generator=generator)]
         optimizer.zero_grad()
         with torch.enable_grad():
-            loss(tuned.constants(), order.pop()).backward()
+            error(tuned.constants(), order.pop()).backward()
         optimizer.step()
         schedule.step()
+        if step + 1 in checks:
+            found = error.over(held)
+            _log.debug("step %d: error %.3g", step + 1, found)
+            if found < least:
+                least, kept = found, [each.v.detach().clone() for each in moving]
         yield
-    after = whole()
-    _log.info("block of %d ops: error %.3g before, %.3g after", len(block.targets), before, after)
-    if after < before:
-        for path, trained in tuned.trained.items():
-            holder, name = holder_of(run.gm, path)
-            kept = getattr(holder, name).dtype
-            set_tensor(holder, name, trained.value.detach().to(kept))
+    _log.info(
+        "block of %d ops: error %.3g before, %.3g after",
+        len(tuned.forward.block.targets),
+        before,
+        least,
+    )
+    if kept:
+        for each, value in zip(moving, kept, strict=True):
+            each.v.data = value
+        tuned.store()
 
 
-def _step_of(node: fx.Node, run: LayerwiseRun) -> float:
-    """Unit by which a constant may move; 0 for what stays."""
-    value = run.constant(node)
-    value = value.detach() if isinstance(value, Tensor) else value
-    if not isinstance(value, Tensor) or not value.is_floating_point() or value.numel() == 0:
-        return 0.0
-    for user in node.users:
-        place = user.args.index(node) if node in user.args else -1
-        if user.target is _LUT_TO_DENSE and place == 1:
-            gaps = value.float().sort(dim=-2).values.diff(dim=-2)
-            return float(gaps[gaps > 0].median()) if bool((gaps > 0).any()) else 0.0
-        if place in _tuned_places(user):
-            return 0.2 * max(float(value.float().std()) if value.numel() > 1 else 0.0, 1e-2)
-        return 0.0
-    return 0.0
+class _Error:
+    """Squared error at the outputs of a block, relative to their variances."""
+
+    def __init__(self, tuned: TunedBlock, goals: list[list[Tensor]]) -> None:
+        self.tuned, self.goals = tuned, goals
+        self.scales = [
+            max(float(torch.cat([tensor.float().reshape(-1) for tensor in goal]).var()), 1e-30)
+            for goal in goals
+        ]
+
+    def __call__(self, constants: dict[fx.Node, Any], number: int) -> Tensor:
+        made = self.tuned(constants, number)
+        parts = [
+            (output.float() - goal[number].float()).square().mean() / scale
+            for output, goal, scale in zip(made, self.goals, self.scales, strict=True)
+            if output.is_floating_point()
+        ]
+        return torch.stack(parts).sum()
+
+    def over(self, numbers: Sequence[int]) -> float:
+        """Mean over batches."""
+        with torch.no_grad():
+            constants = self.tuned.constants()
+            total = sum(float(self(constants, number)) for number in numbers)
+        return total / len(numbers)
 
 
-def _tuned_places(node: fx.Node) -> tuple[int, ...]:
-    """Places of an op's bias, or of a norm's gain and shift."""
-    info = op_info.info_of(node)
-    if info is None:
-        return ()
-    norm = () if info.norm is None else (info.norm.gain, info.norm.shift)
-    places = (*norm, *(bias.position for bias in info.biases))
-    return tuple(place for place in places if place is not None)
-
-
-def _element_numbers(run: LayerwiseRun, node: fx.Node) -> Tensor:
-    """For each code of a palettized weight, the row of the flattened tables that it reads, int32."""
-    indices, lut = (run.constant(operand) for operand in operands(node)[:2])
-    n_bits, shape = node.args[2], list(node.args[3])  # type: ignore[arg-type]
-    assert isinstance(n_bits, int)
-    axis = node.args[4] if len(node.args) > 4 else None
-    if isinstance(axis, int):
-        shape[axis] //= lut.shape[-1]
-    codes = unpack(indices, n_bits, math.prod(shape)).reshape(shape).int()
-    counts = lut.shape[:-2]
-    offset = torch.zeros([1] * len(shape), dtype=torch.int32)
-    stride = 1
-    for place in reversed(range(len(shape))):
-        number = torch.arange(shape[place], dtype=torch.int32) // (shape[place] // counts[place])
-        offset = offset + stride * number.reshape(
-            [-1 if i == place else 1 for i in range(len(shape))]
-        )
-        stride *= counts[place]
-    return (offset * lut.shape[-2] + codes).reshape(-1)
-
-
-def _dense_value(node: fx.Node, codes: Tensor, values: dict[fx.Node, Any]) -> Tensor:
-    lut = values[operands(node)[1]]
-    shape: list[int] = list(node.args[3])  # type: ignore[arg-type]
-    axis = node.args[4] if len(node.args) > 4 else None
-    entries = _Gather.apply(lut.reshape(-1, lut.shape[-1]), codes)
-    if not isinstance(axis, int):
-        return entries.reshape(shape)
-    length = lut.shape[-1]
-    folded = [size // length if place == axis else size for place, size in enumerate(shape)]
-    return entries.reshape(*folded, length).movedim(-1, axis + 1).reshape(shape)
+def _split(count: int, given: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
+    """Batches to learn from, and those to judge by; the same where they are few."""
+    if given:
+        return list(range(count - given)), list(range(count - given, count))
+    order = torch.randperm(count, generator=generator).tolist()
+    held = max(1, count // _HELD_OUT) if count >= _ENOUGH else 0
+    return order[held:], order[:held] or order

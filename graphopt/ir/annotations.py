@@ -7,7 +7,7 @@ never by node, so that copies of a graph keep them.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Generic, TypeVar, cast
 
 from torch import fx
@@ -26,6 +26,7 @@ __all__ = [
     "annotate_norm",
     "annotate_output",
     "annotate_pruning",
+    "annotate_rounding",
     "annotate_weight",
     "clear_annotations",
     "clear_notes",
@@ -37,7 +38,9 @@ __all__ = [
     "handed_on",
     "input_points",
     "is_fused_norm",
+    "is_rescaled",
     "keep_neutral_graph",
+    "mark_rescaled",
     "move_output",
     "neutral_graph_of",
     "note",
@@ -51,6 +54,8 @@ __all__ = [
     "quantization_annotation",
     "record",
     "record_of",
+    "replace_activations",
+    "rounding_of",
     "weight_annotation",
 ]
 
@@ -59,6 +64,7 @@ _KEY = "graphopt"
 _FINDINGS, _NEUTRAL = "graphopt_findings", "graphopt_neutral"
 _WEIGHT, _OUTPUT, _INPUTS, _NORM = "weight", "output", "inputs", "norm"
 _PRUNING, _DROPOUT, _NOISE = "pruning", "dropout", "noise"
+_ROUNDING, _RESCALED = "rounding", "rescaled"
 _RECORD, _NOTES = "graphopt.table", "graphopt.notes"
 _RUN, _PROVIDED = "graphopt.passes", "graphopt.passes_provided"
 
@@ -173,6 +179,26 @@ def input_points(node: fx.Node) -> dict[int, ActivationPoint]:
     return dict(node.meta.get(_KEY, {}).get(_INPUTS, {}))
 
 
+def annotate_rounding(node: fx.Node, point: ActivationPoint) -> None:
+    """Remember of an op that rounds a value which annotation asked for it."""
+    _put(node, _ROUNDING, point)
+
+
+def rounding_of(node: fx.Node) -> ActivationPoint | None:
+    """The annotation that asked for an op that rounds, where it is known."""
+    return cast("ActivationPoint | None", node.meta.get(_KEY, {}).get(_ROUNDING))
+
+
+def mark_rescaled(node: fx.Node) -> None:
+    """Mark a value, or a constant that moves one, whose channels differ from those of the model."""
+    _put(node, _RESCALED, True)
+
+
+def is_rescaled(node: fx.Node) -> bool:
+    """Whether a node is marked by `mark_rescaled`."""
+    return bool(node.meta.get(_KEY, {}).get(_RESCALED))
+
+
 def annotate_norm(node: fx.Node) -> None:
     """Mark a batch norm that is computed as one with the convolution before it."""
     _put(node, _NORM, True)
@@ -263,6 +289,14 @@ def record(
     """
     added = CompressionRecord(tuple(rows), tuple(remarks), tuple(activations))
     gm.meta[_RECORD] = merged(record_of(gm), added)
+
+
+def replace_activations(gm: fx.GraphModule, rows: Sequence[ActivationRecord]) -> None:
+    """Replace records of activations by others of the same name and status."""
+    known, kept = {(row.name, row.status): row for row in rows}, record_of(gm)
+    if known:
+        changed = tuple(known.get((row.name, row.status), row) for row in kept.activations)
+        gm.meta[_RECORD] = replace(kept, activations=changed)
 
 
 def forget_record(gm: fx.GraphModule) -> None:

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     learnable_per_channel: Callable[..., torch.Tensor]
+    learnable_per_tensor: Callable[..., torch.Tensor]
     without_torch_function: Callable[[], AbstractContextManager[None]]
 
 __all__ = [
@@ -55,6 +56,7 @@ __all__ = [
     "in_kernel",
     "is_composite",
     "learnable_per_channel",
+    "learnable_per_tensor",
     "load_pt2",
     "may_stay_whole",
     "minor_version",
@@ -99,6 +101,7 @@ _PARTS = {
     "symbolic_config": ("torch.fx.experimental", "_config"),
     "without_torch_function": ("torch._C", "DisableTorchFunctionSubclass"),
     "learnable_per_channel": ("torch", "_fake_quantize_learnable_per_channel_affine"),
+    "learnable_per_tensor": ("torch", "_fake_quantize_learnable_per_tensor_affine"),
 }
 
 

@@ -9,12 +9,13 @@ loops over it unroll and those over rows become SIMD.
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
+
+from graphopt.numerics.compiled import compiled
 
 __all__ = ["descend", "feedback", "nearest_entries"]
 
 _ROWS = 64  # in cache while all entries pass by
-_jit = njit(cache=True, nogil=True, error_model="numpy", fastmath={"contract", "reassoc", "nsz"})
+_jit = compiled(fastmath={"contract", "reassoc", "nsz"})
 
 
 @_jit

@@ -11,7 +11,6 @@ from __future__ import annotations
 import numpy as np
 
 from graphopt.numerics.compiled import compiled
-
 from graphopt.numerics.kernels_columns import nearest_entries
 
 __all__ = ["descend", "feedback", "normal_equations"]

@@ -1,0 +1,47 @@
+"""A quantizer's run, finished with tuning."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from graphopt.compressors.calls import CalibrationCalls
+from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.compressors.flow import after_annotation
+from graphopt.compressors.options import CompressOptions
+from graphopt.compressors.pipeline import PausedRun
+from graphopt.config.quantization import QuantizerConfig
+from graphopt.ir.program import Program
+from graphopt.passes import RemoveUnused
+from graphopt.passes.tune import tune
+
+__all__ = ["finished_with_tuning"]
+
+
+def finished_with_tuning(
+    run: PausedRun,
+    model: Program,
+    config: QuantizerConfig,
+    calls: Sequence[Any],
+    how: CompressOptions,
+) -> CompressedProgram:
+    """Calibrate, fit and convert anew on a part of the calls, and tune with the others held out.
+
+    Args:
+        run: The run that waits for its calibration.
+        model: What its outputs are to be.
+        config: What becomes of what.
+        calls: Those of the calibration.
+        how: Steps of tuning, seed and bars.
+
+    Raises:
+        CalibrationError: There was no calibration.
+    """
+    parts = CalibrationCalls.of(calls, how)
+    passes = (*after_annotation(config, parts, how), RemoveUnused(keep_tied=True))
+    done = run.pipeline.passes[: run.place]
+    waiting = replace(run, pipeline=replace(run.pipeline, passes=(*done, *passes)))
+    steps, seed, progress = how.tune_steps, how.seed, how.progress
+    made, (fitted, held_out) = waiting.finish(), (parts.fitted, parts.held_out)
+    return tune(made, model, fitted, held_out, steps=steps, seed=seed, progress=progress)
