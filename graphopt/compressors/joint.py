@@ -72,8 +72,8 @@ def compress(
             see `graphopt.tune`, with one in eight calls held out; 0 leaves it out), `on_unmatched`
             ("error" or "warn" for config keys that match nothing), `on_unobserved` ("error",
             or "skip" to leave activations without a usable range in float), `fold_batch_norm` (before
-            weights are palettized; by default where activations are quantized too), `seed` (of everything that is drawn; 0) and
-            `progress` (show bars; None shows them on a terminal).
+            weights are palettized; by default where activations are quantized too), `seed` (of
+            everything that is drawn; 0) and `progress` (show bars; None shows them on a terminal).
 
     Returns:
         A program with `.module()`, `.exported_program`, `.report()` and `.save(path)`; of a set a
