@@ -202,7 +202,10 @@ def expand(context: Any, node: Any) -> None:
         return
     if len(sizes) > x.rank:
         x = Builder.expand_dims(x=x, axes=list(range(len(sizes) - x.rank)))
-    context.add(Builder.tile(x=x, reps=times, name=node.name))
+    if all(count == 1 for count in times):
+        context.add(Builder.identity(x=x, name=node.name))
+    else:
+        context.add(Builder.tile(x=x, reps=times, name=node.name))
 
 
 def _repetitions(x: Any, sizes: list[Any]) -> list[int] | None:
