@@ -20,6 +20,7 @@ from graphopt.ir.captured_module import CapturedModule, callable_graph
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor, operands
 from graphopt.ir.op_info import OpInfo, WeightSlot
+from graphopt.ir.state import carried_state
 from graphopt.passes.pass_base import Pass
 from graphopt.run.batches import Batch, run_call
 from graphopt.run.calibration_data import read_calls
@@ -133,6 +134,8 @@ class _Means:
     counts: Tensor
 
     def less(self, other: _Means) -> _Means:
+        if self.each.shape != other.each.shape:  # a batch has come to one of the two alone
+            return _Means(self.each[:0], self.counts[:0])
         return _Means(self.each - other.each, self.counts)
 
     def total(self) -> Tensor:
@@ -142,7 +145,7 @@ class _Means:
     def helps_others(self) -> bool:
         """Whether adding the mean of the others brings each batch closer to 0, on the whole."""
         if len(self.each) < 2:
-            return True
+            return len(self.each) == 1
         rest = self.counts.sum() - self.counts
         others = ((self.each * self.counts).sum(0) - self.each * self.counts) / rest
         gains = others * (2 * self.each - others)
@@ -228,6 +231,8 @@ def _means(run: LayerwiseRun, node: fx.Node) -> _Means:
     axis = channel_axis(node)
     assert axis is not None
     values = [value for value in run.values(node) if value.numel()]
+    if not values:
+        return _Means(torch.zeros(0, node.meta["val"].shape[axis]), torch.zeros(0, 1))
     channels = values[0].ndim + axis if axis < 0 else axis
     if len(values) == 1 and channels > 0 and values[0].ndim > 1:
         values = list(values[0].split(1))
@@ -241,8 +246,11 @@ def _distance(gm: CapturedModule, reference: CapturedModule, batches: list[Batch
     """Squared error of a graph's outputs, relative to the reference's."""
     total = 0.0
     for batch in batches:
-        pairs = zip(*(_floats(run_call(module, batch)) for module in (gm, reference)), strict=True)
-        for made, wanted in pairs:
+        outputs = []
+        for module in (gm, reference):
+            with carried_state(module):
+                outputs.append(_floats(run_call(module, batch)))
+        for made, wanted in zip(*outputs, strict=True):
             size = float(wanted.double().square().sum())
             total += float((made.double() - wanted.double()).square().sum()) / max(size, 1e-30)
     return total

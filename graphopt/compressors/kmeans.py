@@ -7,7 +7,7 @@ import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, Literal, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, cast
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -21,6 +21,7 @@ from graphopt.compressors.training import PaletteTraining
 from graphopt.config.joint import JointConfig, only_part
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.errors import StateError
+from graphopt.extras import deferred
 from graphopt.fitting.calibration import (
     Calibrator,
     algorithms_of,
@@ -37,11 +38,15 @@ from graphopt.passes.pass_manager import run_passes
 from graphopt.prepared import QUANTIZERS
 from graphopt.prepared.findings import findings_of, keep_findings
 from graphopt.progress import track
-from graphopt.report.table import CompressionTable, table_of
 from graphopt.run.batches import Batch, CallSequence, run_call
 from graphopt.run.calibration_data import read_calls
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.specs import DKMTrainingSpec
+
+if TYPE_CHECKING:
+    from graphopt.report import table as tables
+else:
+    tables = deferred("graphopt.report.table")
 
 __all__ = ["KMeansPalettizer"]
 
@@ -169,7 +174,7 @@ class KMeansPalettizer(Compressor):
         keep_findings(gm, stored={}, sensitivities={})
         fake = run.program.copy().graph_module
         run_passes(fake, [FakePalettize(self._palettes, cache_dense)])
-        _say(table_of(Program(fake, ())))
+        _say(tables.table_of(Program(fake, ())))
         self._run, self._seed, self._cache_dense = run, seed, cache_dense
         self._prepared = copy.deepcopy(fake)
         if state_dict is not None and any(name.startswith(f"{QUANTIZERS}.") for name in state_dict):
@@ -372,7 +377,7 @@ class KMeansPalettizer(Compressor):
         return run.finish(source, stored=self._palettes)
 
 
-def _say(table: CompressionTable) -> None:
+def _say(table: tables.CompressionTable) -> None:
     """Log what is palettized and what is not."""
     _log.info(
         "palettized %d of %d tensors: %.3f bits per weight, %.3f over the palettized",

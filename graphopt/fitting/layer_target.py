@@ -53,6 +53,7 @@ class LayerTarget:
             compensate: Aim at the weight that makes up for what the inputs have lost.
             damping: That of several fits by feedback; None orders nothing ahead.
         """
+        moments = moments.shrunk()
         weight = compensated_weight(use, original, moments) if compensate else original
         ordered = None
         if damping is not None and moments.hessian.shape[0] == 1:

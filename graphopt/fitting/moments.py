@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
@@ -46,6 +46,7 @@ class LayerMoments:
         wanted: E[x], [groups, columns].
         beside: E[(r − r̂)x̂ᵀ] of what is added to the outputs, [groups, rows, columns], or a scalar 0.
         beside_mean: E[r − r̂], [groups, rows], or a scalar 0.
+        samples: Number of positions, by their weights; infinite where the moments are known exactly.
     """
 
     hessian: Tensor
@@ -54,6 +55,26 @@ class LayerMoments:
     wanted: Tensor
     beside: Tensor
     beside_mean: Tensor
+    samples: float = math.inf
+
+    def shrunk(self) -> LayerMoments:
+        """These with the Hessian drawn towards its diagonal as far as so few samples leave it unsure.
+
+        The share is the one of the smallest expected squared error for normal samples, the sum of the
+        variances of what stands beside the diagonal over the sum of its squares (Schäfer and
+        Strimmer, "A shrinkage approach to large-scale covariance matrix estimation", 2005, target D).
+        """
+        own = self.hessian.diagonal(dim1=1, dim2=2).double()
+        whole = self.hessian.double().square().sum((1, 2))
+        beside = (whole - own.square().sum(1)).clamp_min(0.0)
+        variance = (own.sum(1).square() - own.square().sum(1) + beside) / self.samples
+        share = (variance / beside.clamp_min(1e-300)).clamp(0.0, 1.0)
+        share = torch.where(beside > 0, share, 0.0).float()[:, None, None]
+        hessian, shift = (
+            torch.lerp(whole, torch.diag_embed(whole.diagonal(dim1=1, dim2=2)), share)
+            for whole in (self.hessian, self.shift)
+        )
+        return replace(self, hessian=hessian, shift=shift, beside=self.beside * (1 - share))
 
 
 def missing_beside(
@@ -134,7 +155,7 @@ def collect_moments(
         seed: Seed of the sample of positions.
     """
     hessian = shift = mean = lost = beside = beside_mean = torch.zeros(())
-    total, origin = 0.0, None
+    total, squares, origin = 0.0, 0.0, None
     generator = torch.Generator().manual_seed(seed)
     for number, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
         if not x.numel() or x.shape != y.shape:
@@ -152,6 +173,7 @@ def collect_moments(
         columns, exact = columns[:, used], exact[:, used]
         flat = weight.reshape(-1)[used].reshape(1, -1, 1)
         total += float(flat.double().sum())
+        squares += float(flat.double().square().sum())
         error = exact - columns
         if origin is None:
             origin = columns.double().mean(1, keepdim=True)
@@ -176,7 +198,8 @@ def collect_moments(
     if missing is not None:
         beside = beside + _outer(beside_mean, base)
     centre = mean + origin[:, 0]
-    return LayerMoments(hessian, shift, centre, centre + lost, beside, beside_mean)
+    samples = total * total / squares
+    return LayerMoments(hessian, shift, centre, centre + lost, beside, beside_mean, samples)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ _PLACE = re.compile(r"L(?:\['[^']+'\]|\[\d+\]|\.(?!size\b|ndim\b|dim\b)\w+)+")
 _NOT_ONE = re.compile(r"(?:(?:2 <=|1 <|1 !=) )?L\S*\.size\(\)\[\d+\](?: (?:!= 1|> 1|>= 2))?")
 # neither is a product of sizes, or a size behind a stride
 _UNEQUAL = re.compile(r"[^<>=!]+ != [^<>=!]+")
-_SIZE = re.compile(_PLACE.pattern + r"\.size\(\)\[\d+\]")
+_SIZE = re.compile(r"L(?:\['[^']+'\]|\[\d+\]|\.(?!size\b|ndim\b|dim\b)\w+)+\.size\(\)\[\d+\]")
 _ITEM = re.compile(r"L\['([^']+)'\]\[(\d+)\]")
 _KEYWORD = re.compile(r"L\['[^']+'\]\['([^']+)'\]")
 

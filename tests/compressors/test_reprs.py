@@ -32,7 +32,7 @@ def test_reprs_are_one_short_line_without_data(tmp_path: Path) -> None:
         "Program(Sequential: 1 ops, inputs": program,
         "CompressedProgram(Sequential": compressed,
         "PassReport(": compressed.pass_report,
-        "CompressionTable(1 of 1 tensors compressed, 8.000 bits": compressed.report(),
+        "CompressionTable(1 of 1 tensors compressed, 9.412 bits": compressed.report(),
         "TorchArtifact(": artifact,
         "KMeansPalettizer(Sequential, prepared)": palettizer,
         "SensitivityTable(1 layers, 2 candidates, psnr)": table,

@@ -12,7 +12,7 @@ from torch import nn
 import graphopt
 from graphopt.analysis.matrix_form import weight_uses
 from graphopt.analysis.weights import find_weights
-from graphopt.fitting.moments import collect_moments
+from graphopt.fitting.moments import LayerMoments, collect_moments
 from graphopt.palettization import PalettizationSpec
 
 
@@ -87,4 +87,45 @@ def test_feedback_is_better_than_kmeans_on_any_features(kind: str) -> None:
         config = uniform(spec)
         made = graphopt.compress(model, (x,), config, calibration_data=[x, x]).module()
         errors[algorithm] = float((made(x) - model(x)).norm())
+    assert errors["gptq"] < errors["kmeans"]
+
+
+@pytest.mark.parametrize("samples", [32, 128, 512, 4096])
+@pytest.mark.parametrize(("kind", "share"), [("independent", 0.25), ("correlated", 1.01)])
+def test_moments_of_few_samples_are_drawn_to_what_is_sure(
+    kind: str, share: float, samples: int
+) -> None:
+    width, mix = 64, torch.eye(64)
+    if kind == "correlated":
+        places = torch.arange(width)
+        mix = torch.linalg.cholesky(0.8 ** (places[:, None] - places[None]).abs().float())
+    use = use_of(nn.Linear(width, 4), torch.randn(1, width))
+    raw = drawn = 0.0
+    for seed in range(8):
+        generator = torch.Generator().manual_seed(seed)
+        x = torch.randn(samples, width, generator=generator) @ mix.T
+        moments = collect_moments(use, [x], [x], None, None, centred=False, seed=0)
+        assert moments is not None
+        assert moments.samples == samples
+        raw += float((moments.hessian[0] - mix @ mix.T).norm())
+        drawn += float((moments.shrunk().hessian[0] - mix @ mix.T).norm())
+    assert drawn < share * raw
+
+
+def test_moments_that_are_known_exactly_stay() -> None:
+    exact = LayerMoments(*[torch.randn(1, 3, 3) for _ in range(2)], *[torch.zeros(1, 3)] * 4)
+    assert torch.equal(exact.shrunk().hessian, exact.hessian)
+    assert torch.equal(exact.shrunk().shift, exact.shift)
+
+
+@pytest.mark.parametrize("samples", [32, 64, 256])
+def test_feedback_from_few_samples_is_better_than_kmeans_on_others(samples: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval()
+    x, others = torch.randn(samples, 64), torch.randn(2048, 64)
+    errors = {}
+    for algorithm in ("kmeans", "gptq"):
+        spec = PalettizationSpec(n_bits=2, algorithm=algorithm)  # type: ignore[arg-type]
+        made = graphopt.compress(model, (x,), uniform(spec), calibration_data=[x]).module()
+        errors[algorithm] = float((made(others) - model(others)).norm())
     assert errors["gptq"] < errors["kmeans"]

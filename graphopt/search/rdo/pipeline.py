@@ -193,7 +193,7 @@ def _optimized(
         with watch("sensitivities"):
             first, losses = _first_allocation(session, state, run.resume, progress)
     except InfeasibleError:
-        state.discard()  # no run of this config can go on from it
+        state.discard()  # no run can go on from it
         raise
     with watch("block-wise search"):
         costs = _costs(session, state, first, losses, progress)
@@ -210,9 +210,8 @@ def _optimized(
         )
     with watch("conversion"):
         program = session.program(fits, progress=progress)
-    batches = session.batches
-    if evaluation.data is not None:
-        batches = list(read_calls(session.exact.graph_module, evaluation.data))
+    given, exact = evaluation.data, session.exact.graph_module
+    batches = session.batches if given is None else list(read_calls(exact, given))
     with watch("comparison"):
         rows = compare(session, program, batches, evaluation.score)
     report = _report(session, final, costs, fits, watch.seconds, rows)
@@ -392,7 +391,6 @@ def _samples(batch: Batch) -> int:
 
 
 def _write(target: Path, session: Session, program: CompressedProgram, report: RDOReport) -> None:
-    """Write the folder beside its place and rename it."""
     with replaced(target) as folder:
         folder.mkdir()
         report.save(folder / "report.json")
