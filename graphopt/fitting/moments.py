@@ -46,6 +46,8 @@ class LayerMoments:
         wanted: E[x], [groups, columns].
         beside: E[(r − r̂)x̂ᵀ] of what is added to the outputs, [groups, rows, columns], or a scalar 0.
         beside_mean: E[r − r̂], [groups, rows], or a scalar 0.
+        shift_power: E[(x − x̂)²], [groups, columns].
+        beside_power: E[(r − r̂)²], [groups, rows], or a scalar 0.
         samples: Number of positions, by their weights; infinite where the moments are known exactly.
     """
 
@@ -55,26 +57,40 @@ class LayerMoments:
     wanted: Tensor
     beside: Tensor
     beside_mean: Tensor
+    shift_power: Tensor
+    beside_power: Tensor
     samples: float = math.inf
 
     def shrunk(self) -> LayerMoments:
-        """These with the Hessian drawn towards its diagonal as far as so few samples leave it unsure.
+        """These, drawn towards what is sure as far as so few samples leave them unsure.
 
-        The share is the one of the smallest expected squared error for normal samples, the sum of the
-        variances of what stands beside the diagonal over the sum of its squares (Schäfer and
-        Strimmer, "A shrinkage approach to large-scale covariance matrix estimation", 2005, target D).
+        The Hessian and the shift are drawn towards their diagonals, what stands beside the op towards 0.
+        The shares are those of the smallest expected squared error for normal samples: the sum of the
+        variances of what is drawn over the sum of its squares (Schäfer and Strimmer, "A shrinkage
+        approach to large-scale covariance matrix estimation", 2005, target D).
         """
-        own = self.hessian.diagonal(dim1=1, dim2=2).double()
-        whole = self.hessian.double().square().sum((1, 2))
-        beside = (whole - own.square().sum(1)).clamp_min(0.0)
-        variance = (own.sum(1).square() - own.square().sum(1) + beside) / self.samples
-        share = (variance / beside.clamp_min(1e-300)).clamp(0.0, 1.0)
-        share = torch.where(beside > 0, share, 0.0).float()[:, None, None]
-        hessian, shift = (
-            torch.lerp(whole, torch.diag_embed(whole.diagonal(dim1=1, dim2=2)), share)
-            for whole in (self.hessian, self.shift)
-        )
-        return replace(self, hessian=hessian, shift=shift, beside=self.beside * (1 - share))
+        power = self.hessian.diagonal(dim1=1, dim2=2).double()
+        hessian = self._drawn(self.hessian, power, power)
+        shift = self._drawn(self.shift, self.shift_power.double(), power)
+        beside = self.beside
+        if beside.ndim:
+            size = beside.double().square().sum((1, 2))
+            noise = self.beside_power.double().sum(1) * power.sum(1)
+            beside = beside * (1 - self._share(noise, size))
+        return replace(self, hessian=hessian, shift=shift, beside=beside)
+
+    def _drawn(self, moment: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+        """A square moment drawn towards its diagonal; mean squares of rows and columns are known."""
+        own = moment.diagonal(dim1=1, dim2=2)
+        size = moment.double().square().sum((1, 2)) - own.double().square().sum(1)
+        noise = rows.expand_as(columns).sum(1) * columns.sum(1) - (rows * columns).sum(1)
+        return torch.lerp(moment, torch.diag_embed(own), self._share(noise, size))
+
+    def _share(self, noise: Tensor, size: Tensor) -> Tensor:
+        """Variance over square, [groups, 1, 1] float32: of products with these powers and these means."""
+        unsure = (noise + size) / self.samples
+        share = (unsure / size.clamp_min(1e-300)).clamp(0.0, 1.0)
+        return torch.where(size > 0, share, 0.0).float()[:, None, None]
 
 
 def missing_beside(
@@ -155,6 +171,7 @@ def collect_moments(
         seed: Seed of the sample of positions.
     """
     hessian = shift = mean = lost = beside = beside_mean = torch.zeros(())
+    shift_power = beside_power = torch.zeros(())
     total, squares, origin = 0.0, 0.0, None
     generator = torch.Generator().manual_seed(seed)
     for number, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
@@ -183,11 +200,13 @@ def collect_moments(
         shift = shift + error.mT @ weighted
         mean = mean + weighted.sum(1)
         lost = lost + (error * flat).sum(1)
+        shift_power = shift_power + (error.square() * flat).sum(1)
         if missing is not None:
             lacks = missing[number][0].float() - missing[number][1].float()
             rest = use.form.rows(lacks, x).transpose(0, 1).flatten(1, 2)[:, used]
             beside = beside + rest.mT @ weighted
             beside_mean = beside_mean + (rest * flat).sum(1)
+            beside_power = beside_power + (rest.square() * flat).sum(1)
     if origin is None or total <= 0:
         return None
     mean, lost, beside_mean = (summed.double() / total for summed in (mean, lost, beside_mean))
@@ -198,8 +217,9 @@ def collect_moments(
     if missing is not None:
         beside = beside + _outer(beside_mean, base)
     centre = mean + origin[:, 0]
-    samples = total * total / squares
-    return LayerMoments(hessian, shift, centre, centre + lost, beside, beside_mean, samples)
+    samples, powers = total * total / squares, (shift_power / total, beside_power / total)
+    means = (centre, centre + lost, beside, beside_mean)
+    return LayerMoments(hessian, shift, *means, *powers, samples)
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

@@ -26,6 +26,8 @@ __all__ = ["SYNTHETIC", "synthetic_calls", "varied_calls"]
 SYNTHETIC = "synthetic"  # what people write in place of calibration data
 _SEQUENCES = 64
 _ADDED = 16  # random tokens for each column of embeddings beside narrow data, at least
+_MOST_KEPT = 0.5  # share of tokens that are in every sequence; above, they say nothing
+_ENDED = 8  # tokens of a sequence that has a beginning and an end
 _SMALLEST = 16  # rows of a table that holds tokens; types and positions have fewer, or are given
 
 
@@ -33,6 +35,9 @@ def synthetic_calls(
     program: Program, *, sequences: int = _SEQUENCES, seed: int = 0
 ) -> list[dict[str, Any] | tuple[Any, ...]]:
     """Calls of a program with random tokens in the shapes of its example; other inputs stay as there.
+
+    Tokens that every sequence of the example holds stay where they are, as beginnings, ends and padding do;
+    of a single sequence its first and last one.
 
     The program's record gets a remark that says so.
 
@@ -70,12 +75,15 @@ def synthetic_calls(
         for node, leaf in zip(inputs, leaves, strict=True)
         if rows[node]
     )
+    common = {
+        node: _common_tokens([leaf])
+        for node, leaf in zip(inputs, leaves, strict=True)
+        if rows[node]
+    }
     calls: list[dict[str, Any] | tuple[Any, ...]] = []
     for _ in range(math.ceil(sequences / max(batch, 1))):
         drawn = [
-            torch.randint(rows[node], leaf.shape, generator=generator).to(leaf.dtype)
-            if rows[node]
-            else leaf
+            _random_tokens(leaf, rows[node], common[node], generator) if rows[node] else leaf
             for node, leaf in zip(inputs, leaves, strict=True)
         ]
         args, kwargs = pytree.tree_unflatten(drawn, spec)
@@ -117,6 +125,7 @@ def varied_calls(
     if distinct >= min(width, most // 2):
         return [], ""
     generator = torch.Generator().manual_seed(seed)
+    common = {place: _common_tokens([each[place] for each in leaves]) for place in places}
     sequences = sum(len(each[places[0]]) if each[places[0]].ndim > 1 else 1 for each in leaves)
     times = math.ceil(_ADDED * width / max(sum(map(len, seen)), 1))
     made: list[Batch] = []
@@ -124,8 +133,7 @@ def varied_calls(
         for call in calls:
             flat, spec = pytree.tree_flatten((call[0], call[1]))
             for place in places:
-                like = flat[place]
-                flat[place] = torch.randint(most, like.shape, generator=generator).to(like.dtype)
+                flat[place] = _random_tokens(flat[place], most, common[place], generator)
             args, kwargs = pytree.tree_unflatten(flat, spec)
             batch: Batch = (tuple(args), dict(kwargs))
             made.append(
@@ -135,6 +143,32 @@ def varied_calls(
         f"the data hold {distinct} distinct tokens for {width} columns of embeddings:"
         f" {times * sequences} sequences of random tokens were added"
     )
+
+
+def _common_tokens(examples: Sequence[Tensor]) -> Tensor:
+    """Tokens that every sequence holds: those that begin, end and fill up; of a single one its ends.
+
+    What a model has learned about them (a norm's largest values stand there) no random token shows.
+    """
+    sequences = [
+        row
+        for example in examples
+        for row in example.reshape(-1, example.shape[-1] if example.ndim else 1)
+    ]
+    first = sequences[0]
+    common = first.unique()
+    for row in sequences[1:]:
+        common = common[torch.isin(common, row)]
+    held = torch.cat([torch.isin(row, common) for row in sequences])
+    if len(sequences) > 1 and float(held.float().mean()) <= _MOST_KEPT:
+        return common
+    return first[[0, -1]].unique() if len(first) >= _ENDED else first[:0]
+
+
+def _random_tokens(like: Tensor, rows: int, kept: Tensor, generator: torch.Generator) -> Tensor:
+    """Tokens of a table in the places of others, those that are kept apart."""
+    drawn = torch.randint(rows, like.shape, generator=generator).to(like.dtype)
+    return torch.where(torch.isin(like, kept), like, drawn)
 
 
 def _as_inputs(

@@ -113,9 +113,25 @@ def test_moments_of_few_samples_are_drawn_to_what_is_sure(
 
 
 def test_moments_that_are_known_exactly_stay() -> None:
-    exact = LayerMoments(*[torch.randn(1, 3, 3) for _ in range(2)], *[torch.zeros(1, 3)] * 4)
-    assert torch.equal(exact.shrunk().hessian, exact.hessian)
-    assert torch.equal(exact.shrunk().shift, exact.shift)
+    whole, vectors = torch.randn(3, 1, 3, 3), torch.rand(5, 1, 3)
+    exact = LayerMoments(
+        whole[0], whole[1], vectors[0], vectors[1], whole[2], vectors[2], vectors[3], vectors[4]
+    )
+    for name in ("hessian", "shift", "beside"):
+        assert torch.equal(getattr(exact.shrunk(), name), getattr(exact, name))
+
+
+def test_what_many_samples_show_beside_the_diagonal_stays() -> None:
+    x = torch.randn(2048, 16)
+    mixed, y = x @ torch.randn(16, 16), x @ torch.randn(16, 4)
+    use = use_of(nn.Linear(16, 4), x[:1])
+    moments = collect_moments(
+        use, [x], [x + mixed], None, [(y, torch.zeros(2048, 4))], centred=False, seed=0
+    )
+    assert moments is not None
+    for name in ("shift", "beside"):
+        drawn, raw = getattr(moments.shrunk(), name), getattr(moments, name)
+        assert float((drawn - raw).norm()) < 0.05 * float(raw.norm())
 
 
 @pytest.mark.parametrize("samples", [32, 64, 256])

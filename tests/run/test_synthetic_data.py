@@ -49,6 +49,29 @@ def test_tokens_come_from_their_table_and_other_inputs_stay() -> None:
     assert all(torch.equal(a["ids"], b["ids"]) for a, b in zip(calls, again, strict=True))
 
 
+FRAMED = torch.tensor([[40, 7, 8, 9, 3, 4, 5, 41, 0, 0], [40, 11, 12, 13, 14, 15, 16, 17, 18, 41]])
+
+
+@pytest.mark.parametrize(
+    ("ids", "kept"),
+    [
+        (FRAMED, [40, 41]),
+        (FRAMED[:1], [40, 0]),
+        (FRAMED[:1].expand(3, -1), [40, 0]),
+        (torch.tensor([[7, 8, 9]]), []),
+    ],
+    ids=["several", "one", "alike", "short"],
+)
+def test_tokens_of_every_sequence_stay_where_they_are(ids: Tensor, kept: list[int]) -> None:
+    zeros = torch.zeros_like(ids)
+    program = graphopt.capture(Words().eval(), (ids, zeros, zeros + 1))
+    calls = synthetic_calls(program, sequences=64)
+    drawn = torch.stack([call[0] for call in calls])
+    stays = torch.isin(ids, torch.tensor(kept, dtype=torch.int64))
+    assert bool((drawn == ids)[:, stays].all())
+    assert float((drawn == ids)[:, ~stays].float().mean()) < 0.1
+
+
 def test_report_says_that_there_were_no_data() -> None:
     config = QuantizerConfig.presets.w8a8()
     program = graphopt.compress(Words().eval(), (IDS, 0 * IDS, ONES), config, "synthetic")
