@@ -46,8 +46,8 @@ class LayerMoments:
         wanted: E[x], [groups, columns].
         beside: E[(r − r̂)x̂ᵀ] of what is added to the outputs, [groups, rows, columns], or a scalar 0.
         beside_mean: E[r − r̂], [groups, rows], or a scalar 0.
-        shift_power: E[(x − x̂)²], [groups, columns].
-        beside_power: E[(r − r̂)²], [groups, rows], or a scalar 0.
+        squares: For the Hessian, the shift and what stands beside the op the mean square of the products
+            that they are means of, summed up, without the diagonals of the first two, [3, groups].
         samples: Number of positions, by their weights; infinite where the moments are known exactly.
     """
 
@@ -57,38 +57,33 @@ class LayerMoments:
     wanted: Tensor
     beside: Tensor
     beside_mean: Tensor
-    shift_power: Tensor
-    beside_power: Tensor
+    squares: Tensor
     samples: float = math.inf
 
     def shrunk(self) -> LayerMoments:
         """These, drawn towards what is sure as far as so few samples leave them unsure.
 
-        The Hessian and the shift are drawn towards their diagonals, what stands beside the op towards 0.
-        The shares are those of the smallest expected squared error for normal samples: the sum of the
-        variances of what is drawn over the sum of its squares (Schäfer and Strimmer, "A shrinkage
-        approach to large-scale covariance matrix estimation", 2005, target D).
+        The Hessian is drawn towards its diagonal and so is the shift, no farther, as both are of the same
+        inputs; what stands beside the op towards 0. The shares are those of the smallest expected squared error: the
+        sum of the variances of what is drawn, as the samples themselves show them, over the sum of its
+        squares (Schäfer and Strimmer, "A shrinkage approach to large-scale covariance matrix estimation",
+        2005, target D).
         """
-        power = self.hessian.diagonal(dim1=1, dim2=2).double()
-        hessian = self._drawn(self.hessian, power, power)
-        shift = self._drawn(self.shift, self.shift_power.double(), power)
+        shares = [
+            self._share(squares, _beside_diagonal(moment))
+            for squares, moment in zip(self.squares, (self.hessian, self.shift), strict=False)
+        ]
+        hessian = _drawn(self.hessian, shares[0])
+        shift = _drawn(self.shift, torch.minimum(*shares))
         beside = self.beside
         if beside.ndim:
             size = beside.double().square().sum((1, 2))
-            noise = self.beside_power.double().sum(1) * power.sum(1)
-            beside = beside * (1 - self._share(noise, size))
+            beside = beside * (1 - self._share(self.squares[2], size))
         return replace(self, hessian=hessian, shift=shift, beside=beside)
 
-    def _drawn(self, moment: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-        """A square moment drawn towards its diagonal; mean squares of rows and columns are known."""
-        own = moment.diagonal(dim1=1, dim2=2)
-        size = moment.double().square().sum((1, 2)) - own.double().square().sum(1)
-        noise = rows.expand_as(columns).sum(1) * columns.sum(1) - (rows * columns).sum(1)
-        return torch.lerp(moment, torch.diag_embed(own), self._share(noise, size))
-
-    def _share(self, noise: Tensor, size: Tensor) -> Tensor:
-        """Variance over square, [groups, 1, 1] float32: of products with these powers and these means."""
-        unsure = (noise + size) / self.samples
+    def _share(self, squares: Tensor, size: Tensor) -> Tensor:
+        """Variance over square, [groups, 1, 1] float32, of means with these squares of what they average."""
+        unsure = (squares - size).clamp_min(0.0) / self.samples
         share = (unsure / size.clamp_min(1e-300)).clamp(0.0, 1.0)
         return torch.where(size > 0, share, 0.0).float()[:, None, None]
 
@@ -171,7 +166,7 @@ def collect_moments(
         seed: Seed of the sample of positions.
     """
     hessian = shift = mean = lost = beside = beside_mean = torch.zeros(())
-    shift_power = beside_power = torch.zeros(())
+    powers = torch.zeros(3, 1, dtype=torch.float64)
     total, squares, origin = 0.0, 0.0, None
     generator = torch.Generator().manual_seed(seed)
     for number, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
@@ -200,13 +195,13 @@ def collect_moments(
         shift = shift + error.mT @ weighted
         mean = mean + weighted.sum(1)
         lost = lost + (error * flat).sum(1)
-        shift_power = shift_power + (error.square() * flat).sum(1)
+        rest = None
         if missing is not None:
             lacks = missing[number][0].float() - missing[number][1].float()
             rest = use.form.rows(lacks, x).transpose(0, 1).flatten(1, 2)[:, used]
             beside = beside + rest.mT @ weighted
             beside_mean = beside_mean + (rest * flat).sum(1)
-            beside_power = beside_power + (rest.square() * flat).sum(1)
+        powers = powers + _powers(columns, error, rest, flat)
     if origin is None or total <= 0:
         return None
     mean, lost, beside_mean = (summed.double() / total for summed in (mean, lost, beside_mean))
@@ -217,9 +212,28 @@ def collect_moments(
     if missing is not None:
         beside = beside + _outer(beside_mean, base)
     centre = mean + origin[:, 0]
-    samples, powers = total * total / squares, (shift_power / total, beside_power / total)
-    means = (centre, centre + lost, beside, beside_mean)
-    return LayerMoments(hessian, shift, *means, *powers, samples)
+    means, samples = (centre, centre + lost, beside, beside_mean), total * total / squares
+    return LayerMoments(hessian, shift, *means, powers / total, samples)
+
+
+def _beside_diagonal(moment: Tensor) -> Tensor:
+    """Sum of the squares that stand beside the diagonal, [groups]."""
+    own = moment.diagonal(dim1=1, dim2=2).double()
+    return moment.double().square().sum((1, 2)) - own.square().sum(1)
+
+
+def _drawn(moment: Tensor, share: Tensor) -> Tensor:
+    return torch.lerp(moment, torch.diag_embed(moment.diagonal(dim1=1, dim2=2)), share)
+
+
+def _powers(columns: Tensor, error: Tensor, rest: Tensor | None, weight: Tensor) -> Tensor:
+    """Sums over positions of the squared products that second moments add up, [3, groups]."""
+    inputs, errors = columns.square(), error.square()
+    power = inputs.sum(2)
+    found = [power.square() - inputs.square().sum(2)]
+    found.append(errors.sum(2) * power - (errors * inputs).sum(2))
+    found.append(torch.zeros_like(power) if rest is None else rest.square().sum(2) * power)
+    return (torch.stack(found) * weight[..., 0]).sum(2).double()
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:

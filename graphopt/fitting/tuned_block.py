@@ -78,11 +78,7 @@ class TunedBlock:
         if user.target is _LUT_TO_DENSE and place == 1:
             if (gap := _median_gap(exact)) > 0:
                 self.stored[path] = Moving(exact, gap)
-        elif (
-            is_rescaled(node)
-            and bool((exact > 0).all())
-            and user.target is torch.ops.aten.mul.Tensor
-        ):
+        elif is_rescaled(node) and bool((exact > 0).all()) and _multiplies(user):
             self.stored[path] = Moving(exact, self._unit, factor=True)
         elif is_rescaled(node) or place in _tuned_places(user):
             spread = max(float(exact.std()) if exact.numel() > 1 else 0.0, 1e-2)
@@ -177,6 +173,11 @@ def _same(value: Any, values: dict[fx.Node, Any]) -> Any:
 def _median_gap(table: Tensor) -> float:
     gaps = table.sort(dim=-2).values.diff(dim=-2)
     return float(gaps[gaps > 0].median()) if bool((gaps > 0).any()) else 0.0
+
+
+def _multiplies(node: fx.Node) -> bool:
+    info = op_info.info_of(node)
+    return info is not None and "mul" in info.names
 
 
 def _tuned_places(node: fx.Node) -> tuple[int, ...]:

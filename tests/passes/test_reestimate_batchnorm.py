@@ -186,7 +186,7 @@ def test_two_bit_residual_network_recovers_on_digits() -> None:
         nn.Linear(16, 10),
     )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
-    for _ in range(6):
+    for _ in range(8):
         for start in range(0, 1280, 64):
             optimizer.zero_grad()
             F.cross_entropy(model(x[start : start + 64]), y[start : start + 64]).backward()
