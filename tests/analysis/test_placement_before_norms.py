@@ -147,6 +147,7 @@ def attention(m: Block, x: Tensor) -> Tensor:
     return m.norm(y).mean(1)
 
 
+@pytest.mark.integration
 def test_table_speaks_of_every_float_value() -> None:
     program = graphopt.compress(
         Block(attention).eval(), (X,), QuantizerConfig.presets.w8a8_affine(), [(X,)]

@@ -103,6 +103,7 @@ def test_activations_are_rounded_over_the_range_of_all_data() -> None:
         assert found[layer] == pytest.approx(expected[layer], rel=0.02)
 
 
+@pytest.mark.integration
 def test_what_is_kept_changes_nothing() -> None:
     table = analyze(residual(), (pictures(1)[0],), ["keep", 4], pictures(1), ["psnr", "kl"])
     assert all(own["keep"] == np.inf for own in table.values().values())
