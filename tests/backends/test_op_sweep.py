@@ -26,8 +26,8 @@ def sweeper() -> Iterator[Sweeper]:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("target", TARGETS[:3])
-def test_every_twentieth_op_is_right_or_refused(target: str, sweeper: Sweeper) -> None:
-    outcomes = list(sweeper.sweep(target, counted_ops()[3::20]))
+def test_every_tenth_op_is_right_or_refused(target: str, sweeper: Sweeper) -> None:
+    outcomes = list(sweeper.sweep(target, counted_ops()[3::10]))
     assert len(outcomes) > 45
     check_share(outcomes, SHARES[target])
 
