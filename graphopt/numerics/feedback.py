@@ -9,6 +9,7 @@ codes the best entries solve one linear system per table, and coordinate descent
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -35,12 +36,14 @@ else:
 
 __all__ = [
     "Feedback",
+    "FitSteps",
     "OrderedHessian",
     "TableFitKeywords",
     "TableFitOptions",
     "TableMap",
     "feedback_grouped",
     "fit_tables",
+    "fitted_in_rounds",
     "inverse_factor",
 ]
 
@@ -177,30 +180,78 @@ def fit_tables(
     ordered = replace(where, columns=where.columns[order.numpy()])
     rows_weight = torch.ones(w.shape[1]) if importance is None else importance.float()
     unit_weight = rows_weight.reshape(-1, where.size).mean(1).double()
-    scale = float((w * (h_used @ w)).sum(0).double() @ rows_weight.double())
 
+    def choose(now: Tensor) -> tuple[Tensor, Tensor]:
+        return _pass(w, factor, now, ordered)
+
+    def descend(q: Tensor, codes: Tensor, slope: Tensor, now: Tensor) -> int:
+        return _descend(q, codes, slope, h_used, now, ordered)
+
+    def improve(codes: Tensor, slope: Tensor, now: Tensor) -> Tensor:
+        return best_tables(TableFit(codes, slope, h_used, unit_weight, where.rows, now))
+
+    steps = FitSteps(choose, descend, improve if where.by_rows else None)
+    reached, current, q, codes = fitted_in_rounds(w, h_used, rows_weight, tables, how, steps)
+    back = torch.argsort(order)
+    return Feedback(current, codes[back].T.contiguous(), q[back].T.contiguous(), reached)
+
+
+@dataclass(frozen=True)
+class FitSteps:
+    """What a round of fitting does to values `q` and codes of a matrix.
+
+    Attributes:
+        choose: Tables → values and codes, by error feedback.
+        descend: Values, codes, H (w − q), tables → how many codes have changed; changes the first three.
+        improve: Codes, H (w − q), tables → better tables; None leaves tables as they are.
+    """
+
+    choose: Callable[[Tensor], tuple[Tensor, Tensor]]
+    descend: Callable[[Tensor, Tensor, Tensor, Tensor], int]
+    improve: Callable[[Tensor, Tensor, Tensor], Tensor] | None
+
+
+def fitted_in_rounds(
+    w: Tensor,
+    hessian: Tensor,
+    importance: Tensor,
+    tables: Tensor,
+    how: TableFitOptions,
+    steps: FitSteps,
+) -> tuple[float, Tensor, Tensor, Tensor]:
+    """Choose codes and move tables in turn while the error falls.
+
+    Args:
+        w: What is wanted, [columns, rows] float32.
+        hessian: [columns, columns].
+        importance: Of each row's error, [rows].
+        tables: To start from.
+        how: Rounds, cycles of descent, and whether tables move.
+        steps: Of a round.
+
+    Returns:
+        The best relative error, and its tables, values and codes.
+    """
+    rows_weight = importance.double()
+    scale = float((w * (hessian @ w)).sum(0).double() @ rows_weight)
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
     current = tables.float().contiguous()
     for number in range(max(how.rounds, 1)):
-        q, codes = _pass(w, factor, current, ordered)
-        slope = h_used @ (w - q)
+        q, codes = steps.choose(current)
+        slope = hessian @ (w - q)
         for _ in range(how.cycles):
-            if not _descend(q, codes, slope, h_used, current, ordered):
+            if not steps.descend(q, codes, slope, current):
                 break
-        reached = float(((w - q) * slope).sum(0).double() @ rows_weight.double())
+        reached = float(((w - q) * slope).sum(0).double() @ rows_weight)
         if best is None or reached < best[0]:
             best = (reached, current, q, codes)
         elif number:
             break
-        if not how.move_tables or not where.by_rows or number + 1 == how.rounds:
+        if not how.move_tables or steps.improve is None or number + 1 == how.rounds:
             break
-        current = best_tables(TableFit(codes, slope, h_used, unit_weight, where.rows, current))
+        current = steps.improve(codes, slope, current)
     assert best is not None
-    reached, current, q, codes = best
-    back = torch.argsort(order)
-    return Feedback(
-        current, codes[back].T.contiguous(), q[back].T.contiguous(), reached / max(scale, 1e-300)
-    )
+    return (best[0] / max(scale, 1e-300), *best[1:])
 
 
 def feedback_grouped(

@@ -19,8 +19,10 @@ from typing_extensions import Unpack
 from graphopt.extras import deferred
 from graphopt.numerics.feedback import (
     Feedback,
+    FitSteps,
     TableFitKeywords,
     TableFitOptions,
+    fitted_in_rounds,
     inverse_factor,
 )
 from graphopt.numerics.parallel import map_tasks
@@ -157,30 +159,19 @@ def fit_column_tables(
     problem = _Problem.of(hessian, how.damping, where)
     w = weight.float()[:, problem.order].T.contiguous()  # columns × rows
     rows_weight = torch.ones(w.shape[1]) if importance is None else importance.float()
-    scale = float((w * (problem.hessian @ w)).sum(0).double() @ rows_weight.double())
-    best: tuple[float, Tensor, Tensor, Tensor] | None = None
-    current = tables.float().contiguous()
-    for number in range(max(how.rounds, 1)):
-        q, codes = _pass(w, current, problem)
-        slope = problem.hessian @ (w - q)
-        for _ in range(how.cycles):
-            if not _descend(q, codes, slope, current, problem):
-                break
-        reached = float(((w - q) * slope).sum(0).double() @ rows_weight.double())
-        if best is None or reached < best[0]:
-            best = (reached, current, q, codes)
-        elif number:
-            break
-        if not how.move_tables or number + 1 == how.rounds:
-            break
-        current = _better_tables(codes, slope, current, problem, rows_weight)
-    assert best is not None
-    reached, current, q, codes = best
+    steps = FitSteps(
+        lambda now: _pass(w, now, problem),
+        lambda q, codes, slope, now: _descend(q, codes, slope, now, problem),
+        lambda codes, slope, now: _better_tables(codes, slope, now, problem, rows_weight),
+    )
+    reached, current, q, codes = fitted_in_rounds(
+        w, problem.hessian, rows_weight, tables, how, steps
+    )
     return Feedback(
         current,
         codes[torch.argsort(problem.units)].T.contiguous(),
         q[torch.argsort(problem.order)].T.contiguous(),
-        reached / max(scale, 1e-300),
+        reached,
     )
 
 
