@@ -5,7 +5,8 @@ import io
 import pytest
 from rich.console import Console
 
-from graphopt import progress, progress_display
+from graphopt import progress
+from graphopt.progress import display as progress_display
 
 
 @pytest.fixture

@@ -13,9 +13,9 @@ from graphopt.extras import deferred
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from graphopt import progress_display
+    from graphopt.progress import display as progress_display
 else:
-    progress_display = deferred("graphopt.progress_display")
+    progress_display = deferred("graphopt.progress.display")
 
 __all__ = ["step", "track"]
 
