@@ -31,6 +31,8 @@ EXEMPT = {
     ("graphopt/numerics/kernels.py", "_best_start"): _KERNEL,
     ("graphopt/numerics/kernels.py", "_centroids"): _KERNEL,
     ("graphopt/numerics/kernels.py", "fit_groups"): _KERNEL,
+    ("graphopt/numerics/kernels.py", "_halve"): _KERNEL,
+    ("graphopt/numerics/kernels.py", "_move_cuts"): _KERNEL,
     ("graphopt/numerics/kernels_columns.py", "descend"): _KERNEL,
     ("graphopt/numerics/kernels_columns.py", "feedback"): _KERNEL,
     ("graphopt/numerics/kernels_feedback.py", "descend"): _KERNEL,

@@ -25,6 +25,10 @@ __all__ = [
 
 _jit = compiled()
 
+# with m points and k parts, m / 2k² cuts of a point on the mean lie between its bounds
+_ORDERED = 10
+_STEPS = 16  # places on each side of a cut that a program chooses among
+
 
 @_jit
 def fill_prefix(value, weight, shift, w, wx):
@@ -78,9 +82,15 @@ def _best_start(best, base, w, wx, first, last, j, grid, q_min, q_max):
 def optimal_cuts(w, wx, k_max, grid, q_min, q_max):
     """Best cuts of the points into 1 … k_max parts, all in one run.
 
+    The best last cut moves right with the number of points and with the number of parts (Knuth 1971,
+    "Optimum binary search trees"; Yao 1980), so that the cuts of one part less bound the search from the left.
+    Many parts leave so little between the bounds that going through the points in order is cheaper than
+    halving them.
+
     Returns:
-        `cut[k, j]`, the start of the last part when the first `j` points form `k + 1` parts, and
-        `gain[k]`, the objective of `k + 1` parts over all points. O(k_max · m · log m).
+        `cut[k, j]`, the start of the last part when the first `j` points form `k + 1` parts (for
+        `k_max` parts of all points only), and `gain[k]`, the objective of `k + 1` parts over all
+        points. O(k_max · m · log m).
     """
     m = w.size - 1
     cut = np.zeros((k_max, m + 1), dtype=np.int32)
@@ -95,40 +105,53 @@ def optimal_cuts(w, wx, k_max, grid, q_min, q_max):
         for j in range(min(k + 1, m + 1)):
             following[j] = best[j]
             cut[k, j] = min(j, k)
-        top = 0
-        if m > k:
-            stack[0, 0] = k + 1
-            stack[0, 1] = m
-            stack[0, 2] = k
-            stack[0, 3] = m - 1
-            top = 1
-        while top:
-            top -= 1
-            left = stack[top, 0]
-            right = stack[top, 1]
-            first = stack[top, 2]
-            last = stack[top, 3]
-            middle = (left + right) // 2
-            value, at = _best_start(
-                best, 0, w, wx, first, min(last, middle - 1), middle, grid, q_min, q_max
-            )
-            following[middle] = value
-            cut[k, middle] = at
-            if left < middle:
-                stack[top, 0] = left
-                stack[top, 1] = middle - 1
-                stack[top, 2] = first
-                stack[top, 3] = at
-                top += 1
-            if middle < right:
-                stack[top, 0] = middle + 1
-                stack[top, 1] = right
-                stack[top, 2] = at
-                stack[top, 3] = last
-                top += 1
+        if m > k and (k == k_max - 1 or _ORDERED * k * k > m):
+            last = m - 1
+            for j in range(m, m - 1 if k == k_max - 1 else k, -1):
+                first = min(max(k, cut[k - 1, j]), j - 1)
+                last = max(min(last, j - 1), first)
+                value, last = _best_start(best, 0, w, wx, first, last, j, grid, q_min, q_max)
+                following[j] = value
+                cut[k, j] = last
+        elif m > k:
+            _halve(best, w, wx, k, cut, following, stack, grid, q_min, q_max)
         best, following = following, best
         gain[k] = best[m]
     return cut, gain
+
+
+@_jit
+def _halve(best, w, wx, k, cut, following, stack, grid, q_min, q_max):
+    """Fill `cut[k]` and `following` by halving the points, each half between the cuts of the other."""
+    stack[0, 0] = k + 1
+    stack[0, 1] = w.size - 1
+    stack[0, 2] = k
+    stack[0, 3] = w.size - 2
+    top = 1
+    while top:
+        top -= 1
+        left = stack[top, 0]
+        right = stack[top, 1]
+        first = stack[top, 2]
+        last = stack[top, 3]
+        middle = (left + right) // 2
+        end = min(last, middle - 1)
+        start = min(max(first, cut[k - 1, middle]), end)
+        value, at = _best_start(best, 0, w, wx, start, end, middle, grid, q_min, q_max)
+        following[middle] = value
+        cut[k, middle] = at
+        if left < middle:
+            stack[top, 0] = left
+            stack[top, 1] = middle - 1
+            stack[top, 2] = first
+            stack[top, 3] = at
+            top += 1
+        if middle < right:
+            stack[top, 0] = middle + 1
+            stack[top, 1] = right
+            stack[top, 2] = at
+            stack[top, 3] = last
+            top += 1
 
 
 @_jit
@@ -146,36 +169,52 @@ def table_cuts(cut, k, edges):
 
 @_jit
 def refine_cuts(w, wx, bounds, reach, grid, q_min, q_max):
-    """Move every cut of `bounds`, in place, to the jointly best single points near it.
+    """Move every cut of `bounds`, in place, to the jointly best points near it.
 
-    An exact program in which each cut may move by up to `reach` points, but not past its
-    neighbours, so that it costs O(m · log m) at most for any number of parts. It is repeated around
-    the new cuts as long as one of them lies at the rim of its window, sixteen times at most.
+    Exact programs in which each cut may move by up to `reach` points, but not past its neighbours: one
+    over every sixteenth of the reach, one over the single points around its cuts. Each is repeated
+    around the new cuts as long as one of them lies at the rim of its window, sixteen times at most.
     """
+    stride = max(reach // _STEPS, 1)
+    if stride > 1:
+        _move_cuts(w, wx, bounds, reach, stride, grid, q_min, q_max)
+    _move_cuts(w, wx, bounds, min(reach, max(2 * stride, _STEPS)), 1, grid, q_min, q_max)
+
+
+@_jit
+def _move_cuts(w, wx, bounds, reach, stride, grid, q_min, q_max):
+    """Move the cuts by multiples of `stride`, jointly."""
     parts = bounds.size - 1
-    low = np.empty(parts, dtype=np.int64)
-    high = np.empty(parts, dtype=np.int64)
-    offset = np.empty(parts + 1, dtype=np.int64)
+    offset = np.empty(parts + 1, dtype=np.int64)  # where the places of a cut start
+    lowest = np.empty(parts, dtype=np.int64)
+    most = (parts - 1) * (2 * (reach // stride) + 1)
+    place = np.empty(most, dtype=np.int64)
+    mass = np.empty(most + 1)
+    moment = np.empty(most + 1)
+    back = np.empty(most, dtype=np.int64)
+    best = np.empty(2 * (reach // stride) + 1)
+    following = np.empty(best.size)
     stack = np.empty((64, 4), dtype=np.int64)
     for _ in range(16):
         offset[1] = 0
-        widest = 0
         for k in range(1, parts):
-            low[k] = max(bounds[k] - reach, bounds[k - 1])
-            high[k] = min(bounds[k] + reach, bounds[k + 1])
-            offset[k + 1] = offset[k] + high[k] - low[k] + 1
-            widest = max(widest, high[k] - low[k] + 1)
-        back = np.empty(offset[parts], dtype=np.int32)
-        best = np.empty(widest)
-        following = np.empty(widest)
-        for j in range(low[1], high[1] + 1):
-            best[j - low[1]] = _gain(w, wx, bounds[0], j, grid, q_min, q_max)
+            before = min(reach, bounds[k] - bounds[k - 1]) // stride
+            behind = min(reach, bounds[k + 1] - bounds[k]) // stride
+            lowest[k] = bounds[k] - before * stride
+            offset[k + 1] = offset[k] + before + behind + 1
+            for i in range(before + behind + 1):
+                at = lowest[k] + i * stride
+                place[offset[k] + i] = at
+                mass[offset[k] + i] = w[at]
+                moment[offset[k] + i] = wx[at]
+        for j in range(offset[2]):
+            best[j] = _gain(w, wx, bounds[0], place[j], grid, q_min, q_max)
         for k in range(2, parts):
-            base = low[k - 1]
-            stack[0, 0] = low[k]
-            stack[0, 1] = high[k]
+            base = offset[k - 1]
+            stack[0, 0] = offset[k]
+            stack[0, 1] = offset[k + 1] - 1
             stack[0, 2] = base
-            stack[0, 3] = high[k - 1]
+            stack[0, 3] = offset[k] - 1
             top = 1
             while top:
                 top -= 1
@@ -184,11 +223,12 @@ def refine_cuts(w, wx, bounds, reach, grid, q_min, q_max):
                 first = stack[top, 2]
                 last = stack[top, 3]
                 middle = (left + right) // 2
+                end = min(last, base + (place[middle] - lowest[k - 1]) // stride)
                 value, at = _best_start(
-                    best, base, w, wx, first, min(last, middle), middle, grid, q_min, q_max
+                    best, base, mass, moment, first, end, middle, grid, q_min, q_max
                 )
-                following[middle - low[k]] = value
-                back[offset[k] + middle - low[k]] = at
+                following[middle - offset[k]] = value
+                back[middle] = at
                 if left < middle:
                     stack[top, 0] = left
                     stack[top, 1] = middle - 1
@@ -202,21 +242,19 @@ def refine_cuts(w, wx, bounds, reach, grid, q_min, q_max):
                     stack[top, 3] = last
                     top += 1
             best, following = following, best
-        base = low[parts - 1]
-        end = bounds[parts]
-        value = -np.inf
-        at = base
-        for i in range(base, high[parts - 1] + 1):
-            candidate = best[i - base] + _gain(w, wx, i, end, grid, q_min, q_max)
-            if candidate > value:
-                value = candidate
-                at = i
+        base = offset[parts - 1]
+        mass[offset[parts]] = w[bounds[parts]]
+        moment[offset[parts]] = wx[bounds[parts]]
+        _, at = _best_start(
+            best, base, mass, moment, base, offset[parts] - 1, offset[parts], grid, q_min, q_max
+        )
         rim = False
         for k in range(parts - 1, 0, -1):
-            rim |= at != bounds[k] and (at == low[k] or at == high[k])
-            bounds[k] = at
+            outermost = at == offset[k] or at == offset[k + 1] - 1
+            rim |= outermost and place[at] != bounds[k]
+            bounds[k] = place[at]
             if k > 1:
-                at = back[offset[k] + at - low[k]]
+                at = back[at]
         if not rim:
             break
 
@@ -250,15 +288,20 @@ def fit_groups(value, weight, ks, cells, grid, q_min, q_max, tables):
         q_max: Highest grid level.
         tables: Output, [groups, sum(ks)] float64; the tables of one group side by side.
     """
-    groups, m = value.shape
+    groups, most = value.shape
     k_max = ks[ks.size - 1]
-    w = np.empty(m + 1)
-    wx = np.empty(m + 1)
-    ones = np.ones(m) if weight.size == 0 else np.empty(0)
-    edges = np.empty(min(cells, m) + 1, dtype=np.int64)
+    distinct = np.empty(most)
+    together = np.empty(most)
+    ones = np.empty(0)
+    sums = np.empty(most + 1)
+    moments = np.empty(most + 1)
+    edges = np.empty(min(cells, most) + 1, dtype=np.int64)
     for g in range(groups):
-        points = value[g]
-        mass = weight[g] if weight.size else ones
+        m = _merge_equal(value[g], weight[g] if weight.size else ones, distinct, together)
+        points = distinct[:m]
+        mass = together[:m]
+        w = sums[: m + 1]
+        wx = moments[: m + 1]
         shift = 0.0
         if grid[g] <= 0.0:
             total = 0.0
@@ -276,8 +319,8 @@ def fit_groups(value, weight, ks, cells, grid, q_min, q_max, tables):
         for k in ks:
             bounds = table_cuts(cut, k, used)
             if k > 1 and n_edges - 1 < m:
-                # six cells each way: the program over cells is never further off
-                reach = max(6 * m // (n_edges - 1), 16)
+                # three cells each way: the program over cells is never further off
+                reach = max(3 * m // (n_edges - 1), 16)
                 refine_cuts(w, wx, bounds, reach, grid[g], q_min, q_max)
             table = tables[g, at : at + k]
             _centroids(w, wx, bounds, shift, grid[g], q_min, q_max, points[0], table)
@@ -287,6 +330,29 @@ def fit_groups(value, weight, ks, cells, grid, q_min, q_max, tables):
                     if low == points[bounds[part + 1] - 1]:
                         table[part] = low
             at += k
+
+
+@_jit
+def _merge_equal(value, weight, distinct, together):
+    """Sorted points without repetition and without those that weigh nothing; how many they are.
+
+    Args:
+        value: Increasing, [m].
+        weight: [m], or [0] for ones; one at least is above 0.
+        distinct: Output, [m]: the points.
+        together: Output, [m]: their weights.
+    """
+    count = 0
+    for i in range(value.size):
+        mass = weight[i] if weight.size else 1.0
+        if mass > 0.0:
+            if count and distinct[count - 1] == value[i]:
+                together[count - 1] += mass
+            else:
+                distinct[count] = value[i]
+                together[count] = mass
+                count += 1
+    return count
 
 
 @_jit

@@ -4,7 +4,7 @@ Values are sorted (or, for long groups, counted into 32,768 uniform bins that ke
 moments), and a monotone dynamic program over prefix sums finds the best cuts for every number of
 parts up to the largest table at once (Wang and Song, "Ckmeans.1d.dp", R Journal 3(2), 2011; the
 divide-and-conquer form is Grønlund et al., arXiv 1701.07204, section 2.2). The program chooses
-among 20 to 64 cells per part, placed by Panter and Dite's companding density; a second exact program then
+among 12 to 64 cells per part, placed by Panter and Dite's companding density; a second exact program then
 moves its cuts to single points. Everything is equivariant to scale.
 """
 
@@ -36,7 +36,7 @@ _BINS = 32_768
 _LONG_GROUP = 262_144
 _MIN_CELLS = 128
 _MANY_GROUPS = 64
-_CELLS_PER_PART = 20
+_CELLS_PER_PART = 12
 # More cells than that are for rows whose sorting takes longer than the choice among them.
 _POINTS_PER_CELL = 32
 # A part narrower than this many bins is not resolved by the histogram; the group is sorted instead.

@@ -146,6 +146,16 @@ def test_weights_move_the_optimum_to_the_weighted_one() -> None:
     assert float(ours.sum()) <= float(error.sum())
 
 
+@pytest.mark.parametrize("k", [2, 8, 16])
+def test_values_that_weigh_nothing_or_repeat_do_not_blur_the_choice(k: int) -> None:
+    values = torch.randint(0, 40, (2, 3000)).float()
+    weights = (torch.rand(2, 3000) > 0.95).float()
+    found = cluster_1d(values, [k], weights=weights)[k].sse
+    for row in range(2):
+        kept = values[row][weights[row] > 0]
+        assert float(found[row]) <= 1.001 * optimum(kept, k) + 1e-9
+
+
 def test_group_whose_weights_are_all_zero_is_clustered_unweighted() -> None:
     values = torch.randn(2, 300)
     weights = torch.stack([torch.zeros(300), torch.ones(300)])
