@@ -16,7 +16,6 @@ from graphopt.numerics.compiled import compiled
 
 __all__ = [
     "cut_groups",
-    "fill_prefix",
     "fit_groups",
     "optimal_cuts",
     "refine_cuts",
@@ -28,16 +27,6 @@ _jit = compiled()
 # with m points and k parts, m / 2k² cuts of a point on the mean lie between its bounds
 _ORDERED = 10
 _STEPS = 16  # places on each side of a cut that a program chooses among
-
-
-@_jit
-def fill_prefix(value, weight, shift, w, wx):
-    """Prefix sums of `weight` and `weight · (value − shift)`, both starting with 0."""
-    w[0] = 0.0
-    wx[0] = 0.0
-    for i in range(value.size):
-        w[i + 1] = w[i] + weight[i]
-        wx[i + 1] = wx[i] + weight[i] * (value[i] - shift)
 
 
 @_jit
@@ -278,7 +267,7 @@ def fit_groups(value, weight, ks, cells, grid, q_min, q_max, tables):
     """Fit tables of every size in `ks` to each row of sorted points.
 
     Args:
-        value: Sorted points, [groups, m] float64.
+        value: Sorted points, [groups, m] float32 or float64.
         weight: Their weights, same shape, or [0, 0] for ones; not negative.
         ks: Increasing table sizes, int64.
         cells: Places between which the exact program chooses cuts; at `m` or above it is exact,
@@ -291,27 +280,17 @@ def fit_groups(value, weight, ks, cells, grid, q_min, q_max, tables):
     groups, most = value.shape
     k_max = ks[ks.size - 1]
     distinct = np.empty(most)
-    together = np.empty(most)
     ones = np.empty(0)
     sums = np.empty(most + 1)
     moments = np.empty(most + 1)
     edges = np.empty(min(cells, most) + 1, dtype=np.int64)
     for g in range(groups):
-        m = _merge_equal(value[g], weight[g] if weight.size else ones, distinct, together)
+        # moments about a value in the midst lose no digits to an offset
+        shift = 0.0 if grid[g] > 0.0 else np.float64(value[g, most // 2])
+        m = _fill(value[g], weight[g] if weight.size else ones, shift, distinct, sums, moments)
         points = distinct[:m]
-        mass = together[:m]
         w = sums[: m + 1]
         wx = moments[: m + 1]
-        shift = 0.0
-        if grid[g] <= 0.0:
-            total = 0.0
-            moment = 0.0
-            for i in range(m):
-                total += mass[i]
-                moment += mass[i] * points[i]
-            if total > 0.0:
-                shift = moment / total
-        fill_prefix(points, mass, shift, w, wx)
         n_edges = _companding_edges(points, w, cells, edges)
         used = edges[:n_edges]
         cut, _ = optimal_cuts(w[used], wx[used], k_max, grid[g], q_min, q_max)
@@ -333,25 +312,32 @@ def fit_groups(value, weight, ks, cells, grid, q_min, q_max, tables):
 
 
 @_jit
-def _merge_equal(value, weight, distinct, together):
-    """Sorted points without repetition and without those that weigh nothing; how many they are.
+def _fill(value, weight, shift, distinct, w, wx):
+    """Prefix sums over the distinct points that weigh something; how many they are.
 
     Args:
         value: Increasing, [m].
         weight: [m], or [0] for ones; one at least is above 0.
+        shift: What moments are taken about.
         distinct: Output, [m]: the points.
-        together: Output, [m]: their weights.
+        w: Output, [m + 1]: prefix sums of weights.
+        wx: Output, [m + 1]: prefix sums of weight · (value − shift).
     """
     count = 0
+    total = 0.0
+    moment = 0.0
+    w[0] = 0.0
+    wx[0] = 0.0
     for i in range(value.size):
         mass = weight[i] if weight.size else 1.0
         if mass > 0.0:
-            if count and distinct[count - 1] == value[i]:
-                together[count - 1] += mass
-            else:
+            if count == 0 or distinct[count - 1] != value[i]:
                 distinct[count] = value[i]
-                together[count] = mass
                 count += 1
+            total += mass
+            moment += mass * (value[i] - shift)
+            w[count] = total
+            wx[count] = moment
     return count
 
 

@@ -38,7 +38,7 @@ _MIN_CELLS = 128
 _MANY_GROUPS = 64
 _CELLS_PER_PART = 12
 # More cells than that are for rows whose sorting takes longer than the choice among them.
-_POINTS_PER_CELL = 32
+_POINTS_PER_CELL = 128
 # A part narrower than this many bins is not resolved by the histogram; the group is sorted instead.
 _MIN_BINS_PER_PART = 16
 _NO_WEIGHTS: npt.NDArray[np.float32] = np.empty((0, 0), dtype=np.float32)
@@ -289,9 +289,7 @@ def _fit_sorted(
         mass = np.take_along_axis(w, order, 1).astype(np.float64)
     else:
         points, mass = np.sort(x, axis=1), np.empty((0, 0))
-    kernels.fit_groups(
-        points.astype(np.float64), mass, ks, cells, grid.steps, grid.low, grid.high, tables
-    )
+    kernels.fit_groups(points, mass, ks, cells, grid.steps, grid.low, grid.high, tables)
 
 
 def _fit_long(
