@@ -52,6 +52,7 @@ class LegalizeForCoreAI(Pass):
             require("coreai_torch", "coreai")
         for lookup in edit.calls(_ops.lut_to_dense.default):
             _legalize(edit, lookup)
+        _drop_scales(edit)
         for sparse in edit.calls(_ops.sparse_to_dense.default):
             _legalize_sparse(edit, sparse)
 
@@ -106,7 +107,6 @@ def _legalize(edit: Editor, lookup: fx.Node) -> None:
     for node in (lookup if last is not lookup else None, scaling):
         if node is not None and not node.users:
             edit.erase(node)
-    _drop_scales(edit)
 
 
 def _legalize_sparse(edit: Editor, node: fx.Node) -> None:

@@ -16,6 +16,7 @@ from graphopt.errors import LoweringError
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.ir.state import state_nodes, state_values
+from graphopt.numerics.finite import all_finite
 from graphopt.passes.pass_base import Pass
 
 __all__ = [
@@ -45,7 +46,7 @@ def state_refusals(program: Program, target: str) -> list[str]:
         ]
     reasons = []
     for name, value in values.items():
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not all_finite(value):
             reasons.append(
                 f"{name}: state that starts with infinite values or NaN, where Core ML's starts as"
                 " zero and a difference from infinity is none; start from finite values, such as -1e4"

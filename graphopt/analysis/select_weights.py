@@ -17,6 +17,7 @@ from graphopt.ir.captured_module import callable_graph
 from graphopt.ir.mapped import release
 from graphopt.ir.module_frames import module_frames
 from graphopt.ir.records import TensorRecord
+from graphopt.numerics.finite import all_finite
 from graphopt.specs.model import SpecModel
 
 __all__ = ["FLOAT_DTYPES", "Decision", "decide", "report_unmatched", "skipped_row", "touch_modules"]
@@ -110,7 +111,7 @@ def decide(
     against = refusal(chosen)
     if against:
         return Decision(None, reason=against, conflict=conflict, chosen=True)
-    finite = bool(torch.isfinite(weight.tensor).all())
+    finite = all_finite(weight.tensor)
     release(weight.tensor)
     if not finite:
         raise CompressionError(

@@ -29,6 +29,7 @@ from graphopt.numerics.affine import (
 )
 from graphopt.numerics.blocks import Blocks
 from graphopt.numerics.feedback import OrderedHessian, TableMap, feedback_grouped, fit_tables
+from graphopt.numerics.finite import all_finite
 from graphopt.schemes.quantize import (
     QuantizedWeight,
     scale_precision,
@@ -115,7 +116,7 @@ def quantize_to_outputs(
         CalibrationError: H is not finite.
         CompressionError: The weight contains NaN or Inf.
     """
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise CompressionError("contains NaN or Inf")
     use, hessian, ordered = loss.use, loss.hessian, loss.ordered
     where = table_map(use, blocks)

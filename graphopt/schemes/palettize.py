@@ -14,6 +14,7 @@ from torch import Tensor
 from graphopt.config.palettization import KMeansPalettizerConfig, ModuleKMeansPalettizerConfig
 from graphopt.errors import CompressionError
 from graphopt.numerics.affine import has_offset
+from graphopt.numerics.finite import all_finite
 from graphopt.numerics.kmeans1d import cluster_1d, sum_of_squares
 from graphopt.numerics.kmeans_nd import VectorSearch, cluster_vectors
 from graphopt.numerics.packing import pack
@@ -90,7 +91,7 @@ def _palettize_around_outliers(
     count = round(spec.outlier_fraction * weight.numel())
     if count == 0:
         return palettize(weight, plain, output_axis=output_axis, importance=importance, seed=seed)
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         # they would be taken for outliers and kept
         raise CompressionError("values contain NaN or Inf")
     layout = plan_layout(weight.shape, output_axis, spec)

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from graphopt.errors import CompressionError
 from graphopt.ir.editor import Editor
 from graphopt.ir.ops import sparse_to_dense
+from graphopt.numerics.finite import all_finite
 from graphopt.numerics.packing import pack
 from graphopt.numerics.sparsity import block_mask, channel_mask, n_m_mask, unstructured_mask
 from graphopt.schemes.base import Scheme, Statistics, StoredWeight
@@ -106,7 +107,7 @@ def mask_of(weight: Tensor, spec: PruningSpec, sparsity: float | None = None) ->
     Raises:
         CompressionError: The weight holds NaN or Inf, or a class of the user's returns another shape.
     """
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise CompressionError("contains NaN or Inf")
     share = spec.final_sparsity if sparsity is None else sparsity
     scheme = spec.pruning_scheme

@@ -22,6 +22,7 @@ from graphopt.numerics.affine import (
 )
 from graphopt.numerics.blocks import Blocks, nearest_divisor
 from graphopt.numerics.clipping import clip_by_value
+from graphopt.numerics.finite import all_finite
 from graphopt.schemes.base import Scheme, Statistics
 from graphopt.schemes.integers import QuantizedWeight, scale_precision, store_weight
 from graphopt.schemes.relaxed import RelaxedInteger
@@ -171,7 +172,7 @@ def quantize_weight(
     Raises:
         CompressionError: The weight contains NaN or Inf.
     """
-    if not bool(torch.isfinite(weight).all()):
+    if not all_finite(weight):
         raise CompressionError("contains NaN or Inf")
     if fixed is None:
         low, high = weight_range(weight, spec, blocks)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from graphopt.errors import InputError
 from graphopt.files import replaced
+from graphopt.numerics.finite import all_finite
 
 __all__ = ["allocate", "load_sensitivities", "save_sensitivities"]
 
@@ -59,7 +60,7 @@ def load_sensitivities(path: str | Path, shapes: Mapping[str, torch.Size]) -> di
             raise InputError(
                 f"{path}: {name} has shape {tuple(value.shape)}, the weight {tuple(shapes[name])}"
             )
-        if not bool(torch.isfinite(value).all()) or bool((value < 0).any()):
+        if not all_finite(value) or bool((value < 0).any()):
             raise InputError(f"{path}: {name} has values that are negative or not finite")
     return sensitivities
 
