@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from torch.export.pt2_archive import _package as archive_package
     from torch.export.pt2_archive._package import load_pt2, package_pt2
     from torch.fx.experimental import _config as symbolic_config
+    from torch.fx.experimental import proxy_tensor as tracing
     from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -65,6 +66,7 @@ __all__ = [
     "part_of_torch",
     "shape_rules",
     "symbolic_config",
+    "tracing",
     "warn_of_untested",
     "without_torch_function",
 ]
@@ -99,6 +101,7 @@ _PARTS = {
     "may_stay_whole": ("torch._export.utils", "_check_valid_to_preserve"),
     "decomposition_table": ("torch._decomp", "decomposition_table"),
     "symbolic_config": ("torch.fx.experimental", "_config"),
+    "tracing": ("torch.fx.experimental", "proxy_tensor"),
     "without_torch_function": ("torch._C", "DisableTorchFunctionSubclass"),
     "learnable_per_channel": ("torch", "_fake_quantize_learnable_per_channel_affine"),
     "learnable_per_tensor": ("torch", "_fake_quantize_learnable_per_tensor_affine"),
