@@ -85,6 +85,17 @@ def test_compressors_load_nothing_that_only_some_calls_need() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_commands_load_nothing_that_only_some_of_them_need() -> None:
+    heavy = ("numba", "scipy", "networkx", "torch._dynamo", "torch._inductor", "sympy")
+    code = (
+        "import sys, torch; before = set(sys.modules)\n"
+        "import graphopt.cli.main\n"
+        f"print([name for name in {heavy} if name in sys.modules and name not in before])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
 def test_old_module_names_give_the_new_ones_names_with_a_warning() -> None:
     import graphopt.editor
 

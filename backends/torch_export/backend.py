@@ -24,10 +24,10 @@ from graphopt.capture.archive_check import check_archive, is_trusted
 from graphopt.capture.exporting import run_on_copies
 from graphopt.errors import VerificationError
 from graphopt.exclusive import exclusively
+from graphopt.ir import torch_private
 from graphopt.ir.ops import STORAGE_BITS
 from graphopt.ir.program import Program, export_graph
 from graphopt.ir.state import state_of, with_state
-from graphopt.ir.torch_private import load_pt2, package_pt2
 from graphopt.passes import RemoveUnused
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
@@ -148,7 +148,7 @@ class TorchBackend(Backend):
         try:
             with plain.open("wb") as file:
                 sink: Any = Sink(file)
-                package_pt2(sink, exported_programs=exported)
+                torch_private.package_pt2(sink, exported_programs=exported)
                 sink.check()
             deflate_texts(plain, path)
         finally:
@@ -166,7 +166,7 @@ class TorchBackend(Backend):
         try:
             if not is_trusted():
                 check_archive(path)
-            archive = load_pt2(str(path))
+            archive = torch_private.load_pt2(str(path))
             loaded = {name: archive.exported_programs[name].module() for name in programs}
             for name, (args, kwargs) in calls:
                 module = loaded[name]

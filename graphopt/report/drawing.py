@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import networkx as nx
 from torch import fx
 
 from graphopt.errors import InputError
-from graphopt.extras import require
+from graphopt.extras import deferred, require
 from graphopt.files import replaced
 from graphopt.ir.annotations import describe_annotations
 from graphopt.ir.graph_text import op_name, value_text
@@ -19,6 +18,11 @@ from graphopt.ir.program import Program
 from graphopt.report.explorer import explorer_graphs
 from graphopt.report.graph_page import graph_page, pair_page
 from graphopt.report.graph_view import view_of
+
+if TYPE_CHECKING:
+    import networkx as nx
+else:
+    nx = deferred("networkx")
 
 __all__ = ["graph_of", "save_graph"]
 

@@ -234,7 +234,8 @@ def _shell(target: str, folder: Path) -> dict[str, Any]:
         "global_config:\n  op_state_spec:\n    weight:\n      n_bits: 4\n"
         "      granularity: {type: per_grouped_channel, axis: 0, group_size: 16}\n"
     )
-    words = [sys.executable, "-m", "graphopt.cli.main", "compress", str(folder / "model.pt2")]
+    command = Path(sys.executable).with_name("graphopt")
+    words = [str(command), "compress", str(folder / "model.pt2")]
     words += ["--config", str(config), "-o", str(folder / f"shell{SUFFIXES[target]}")]
     code = (
         "import resource, subprocess, sys; subprocess.run(sys.argv[1:], check=True, capture_output=True);"

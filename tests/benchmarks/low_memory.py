@@ -57,7 +57,7 @@ def main() -> None:
         words = ["compress", "m.pt2", "--config", "c.yaml", "-o", "out.pt2", "--low-memory"]
         started = time.perf_counter()
         process = subprocess.Popen(
-            [sys.executable, "-m", "graphopt.cli.main", *words],
+            [str(Path(sys.executable).with_name("graphopt")), *words],
             cwd=folder,
             stdout=subprocess.DEVNULL,
         )

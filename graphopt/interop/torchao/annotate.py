@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-import networkx as nx
 from torch import Tensor, fx
 from torchao.quantization.pt2e.quantizer import (
     DerivedQuantizationSpec,
@@ -22,6 +21,7 @@ from graphopt.compressors.pipeline import Pipeline
 from graphopt.config.joint import JointConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import ConfigError, InputError
+from graphopt.extras import deferred
 from graphopt.interop.torchao.specs import activation_spec, weight_spec
 from graphopt.ir.annotations import (
     ActivationPoint,
@@ -37,6 +37,11 @@ from graphopt.passes import (
 )
 from graphopt.passes.calibrate_activations import CalibrateActivations
 from graphopt.passes.pass_base import Pass
+
+if TYPE_CHECKING:
+    import networkx as nx
+else:
+    nx = deferred("networkx")
 
 __all__ = ["AnnotateFromTorchao", "quantize_with"]
 
