@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
     from torch.utils._python_dispatch import TorchDispatchMode
 
+    below_autograd: Callable[[], AbstractContextManager[None]]
     learnable_per_channel: Callable[..., torch.Tensor]
     learnable_per_tensor: Callable[..., torch.Tensor]
     without_torch_function: Callable[[], AbstractContextManager[None]]
@@ -50,6 +51,7 @@ __all__ = [
     "OpOverloadPacket",
     "TorchDispatchMode",
     "archive_package",
+    "below_autograd",
     "contiguous_for_sure",
     "core_aten_decompositions",
     "decomposition_of_composite",
@@ -87,6 +89,7 @@ _PARTS = {
     "TorchDispatchMode": ("torch.utils._python_dispatch", "TorchDispatchMode"),
     "core_aten_decompositions": ("torch._decomp", "core_aten_decompositions"),
     "archive_package": ("torch.export.pt2_archive", "_package"),
+    "below_autograd": ("torch._C", "_AutoDispatchBelowAutograd"),
     "load_pt2": ("torch.export.pt2_archive._package", "load_pt2"),
     "package_pt2": ("torch.export.pt2_archive._package", "package_pt2"),
     "decomposition_of_composite": ("torch._export.utils", "_get_decomp_for_cia"),
