@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import fx, nn
 from torch.export import ExportedProgram
@@ -94,6 +92,7 @@ class Difference(ShownAsTable):
 
     layers: tuple[LayerDifference, ...]
     output_sqnr: tuple[float, ...] = ()
+    _width: ClassVar[int] = 140
 
     def __iter__(self) -> Iterator[LayerDifference]:
         return iter(self.layers)
@@ -148,11 +147,6 @@ class Difference(ShownAsTable):
                 layer.name, layer.op_type, layer.dtype, f"{layer.bits:.2f}", size, *errors
             )
         return table
-
-    def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=140, no_color=True).print(self)
-        return stream.getvalue()
 
 
 def decibels(value: float | None) -> str:

@@ -1,31 +1,48 @@
-"""Tables as notebooks show them."""
+"""Tables as terminals, files and notebooks show them."""
 
 from __future__ import annotations
 
 import html
+import io
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
+
+from typing_extensions import override
 
 from graphopt.extras import deferred
 
 if TYPE_CHECKING:
+    from rich import console, text
     from rich import table as tables
-    from rich import text
 else:
-    tables, text = deferred("rich.table"), deferred("rich.text")
+    console, text = deferred("rich.console"), deferred("rich.text")
+    tables = deferred("rich.table")
 
 __all__ = ["ShownAsTable", "table_html"]
 
 
 class ShownAsTable(ABC):
-    """What prints as a table and is one in notebooks, too."""
+    """What prints as a table, or as several, and is one in notebooks, too."""
+
+    _width: ClassVar[int] = 120  # characters of a line of text
 
     @abstractmethod
-    def __rich__(self) -> tables.Table:
-        """The table."""
+    def __rich__(self) -> tables.Table | console.Group:
+        """The table, or what stands below one another."""
+
+    @override
+    def __str__(self) -> str:
+        stream = io.StringIO()
+        console.Console(file=stream, width=self._width, no_color=True).print(self)
+        return stream.getvalue()
 
     def _repr_html_(self) -> str:
-        return table_html(self.__rich__())
+        shown = self.__rich__()
+        parts = shown.renderables if isinstance(shown, console.Group) else [shown]
+        return "".join(
+            table_html(part) if isinstance(part, tables.Table) else f"<p>{_text(part)}</p>"
+            for part in parts
+        )
 
 
 def table_html(table: tables.Table) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -41,8 +40,3 @@ class PassTable(PassReport, ShownAsTable):
                 ),
             )
         return table
-
-    def __str__(self) -> str:
-        stream = io.StringIO()
-        console.Console(file=stream, width=120, no_color=True).print(self)
-        return stream.getvalue()

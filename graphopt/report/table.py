@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.export import ExportedProgram
@@ -39,6 +37,7 @@ class CompressionTable(CompressionRecord, ShownAsTable):
     """
 
     program: Program | None = field(default=None, compare=False, repr=False)
+    _width: ClassVar[int] = 140
 
     __repr__ = CompressionRecord.__repr__
 
@@ -127,11 +126,6 @@ class CompressionTable(CompressionRecord, ShownAsTable):
         for warning in self.warnings:
             table.add_row("", "", "", "", "", "", warning)
         return table
-
-    def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=140, no_color=True).print(self)
-        return stream.getvalue()
 
 
 def table_of(program: Program) -> CompressionTable:

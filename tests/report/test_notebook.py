@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import xml.etree.ElementTree as ET
 
+from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from graphopt.ir.records import TensorRecord
 from graphopt.report.difference import Difference, LayerDifference
-from graphopt.report.notebook import table_html
+from graphopt.report.notebook import ShownAsTable, table_html
 from graphopt.report.table import CompressionTable
 
 
@@ -34,3 +36,15 @@ def test_reports_are_tables_in_notebooks() -> None:
     assert found[1][2:4] == ["4×8", "4.000"]
     layer = LayerDifference("w", "linear", "linear", (4, 8), "float32", 4, 1, 128, 16, 20.0)
     assert cells(Difference((layer,))._repr_html_())[1][0] == "w"
+
+
+def test_several_tables_and_sentences_stand_below_one_another() -> None:
+    class Pair(ShownAsTable):
+        def __rich__(self) -> Group:
+            first = Table("layer", title="one")
+            first.add_row("a <b>")
+            return Group(first, Text("measured: 3 dB"))
+
+    shown = Pair()._repr_html_()
+    assert shown.index("one") < shown.index("a &lt;b&gt;") < shown.index("<p>measured: 3 dB</p>")
+    assert "measured: 3 dB" in str(Pair())

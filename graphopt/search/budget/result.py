@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import io
 import math
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
 from graphopt.backends.artifact import Artifact
 from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.report.notebook import ShownAsTable
 from graphopt.search.mixed_precision.recipe import Recipe
 
 __all__ = ["Alternative", "FitResult", "MeasuredError"]
@@ -59,7 +59,7 @@ class Alternative:
 
 
 @dataclass(frozen=True)
-class FitResult:
+class FitResult(ShownAsTable):
     """What `graphopt.fit` returns.
 
     Attributes:
@@ -137,11 +137,6 @@ class FitResult:
             dense = f"{recipe.bits_per_weight:.3f}"
             table.add_row(name, size, dense, _decibels(predicted), _decibels(measured))
         return Group(table, Text(f"measured: {self.measured}"))
-
-    def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=120, no_color=True).print(self)
-        return stream.getvalue()
 
     def __repr__(self) -> str:
         name = self.artifact.path.name if self.artifact.path is not None else "unsaved"

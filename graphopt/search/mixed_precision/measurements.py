@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import replace
@@ -11,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import numpy.typing as npt
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 from torch.export import ExportedProgram
@@ -21,6 +19,7 @@ from graphopt.errors import InputError, StateError
 from graphopt.extras import require
 from graphopt.files import replaced, write_csv
 from graphopt.ir.program import Program
+from graphopt.report.notebook import ShownAsTable
 from graphopt.search.content import tensors_hash
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.cross_terms import Matrix, cross_terms
@@ -36,7 +35,7 @@ if TYPE_CHECKING:
 __all__ = ["Matrix", "Measurements", "cross_terms"]
 
 
-class Measurements:
+class Measurements(ShownAsTable):
     """Measurements of one model, and what follows from them without running it.
 
     Args:
@@ -376,8 +375,3 @@ class Measurements:
             size = f"{row['bytes'] / 1024:.2f}"
             table.add_row(row["layer"], row["candidate"], size, f"{row[metric]:.4g}")
         return table
-
-    def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=120, no_color=True).print(self)
-        return stream.getvalue()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from rich.console import Console
 from rich.table import Table
 
 from graphopt.compressors.joint import joint_config
@@ -18,6 +16,7 @@ from graphopt.config.base import read_yaml
 from graphopt.errors import ArtifactExistsError, InputError
 from graphopt.files import replaced
 from graphopt.ir.program import Program
+from graphopt.report.notebook import ShownAsTable
 from graphopt.schemes.registry import scheme_of
 from graphopt.search.mixed_precision.candidates import KEEP, Candidate
 from graphopt.search.mixed_precision.configs import AnyConfig, config_for
@@ -28,7 +27,7 @@ __all__ = ["Recipe"]
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(ShownAsTable):
     """A choice for every layer.
 
     Attributes:
@@ -255,8 +254,3 @@ class Recipe:
             bar = "█" * max(1, round(30 * weights / total))
             table.add_row(name, str(count), f"{100 * weights / total:.1f} %", bar)
         return table
-
-    def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=120, no_color=True).print(self)
-        return stream.getvalue()

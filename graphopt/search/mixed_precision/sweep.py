@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import io
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -14,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from graphopt.errors import InfeasibleError, InputError
@@ -147,11 +145,6 @@ class Sweep(ShownAsTable):
                 label + knee,
             )
         return table
-
-    def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=120, no_color=True).print(self)
-        return stream.getvalue()
 
 
 def run_sweep(

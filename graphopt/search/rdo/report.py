@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console, Group
+from rich.console import Group
 from rich.table import Table
 
 from graphopt.files import replaced
+from graphopt.report.notebook import ShownAsTable
 
 __all__ = ["BlockReport", "Comparison", "LayerReport", "RDOReport"]
 
@@ -111,7 +111,7 @@ class Comparison:
 
 
 @dataclass(frozen=True, kw_only=True)
-class RDOReport:
+class RDOReport(ShownAsTable):
     """What `graphopt.rdo.optimize` has done.
 
     Attributes:
@@ -184,11 +184,6 @@ class RDOReport:
 
     def __rich__(self) -> Group:
         return Group(self._comparison_table(), self._layer_table())
-
-    def __str__(self) -> str:
-        stream = io.StringIO()
-        Console(file=stream, width=120, no_color=True).print(self)
-        return stream.getvalue()
 
     def _comparison_table(self) -> Table:
         table = Table(title=f"{self.samples} unlabelled calibration samples")
