@@ -57,7 +57,7 @@ lint: $(STAMP)
 bench-peer:
 	$(PYTHON) -m venv .venv-peer
 	.venv-peer/bin/pip install --quiet torch==$(TORCH)
-	.venv-peer/bin/pip install --quiet "coreai-opt[coreai]==0.4.0"
+	.venv-peer/bin/pip install --quiet "coreai-opt[coreai]==0.4.0" "transformers>=5.0,<6"
 
 # what people wait for first, then the kernels, both beside the peer
 bench: $(STAMP)
