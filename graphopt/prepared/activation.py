@@ -96,7 +96,7 @@ class ActivationQuantizer(nn.Module):
         blocks = Blocks.whole(x.shape) if axis is None else Blocks.along(x.shape, axis % x.ndim, 1)
         parts = blocks.split(x)
         if self.learned:
-            return blocks.join(learned_round(parts, scale, offset, self.grid))
+            return blocks.join(learned_round(parts, scale, offset, self.grid, whole=self._whole))
         return blocks.join(round_groups(parts, scale, offset, self.grid, whole=self._whole))
 
     def _rounded_by_range(self, x: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from graphopt.ir.torch_private import learnable_per_channel
-from graphopt.numerics.affine import Grid, dequantize, quantize
+from graphopt.numerics.affine import SMALLEST_SCALE, Grid, dequantize, quantize
 
 __all__ = ["learned_round", "round_groups", "round_tensor"]
 
@@ -77,10 +77,24 @@ def round_groups(
     return _StraightThrough.apply(groups, scale.unsqueeze(1), wide, grid, whole)
 
 
-def learned_round(groups: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid) -> Tensor:
-    """Round [groups, elements] with scales that training moves (integer types only)."""
-    zero = torch.zeros_like(scale) if offset is None else offset
+def learned_round(
+    groups: Tensor, scale: Tensor, offset: Tensor | None, grid: Grid, *, whole: bool = True
+) -> Tensor:
+    """Round [groups, elements] with scales that training moves (integer types only).
+
+    A scale counts by its magnitude, as it does where training ends.
+    """
+    scale = scale.abs().clamp_min(SMALLEST_SCALE)
+    offset = torch.zeros_like(scale) if offset is None else offset.detach().to(scale.dtype)
     factor = 1.0 / math.sqrt(max(groups.shape[1] * grid.q_max, 1))
-    return learnable_per_channel(
-        groups, scale, zero.detach().to(scale.dtype), 0, int(grid.q_min), int(grid.q_max), factor
-    )
+    if whole:
+        # per tensor torch's kernel cuts negative zero points off, per channel it does not
+        return learnable_per_channel(
+            groups, scale, offset, 0, int(grid.q_min), int(grid.q_max), factor
+        )
+    # torch's kernels round zero points
+    step = (scale.detach() + factor * (scale - scale.detach())).unsqueeze(1)
+    offset = offset.unsqueeze(1)
+    raw = (groups.to(torch.float32) / step + offset).clamp(grid.q_min - 0.5, grid.q_max + 0.5)
+    stored = raw + (raw.round().clamp(grid.q_min, grid.q_max) - raw).detach()
+    return ((stored - offset) * step).to(groups.dtype)

@@ -167,7 +167,9 @@ class WeightQuantizer(nn.Module):
         scale, offset = self.scale.reshape(-1), self._offset()
         offset = None if offset is None else offset.reshape(-1)
         if self.learned:
-            return self.blocks.join(learned_round(parts, scale, offset, self.grid))
+            return self.blocks.join(
+                learned_round(parts, scale, offset, self.grid, whole=self._whole)
+            )
         return self.blocks.join(round_groups(parts, scale, offset, self.grid, whole=self._whole))
 
     def _offset(self) -> Tensor | None:
