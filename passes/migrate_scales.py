@@ -50,7 +50,8 @@ class MigrateScales(Pass):
         %r = add(%k, %z)
 
     The same holds behind ops with weights, whose rows take the scales up where only functions that
-    commute with scaling lie between them and their readers; behind other activation functions and
+    commute with scaling lie between them and their readers, or attention, which is linear in its
+    values: heads that share values share their scales. Behind other activation functions and
     products in front of linear layers one multiplication by a constant is added. A result that a
     target must round though only a norm reads it is balanced by its rows, and multiplied back behind
     the rounding. Scales are those of least error at the readers' outputs
@@ -159,6 +160,9 @@ class _Move:
         stored, *tied = producer.weight.nodes
         exact = self._of(stored)
         matrix = producer.use.matrix(torch.ones_like(exact), casts=False)
+        if producer.part is not None:
+            rows = torch.ones(matrix.shape[0] * matrix.shape[1], dtype=torch.float64)
+            scale = rows.index_copy(0, producer.part, scale.double())
         rows = scale.double().reshape(matrix.shape[0], matrix.shape[1], 1).expand_as(matrix)
         factors = producer.use.pull_back(rows.contiguous(), exact.shape)
         self._set(stored, exact / factors, tied)
@@ -211,7 +215,8 @@ class _Move:
         exact, shift = self._of(stored), self.factors.shift
         if shift is not None:
             self._shift_bias(reader, reader.use.operand(exact, casts=False) @ shift.double())
-        factors = column_factors(reader.use, exact.shape, self.factors.scale.double())
+        scale = reader.by_column(self.factors.scale.double())
+        factors = column_factors(reader.use, exact.shape, scale)
         self._set(stored, exact * factors, tied)
 
     def _shift_bias(self, reader: Reader, change: Tensor) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import operator
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
+import torch
 from torch import Tensor, fx
 
 from graphopt.analysis.channel_flow import channel_axis_behind, extent_of
+from graphopt.analysis.channel_labels import labels_behind, labels_of
 from graphopt.analysis.matrix_form import WeightUse, weight_uses
 from graphopt.analysis.value_facts import data_values, is_float, only_user
 from graphopt.analysis.weights import WeightTensor, find_weights
@@ -48,6 +50,7 @@ class Producer:
         weight: Whose rows are scaled, where no norm stands behind them.
         use: How the op reads that weight.
         bias: Its bias, scaled alike.
+        part: Which of its rows are scaled, [channels]; None where all are.
     """
 
     node: fx.Node
@@ -56,6 +59,7 @@ class Producer:
     weight: WeightTensor | None = None
     use: WeightUse | None = None
     bias: fx.Node | None = None
+    part: Tensor | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -69,6 +73,8 @@ class Reader:
         weight: Its weight, which nothing else reads.
         use: How it reads it.
         point: How what it reads is rounded.
+        channels: Channel of the migration that each of its columns belongs to; None where they are
+            the same.
     """
 
     node: fx.Node
@@ -77,6 +83,18 @@ class Reader:
     weight: WeightTensor
     use: WeightUse
     point: ActivationPoint
+    channels: Tensor | None = field(default=None, compare=False)
+
+    def by_column(self, values: Tensor) -> Tensor:
+        """Values of channels, for each column."""
+        return values if self.channels is None else values[self.channels]
+
+    def by_channel(self, columns: Tensor, count: int) -> Tensor:
+        """The largest value among the columns of each of so many channels; −∞ where there is none."""
+        if self.channels is None:
+            return columns
+        start = columns.new_full((count,), -torch.inf)
+        return start.scatter_reduce(0, self.channels, columns, "amax")
 
 
 @dataclass(frozen=True)
@@ -116,8 +134,9 @@ def find_migrations(gm: fx.GraphModule) -> list[Migration]:
     """All migrations of an annotated graph, in its order; each weight's columns belong to one.
 
     A migration is taken where its readers round what they read: at norms (LayerNorm, RMSNorm, GroupNorm,
-    batch norms), behind ops with weights where only functions that commute with scaling follow, and
-    behind other activation functions and products of two values in front of linear layers.
+    batch norms), behind ops with weights where only functions that commute with scaling follow, at
+    the values of attention, which the output projection reads head by head, and behind other
+    activation functions and products of two values in front of linear layers.
     """
     return list(_Finder(gm).migrations())
 
@@ -160,6 +179,9 @@ class _Finder:
             value, axis = self._last_form(node, axis) if producer.kind == "norm" else (node, axis)
             found = self._behind(value, axis)
             if not found.readers or not self._allowed(producer, found, channels):
+                values = self._values(producer, axis) if producer.kind == "rows" else None
+                if values is not None:
+                    yield values
                 continue
             yield Migration(
                 producer,
@@ -316,6 +338,46 @@ class _Finder:
         if point is None or not isinstance(point.spec.granularity, PerTensorGranularity):
             return None
         return Reader(user, node, axis, weight, use, point)
+
+    # --- values of attention --------------------------------------------------------------------
+    def _values(self, producer: Producer, axis: int) -> Migration | None:
+        """The rows of a weight that reach readers as channels which nothing else reads."""
+        node = producer.node
+        rows, value = extent_of(node, axis), node.meta["val"]
+        if rows is None:
+            return None
+        labels = labels_of(rows, axis % value.ndim, value.ndim)
+        found = list(self._labelled(node, labels))
+        held = set[int]().union(*(each for each, reader in found if reader is None))
+        reached = set[int]().union(*(each for each, reader in found if reader is not None))
+        if not reached or reached & held:
+            return None
+        part = torch.tensor(sorted(reached))
+        readers = tuple(
+            replace(reader, channels=torch.searchsorted(part, reader.channels))
+            for _, reader in found
+            if reader is not None and reader.channels is not None
+        )
+        taken = tuple(user for user in node.users if not _asks(user))
+        producer = replace(producer, part=part)
+        return Migration(producer, node, len(part), axis, readers, taken, (), False)
+
+    def _labelled(self, node: fx.Node, labels: Tensor) -> Iterator[tuple[set[int], Reader | None]]:
+        """Sets of labels, each with a reader of them or None where something else reads them."""
+        for user in node.users:
+            if _asks(user):
+                continue
+            wide = [axis for axis, size in enumerate(labels.shape) if size > 1]
+            reader = self._reader(user, node, wide[0]) if len(wide) == 1 else None
+            if reader is not None:
+                columns = labels.reshape(-1)
+                yield set(columns.tolist()), replace(reader, channels=columns)
+                continue
+            behind = labels_behind(user, node, labels)
+            if behind is None:
+                yield set(labels.reshape(-1).tolist()), None
+            else:
+                yield from self._labelled(user, behind)
 
     def _allowed(self, producer: Producer, found: _Found, channels: int) -> bool:
         if any(extent_of(r.operand, r.axis) != channels for r in found.readers):

@@ -1,7 +1,8 @@
 """Which scales and shifts of channels make rounding cheapest where a value is read.
 
 For a value x with channels c the graph computes `z = (x − δ) / s` instead, and its readers
-`W·diag(s)·z + (b + W·δ)`. δ is the middle of each channel's range (Wei et al., Outlier Suppression+,
+`W·diag(s)·z + (b + W·δ)`; behind attention several columns may share one s.
+δ is the middle of each channel's range (Wei et al., Outlier Suppression+,
 arXiv 2304.09145, section 4.1); s is `max|x − δ|^α / max|W|^(1 − α)` (Xiao et al., SmoothQuant, arXiv
 2211.10438, equation 4), which for α = ½ is the equalization of two layers (Nagel et al., Data-free
 quantization, arXiv 1906.04721, equation 11). α is that of the least error at the outputs of all
@@ -119,15 +120,14 @@ def _take(
 ) -> None:
     if value.numel() == 0:
         return
-    axis = migration.operands[node]
-    low, high = _ends(value, axis)
+    low, high = _channel_ends(migration, node, value)
     observation.low = torch.minimum(observation.low, low)
     observation.high = torch.maximum(observation.high, high)
     # a call of one sample belongs to one half, the first one to that of the errors
     half = len(value) // 2 if len(value) > 1 else (observation.count + 1) % 2
     fit, value = value[half:], value[:half]
     if len(fit):
-        low, high = _ends(fit, axis)
+        low, high = _channel_ends(migration, node, fit)
         observation.fit_low = torch.minimum(observation.fit_low, low)
         observation.fit_high = torch.maximum(observation.fit_high, high)
     kept = observation.samples.setdefault(node, [])
@@ -147,9 +147,13 @@ def _take(
     kept.append(rows[len(kept) % step :: step].clone())
 
 
-def _ends(value: Tensor, axis: int) -> tuple[Tensor, Tensor]:
+def _channel_ends(migration: Migration, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
+    axis = migration.operands[node]
     low, high = torch.aminmax(value.movedim(axis, 0).flatten(1).float(), dim=1)
-    return low, high
+    reader = next((reader for reader in migration.readers if reader.operand is node), None)
+    if reader is None:
+        return low, high
+    return -reader.by_channel(-low, migration.channels), reader.by_channel(high, migration.channels)
 
 
 def column_factors(use: WeightUse, shape: Sequence[int], factors: Tensor) -> Tensor:
@@ -240,7 +244,9 @@ class _Judge:
             if reader.use.form.kind == "conv":
                 size = math.prod(reader.use.form.kernel)
                 per_column = per_column.reshape(per_column.shape[0], -1, size).amax(2)
-            largest = torch.maximum(largest, per_column.reshape(-1))
+            largest = torch.maximum(
+                largest, reader.by_channel(per_column.reshape(-1), len(largest))
+            )
         return largest.clamp_min(1e-3 * float(largest.mean())).clamp_min(1e-12)
 
     def error(self, scale: Tensor, shift: Tensor | None) -> float:
@@ -251,7 +257,7 @@ class _Judge:
             values = self.samples[reader.operand]
             shape = [1] * values.ndim
             shape[reader.axis if values.ndim == reader.operand.meta["val"].ndim else -1] = -1
-            wide = scale.reshape(shape)
+            wide = reader.by_column(scale).reshape(shape)
             moved = values if shift is None else values - shift.reshape(shape)
             key = (reader.operand, reader.point.spec)
             if key not in rounded:
@@ -286,7 +292,7 @@ class _Judge:
         annotation = quantization_annotation(reader.weight.nodes[0])
         if annotation is None:
             return exact
-        factors = column_factors(reader.use, exact.shape, scale)
+        factors = column_factors(reader.use, exact.shape, reader.by_column(scale))
         spec = annotation.spec.model_copy(
             update={"range_calculator_cls": "minmax", "qparam_calculator_cls": "default"}
         )

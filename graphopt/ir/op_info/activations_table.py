@@ -164,6 +164,7 @@ ARITHMETIC_OPS: tuple[OpInfo, ...] = (
         aten("scaled_dot_product_attention"),
         scales=Scales.COMPUTE,
         data=(0, 1, 2),
+        attention="whole",
         inner_rate=4,
     ),
     OpInfo(

@@ -235,7 +235,7 @@ class OpInfo:
         averages: Whether its results lie between the values of its operand.
         pools_over: Place of the axes that it averages, where it averages whole axes.
         arithmetic: Whether norms are written with it.
-        attention: Its part in attention: "product", "softmax", or "between" the two.
+        attention: Its part in attention: "product", "softmax", "between" the two, or the "whole" of it.
         view: What it does with axes, where it only rearranges its first operand.
         cast: Whether it changes the type of its first operand.
         copies: Whether it gives its first operand unchanged.
@@ -278,7 +278,7 @@ class OpInfo:
     averages: bool = False
     pools_over: int | None = None
     arithmetic: bool = False
-    attention: Literal["product", "softmax", "between"] | None = None
+    attention: Literal["product", "softmax", "between", "whole"] | None = None
     view: View | None = None
     cast: bool = False
     copies: bool = False
