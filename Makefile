@@ -10,7 +10,7 @@ TIME ?= 600
 # each of two workers has a core: more threads would only wait for one another
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-integration test-slow docs notebooks walk coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-onnx bench-peer bench-accuracy bench-e2e bench-memory clean
+.PHONY: demo test test-integration test-slow docs notebooks walk coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-onnx bench-peer bench-accuracy bench-encoder bench-e2e bench-memory clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -53,11 +53,14 @@ lint: $(STAMP)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# The peer lives in an environment of its own; without it the benchmarks skip it and say so.
+# Peers live in environments of their own; without these the benchmarks skip them and say so.
 bench-peer:
 	$(PYTHON) -m venv .venv-peer
 	.venv-peer/bin/pip install --quiet torch==$(TORCH)
 	.venv-peer/bin/pip install --quiet "coreai-opt[coreai]==0.4.0" "transformers>=5.0,<6"
+	$(PYTHON) -m venv .venv-nncf
+	.venv-nncf/bin/pip install --quiet torch==$(TORCH)
+	.venv-nncf/bin/pip install --quiet nncf
 
 # what people wait for first, then the kernels, both beside the peer
 bench: $(STAMP)
@@ -88,8 +91,12 @@ bench-calibrated: $(STAMP)
 bench-e2e: $(STAMP)
 	$(BIN)/python tests/benchmarks/end_to_end.py $(ARGS)
 
+# one net, form or maker: ARGS="--nets vit --methods w8a8 --seeds 0"
 bench-accuracy: $(STAMP)
-	$(BIN)/python tests/benchmarks/accuracy.py
+	$(BIN)/python tests/benchmarks/accuracy.py $(ARGS)
+
+bench-encoder: $(STAMP)
+	$(BIN)/python tests/benchmarks/accuracy_encoder.py $(ARGS)
 
 # peak memory of a model on disk: ARGS="12" makes it of 12 GiB
 bench-memory: $(STAMP)

@@ -1,194 +1,280 @@
-"""Ablation of what moves the accuracy of quantized activations and of tables, on a pretrained encoder.
+"""Accuracy of compressed networks beside coreai-opt 0.4.0, torchao, NNCF and coremltools, in one table.
 
-python tests/benchmarks/accuracy.py
-python tests/benchmarks/accuracy.py --presets --tables w3_vectors:384
+    make bench-peer       # once: environments of their own for coreai-opt and NNCF
+    make bench-accuracy
+    make bench-accuracy ARGS="--nets vit decoder --methods w8a8 --seeds 0 1 2"
 
-One row per setting, calibrated on calibration.txt and compared with the float model on evaluation.txt:
-PSNR with the peak of each batch, averaged over batches, mean cosine similarity, and CPU seconds.
+A row for each net, form and maker: PSNR of the outputs against the float net on held-out data (with the peak
+of each call's outputs, averaged) and the task's own score, as means over seeds with half of their range.
+Seeds are those of training; the packaged encoder's draws its calibration sentences. Batch norms are
+folded beforehand, calibration data are the same for all. Tables have 4, 3 and 2 bits for each 16 rows,
+embeddings included; blocks are of 32 columns of linear layers. What a peer cannot do is a dash.
 """
 
 from __future__ import annotations
 
 import argparse
-import math
+import json
+import logging
+import subprocess
 import sys
+import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+sys.path.insert(0, str(Path(__file__).parent))
+from accuracy_encoder import ROWS
+from accuracy_nets import NETS, Case, case
+
 import graphopt
-from graphopt.config.base import ANY
-from graphopt.palettization import KMeansPalettizerConfig
-from graphopt.quantization import OpQuantizerConfig, QuantizerConfig
-from graphopt.run.synthetic_data import synthetic_calls
-
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples" / "sentence_encoder"))
-from model import Batch, batches, encoded, load
-
-Change = Callable[[QuantizerConfig], None]
-# preset and number of sentences; "template" is 128 from one template
-TABLES = (
-    "w4:384",
-    "w4_vectors:384",
-    "w3_vectors:384",
-    "w2_vectors:384",
-    "w2_vectors:1536",
-    "w4_vectors:template",
-    "w3_vectors:template",
-    "w2_vectors:template",
+from graphopt.ir.program import Program
+from graphopt.palettization import (
+    KMeansPalettizerConfig,
+    ModuleKMeansPalettizerConfig,
+    PalettizationSpec,
 )
-_NOUNS = [
-    "cat",
-    "dog",
-    "house",
-    "tree",
-    "river",
-    "mountain",
-    "book",
-    "car",
-    "city",
-    "garden",
-    "train",
-    "computer",
-]
-_KINDS = [
-    "red",
-    "blue",
-    "old",
-    "new",
-    "big",
-    "small",
-    "fast",
-    "slow",
-    "bright",
-    "dark",
-    "quiet",
-    "strange",
-]
+from graphopt.palettization.spec import PerGroupedChannelGranularity
+from graphopt.passes import FoldBatchNorm, RemoveUnused
+from graphopt.passes.pass_manager import run_passes
+from graphopt.quantization import KVCacheQuantConfig, OpQuantizerConfig, QuantizerConfig
+
+ROOT = Path(__file__).parents[2]
+PEERS = {
+    "coreai": ROOT / ".venv-peer" / "bin" / "python",
+    "nncf": ROOT / ".venv-nncf" / "bin" / "python",
+    "torchao": Path(sys.executable),
+    "coreml": Path(sys.executable),
+}
+NAMES = {"coreai": "coreai-opt", "nncf": "NNCF", "torchao": "torchao", "coreml": "coremltools"}
+Outputs = list[Tensor]
+Method = Callable[["Run"], Outputs]
 
 
-def scores(module: nn.Module, data: list[Batch], wanted: list[Tensor]) -> tuple[float, float]:
-    """Mean PSNR in dB and mean cosine similarity."""
-    decibels, cosines = [], []
+class Run:
+    """A net, what it is measured with, and what several methods need of it."""
+
+    def __init__(self, made: Case) -> None:
+        self.case = made
+        self.program: Program = graphopt.capture(made.net, made.calls[-1])
+        run_passes(self.program.graph_module, [FoldBatchNorm(), RemoveUnused()])
+        with torch.no_grad():
+            self.wanted = [made.net(*call) for call in made.held_out]
+
+    def compressed(self, config: Any, **options: Any) -> Outputs:
+        """What our program puts out."""
+        made = graphopt.compress(self.program, None, config, self.case.calls, **options)
+        module = made.module()
+        with torch.no_grad():
+            return [module(*call) for call in self.case.held_out]
+
+    def weights(self, *, blocks: bool) -> dict[str, Tensor]:
+        """Weights by name: all of rank 2 and more, or those of linear layers that blocks divide."""
+        kinds = (nn.Linear,) if blocks else (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Embedding)
+        found = {
+            f"{name}.weight": module.weight.detach()
+            for name, module in self.case.net.named_modules()
+            if isinstance(module, kinds)
+        }
+        return {name: w for name, w in found.items() if not blocks or w.shape[1] % 32 == 0}
+
+    def with_weights(self, weights: dict[str, Tensor]) -> Outputs:
+        """What the net puts out with other weights."""
+        kept = {name: self.case.net.get_parameter(name).data for name in weights}
+        try:
+            for name, weight in weights.items():
+                self.case.net.get_parameter(name).data = weight.reshape(kept[name].shape)
+            with torch.no_grad():
+                return [self.case.net(*call) for call in self.case.held_out]
+        finally:
+            for name, weight in kept.items():
+                self.case.net.get_parameter(name).data = weight
+
+
+class UnavailableError(Exception):
+    """Why a method has no figure."""
+
+
+def by_peer(job: str) -> Method:
+    """A method of `accuracy_peers`."""
+
+    def method(run: Run) -> Outputs:
+        python = PEERS[job.partition(" ")[0]]
+        if not python.exists():
+            raise UnavailableError(f"there is no {python}")
+        on_weights = "tables" in job or job in ("torchao blocks", "coreai blocks")
+        with tempfile.TemporaryDirectory() as folder:
+            if on_weights:
+                torch.save(run.weights(blocks="blocks" in job), f"{folder}/weights.pt")
+            else:
+                torch.export.save(run.program.exported_program, f"{folder}/net.pt2")
+                data = {"calibration": run.case.calls, "held_out": run.case.held_out}
+                torch.save(data | {"transformer": run.case.transformer}, f"{folder}/data.pt")
+            script = Path(__file__).parent / "accuracy_peers.py"
+            done = subprocess.run(
+                [python, script, job, folder], capture_output=True, text=True, check=False
+            )
+            if done.returncode:
+                raise UnavailableError((done.stderr.strip().splitlines() or ["no message"])[-1])
+            found = torch.load(f"{folder}/out.pt")
+        return run.with_weights(found) if on_weights else found  # type: ignore[no-any-return]
+
+    return method
+
+
+def scalars(bits: int) -> Method:
+    groups = PerGroupedChannelGranularity(axis=0, group_size=16)
+    spec = PalettizationSpec(n_bits=bits, granularity=groups)
+    module = ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
+    return lambda run: run.compressed(KMeansPalettizerConfig(global_config=module))
+
+
+def vectors(bits: int) -> Method:
+    config = getattr(KMeansPalettizerConfig.presets, f"w{bits}_vectors")()
+    return lambda run: run.compressed(config)
+
+
+def blocks(run: Run) -> Outputs:
+    config = QuantizerConfig.presets.w4_per_block()
+    assert config.global_config is not None
+    config.global_config.op_type_config = {"embedding": None}
+    return run.compressed(config)
+
+
+def changed(change: Callable[[QuantizerConfig], None], **options: Any) -> Method:
+    def method(run: Run) -> Outputs:
+        config = QuantizerConfig.presets.w8a8_affine()
+        change(config)
+        return run.compressed(config, **options)
+
+    return method
+
+
+def int8_cache(run: Run) -> Outputs:
+    """A decoder that reads keys and values from an int8 cache, each held-out piece from its start."""
+    sys.path.insert(0, str(ROOT / "examples" / "language_model"))
+    sys.modules.pop("model", None)
+    from model import call, with_cache
+
+    pieces = torch.cat([ids for (ids,) in run.case.held_out])
+    cached = with_cache(run.case.net.model, pieces.shape[1])
+    program = graphopt.capture(cached, call(pieces[0]), dynamic_shapes=None)
+    int8 = KVCacheQuantConfig(op_quantizer_config=OpQuantizerConfig())
+    config = QuantizerConfig(global_config=None, kv_cache_quant_configs={"index_copy": int8})
+    module = graphopt.compress(program, None, config).module()
     with torch.no_grad():
-        for batch, want in zip(data, wanted, strict=True):
-            got = module(*batch)
-            error = float((got - want).square().mean())
-            decibels.append(10 * math.log10(float(want.abs().max()) ** 2 / error))
-            cosines.append(F.cosine_similarity(got, want))
-    return sum(decibels) / len(decibels), float(torch.cat(cosines).mean())
+        found = torch.cat([module(**call(piece)) for piece in pieces])
+    return list(found.split([len(ids) for (ids,) in run.case.held_out]))
 
 
-def _without_migration(config: QuantizerConfig) -> None:
-    config.migrate_scales = False
+ALL, LINEAR = tuple(NETS), ("encoder", "vit", "decoder")
+# form, maker → nets, method
+METHODS: dict[tuple[str, str], tuple[tuple[str, ...], Method]] = {
+    ("w8a8", "graphopt"): (ALL, changed(lambda config: None)),
+    ("w8a8", "graphopt, tuned 120 steps"): (ALL, changed(lambda config: None, tune_steps=120)),
+    **{
+        ("w8a8", f"graphopt, {name}"): (ALL, changed(change))
+        for name, change in ROWS
+        if "default" not in name
+    },
+    **{
+        ("w8a8", NAMES[peer]): (ALL, by_peer(f"{peer} int8"))
+        for peer in ("torchao", "nncf", "coreai")
+    },
+    **{
+        (f"{bits}-bit tables", maker): (ALL, method)
+        for bits in (4, 3, 2)
+        for maker, method in (
+            ("graphopt", scalars(bits)),
+            ("graphopt, vectors", vectors(bits)),
+            ("coreai-opt", by_peer(f"coreai tables {bits}")),
+            ("coremltools", by_peer(f"coreml tables {bits}")),
+        )
+    },
+    ("int4 blocks", "graphopt"): (LINEAR, blocks),
+    **{
+        ("int4 blocks", NAMES[peer]): (LINEAR, by_peer(f"{peer} blocks"))
+        for peer in ("torchao", "nncf", "coreai")
+    },
+    ("int8 cache", "graphopt"): (("decoder",), int8_cache),
+}
 
 
-def _nearest(config: QuantizerConfig) -> None:
-    module = config.global_config
-    assert module is not None
-    module.op_state_spec = {
-        name: None if spec is None else spec.model_copy(update={"algorithm": "nearest"})
-        for name, spec in module.op_state_spec.items()
-    }
-
-
-def _both(config: QuantizerConfig) -> None:
-    _without_migration(config)
-    _nearest(config)
-
-
-def _sums_rounded(config: QuantizerConfig) -> None:
-    """Name the sums and linear layers, so that residual sums are rounded in front of norms, too."""
-    _both(config)
-    module = config.global_config
-    assert module is not None
-    slots = {
-        "op_input_spec": {ANY: module.op_input_spec[ANY]},
-        "op_output_spec": {ANY: module.op_output_spec[ANY]},
-        "op_state_spec": dict(module.op_state_spec),
-    }
-    named = OpQuantizerConfig(**slots)
-    module.op_type_config = {"add": named, "linear": named}
-
-
-ROWS: tuple[tuple[str, Change], ...] = (
-    ("everything rounded, also in front of norms", _sums_rounded),
-    ("placement alone", _both),
-    ("placement and migration", _nearest),
-    ("placement and error feedback", _without_migration),
-    ("all: the default", lambda config: None),
-)
-
-
-def from_template(count: int = 128) -> list[Batch]:
-    """Sentences of one form, with a few dozen distinct words among them."""
-    lines = [
-        f"The {_KINDS[n % 12]} {_NOUNS[n // 12 % 12]} is in the {_NOUNS[(7 * n + 3) % 12]}."
-        for n in range(count)
+def psnr(found: Outputs, wanted: Outputs) -> float:
+    each = [
+        10 * torch.log10(want.abs().max() ** 2 / (got - want).square().mean().clamp_min(1e-30))
+        for got, want in zip(found, wanted, strict=True)
     ]
-    return encoded(lines)
+    return float(torch.stack(each).mean())
 
 
-def tables(
-    model: nn.Module, evaluation: list[Batch], wanted: list[Tensor], rows: list[str]
-) -> Table:
-    """Presets of tables: bits over all that is stored, and over the compressed tensors."""
-    program = graphopt.capture(model, evaluation[-1])
-    table = Table(title="tables by error feedback, embeddings included")
-    for heading in ("preset", "sentences", "bits, all", "compressed", "PSNR dB", "cosine", "CPU s"):
-        table.add_column(heading)
+def measured(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """A row for each net, seed and method that was asked for."""
+    for net in args.nets:
+        for seed in args.seeds:
+            run = Run(case(net, seed, args.cache))
+            score = run.case.score(run.wanted)
+            base = {"net": net, "seed": seed, "unit": run.case.unit}
+            yield {**base, "form": "float", "maker": "", "score": score}
+            for (form, maker), (nets, method) in METHODS.items():
+                asked = any(part in f"{form}, {maker}" for part in args.methods)
+                if net not in nets or not asked:
+                    continue
+                row, started = {**base, "form": form, "maker": maker}, time.perf_counter()
+                try:
+                    found = method(run)
+                    row |= {"psnr": psnr(found, run.wanted), "score": run.case.score(found)}
+                except Exception as error:  # a benchmark goes on without a maker that fails
+                    row["failure"] = f"{type(error).__name__}: {str(error).strip()[:200]}"
+                yield row | {"seconds": time.perf_counter() - started}
+
+
+def _mean(rows: list[dict[str, Any]], key: str, digits: int) -> str:
+    values = [row[key] for row in rows if key in row]
+    if not values:
+        return "—"
+    middle, half = sum(values) / len(values), (max(values) - min(values)) / 2
+    return f"{middle:.{digits}f}" + (f" ± {half:.{digits}f}" if len(values) > 1 else "")
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    """Rows of all seeds together."""
+    made = Table(title="outputs against the float net, and the task's score")
+    for heading in ("net", "form", "maker", "PSNR dB", "score", "of"):
+        made.add_column(heading)
+    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
-        preset, _, count = row.partition(":")
-        plain = count == "template"
-        data = from_template() if plain else batches("calibration", limit=int(count))
-        config = getattr(KMeansPalettizerConfig.presets, preset)()
-        started = time.process_time()
-        made = graphopt.compress(program, None, config, data)
-        seconds = time.process_time() - started
-        psnr, cosine = scores(made.module(), evaluation, wanted)
-        report = made.report()
-        bits = f"{report.overall_bits_per_weight:.3f}", f"{report.bits_per_weight:.3f}"
-        table.add_row(preset, count, *bits, f"{psnr:.2f}", f"{cosine:.4f}", f"{seconds:.0f}")
-    return table
+        groups.setdefault((row["net"], row["form"], row["maker"]), []).append(row)
+    for key, group in groups.items():
+        digits = 4 if "cosine" in group[0]["unit"] else 2
+        made.add_row(*key, _mean(group, "psnr", 2), _mean(group, "score", digits), group[0]["unit"])
+    return made
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--sentences", type=int, default=384)
-    parser.add_argument("--presets", nargs="*", default=["w8a8_affine", "w4a8"])
-    parser.add_argument("--tables", nargs="*", default=list(TABLES), help="preset:sentences")
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--nets", nargs="+", choices=ALL, default=list(ALL))
+    parser.add_argument("--methods", nargs="+", default=[""], help="parts of 'form, maker'")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--cache", type=Path, default=Path("out/accuracy"), help="trained nets")
+    parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
-    model, calibration = load(), batches("calibration", limit=args.sentences)
-    evaluation = batches("evaluation")
-    with torch.no_grad():
-        wanted = [model(*batch) for batch in evaluation]
-    program = graphopt.capture(model, calibration[-1])
-    table = Table(title=f"{args.sentences} sentences, the encoder's embeddings against float")
-    for heading in ("preset", "what", "PSNR dB", "cosine", "CPU s"):
-        table.add_column(heading)
-    for preset in args.presets:
-        cases = [(name, change, calibration) for name, change in ROWS]
-        cases.append(("the default, random tokens", ROWS[-1][1], synthetic_calls(program)))
-        for name, change, data in cases:
-            config = getattr(QuantizerConfig.presets, preset)()
-            change(config)
-            started = time.process_time()
-            made = graphopt.compress(program, None, config, data)
-            seconds = time.process_time() - started
-            psnr, cosine = scores(made.module(), evaluation, wanted)
-            table.add_row(preset, name, f"{psnr:.2f}", f"{cosine:.4f}", f"{seconds:.0f}")
-    if args.presets:
-        Console(width=110).print(table)
-    if args.tables:
-        Console(width=110).print(tables(model, evaluation, wanted, args.tables))
+    logging.disable(logging.WARNING)
+    rows = []
+    for row in measured(args):
+        rows.append(row)
+        print(json.dumps(row), flush=True)
+        if args.json:
+            args.json.write_text(json.dumps(rows, indent=1))
+    Console(width=120).print(table(rows))
 
 
 if __name__ == "__main__":

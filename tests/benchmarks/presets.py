@@ -66,9 +66,10 @@ def train(
     draw: Callable[[torch.Generator], tuple[Tensor, Tensor]],
     steps: int,
     rate: float = 2e-3,
+    seed: int = 0,
 ) -> nn.Module:
     """Cross entropy along the last axis, Adam with a cosine schedule."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(seed)
     optimizer = torch.optim.AdamW(net.parameters(), lr=rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     net.train()
@@ -104,11 +105,11 @@ def cnn() -> Case:
     return Case(net, list(x[:512].split(64)), [held[0]], _accuracy(*held), "% correct")
 
 
-def vit() -> Case:
+def vit(seed: int = 0) -> Case:
     from transformers import ViTConfig, ViTForImageClassification
 
     (x, y), held = _digits(32)
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = ViTConfig(
         hidden_size=64,
         num_hidden_layers=3,
@@ -127,7 +128,7 @@ def vit() -> Case:
         rows = torch.randint(len(y), (64,), generator=generator)
         return x[rows], y[rows]
 
-    train(net, draw, 400)
+    train(net, draw, 400, seed=seed)
     return Case(net, list(x[:512].split(64)), [held[0]], _accuracy(*held), "% correct")
 
 
@@ -149,13 +150,13 @@ def _letters() -> Tensor:
     return torch.tensor([known.index(letter) for letter in text])
 
 
-def decoder() -> Case:
+def decoder(seed: int = 0) -> Case:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     text = _letters()
     part = text[: len(text) * 9 // 10]
     rest = text[len(part) :]
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = LlamaConfig(
         vocab_size=int(text.max()) + 1,
         hidden_size=128,
@@ -174,7 +175,7 @@ def decoder() -> Case:
         rows = windows(part, torch.randint(len(part) - 65, (24,), generator=generator))
         return rows[:, :-1], rows[:, 1:]
 
-    train(net, draw, 500)
+    train(net, draw, 500, seed=seed)
     held = windows(rest, torch.arange(0, len(rest) - 65, 65))
     calls = windows(part, torch.arange(0, len(part) - 65, 200))[:256, :-1]
 
@@ -185,14 +186,14 @@ def decoder() -> Case:
     return Case(net, list(calls.split(32)), [held[:, :-1]], perplexity, "perplexity per letter")
 
 
-def super_resolution() -> Case:
+def super_resolution(seed: int = 0) -> Case:
     sys.path.insert(0, str(EXAMPLES / "edsr"))
     sys.modules.pop("model", None)
     from model import EDSR, HELD_OUT, MIDDLE, TRAINING, downsample, evaluate, photographs
     from model import train as train_edsr
 
-    torch.manual_seed(0)
-    net = train_edsr(EDSR(4, 24), steps=400).eval()
+    torch.manual_seed(seed)
+    net = train_edsr(EDSR(4, 24), steps=400, seed=seed).eval()
     images = [image[..., :256, :256] for image in photographs(HELD_OUT)]
     held = [downsample(image) - MIDDLE for image in images]
     calls = [downsample(image[..., :128, :128]) - MIDDLE for image in photographs(TRAINING)]

@@ -66,9 +66,28 @@ def _digits() -> tuple[Tensor, Tensor]:
     return images[order], torch.tensor(data.target)[order]
 
 
-def _trained(model: nn.Module, prepare: Callable[[Tensor], Tensor], epochs: int) -> Case:
+def _trained(
+    model: nn.Module, prepare: Callable[[Tensor], Tensor], epochs: int, seed: int = 0
+) -> Case:
     images, labels = _digits()
-    torch.manual_seed(0)
+    train(model, prepare, (images, labels), epochs, seed)
+    return (
+        model.eval(),
+        _batches(prepare(images[:192]), 16),
+        _batches(prepare(images[1400:1656]), 16),
+    )
+
+
+def train(
+    model: nn.Module,
+    prepare: Callable[[Tensor], Tensor],
+    data: tuple[Tensor, Tensor],
+    epochs: int,
+    seed: int,
+) -> None:
+    """Train on images that are moved a little, and take the norms' statistics at the end."""
+    images, labels = data
+    torch.manual_seed(seed)
     optimizer = torch.optim.AdamW(model.parameters(), 4e-3, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=epochs * 22)
     model.train()
@@ -91,28 +110,23 @@ def _trained(model: nn.Module, prepare: Callable[[Tensor], Tensor], epochs: int)
             model(part)
     for norm in norms:
         norm.momentum = 0.1
-    return (
-        model.eval(),
-        _batches(prepare(images[:192]), 16),
-        _batches(prepare(images[1400:1656]), 16),
-    )
 
 
 def _batches(values: Tensor, size: int) -> Batches:
     return [(part.clone(),) for part in values.split(size)]
 
 
-def resnet() -> Case:
+def resnet(seed: int = 0) -> Case:
     """Trained on digits."""
-    torch.manual_seed(0)
-    return _trained(ResNet(), lambda images: images, 6)
+    torch.manual_seed(seed)
+    return _trained(ResNet(), lambda images: images, 6, seed)
 
 
-def mobilenet_v2() -> Case:
+def mobilenet_v2(seed: int = 0) -> Case:
     """Width 0.35, trained on digits."""
     from transformers import MobileNetV2Config, MobileNetV2ForImageClassification
 
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     config = MobileNetV2Config(
         depth_multiplier=0.35,
         image_size=64,
@@ -126,7 +140,7 @@ def mobilenet_v2() -> Case:
         wide = F.interpolate(images, size=(64, 64), mode="bilinear")
         return wide.expand(-1, 3, -1, -1).contiguous()
 
-    return _trained(zoo.TakeOutput(model, "logits", ("pixel_values",)), larger, 12)
+    return _trained(zoo.TakeOutput(model, "logits", ("pixel_values",)), larger, 12, seed)
 
 
 def bert() -> Case:
