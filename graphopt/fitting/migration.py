@@ -66,7 +66,7 @@ class Observation:
     """What was seen of a migration.
 
     Attributes:
-        low: Smallest value of each channel.
+        low: Smallest value of each channel; behind attention that of the values it averages.
         high: Largest.
         fit_low: Smallest value of each channel in the half of the data that ranges are judged with.
         fit_high: Largest there.
@@ -95,7 +95,8 @@ def observe_migrations(
     seen = [_nothing_seen(migration.channels) for migration in migrations]
     hooks: dict[fx.Node, list[tuple[Observation, Migration]]] = {}
     for migration, observation in zip(migrations, seen, strict=True):
-        for operand in migration.operands:
+        values = {} if migration.producer.part is None else {migration.value: 0}
+        for operand in {**values, **migration.operands}:
             hooks.setdefault(operand, []).append((observation, migration))
 
     def watch(node: fx.Node, value: Tensor) -> Tensor:
@@ -120,16 +121,21 @@ def _take(
 ) -> None:
     if value.numel() == 0:
         return
-    low, high = _channel_ends(migration, node, value)
-    observation.low = torch.minimum(observation.low, low)
-    observation.high = torch.maximum(observation.high, high)
+    # attention's values are rounded themselves, and hold what is averaged of them
+    averaged = migration.producer.part is not None and node is not migration.value
+    if not averaged:
+        low, high = _channel_ends(migration, node, value)
+        observation.low = torch.minimum(observation.low, low)
+        observation.high = torch.maximum(observation.high, high)
     # a call of one sample belongs to one half, the first one to that of the errors
     half = len(value) // 2 if len(value) > 1 else (observation.count + 1) % 2
     fit, value = value[half:], value[:half]
-    if len(fit):
+    if len(fit) and not averaged:
         low, high = _channel_ends(migration, node, fit)
         observation.fit_low = torch.minimum(observation.fit_low, low)
         observation.fit_high = torch.maximum(observation.fit_high, high)
+    if node not in migration.operands:
+        return
     kept = observation.samples.setdefault(node, [])
     if node is next(iter(observation.samples)):
         observation.count += len(fit) + len(value)
@@ -148,12 +154,10 @@ def _take(
 
 
 def _channel_ends(migration: Migration, node: fx.Node, value: Tensor) -> tuple[Tensor, Tensor]:
-    axis = migration.operands[node]
-    low, high = torch.aminmax(value.movedim(axis, 0).flatten(1).float(), dim=1)
-    reader = next((reader for reader in migration.readers if reader.operand is node), None)
-    if reader is None:
-        return low, high
-    return -reader.by_channel(-low, migration.channels), reader.by_channel(high, migration.channels)
+    axis, part = migration.operands.get(node, migration.axis), migration.producer.part
+    rows = value.movedim(axis, 0).flatten(1)
+    low, high = torch.aminmax((rows if part is None else rows[part]).float(), dim=1)
+    return low, high
 
 
 def column_factors(use: WeightUse, shape: Sequence[int], factors: Tensor) -> Tensor:

@@ -7,7 +7,8 @@
 A row for each net, form and maker: PSNR of the outputs against the float net on held-out data (with the peak
 of each call's outputs, averaged) and the task's own score, as means over seeds with half of their range.
 Seeds are those of training; the packaged encoder's draws its calibration sentences. Batch norms are
-folded beforehand, calibration data are the same for all. Tables have 4, 3 and 2 bits for each 16 rows,
+folded beforehand, calibration data are the same for all; the exports that peers take have fixed sizes,
+to which calls are padded. Tables have 4, 3 and 2 bits for each 16 rows,
 embeddings included; blocks are of 32 columns of linear layers. What a peer cannot do is a dash.
 """
 
@@ -32,7 +33,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, str(Path(__file__).parent))
 from accuracy_encoder import ROWS
-from accuracy_nets import NETS, Case, case
+from accuracy_nets import NETS, Call, Case, case
 
 import graphopt
 from graphopt.ir.program import Program
@@ -68,6 +69,11 @@ class Run:
         with torch.no_grad():
             self.wanted = [made.net(*call) for call in made.held_out]
 
+    def shapes(self) -> list[list[torch.Size]]:
+        """Of each input, those of all calls."""
+        calls = [*self.case.calls, *self.case.held_out]
+        return [[value.shape for value in values] for values in zip(*calls, strict=True)]
+
     def compressed(self, config: Any, **options: Any) -> Outputs:
         """What our program puts out."""
         made = graphopt.compress(self.program, None, config, self.case.calls, **options)
@@ -98,6 +104,16 @@ class Run:
                 self.case.net.get_parameter(name).data = weight
 
 
+def padded(call: Call, sizes: list[tuple[int, ...]]) -> Call:
+    """A call with the shapes of every other one: masked tokens behind, and its last sample again."""
+    made = []
+    for value, size in zip(call, sizes, strict=True):
+        ends = [(0, size[axis] - value.shape[axis]) for axis in reversed(range(1, value.ndim))]
+        wide = nn.functional.pad(value, [each for pair in ends for each in pair])
+        made.append(torch.cat([wide, *[wide[-1:]] * (size[0] - len(wide))]))
+    return tuple(made)
+
+
 class UnavailableError(Exception):
     """Why a method has no figure."""
 
@@ -114,9 +130,16 @@ def by_peer(job: str) -> Method:
             if on_weights:
                 torch.save(run.weights(blocks="blocks" in job), f"{folder}/weights.pt")
             else:
-                torch.export.save(run.program.exported_program, f"{folder}/net.pt2")
-                data = {"calibration": run.case.calls, "held_out": run.case.held_out}
-                torch.save(data | {"transformer": run.case.transformer}, f"{folder}/data.pt")
+                calls, held = run.case.calls, run.case.held_out
+                sizes = [tuple(map(max, zip(*shapes, strict=True))) for shapes in run.shapes()]
+                program = run.program.with_example(padded(calls[0], sizes))
+                torch.export.save(program.export(), f"{folder}/net.pt2")
+                data = {
+                    "calibration": [padded(call, sizes) for call in calls],
+                    "held_out": [padded(call, sizes) for call in held],
+                    "transformer": run.case.transformer,
+                }
+                torch.save(data, f"{folder}/data.pt")
             script = Path(__file__).parent / "accuracy_peers.py"
             done = subprocess.run(
                 [python, script, job, folder], capture_output=True, text=True, check=False
@@ -124,7 +147,11 @@ def by_peer(job: str) -> Method:
             if done.returncode:
                 raise UnavailableError((done.stderr.strip().splitlines() or ["no message"])[-1])
             found = torch.load(f"{folder}/out.pt")
-        return run.with_weights(found) if on_weights else found  # type: ignore[no-any-return]
+        if on_weights:
+            return run.with_weights(found)
+        return [
+            out[tuple(map(slice, want.shape))] for out, want in zip(found, run.wanted, strict=True)
+        ]
 
     return method
 

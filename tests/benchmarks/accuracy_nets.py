@@ -48,7 +48,8 @@ class Case:
 def _of_preset(
     made: presets.Case, score: Callable[[list[Tensor]], float], transformer: bool
 ) -> Case:
-    calls, held = [(x,) for x in made.calls], [(x,) for x in made.held_out]
+    calls, size = [(x,) for x in made.calls], len(made.calls[0])
+    held = [(part,) for x in made.held_out for part in x.split(size)]
     return Case(made.net, calls, held, score, made.unit, transformer)
 
 
@@ -100,15 +101,21 @@ def vit(seed: int) -> Case:
 def edsr(seed: int) -> Case:
     """EDSR r4f24 for 2× super-resolution, trained on scikit-image's photographs."""
     made = presets.super_resolution(seed)
-    from model import HELD_OUT, MIDDLE, photographs, psnr
+    from model import HELD_OUT, MIDDLE, downsample, photographs, psnr
 
-    images = [image[..., :256, :256] for image in photographs(HELD_OUT)]
+    images = [
+        image[..., y : y + 128, x : x + 128]
+        for image in photographs(HELD_OUT)
+        for y in (0, 128)
+        for x in (0, 128)
+    ]
+    held = [(downsample(image) - MIDDLE,) for image in images]
 
     def decibels(found: list[Tensor]) -> float:
         each = [psnr(y + MIDDLE, image) for y, image in zip(found, images, strict=True)]
         return sum(each) / len(each)
 
-    return _of_preset(made, decibels, False)
+    return Case(made.net, [(x,) for x in made.calls], held, decibels, made.unit)
 
 
 def decoder(seed: int) -> Case:
@@ -149,15 +156,11 @@ def case(name: str, seed: int, folder: Path) -> Case:
 @contextmanager
 def _without_training() -> Iterator[None]:
     """Let the builders of nets hand them on as they are."""
-    sys.path.insert(0, str(EXAMPLES / "edsr"))
-    sys.modules.pop("model", None)
-    import model
-
-    kept = presets.train, quantization_nets.train, model.train
+    kept = presets.train, quantization_nets.train, presets.EDSR_STEPS
     presets.train = lambda net, *args, **options: net.eval()
     quantization_nets.train = lambda *args: None
-    model.train = lambda net, **options: net.eval()
+    presets.EDSR_STEPS = 1
     try:
         yield
     finally:
-        presets.train, quantization_nets.train, model.train = kept
+        presets.train, quantization_nets.train, presets.EDSR_STEPS = kept

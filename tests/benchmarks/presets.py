@@ -29,6 +29,7 @@ from graphopt.config.presets import preset
 from graphopt.search.mixed_precision.metrics import METRICS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
+EDSR_STEPS = 400
 
 
 @dataclass(frozen=True)
@@ -193,7 +194,7 @@ def super_resolution(seed: int = 0) -> Case:
     from model import train as train_edsr
 
     torch.manual_seed(seed)
-    net = train_edsr(EDSR(4, 24), steps=400, seed=seed).eval()
+    net = train_edsr(EDSR(4, 24), steps=EDSR_STEPS, seed=seed).eval()
     images = [image[..., :256, :256] for image in photographs(HELD_OUT)]
     held = [downsample(image) - MIDDLE for image in images]
     calls = [downsample(image[..., :128, :128]) - MIDDLE for image in photographs(TRAINING)]
