@@ -69,10 +69,23 @@ class Run:
         with torch.no_grad():
             self.wanted = [made.net(*call) for call in made.held_out]
 
-    def shapes(self) -> list[list[torch.Size]]:
-        """Of each input, those of all calls."""
-        calls = [*self.case.calls, *self.case.held_out]
-        return [[value.shape for value in values] for values in zip(*calls, strict=True)]
+    def with_fixed_sizes(self) -> tuple[Any, list[Call], list[Call]]:
+        """The export with the largest sizes, and calls and held-out calls padded to them."""
+        every = [*self.case.calls, *self.case.held_out]
+        sizes = [
+            tuple(map(max, zip(*(value.shape for value in values), strict=True)))
+            for values in zip(*every, strict=True)
+        ]
+        calls, held = (
+            [padded(call, sizes) for call in calls]
+            for calls in (self.case.calls, self.case.held_out)
+        )
+        return self.program.with_example(calls[0]).export(), calls, held
+
+    def cut(self, found: Outputs) -> Outputs:
+        """Outputs of padded calls, of the sizes that were wanted."""
+        pairs = zip(found, self.wanted, strict=True)
+        return [out[tuple(map(slice, want.shape))] for out, want in pairs]
 
     def compressed(self, config: Any, **options: Any) -> Outputs:
         """What our program puts out."""
@@ -130,16 +143,10 @@ def by_peer(job: str) -> Method:
             if on_weights:
                 torch.save(run.weights(blocks="blocks" in job), f"{folder}/weights.pt")
             else:
-                calls, held = run.case.calls, run.case.held_out
-                sizes = [tuple(map(max, zip(*shapes, strict=True))) for shapes in run.shapes()]
-                program = run.program.with_example(padded(calls[0], sizes))
-                torch.export.save(program.export(), f"{folder}/net.pt2")
-                data = {
-                    "calibration": [padded(call, sizes) for call in calls],
-                    "held_out": [padded(call, sizes) for call in held],
-                    "transformer": run.case.transformer,
-                }
-                torch.save(data, f"{folder}/data.pt")
+                exported, calls, held = run.with_fixed_sizes()
+                torch.export.save(exported, f"{folder}/net.pt2")
+                data = {"calibration": calls, "held_out": held}
+                torch.save(data | {"transformer": run.case.transformer}, f"{folder}/data.pt")
             script = Path(__file__).parent / "accuracy_peers.py"
             done = subprocess.run(
                 [python, script, job, folder], capture_output=True, text=True, check=False
@@ -149,11 +156,20 @@ def by_peer(job: str) -> Method:
             found = torch.load(f"{folder}/out.pt")
         if on_weights:
             return run.with_weights(found)
-        return [
-            out[tuple(map(slice, want.shape))] for out, want in zip(found, run.wanted, strict=True)
-        ]
+        return run.cut(found)
 
     return method
+
+
+def torchao_in_our_places(run: Run) -> Outputs:
+    """torchao's observers and ranges for the tensors that ours rounds, floats in front of norms too."""
+    from quantization import torchao
+
+    exported, calls, held = run.with_fixed_sizes()
+    module = torchao(exported, calls, "histogram")
+    with torch.no_grad():
+        found = [module(*call) for call in held]
+    return run.cut([each[0] if isinstance(each, tuple | list) else each for each in found])
 
 
 def scalars(bits: int) -> Method:
@@ -184,6 +200,14 @@ def changed(change: Callable[[QuantizerConfig], None], **options: Any) -> Method
     return method
 
 
+def _inputs_alone(config: QuantizerConfig) -> None:
+    """Round what layers and products of matrices read, and nothing else, as NNCF does."""
+    assert config.global_config is not None
+    config.global_config.op_output_spec = {}
+    others = ("add", "sub", "mul", "div", "neg", "cat", "silu", "embedding")
+    config.global_config.op_type_config = dict.fromkeys(others)
+
+
 def int8_cache(run: Run) -> Outputs:
     """A decoder that reads keys and values from an int8 cache, each held-out piece from its start."""
     sys.path.insert(0, str(ROOT / "examples" / "language_model"))
@@ -192,7 +216,7 @@ def int8_cache(run: Run) -> Outputs:
 
     pieces = torch.cat([ids for (ids,) in run.case.held_out])
     cached = with_cache(run.case.net.model, pieces.shape[1])
-    program = graphopt.capture(cached, call(pieces[0]), dynamic_shapes=None)
+    program = graphopt.capture(cached, (), call(pieces[0]), dynamic_shapes=None)
     int8 = KVCacheQuantConfig(op_quantizer_config=OpQuantizerConfig())
     config = QuantizerConfig(global_config=None, kv_cache_quant_configs={"index_copy": int8})
     module = graphopt.compress(program, None, config).module()
@@ -205,6 +229,7 @@ ALL, LINEAR = tuple(NETS), ("encoder", "vit", "decoder")
 # form, maker → nets, method
 METHODS: dict[tuple[str, str], tuple[tuple[str, ...], Method]] = {
     ("w8a8", "graphopt"): (ALL, changed(lambda config: None)),
+    ("w8a8", "graphopt, inputs of layers alone"): (ALL, changed(_inputs_alone)),
     ("w8a8", "graphopt, tuned 120 steps"): (ALL, changed(lambda config: None, tune_steps=120)),
     **{
         ("w8a8", f"graphopt, {name}"): (ALL, changed(change))
@@ -215,6 +240,7 @@ METHODS: dict[tuple[str, str], tuple[tuple[str, ...], Method]] = {
         ("w8a8", NAMES[peer]): (ALL, by_peer(f"{peer} int8"))
         for peer in ("torchao", "nncf", "coreai")
     },
+    ("w8a8", "torchao, our tensors"): (ALL, torchao_in_our_places),
     **{
         (f"{bits}-bit tables", maker): (ALL, method)
         for bits in (4, 3, 2)
@@ -280,7 +306,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     for row in rows:
         groups.setdefault((row["net"], row["form"], row["maker"]), []).append(row)
     for key, group in groups.items():
-        digits = 4 if "cosine" in group[0]["unit"] else 2
+        digits = {"mean cosine": 4, "perplexity per letter": 3}.get(group[0]["unit"], 2)
         made.add_row(*key, _mean(group, "psnr", 2), _mean(group, "score", digits), group[0]["unit"])
     return made
 
