@@ -201,7 +201,7 @@ def changed(change: Callable[[QuantizerConfig], None], **options: Any) -> Method
 
 
 def _inputs_alone(config: QuantizerConfig) -> None:
-    """Round what layers and products of matrices read, and nothing else, as NNCF does."""
+    """Round what layers and products of matrices read, and nothing else, as NNCF does in transformers."""
     assert config.global_config is not None
     config.global_config.op_output_spec = {}
     others = ("add", "sub", "mul", "div", "neg", "cat", "silu", "embedding")
@@ -240,6 +240,7 @@ METHODS: dict[tuple[str, str], tuple[tuple[str, ...], Method]] = {
         ("w8a8", NAMES[peer]): (ALL, by_peer(f"{peer} int8"))
         for peer in ("torchao", "nncf", "coreai")
     },
+    ("w8a8", "NNCF, biases kept"): (ALL, by_peer("nncf int8, biases kept")),
     ("w8a8", "torchao, our tensors"): (ALL, torchao_in_our_places),
     **{
         (f"{bits}-bit tables", maker): (ALL, method)

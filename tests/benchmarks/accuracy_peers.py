@@ -148,10 +148,18 @@ def torchao_pt2e(folder: str, data: dict[str, Any]) -> Callable[..., Any]:
     return convert_pt2e(prepared)  # type: ignore[no-any-return]
 
 
-def nncf_int8(folder: str, data: dict[str, Any]) -> Callable[..., Any]:
-    """NNCF's post-training quantization, with its scheme for transformers (SmoothQuant) where it is one."""
-    import nncf
+def nncf_int8(folder: str, data: dict[str, Any], *, biases: bool = True) -> Callable[..., Any]:
+    """NNCF's post-training quantization, with its scheme for transformers (SmoothQuant) where it is one.
 
+    All 8 bits of weights are used, which it leaves to processors without VNNI; its fast correction of
+    biases is left out on demand, since it can harm.
+    """
+    import nncf
+    from nncf.quantization import advanced_parameters as advanced
+
+    options = advanced.AdvancedQuantizationParameters(
+        overflow_fix=advanced.OverflowFix.DISABLE, disable_bias_correction=not biases
+    )
     kind = nncf.ModelType.TRANSFORMER if data["transformer"] else None
     made: Callable[..., Any] = nncf.quantize(
         _module(folder),
@@ -159,6 +167,7 @@ def nncf_int8(folder: str, data: dict[str, Any]) -> Callable[..., Any]:
         preset=nncf.QuantizationPreset.MIXED,
         model_type=kind,
         subset_size=len(data["calibration"]),
+        advanced_parameters=options,
     )
     return made
 
@@ -211,6 +220,7 @@ ON_WEIGHTS: dict[str, Callable[[dict[str, Tensor]], dict[str, Tensor]]] = {
 ON_PROGRAMS: dict[str, Callable[[str, dict[str, Any]], Callable[..., Any]]] = {
     "torchao int8": torchao_pt2e,
     "nncf int8": nncf_int8,
+    "nncf int8, biases kept": lambda folder, data: nncf_int8(folder, data, biases=False),
     "nncf blocks": nncf_blocks,
     "coreai int8": coreai_int8,
 }
