@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from helpers.fuzzing import budget, counted
-from helpers.random_nets import COMPRESSIONS, Plan, RandomNet, compression, nets
+from helpers.random_nets import TABLES, Plan, RandomNet, compression, nets
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 import graphopt
-from graphopt.errors import VerificationError
+from graphopt.errors import GraphOptError, VerificationError
+from graphopt.ir.program import Program
 
 TARGETS = {
     "torch": (".pt2", "torch"),
@@ -29,51 +33,96 @@ TARGETS = {
 CHOSEN = os.environ.get("GRAPHOPT_FUZZ_TARGETS", "torch").split()
 
 
-def as_tuple(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+# what a target computes with at all; the others are refused by their dtype alone
+DTYPES = {
+    "coreml": (torch.float32, torch.float16),
+    "onnx": (torch.float32, torch.float16),
+}
+ANY = (torch.float32, torch.float32, torch.float16, torch.bfloat16)
+
+
+def as_tuple(value: Tensor | tuple[Tensor, ...] | dict[str, Tensor]) -> tuple[Tensor, ...]:
+    if isinstance(value, dict):
+        return tuple(value.values())
     return value if isinstance(value, tuple) else (value,)
+
+
+def run(module: Callable[[Tensor], Any], x: Tensor) -> tuple[Tensor, ...]:
+    with torch.no_grad():
+        return as_tuple(module(x))
 
 
 def near(one: Tensor, other: Tensor) -> bool:
     tolerance = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 2e-2}[other.dtype]
     scale = float(other.abs().max()) if other.numel() else 0.0
-    return torch.allclose(one.float(), other.float(), rtol=0, atol=tolerance * max(scale, 1e-6))
+    return (
+        one.dtype == other.dtype
+        and one.shape == other.shape
+        and torch.allclose(
+            one.float(), other.float(), rtol=0, atol=tolerance * max(scale, 1e-6), equal_nan=True
+        )
+    )
 
 
-@budget(3)
-@given(plan=nets(), kind=st.sampled_from(COMPRESSIONS), target=st.sampled_from(CHOSEN))
-def test_artifacts_compute_what_their_programs_do(plan: Plan, kind: str, target: str) -> None:
-    suffix, package = TARGETS[target]
-    if importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+@st.composite
+def cases(draw: Any) -> tuple[Plan, str, tuple[str, ...]]:
+    """A network, its target, and how it is compressed, in turn."""
+    target = draw(st.sampled_from(CHOSEN))
+    plan = draw(nets(dtypes=DTYPES.get(target, ANY)))
+    more = draw(st.sampled_from([(), ("pruning",), ("joint",), ("int4 blocks",)]))
+    return plan, target, (draw(st.sampled_from(TABLES)), "w8a8", *more)
+
+
+@budget(2)
+@given(case=cases())
+def test_artifacts_compute_what_their_programs_do(case: tuple[Plan, str, tuple[str, ...]]) -> None:
+    plan, target, kinds = case
+    if importlib.util.find_spec(TARGETS[target][1]) is None:
+        pytest.skip(f"{TARGETS[target][1]} is not installed")
     torch.manual_seed(plan.seed)
     model = RandomNet(plan).eval()
     x = torch.randn(plan.batch, plan.length, plan.width).to(plan.dtype)
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    with torch.no_grad():
-        wanted = as_tuple(model(x))
-    with counted(f"graph {target} {kind}"):
-        captured = graphopt.capture(model, (x,))
-        with torch.no_grad():
-            got = as_tuple(captured.module()(x))
-        assert all(map(near, got, wanted)), "capture computes something else"
-        options = {"on_unmatched": "warn", "on_unobserved": "skip"}
-        program = graphopt.compress(
-            captured, None, compression(kind), calibration_data=[x], backend=target, **options
-        )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / f"m{suffix}"
-            try:
-                program.save(path)
-            except VerificationError:
-                # refused rather than wrong, and yet to be looked at
-                with counted(f"lapse {target} {kind}"):
-                    raise
-            if target == "torch":
-                with torch.no_grad():
-                    again = as_tuple(graphopt.capture(path).module()(x))
-                    own = as_tuple(program.module()(x))
-                assert all(map(torch.equal, again, own)), "the file computes something else"
+    wanted = run(model, x)
+    with counted(f"graph {target}"):
+        with counted(f"capture {str(plan.dtype)[6:]}"):
+            captured = graphopt.capture(model, (x,))
+            assert all(map(near, run(captured.module(), x), wanted)), "capture: something else"
+            larger = torch.cat([x, x.flip(0) * 0.5])
+            with contextlib.suppress(GraphOptError):
+                # of another batch it computes the same, or says that it does not
+                of_larger = run(captured.module(), larger)
+                assert all(map(near, of_larger, run(model, larger))), "capture: of a larger batch"
+        for kind in kinds:
+            with contextlib.suppress(GraphOptError), counted(f"graph {target} {kind}"):
+                saved(captured, kind, target, x)
     after = model.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    with torch.no_grad():
-        assert all(map(torch.equal, as_tuple(model(x)), wanted))
+    assert all(map(torch.equal, run(model, x), wanted))
+
+
+def saved(captured: Program, kind: str, target: str, x: Tensor) -> None:
+    program = graphopt.compress(
+        captured,
+        None,
+        compression(kind),
+        calibration_data=[x],
+        backend=target,
+        on_unmatched="warn",
+        on_unobserved="skip",
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / f"m{TARGETS[target][0]}"
+        try:
+            program.save(path)
+        except VerificationError:
+            # refused rather than wrong, and yet to be looked at
+            with counted(f"lapse {target} {kind}"):
+                raise
+        if target == "torch":
+            again = run(graphopt.capture(path).module(), x)
+            assert all(map(equal, again, run(program.module(), x))), "the file: something else"
+
+
+def equal(one: Tensor, other: Tensor) -> bool:
+    return torch.equal(one.nan_to_num(), other.nan_to_num())

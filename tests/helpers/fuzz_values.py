@@ -56,7 +56,7 @@ TEMPLATES: dict[str, dict[str, Any]] = {
         }
     },
     "rdo": {
-        "candidates": [2, 4, {"name": "x", "palettize": _SPEC}, "int8 a8"],
+        "candidates": {"2": 2, "x": {"palettize": _SPEC}, "y": "int8 a8"},
         "layer_candidates": {"fc.*": [8]},
         "target_bits": 4.2,
         "activations": _QSPEC,

@@ -40,9 +40,10 @@ def budget(few: int, share: float = 1.0) -> Callable[[Any], Any]:
 
 
 @contextmanager
-def counted(kind: str) -> Iterator[None]:
+def counted(kind: str, *, whole: bool = False) -> Iterator[None]:
     """Count what is tried inside: it holds if it ends well or with an error of graphopt.
 
+    What is `whole`, broken in nothing, must end well: otherwise nothing that is refused says anything.
     Each outcome is written at once, so that none is lost where a run is stopped or dies.
     """
     outcome = "died"
@@ -51,7 +52,9 @@ def counted(kind: str) -> Iterator[None]:
         yield
         outcome = "done"
     except GraphOptError:
-        outcome = "refused"
+        outcome = "wrong" if whole else "refused"
+        if whole:
+            raise
     except (KeyboardInterrupt, SystemExit):
         outcome = "stopped"
         raise

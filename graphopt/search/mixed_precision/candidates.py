@@ -163,7 +163,10 @@ def _candidate(name: str | None, given: CandidateLike) -> Candidate:
         return Candidate(name or KEEP.name)
     if isinstance(given, Mapping):
         if name is None:
-            raise ConfigError(f"a candidate given as a mapping needs a name: {dict(given)}")
+            raise ConfigError(
+                f"a candidate given as a mapping needs a name, as in {{'mine': {dict(given)}}} in"
+                " place of the list"
+            )
         return Candidate.from_dict(name, given)
     if isinstance(given, SpecModel):
         return Candidate(name or spec_name(given), given)
