@@ -16,6 +16,7 @@ from graphopt.ir.graph_text import op_name, value_text
 from graphopt.ir.module_frames import module_frames
 from graphopt.ir.program import Program
 from graphopt.report.explorer import explorer_graphs
+from graphopt.report.figures import save_figure
 from graphopt.report.graph_page import graph_page, pair_page
 from graphopt.report.graph_view import view_of
 
@@ -117,7 +118,7 @@ def _save_networkx(gm: fx.GraphModule, path: Path, suffix: str, *, weights: bool
     elif suffix == ".json":
         path.write_text(json.dumps(nx.node_link_data(graph, edges="links"), indent=1))
     else:
-        _draw(graph).savefig(path, format=suffix[1:])
+        save_figure(_draw(graph), path, suffix[1:])
 
 
 def _kind(node: fx.Node) -> str:

@@ -21,6 +21,7 @@ from graphopt.ir.program import Program
 from graphopt.report.charts import CurveChart, DotChart
 from graphopt.report.contents import contents_of
 from graphopt.report.difference import diff
+from graphopt.report.figures import save_figure
 from graphopt.report.html_page import page_text, write_text
 from graphopt.specs.options import Options
 
@@ -140,11 +141,11 @@ def _text(value: Any) -> str:
 
 
 def _figure(figure: Any, number: int) -> str:
-    """A figure as inline SVG, with its number on the page; a fixed salt makes equal pages equal."""
+    """A figure as inline SVG, with its number on the page."""
     matplotlib = require("matplotlib", "plot")
     stream = io.StringIO()
-    with matplotlib.rc_context({"svg.hashsalt": "graphopt", "svg.fonttype": "none"}):
-        figure.savefig(stream, format="svg", metadata={"Date": None})
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        save_figure(figure, stream, "svg")
     text = stream.getvalue()
     text = text[text.index("<svg") :]
     # matplotlib numbers the parts of each figure anew; ids must differ within a page

@@ -17,12 +17,19 @@ from graphopt.palettization import KMeansPalettizerConfig
 from graphopt.quantization import QuantizerConfig
 
 ROOT = Path(__file__).resolve().parents[2]
-SUFFIXES = {"torch": ".pt2", "coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte"}
+SUFFIXES = {
+    "torch": ".pt2",
+    "coreai": ".aimodel",
+    "coreml": ".mlpackage",
+    "executorch": ".pte",
+    "onnx": ".onnx",
+}
 TARGETS = [
     pytest.param("torch"),
     pytest.param("coreai", marks=[pytest.mark.coreai, pytest.mark.integration]),
     pytest.param("coreml", marks=[pytest.mark.coreml, pytest.mark.integration]),
     pytest.param("executorch", marks=[pytest.mark.executorch, pytest.mark.slow]),
+    pytest.param("onnx", marks=[pytest.mark.onnx, pytest.mark.integration]),
 ]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from graphopt.extras import require
 from graphopt.files import replaced
 from graphopt.report.charts import CurveChart, DotChart
+from graphopt.report.figures import save_figure
 from graphopt.report.names import common_prefix
 
 if TYPE_CHECKING:
@@ -88,11 +89,15 @@ def _axes(ax: Axes | None, width: float, height: float = 4.5) -> Axes:
 
 
 def save_plot(ax: Axes, path: str | Path) -> None:
-    """Write the figure of some axes."""
+    """Write the figure of some axes, in the format that the path ends in.
+
+    Raises:
+        InputError: matplotlib does not write that format.
+    """
     figure = ax.get_figure(root=True)
     assert figure is not None
     with replaced(Path(path)) as temporary:
-        figure.savefig(temporary, dpi=150)
+        save_figure(figure, temporary, temporary.suffix.lower()[1:] or "png", dpi=150)
 
 
 def plot_table(table: Measurements, ax: Axes | None = None, *, metric: str | None = None) -> Axes:

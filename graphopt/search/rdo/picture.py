@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from graphopt.extras import require
 from graphopt.files import replaced
+from graphopt.report.figures import save_figure
 from graphopt.report.names import common_prefix
 from graphopt.search.rdo.report import RDOReport
 
@@ -102,4 +103,4 @@ def _name_values(axes: Axes, values: Sequence[float], form: str) -> None:
 def save_comparison(report: RDOReport, path: Path) -> None:
     """Draw it to an image file."""
     with replaced(path) as temporary:
-        draw_comparison(report).savefig(temporary, dpi=130)
+        save_figure(draw_comparison(report), temporary, temporary.suffix[1:], dpi=130)

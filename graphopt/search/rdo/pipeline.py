@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import datetime
 import json
 import logging
 import math
@@ -351,7 +350,6 @@ def _report(
     samples = sum(_samples(batch) for batch in session.batches)
     coded = sum(form.coded for form in forms.values())
     return RDOReport(
-        created=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         versions={"graphopt": version("graphopt"), "torch": torch.__version__},
         fingerprint=session.exact.fingerprint(),
         config=session.config.model_dump(mode="json"),

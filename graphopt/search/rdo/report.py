@@ -115,7 +115,6 @@ class RDOReport(ShownAsTable):
     """What `graphopt.rdo.optimize` has done.
 
     Attributes:
-        created: Time, ISO 8601 with zone.
         versions: Of graphopt and torch.
         fingerprint: Of the exact graph.
         config: As it was used.
@@ -125,7 +124,7 @@ class RDOReport(ShownAsTable):
         coded_bits_per_weight: The same in an ideal entropy coder.
         predicted_loss: Sum of the layers' losses.
         moves: Candidates that changed because of other layers of their block.
-        seconds: Wall time of each stage.
+        seconds: Wall time of each stage; not in files, which two runs write alike.
         layers: Every weight.
         blocks: Every block.
         metric: Name of the distance.
@@ -137,7 +136,6 @@ class RDOReport(ShownAsTable):
         (True, 16, 'kl')
     """
 
-    created: str
     versions: dict[str, str]
     fingerprint: str
     config: dict[str, Any]
@@ -176,10 +174,12 @@ class RDOReport(ShownAsTable):
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write it as JSON."""
+        """Write it as JSON, without times: equal runs have equal bytes."""
         target = Path(path)
+        plain = self.to_dict()
+        del plain["seconds"]
         with replaced(target) as temporary:
-            temporary.write_text(json.dumps(self.to_dict(), indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
         return target
 
     def __rich__(self) -> Group:
