@@ -86,7 +86,7 @@ def convert_for(program: Program, backend: ExportBackend | str) -> CapturedModul
 
 @exclusively
 def lower(
-    model: nn.Module | ExportedProgram | Program | ProgramSet | str | Path,
+    model: nn.Module | ExportedProgram | Program | ProgramSet | Mapping[str, Any] | str | Path,
     backend: ExportBackend | str,
     example_inputs: tuple[Any, ...] | Tensor | None = None,
     example_kwargs: Mapping[str, Any] | None = None,
@@ -95,8 +95,8 @@ def lower(
     """Lower to a target in one call: `graphopt.lower(finalized, "coreai", x).save("m.aimodel")`.
 
     Args:
-        model: A prepared or finalized module, an exported program, a `Program`, a `ProgramSet` or a
-            .pt2 file.
+        model: A prepared or finalized module, an exported program, a `Program`, a `ProgramSet`, entry
+            points as `graphopt.capture` takes them, or a .pt2 file.
         backend: The target.
         example_inputs: Inputs that fix the shapes; a program's own when not given.
         example_kwargs: Keyword inputs.
@@ -117,6 +117,8 @@ def lower(
         'compressed.pt2'
     """
     target = load_backend(backend)
+    if isinstance(model, Mapping):
+        model = capture(model)
     if isinstance(model, ProgramSet):
         for name, each in model.methods.items():
             target.refuse_unsupported(each, **own_options(name, model, options))

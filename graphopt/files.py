@@ -28,10 +28,23 @@ from graphopt.errors import GraphOptError, OutputError
 if sys.platform != "win32":
     import fcntl
 
-__all__ = ["delete_path", "locked", "replaced", "reserved", "stored_size", "write_csv"]
+__all__ = [
+    "alone_in",
+    "beside",
+    "delete_path",
+    "locked",
+    "remove_leftovers",
+    "replaced",
+    "reserved",
+    "scratch",
+    "stored_size",
+    "work_path",
+    "write_csv",
+]
 
 # bytes of what a temporary name takes over from the place's; writers put prefixes before it
 _LONGEST, _LONGEST_SUFFIX = 120, 32
+_WORK = ".work"  # end of what writers need beside what they write
 _HERE = -100  # AT_FDCWD: paths are relative to the working folder
 _SWAP = 2  # RENAME_EXCHANGE of Linux, RENAME_SWAP of macOS
 _HOST = hashlib.sha256(platform.node().encode()).hexdigest()[:6]
@@ -53,7 +66,7 @@ def replaced(target: Path) -> Iterator[Path]:
     with _as_output_error(target):
         place = Path(os.path.realpath(target))
         place.parent.mkdir(parents=True, exist_ok=True)
-        _remove_leftovers(place)
+        remove_leftovers(place)
     temporary = place.with_name(_temporary_name(place))
     with _guard:
         _active.add(temporary.name)
@@ -67,6 +80,35 @@ def replaced(target: Path) -> Iterator[Path]:
             delete_path(temporary)
         with _guard:
             _active.discard(temporary.name)
+
+
+def work_path(temporary: Path) -> Path:
+    """A path beside the one that `replaced` gave, for what is deleted before that takes its place."""
+    return temporary.with_name(temporary.name + _WORK)
+
+
+@contextmanager
+def scratch(target: Path) -> Iterator[Path]:
+    """A folder beside `target`, which is deleted at the end, or by the next writer of `target`.
+
+    Raises:
+        OutputError: It cannot be made.
+    """
+    place = Path(os.path.realpath(target))
+    temporary = _temporary_name(place)
+    with _guard:
+        _active.add(temporary)
+    folder = work_path(place.with_name(temporary))
+    try:
+        with _as_output_error(target):
+            folder.mkdir(parents=True)
+            remove_leftovers(place)
+        yield folder
+    finally:
+        with contextlib.suppress(OSError):
+            delete_path(folder)
+        with _guard:
+            _active.discard(temporary)
 
 
 @contextmanager
@@ -102,14 +144,21 @@ def _stem(place: Path) -> str:
     )
 
 
-def _remove_leftovers(place: Path) -> None:
-    """Delete what killed writers of the same place have left; put back what one had set aside."""
-    stem, suffix = _stem(place), _suffix(place)
+def remove_leftovers(place: Path, suffix: str | None = None) -> None:
+    """Delete what killed writers of the same place have left; put back what one had set aside.
+
+    Args:
+        place: Where they would have written to.
+        suffix: What their temporary names end in, where that is not the place's own end.
+    """
+    stem, suffix = _stem(place), _suffix(place) if suffix is None else suffix
     with os.scandir(place.parent) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(f".{stem}.")]
     for name in sorted(names):
         found = _MINE.fullmatch(name)
-        if found is None or found[1] not in (stem, f"{stem}.old") or (found[4] or "") != suffix:
+        if found is None or found[1] not in (stem, f"{stem}.old"):
+            continue
+        if (found[4] or "") not in (suffix, suffix + _WORK):
             continue
         if found[2] != _HOST or _is_alive(int(found[3]), name):
             continue
@@ -122,7 +171,7 @@ def _remove_leftovers(place: Path) -> None:
 def _is_alive(process: int, name: str) -> bool:
     if process == os.getpid():
         with _guard:
-            return name in _active
+            return name.removesuffix(_WORK) in _active
     try:
         os.kill(process, 0)
     except ProcessLookupError:
@@ -141,7 +190,7 @@ def _take_place(temporary: Path, place: Path) -> None:
             f"{place} is {kinds[0]}, and {kinds[1]} is to be written; delete it or choose another"
             " path",
         )
-    with _alone_in(place.parent):
+    with alone_in(place.parent):
         if not place.is_dir():
             os.replace(temporary, place)
             return
@@ -160,7 +209,7 @@ def _take_place(temporary: Path, place: Path) -> None:
 
 
 @contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
+def alone_in(folder: Path) -> Iterator[None]:
     """Renames of one folder one after the other, where the system has such locks."""
     if sys.platform == "win32":
         yield
@@ -174,6 +223,11 @@ def _alone_in(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def beside(target: Path, word: str) -> Path:
+    """A hidden path beside `target` with its name, shortened where it must be, and a word."""
+    return target.with_name(f".{_stem(target)}{_suffix(target)}.{word}")
+
+
 @contextmanager
 def locked(target: Path) -> Iterator[None]:
     """Keep `target` to this run; the lock ends with the process, however that ends.
@@ -183,7 +237,7 @@ def locked(target: Path) -> Iterator[None]:
     """
     with _as_output_error(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-    path = target.with_name(f".{_stem(target)}{_suffix(target)}.lock")
+    path = beside(target, "lock")
     handle = _acquired(path, target)
     try:
         yield

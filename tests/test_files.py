@@ -17,7 +17,7 @@ import pytest
 
 from graphopt import files
 from graphopt.errors import GraphOptError, OutputError
-from graphopt.files import locked, replaced, reserved, write_csv
+from graphopt.files import beside, locked, replaced, reserved, scratch, work_path, write_csv
 
 
 def test_file_takes_its_place_when_it_is_whole(tmp_path: Path) -> None:
@@ -220,6 +220,12 @@ def write_half(path: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
+def leave_work(path: Path) -> None:
+    with scratch(path), replaced(path) as temporary:
+        work_path(temporary).write_text("half")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
 def hold(path: Path) -> None:
     with locked(path):
         os.kill(os.getpid(), signal.SIGKILL)
@@ -234,6 +240,28 @@ def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path) -> None:
     left = names(tmp_path)
     assert left[-1] == "a.txt"
     assert len(left) == 2, "what is left of another file is not touched"
+
+
+def test_what_a_killed_writer_needed_beside_its_file_goes_with_the_next(tmp_path: Path) -> None:
+    target = tmp_path / "a.txt"
+    assert ends_in(partial(leave_work, target)) == -signal.SIGKILL
+    assert len(names(tmp_path)) == 2
+    with scratch(target) as folder, replaced(target) as temporary:
+        work_path(temporary).touch()
+        temporary.touch()
+        # another writer of the same path touches neither
+        put(target, "other")
+        assert folder.is_dir()
+        assert work_path(temporary).exists()
+        work_path(temporary).unlink()
+    assert names(tmp_path) == ["a.txt"]
+
+
+def test_what_lies_beside_the_longest_name_has_a_shorter_one(tmp_path: Path) -> None:
+    assert beside(tmp_path / "a.txt", "lock").name == ".a.txt.lock"
+    beside(tmp_path / ("n" * 255), "partial").mkdir()
+    with scratch(tmp_path / ("n" * 255)) as folder:
+        assert folder.is_dir()
 
 
 def test_a_folder_that_a_killed_writer_had_set_aside_comes_back(tmp_path: Path) -> None:

@@ -66,11 +66,11 @@ class CoreAIArtifact(Artifact):
     @exclusively
     def _write(self, path: Path) -> None:
         # its writer ends the process where the disk is full
-        reserved(path, self._most_bytes())
+        reserved(path, self.most_bytes())
         self.ai_program.save_asset(path)
         without_date(path / "metadata.json")
 
-    def _most_bytes(self) -> int:
+    def most_bytes(self) -> int:
         """No less than what the asset takes."""
         tensors = [*self.exported.state_dict.values(), *self.exported.constants.values()]
         stored = sum(t.numel() * t.element_size() for t in tensors if isinstance(t, Tensor))
@@ -143,11 +143,13 @@ class CoreAIBackend(Backend):
     @exclusively
     def write_set(self, path: Path, methods: Mapping[str, Artifact]) -> None:
         coreai_torch = require("coreai_torch", "coreai")
+        own = {name: each for name, each in methods.items() if isinstance(each, CoreAIArtifact)}
+        # its writer ends the process where the disk is full
+        reserved(path, sum(artifact.most_bytes() for artifact in own.values()))
         try:
             with quiet("coreai_torch"), torch.no_grad():
                 converter = coreai_torch.TorchConverter()
-                for name, artifact in methods.items():
-                    assert isinstance(artifact, CoreAIArtifact)
+                for name, artifact in own.items():
                     converter.add_exported_program(
                         artifact.exported,
                         output_names=output_names(artifact.program),

@@ -14,7 +14,7 @@ from typing_extensions import Unpack, override
 from graphopt.backends.base import Artifact, Backend, stored_size, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.onnx.check import check_model, run_calls, runner_of
-from graphopt.backends.onnx.external_data import data_of, name_data
+from graphopt.backends.onnx.external_data import data_of, settle_data
 from graphopt.backends.onnx.lower import TABLE_TYPES, legal_passes, to_model
 from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.refusals import refusals
@@ -68,6 +68,7 @@ class ONNXArtifact(Artifact):
         ir.save(self.model, path, external_data=self._written.name)
 
     @override
+    @exclusively
     def save(
         self,
         path: str | Path,
@@ -79,13 +80,11 @@ class ONNXArtifact(Artifact):
         self._written = None
         try:
             target = super().save(path, overwrite=overwrite, verify=verify, max_error=max_error)
-            if self._written is None:
-                data_of(target).unlink(missing_ok=True)
-            else:
-                name_data(target, self._written)
-        finally:
+        except BaseException:
             if self._written is not None:
                 self._written.unlink(missing_ok=True)
+            raise
+        settle_data(target, self._written)
         return target
 
     @property

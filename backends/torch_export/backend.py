@@ -24,6 +24,7 @@ from graphopt.capture.archive_check import check_archive, is_trusted
 from graphopt.capture.exporting import run_on_copies
 from graphopt.errors import VerificationError
 from graphopt.exclusive import exclusively
+from graphopt.files import work_path
 from graphopt.ir import torch_private
 from graphopt.ir.ops import STORAGE_BITS
 from graphopt.ir.program import Program, export_graph
@@ -56,15 +57,20 @@ class TorchArtifact(Artifact):
     @override
     @exclusively
     def _write(self, path: Path) -> None:
-        plain = path.with_name(f".plain-{path.name}")
-        try:
-            with plain.open("wb") as file:
-                sink: Any = Sink(file)
-                torch.export.save(self.exported, sink)
-                sink.check()
-            deflate_texts(plain, path)
-        finally:
-            plain.unlink(missing_ok=True)
+        _write_archive(path, lambda sink: torch.export.save(self.exported, sink))
+
+
+def _write_archive(path: Path, write: Callable[[Any], object]) -> None:
+    """What `write` puts into an archive, with its texts deflated."""
+    plain = work_path(path)
+    try:
+        with plain.open("wb") as file:
+            sink = Sink(file)
+            write(sink)
+            sink.check()
+        deflate_texts(plain, path)
+    finally:
+        plain.unlink(missing_ok=True)
 
 
 class TorchBackend(Backend):
@@ -144,15 +150,9 @@ class TorchBackend(Backend):
             for name, artifact in methods.items()
             if isinstance(artifact, TorchArtifact)
         }
-        plain = path.with_name(f".plain-{path.name}")
-        try:
-            with plain.open("wb") as file:
-                sink: Any = Sink(file)
-                torch_private.package_pt2(sink, exported_programs=exported)
-                sink.check()
-            deflate_texts(plain, path)
-        finally:
-            plain.unlink(missing_ok=True)
+        _write_archive(
+            path, lambda sink: torch_private.package_pt2(sink, exported_programs=exported)
+        )
 
     @override
     @exclusively

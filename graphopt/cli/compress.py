@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Annotated, Any
 
 import typer
@@ -42,7 +41,7 @@ from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.presets import DEFAULT_PRESET, preset
 from graphopt.errors import ConfigError, InputError
-from graphopt.files import replaced
+from graphopt.files import replaced, scratch
 from graphopt.ir.program import Program
 from graphopt.report.stored import as_stored
 from graphopt.report.table import CompressionTable
@@ -128,8 +127,8 @@ class WatchOptions(Cluster):
             return
         if is_stream(output):
             raise InputError("--low-memory needs an --output that is a file")
-        with mapping_weights(), TemporaryDirectory(prefix=".codes-", dir=output.parent) as folder:
-            yield Path(folder)
+        with mapping_weights(), scratch(output) as folder:
+            yield folder
 
 
 def compress(

@@ -22,6 +22,7 @@ TARGETS = [
     pytest.param("coreai", ".aimodel", marks=[pytest.mark.coreai, pytest.mark.integration]),
     pytest.param("coreml", ".mlpackage", marks=[pytest.mark.coreml, pytest.mark.slow]),
     pytest.param("executorch", ".pte", marks=[pytest.mark.executorch, pytest.mark.slow]),
+    pytest.param("onnx", ".onnx", marks=[pytest.mark.onnx, pytest.mark.integration]),
 ]
 
 
@@ -62,6 +63,20 @@ def test_a_file_that_may_not_grow_leaves_the_old_artifact(
     assert child.exitcode == 42, "an error of ours, not an abort"
     assert content(path) == before
     assert [each.name for each in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.coreai
+@pytest.mark.integration
+def test_a_set_of_programs_whose_file_may_not_grow_is_an_error_of_ours(tmp_path: Path) -> None:
+    net, x = nn.Linear(64, 64), (torch.ones(2, 64),)
+    both = graphopt.lower({"first": (net, x), "second": (net, x)}, "coreai")
+    child = multiprocessing.get_context("fork").Process(
+        target=save_with_little_room, args=(both, tmp_path / "m.aimodel")
+    )
+    child.start()
+    child.join()
+    assert child.exitcode == 42, "an error of ours, not an abort"
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -216,3 +216,9 @@ def test_sizes_are_open_by_entry_point(tmp_path: Path) -> None:
 def test_what_is_no_entry_point_is_refused(entries: Any, message: str) -> None:
     with pytest.raises(InputError, match=message):
         graphopt.capture(entries)
+
+
+def test_entry_points_are_lowered_as_capture_takes_them() -> None:
+    net, x = nn.Linear(4, 4), (torch.ones(2, 4),)
+    artifact = graphopt.lower({"first": (net, x), "second": (net, x)}, "torch")
+    assert list(artifact.methods) == ["first", "second"]

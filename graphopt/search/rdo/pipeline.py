@@ -22,7 +22,7 @@ from typing_extensions import Unpack
 
 from graphopt.compressors.compressed_program import CompressedProgram, CompressedSet
 from graphopt.errors import ArtifactExistsError, InfeasibleError
-from graphopt.files import locked, replaced
+from graphopt.files import beside, locked, replaced
 from graphopt.ir.program import Program
 from graphopt.ir.program_set import ProgramSet
 from graphopt.run.batches import Batch
@@ -186,7 +186,7 @@ def _optimized(
             example_kwargs=example[1],
             progress=progress,
         )
-    partial = None if target is None else target.with_name(f".{target.name}.partial")
+    partial = None if target is None else beside(target, "partial")
     state = RunState(partial, key_of(session) if partial is not None else "", resume=run.resume)
     try:
         with watch("sensitivities"):
