@@ -27,6 +27,7 @@ import torch
 import yaml
 
 from graphopt.errors import ConfigError, InputError
+from graphopt.unpacked import check_tensors, check_unpacked
 
 __all__ = [
     "Limits",
@@ -48,6 +49,10 @@ __all__ = [
 
 
 # --- values ---------------------------------------------------------------------------------------
+_LONGEST_NUMBER = 1_000  # characters
+_DIGITS = re.compile(r"[-+.:\w]*")
+
+
 @dataclass(frozen=True)
 class Limits:
     """How much a text may hold.
@@ -76,6 +81,7 @@ def parse_json(text: str | bytes, owner: str, limits: Limits | None = None) -> A
     """
     limits = limits or Limits()
     _check_length(text, owner, limits)
+    _check_separators(text, owner, limits)
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
@@ -116,6 +122,16 @@ def _check_length(text: str | bytes, owner: str, limits: Limits) -> None:
         raise ConfigError(
             f"{owner}: {len(text):,} characters; at most {limits.characters:,} are read"
         )
+
+
+def _check_separators(text: str | bytes, owner: str, limits: Limits) -> None:
+    """Refuse what would take too much memory before it is parsed: each value has a comma or bracket."""
+    count = 0
+    for mark in "[{,":
+        count += text.count(mark) if isinstance(text, str) else text.count(mark.encode())
+    # texts within may hold some, too
+    if count > 4 * limits.values:
+        _too_many(owner, limits)
 
 
 def _too_deep(owner: str, limits: Limits) -> NoReturn:
@@ -164,10 +180,20 @@ def _check_events(events: Iterator[yaml.Event], owner: str, limits: Limits) -> N
                 anchors[anchor] = total - before
         elif isinstance(event, yaml.ScalarEvent):
             total += 1
+            _check_number(event, owner)
             if event.anchor is not None:
                 anchors[event.anchor] = 1
         if total > limits.values:
             _too_many(owner, limits)
+
+
+def _check_number(event: yaml.ScalarEvent, owner: str) -> None:
+    """Numbers to the base of 60, "1:59:59", take the square of their length."""
+    if len(event.value) <= _LONGEST_NUMBER:
+        return
+    tagged = event.tag is not None and event.tag.endswith((":int", ":float"))
+    if (event.implicit[0] or tagged) and _DIGITS.fullmatch(event.value):
+        raise ConfigError(f"{owner}: not valid YAML: a number of {len(event.value):,} characters")
 
 
 # --- patterns -------------------------------------------------------------------------------------
@@ -324,30 +350,40 @@ def read_tensors(source: str | Path | IO[bytes]) -> Any:
     """Tensors and plain containers of a file of `torch.save`; other classes are not read.
 
     Raises:
-        InputError: It is none, or holds something else.
+        InputError: It is none, holds something else, or unpacks to far more than it has.
     """
+    name = source if isinstance(source, str | Path) else "the file"
     try:
-        return torch.load(source, map_location="cpu", weights_only=True)
+        check_unpacked(source)
+        found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
         first = str(error).strip().splitlines()[:1]
-        name = source if isinstance(source, str | Path) else "the file"
         raise InputError(
             f"{name} cannot be read as tensors and plain containers: {' '.join(first)}"
         ) from None
+    check_tensors(found, str(name))
+    return found
 
 
 def read_arrays(path: Path) -> Any:
     """An array of a .npy file, or a mapping of those of a .npz; objects are not read.
 
     Raises:
-        InputError: It is none, or damaged.
+        InputError: It is none, damaged, or unpacks to far more than it has.
     """
     try:
+        check_unpacked(path)
         found = np.load(path, allow_pickle=False)
-        return found if isinstance(found, np.ndarray) else {name: found[name] for name in found}
+        if isinstance(found, np.ndarray):
+            return found
+        arrays = {name: found[name] for name in found}
     except Exception as error:
         # damage shows as errors of many kinds, deep in what unpacks
         raise InputError(f"{path} cannot be read: {error}") from None
+    for name, array in arrays.items():
+        if not isinstance(array, np.ndarray):
+            raise InputError(f"{path}: {name!r} is no array")
+    return arrays
 
 
 def read_exported(source: str | Path | IO[bytes]) -> torch.export.ExportedProgram:

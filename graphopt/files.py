@@ -23,7 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from graphopt.errors import GraphOptError, OutputError
+from graphopt.errors import GraphOptError, InputError, OutputError
 
 if sys.platform != "win32":
     import fcntl
@@ -32,6 +32,7 @@ __all__ = [
     "alone_in",
     "beside",
     "delete_path",
+    "inside",
     "locked",
     "remove_leftovers",
     "replaced",
@@ -303,6 +304,18 @@ def write_csv(target: Path, rows: Sequence[Mapping[str, Any]], fields: Sequence[
         writer.writeheader()
         writer.writerows(rows)
     return target
+
+
+def inside(folder: Path, *parts: str) -> Path:
+    """A path in a folder that a file of others names.
+
+    Raises:
+        InputError: It lies elsewhere.
+    """
+    path = folder.joinpath(*parts)
+    if not Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder)):
+        raise InputError(f"{'/'.join(map(str, parts))!r} is no path inside of its folder")
+    return path
 
 
 def delete_path(path: Path) -> None:

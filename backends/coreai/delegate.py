@@ -17,6 +17,7 @@ from graphopt.backends.coreai.lower import legal_export
 from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.delegate import Delegate, Payload
 from graphopt.extras import require
+from graphopt.files import inside
 from graphopt.ir.program import Program
 
 __all__ = ["CoreAIDelegate"]
@@ -62,8 +63,8 @@ class CoreAIDelegate(Delegate):
         manifest = parse_json(bytes(payload.data), "the payload")
         key = manifest["hash"]
         for name in manifest["files"]:
-            target = folder / key / name
+            target = inside(folder, key, name)
             target.parent.mkdir(parents=True, exist_ok=True)
             target.write_bytes(payload.named[f"coreai/{key}/{name}"])
         given = {f"input {place}": tensor for place, tensor in enumerate(inputs)}
-        return run_asset(folder / manifest["path"], given)
+        return run_asset(inside(folder, manifest["path"]), given)

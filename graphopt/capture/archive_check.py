@@ -44,7 +44,7 @@ def is_trusted() -> bool:
 _MOST_MEMBERS = 1_000_000
 _MOST_INFLATED = 2 << 30  # bytes of all members that are stored deflated
 _MOST_TEXT = 1 << 30  # bytes of one JSON
-_JSON = Limits(characters=_MOST_TEXT, depth=200, values=100_000_000)
+_JSON = Limits(characters=_MOST_TEXT, depth=200, values=20_000_000)
 _SMALL, _BLOCK = 1 << 16, 1 << 20
 _NOTES = re.compile(
     r"archive_format|archive_version|byteorder|version|(?:\.data/)?(?:version|serialization_id)"
@@ -111,7 +111,7 @@ class _Archive:
             if _PROGRAM.fullmatch(name):
                 check_program(self._json(name), name)
             elif _PAYLOADS.fullmatch(name):
-                pickled |= check_payloads(self._json(name), name)
+                pickled |= check_payloads(self._json(name), name, self._members)
             elif _OBJECT.fullmatch(name):
                 raise InputError(f"{name} is a pickled object")
             elif _NOTES.fullmatch(name):

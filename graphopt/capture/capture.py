@@ -15,6 +15,7 @@ from torch.export import ExportedProgram
 import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
 from graphopt.capture.archive_check import check_archive, is_trusted, trusting
 from graphopt.capture.entry_points import captured_set
+from graphopt.capture.example_check import check_example
 from graphopt.capture.export_errors import without_warnings
 from graphopt.capture.exporting import (
     buffers_restored,
@@ -137,7 +138,11 @@ def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Progr
     try:
         with without_warnings("torch.export"):
             exported = read_program(path)
+        if args is None and not kwargs and exported.example_inputs is not None:
+            check_example(exported, *exported.example_inputs)
         return _from_exported(exported, str(path), args, kwargs)
+    except CaptureError as error:
+        raise CaptureError(f"{path}: {error}") from error
     except GraphOptError:
         raise
     except Exception as error:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import operator
 import re
+import zipfile
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -19,6 +21,7 @@ __all__ = ["check_payloads", "check_program"]
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
 _PLAIN = re.compile(r"[^\x00-\x1f\x7f'\"\\{}`\u2028\u2029]*")
 _PRINTABLE = re.compile(r"[^\x00-\x08\x0b-\x1f\x7f]*")
+_MOST_EXPANDED = 1 << 29  # elements of tensors beyond their bytes
 _FILE = re.compile(r"(weight|tensor)_\d+")
 # texts that torch writes into the code of a graph, or looks attributes up by
 _IDENTIFIERS = {"name", "as_name"}
@@ -65,8 +68,13 @@ def check_program(program: Any, place: str) -> None:
     _Walk(place).mapping(program, ())
 
 
-def check_payloads(config: Any, place: str) -> set[str]:
+def check_payloads(config: Any, place: str, members: Mapping[str, zipfile.ZipInfo]) -> set[str]:
     """Check the list of stored tensors; the members that are pickles come back.
+
+    Args:
+        config: The list.
+        place: Its name.
+        members: All that the archive has, by name.
 
     Raises:
         InputError: It holds something else.
@@ -74,7 +82,7 @@ def check_payloads(config: Any, place: str) -> set[str]:
     if not isinstance(config, dict) or not isinstance(config.get("config"), dict):
         raise InputError(f"{place} holds no list of tensors")
     folder = place.rpartition("/")[0]
-    pickled = set()
+    pickled, more = set(), 0
     walk = _Walk(place)
     for name, payload in config["config"].items():
         walk.text(name, ("config",))
@@ -84,7 +92,20 @@ def check_payloads(config: Any, place: str) -> set[str]:
         if payload.get("use_pickle"):
             pickled.add(f"{folder}/{file}")
         walk.mapping(payload, ("config", name))
+        stored = members.get(f"{folder}/{file}")
+        more += max(_elements(payload) - (stored.file_size if stored else 0), 0)
+    if more > _MOST_EXPANDED:
+        raise InputError(f"{place}: tensors of {more:,} elements more than there are bytes of them")
     return pickled
+
+
+def _elements(payload: Any) -> int:
+    """Elements of a stored tensor, which may repeat what is stored."""
+    try:
+        sizes = [size["as_int"] for size in payload["tensor_meta"]["sizes"]]
+        return math.prod(size for size in sizes if isinstance(size, int))
+    except (KeyError, TypeError):
+        return 0  # torch will say so
 
 
 _Path = tuple[str | int, ...]

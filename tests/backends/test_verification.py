@@ -238,3 +238,25 @@ def test_saving_evaluates_the_artifact_once_and_lowers_nothing_again(
     monkeypatch.setattr(backend, "lower", lambda *given, **options: calls.append("lower"))
     artifact.save(tmp_path / "m.pt2")
     assert calls == ["evaluate"]
+
+
+class CastNorm(nn.Module):
+    """A norm in float32 within a model of 16 bits, whose trace asserts the types between."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(8, 8)
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        wide = self.linear(x).float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True))).to(x.dtype) * self.scale
+
+
+def test_asserted_types_do_not_stop_what_is_compared_in_wider_ones(tmp_path: Path) -> None:
+    net, x = CastNorm().to(torch.bfloat16), torch.randn(4, 8, dtype=torch.bfloat16)
+    artifact = graphopt.lower(program_of(net, x), "torch")
+    artifact.save(tmp_path / "m.pt2")
+    assert artifact.verification is not None
+    assert artifact.verification.complete
+    assert artifact.verification.holds

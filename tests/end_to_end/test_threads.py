@@ -93,6 +93,7 @@ def targets(folder: Path) -> dict[str, Callable[[], Any]]:
         "coreai": lambda: saved("coreai", ".aimodel", folder),
         "coreml": lambda: saved("coreml", ".mlpackage", folder),
         "executorch": lambda: saved("executorch", ".pte", folder),
+        "onnx": lambda: saved("onnx", ".onnx", folder),
     }
 
 
@@ -148,7 +149,7 @@ def test_four_threads_on_all_entry_points_get_what_one_gets(tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_four_threads_on_all_targets_get_what_one_gets(tmp_path: Path) -> None:
-    for package in ("coreai_torch", "coremltools", "executorch"):
+    for package in ("coreai_torch", "coremltools", "executorch", "onnxruntime"):
         pytest.importorskip(package)
     compare(targets(tmp_path), 4)
 
@@ -175,7 +176,7 @@ def test_the_process_is_as_it_was_after_a_call(tmp_path: Path, name: str) -> Non
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["rdo", "coreai", "coreml", "executorch"])
+@pytest.mark.parametrize("name", ["rdo", "coreai", "coreml", "executorch", "onnx"])
 def test_the_process_is_as_it_was_after_a_long_call(tmp_path: Path, name: str) -> None:
     before = state()
     {**entry_points(tmp_path), **targets(tmp_path)}[name]()
