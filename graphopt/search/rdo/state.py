@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from graphopt.audited import read_tensors
-from graphopt.errors import InputError
+from graphopt.errors import GraphOptError, InputError
 from graphopt.files import delete_path, replaced
 from graphopt.schemes.registry import stored_from
 from graphopt.search.content import tensors_hash
@@ -114,16 +114,26 @@ class RunState:
         """Finished blocks by number."""
         blocks: dict[int, BlockFit] = {}
         for path in [] if self.folder is None else sorted(self.folder.glob("block*.pt")):
-            head, _, payload = path.read_bytes().partition(b"\n")
-            wanted = unsealed(head, self._key)
-            if wanted is None or hashlib.sha256(payload).hexdigest() != wanted["sha256"]:
+            block = self._block(path)
+            if block is None:
                 _log.warning("%s is damaged and computed again", path)
-                continue
+            else:
+                blocks[block.number] = block
+        return blocks
+
+    def _block(self, path: Path) -> BlockFit | None:
+        """A finished block, None where it is not as it was written."""
+        head, _, payload = path.read_bytes().partition(b"\n")
+        wanted = unsealed(head, self._key)
+        if wanted is None or hashlib.sha256(payload).hexdigest() != wanted.get("sha256"):
+            return None
+        try:
             data = read_tensors(io.BytesIO(payload))
             layers = {name: _fit_from(value) for name, value in data["layers"].items()}
             rounded = None if data["rounded"] is None else Rounded(**data["rounded"])
-            blocks[data["number"]] = BlockFit(data["number"], layers, rounded)
-        return blocks
+            return BlockFit(data["number"], layers, rounded)
+        except (GraphOptError, KeyError, TypeError, AttributeError, ValueError):
+            return None  # sealed by someone who writes something else
 
     def discard(self) -> None:
         """Delete everything."""
