@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import io
 import json
 import pickle
 import re
@@ -391,6 +392,15 @@ def read_exported(source: str | Path | IO[bytes]) -> torch.export.ExportedProgra
     return torch.export.load(source)
 
 
-def read_pickle_of_ours(payload: bytes) -> Any:
-    """What this process's parent pickled for its worker; never a file's bytes."""
-    return pickle.loads(payload)
+def read_pickle_of_ours(payload: bytes, elsewhere: Callable[[str], Any] | None = None) -> Any:
+    """What this process's parent pickled for its worker; never a file's bytes.
+
+    Args:
+        payload: The pickle.
+        elsewhere: Name → what the parent has left out and kept under it.
+    """
+    if elsewhere is None:
+        return pickle.loads(payload)
+    reader = pickle.Unpickler(io.BytesIO(payload))
+    reader.persistent_load = elsewhere  # type: ignore[method-assign]
+    return reader.load()

@@ -7,6 +7,7 @@ from typing import Any
 
 from graphopt.audited import own_module
 from graphopt.fitting.clustering import cluster_annotated
+from graphopt.fitting.evidence import Resources
 from graphopt.passes.absorb_channel_scale import AbsorbChannelScale
 from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.annotate_pruning import AnnotatePruning
@@ -82,6 +83,7 @@ __all__ = [
     "RaiseToVocabulary",
     "ReestimateBatchNorm",
     "RemoveUnused",
+    "Resources",
     "RestoreTraining",
     "TablesToIntegers",
     "Tune",

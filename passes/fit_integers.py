@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from torch import fx
@@ -14,7 +14,7 @@ from graphopt.analysis.weights import find_weights
 from graphopt.errors import CalibrationError
 from graphopt.fitting.algorithms import CALIBRATED_INTEGERS, INTEGER_ALGORITHMS
 from graphopt.fitting.channel_moments import moved_bias
-from graphopt.fitting.evidence import Evidence, Integers
+from graphopt.fitting.evidence import Evidence, Integers, Resources
 from graphopt.ir import op_info
 from graphopt.ir.annotations import is_fused_norm, quantization_annotation
 from graphopt.ir.captured_module import callable_graph
@@ -41,6 +41,7 @@ class FitIntegers(Pass):
         data: Inputs of one call each, as for `as_batch`; None leaves "auto" to the nearest elements.
         seed: Seed of the sample of positions.
         progress: Show a bar; None shows it on a terminal.
+        resources: Where layers are fitted.
 
     Raises:
         CalibrationError: A spec has algorithm "gptq" and there are no data.
@@ -61,6 +62,7 @@ class FitIntegers(Pass):
     data: Sequence[Any] | None = None
     seed: int = 0
     progress: bool | None = None
+    resources: Resources = field(default_factory=Resources)
 
     @override
     def run(self, edit: Editor) -> None:
@@ -101,6 +103,7 @@ class FitIntegers(Pass):
             seed=self.seed,
             progress=self.progress,
             scales=findings.scales,
+            resources=self.resources,
         )
         fit = Integers()
         for chosen, names in wanted.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -21,6 +21,7 @@ from graphopt.fitting.calibration import (
     without_data,
 )
 from graphopt.fitting.clustering import cluster_annotated
+from graphopt.fitting.evidence import Resources
 from graphopt.fitting.sensitivity import LossFn, load_sensitivities
 from graphopt.ir.captured_module import callable_graph
 from graphopt.ir.editor import Editor
@@ -53,7 +54,7 @@ class FitPalettes(Pass):
         sensitivity_path: File of `KMeansPalettizer.save_sensitivities`, by which errors are weighed
             where there are no data.
         calibrated_later: Cluster by k-means what has to wait for its data.
-        executor: Where weights are clustered without data (`graphopt.run.workers.run_tasks`).
+        resources: Where weights are clustered and fitted.
         mmap_dir: Folder that codes move to as soon as they are found without data.
 
     Raises:
@@ -78,7 +79,7 @@ class FitPalettes(Pass):
     progress: bool | None = None
     sensitivity_path: str | Path | None = None
     calibrated_later: bool = False
-    executor: Any = None
+    resources: Resources = field(default_factory=Resources)
     mmap_dir: str | Path | None = None
 
     @override
@@ -104,7 +105,9 @@ class FitPalettes(Pass):
             for batch, target in zip(batches, targets, strict=labelled):
                 calibrator.step(run_call(module, batch), target)
         calibrator.vary(module, self.progress)
-        fit = calibrator.palettes(self.seed, self.progress, correct_bias=True)
+        fit = calibrator.palettes(
+            self.seed, self.progress, correct_bias=True, resources=self.resources
+        )
         set_biases(gm, fit.biases)
         edit.changed |= bool(fit.biases)
         fitted = all(ALGORITHMS[name].needs_inputs for name in calibrator.algorithms.values())
@@ -129,7 +132,7 @@ class FitPalettes(Pass):
             progress=self.progress,
             seed=self.seed,
             importance=weighed,
-            executor=self.executor,
+            executor=self.resources.executor,
             folder=None if self.mmap_dir is None else Path(self.mmap_dir),
         )
         stored = {**palettes, **findings_of(gm).stored}

@@ -9,6 +9,7 @@ against this form.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,13 +17,15 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
+from typing_extensions import override
 
+from graphopt.analysis.view_steps import ViewStep
 from graphopt.analysis.weights import WeightTensor, source_of, state_operands
 from graphopt.ir import op_info
 from graphopt.ir.editor import operands
 from graphopt.ir.op_info import ConvolutionArguments, WeightSlot
 
-__all__ = ["MatrixForm", "WeightUse", "matrix_form", "weight_uses"]
+__all__ = ["LooseUse", "MatrixForm", "MatrixUse", "WeightUse", "matrix_form", "weight_uses"]
 
 
 @dataclass(frozen=True)
@@ -234,8 +237,74 @@ def _rank(node: Any) -> int:
     return value.ndim if isinstance(value, Tensor) else 0
 
 
+class MatrixUse(ABC):
+    """A stored tensor as the matrix of one op.
+
+    Attributes:
+        form: The op's matrix form.
+    """
+
+    form: MatrixForm
+
+    @abstractmethod
+    def steps(self) -> tuple[ViewStep, ...]:
+        """Views and casts between the stored tensor and the op."""
+
+    def operand(self, stored: Tensor, *, casts: bool = True) -> Tensor:
+        """What the op reads when this is stored.
+
+        Args:
+            stored: Shape of the stored tensor; any dtype.
+            casts: Follow changes of dtype as well; False keeps the dtype.
+        """
+        value: Any = stored
+        for step in self.steps():
+            if casts or not step.is_cast:
+                value = step(value)
+        return value
+
+    def matrix(self, stored: Tensor, *, casts: bool = True) -> Tensor:
+        """The stored tensor as [groups, rows, columns]."""
+        return self.form.matrix(self.operand(stored, casts=casts))
+
+    def pull_back(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
+        """A quantity per matrix element as one per stored element; unused elements get 0.
+
+        Args:
+            matrix: [groups, rows, columns], floating point.
+            shape: Shape of the stored tensor.
+        """
+        if not self.steps():
+            return self.form.operand(matrix, shape)
+        with torch.enable_grad():
+            leaf = torch.zeros(
+                list(shape), dtype=matrix.dtype, device=matrix.device, requires_grad=True
+            )
+            operand = self.operand(leaf, casts=False)
+            made = self.form.operand(matrix, operand.shape)
+            (pulled,) = torch.autograd.grad(operand, leaf, made)
+        return pulled
+
+
 @dataclass(frozen=True)
-class WeightUse:
+class LooseUse(MatrixUse):
+    """A use without its graph, which other processes can take.
+
+    Attributes:
+        form: The op's matrix form.
+        held: Views and casts between the stored tensor and the op.
+    """
+
+    form: MatrixForm
+    held: tuple[ViewStep, ...] = ()
+
+    @override
+    def steps(self) -> tuple[ViewStep, ...]:
+        return self.held
+
+
+@dataclass(frozen=True)
+class WeightUse(MatrixUse):
     """One op that reads a weight in a known form.
 
     Attributes:
@@ -250,40 +319,20 @@ class WeightUse:
     form: MatrixForm
     chain: tuple[fx.Node, ...]
 
-    def operand(self, stored: Tensor, *, casts: bool = True) -> Tensor:
-        """What the op reads when this is stored.
+    @override
+    def steps(self) -> tuple[ViewStep, ...]:
+        return tuple(map(ViewStep.of, self.chain))
 
-        Args:
-            stored: Shape of the stored tensor; any dtype.
-            casts: Follow changes of dtype as well; False keeps the dtype.
-        """
-        value: Any = stored
-        for node in self.chain:
-            if not casts and op_info.is_cast(node):
-                continue
-            rest = [option for option in node.args[1:] if not isinstance(option, fx.Node)]
-            value = node.target(value, *rest, **node.kwargs)  # type: ignore[operator]
-        return value
+    @property
+    def data(self) -> fx.Node:
+        """The op's input."""
+        inputs = self.node.args[self.form.data]
+        assert isinstance(inputs, fx.Node)
+        return inputs
 
-    def matrix(self, stored: Tensor, *, casts: bool = True) -> Tensor:
-        """The stored tensor as [groups, rows, columns]."""
-        return self.form.matrix(self.operand(stored, casts=casts))
-
-    def pull_back(self, matrix: Tensor, shape: Sequence[int]) -> Tensor:
-        """A quantity per matrix element as one per stored element; unused elements get 0.
-
-        Args:
-            matrix: [groups, rows, columns], floating point.
-            shape: Shape of the stored tensor.
-        """
-        if not self.chain:
-            return self.form.operand(matrix, shape)
-        with torch.enable_grad():
-            leaf = torch.zeros(list(shape), dtype=matrix.dtype, requires_grad=True)
-            operand = self.operand(leaf, casts=False)
-            made = self.form.operand(matrix, operand.shape)
-            (pulled,) = torch.autograd.grad(operand, leaf, made)
-        return pulled
+    def loose(self) -> LooseUse:
+        """The same without the graph."""
+        return LooseUse(self.form, self.steps())
 
 
 def weight_uses(gm: fx.GraphModule, weights: Sequence[WeightTensor]) -> dict[str, list[WeightUse]]:

@@ -144,7 +144,7 @@ class SweepTargets(Options):
 
 
 @dataclass(frozen=True, kw_only=True)
-class SweepFiles(Options):
+class SweepFiles(Cluster):
     """What a sweep writes.
 
     Attributes:
@@ -257,30 +257,42 @@ def sweep(
     with torch.no_grad():
         wanted = [_called(exact, call) for call in calls]
 
-    def score(module: torch.nn.Module) -> float:
-        with torch.no_grad():
-            outputs = [_called(module, call) for call in calls]
-        values = [measure(metric, *pair) for pair in zip(outputs, wanted, strict=True)]
-        mean = sum(values) / len(values)
-        return mean if metric.larger_is_better else -mean
-
     if not to.resume:
         to.output.unlink(missing_ok=True)
-    curve = known.sweep(
-        np.linspace(targets.first, targets.last, targets.points),
-        score,
-        refine_with=calls if targets.refine else None,
-        path=to.output,
-        score=targets.metric if metric.larger_is_better else f"-{targets.metric}",
-        progress=False if to.as_json else None,
-        **how,
-    )
+    with to.workers() as workers:
+        curve = known.sweep(
+            np.linspace(targets.first, targets.last, targets.points),
+            _Score(targets.metric, tuple(calls), tuple(wanted)),
+            refine_with=calls if targets.refine else None,
+            path=to.output,
+            score=targets.metric if metric.larger_is_better else f"-{targets.metric}",
+            executor=workers,
+            progress=False if to.as_json else None,
+            **how,
+        )
     if to.plot is not None:
         save_plot(curve.plot(), to.plot)
     if to.as_json:
         print_json({"output": str(to.output), "points": curve.to_rows(), "failed": curve.failed})
     else:
         OUT.print(curve)
+
+
+@dataclass(frozen=True)
+class _Score:
+    """A metric's mean over calls; larger is better."""
+
+    metric: str
+    calls: tuple[Any, ...]
+    wanted: tuple[Any, ...]
+
+    def __call__(self, module: torch.nn.Module) -> float:
+        metric = METRICS[self.metric]
+        with torch.no_grad():
+            outputs = [_called(module, call) for call in self.calls]
+        values = [measure(metric, *pair) for pair in zip(outputs, self.wanted, strict=True)]
+        mean = sum(values) / len(values)
+        return mean if metric.larger_is_better else -mean
 
 
 def is_recipe(path: Path) -> bool:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from graphopt.backends.lowering import as_program
-from graphopt.cli.common import OUT, Json, Model, print_json
+from graphopt.cli.common import OUT, Cluster, Json, Model, print_json
 from graphopt.cli.mixed_precision import BatchSize, Data, read_data
 from graphopt.cli.options import Fields, Given
 from graphopt.config.base import read_yaml
@@ -17,13 +17,12 @@ from graphopt.errors import ConfigError
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.options import RunOptions
 from graphopt.search.rdo.pipeline import optimize
-from graphopt.specs.options import Options
 
 __all__ = ["rdo"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class RDOFiles(Options):
+class RDOFiles(Cluster):
     """What a run reads besides the model.
 
     Attributes:
@@ -58,15 +57,18 @@ def rdo(
     if whole.get("target_bits") is None and whole.get("rate_weight") is None:
         raise ConfigError("give --target-bits, or target_bits or rate_weight in --config")
     program, others = as_program(model), files.evaluation
-    done = optimize(
-        program,
-        None,
-        read_data(files.data, files.batch_size, program),
-        RDOConfig.from_dict(whole),
-        evaluation_data=None if others is None else read_data(others, files.batch_size, program),
-        progress=False if as_json else None,
-        **run,
-    )
+    held_out = None if others is None else read_data(others, files.batch_size, program)
+    with files.workers() as workers:
+        done = optimize(
+            program,
+            None,
+            read_data(files.data, files.batch_size, program),
+            RDOConfig.from_dict(whole),
+            evaluation_data=held_out,
+            progress=False if as_json else None,
+            executor=workers,
+            **run,
+        )
     if as_json:
         print_json({"output": str(run["out"]), **done.report.to_dict()})
     else:

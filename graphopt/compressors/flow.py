@@ -121,7 +121,7 @@ def _tables(
             loss_fn,
             how.seed,
             how.progress,
-            executor=how.executor,
+            resources=how.resources,
             mmap_dir=how.mmap_dir,
         ),
         PalettizeWeights(seed=how.seed),
@@ -171,7 +171,7 @@ def after_annotation(
     seen, fitted = (None, None) if calls is None else (calls.every, calls.fitted)
     return [
         CalibrateActivations(seen, how.on_unobserved, how.progress),
-        FitIntegers(fitted, how.seed, how.progress),
+        FitIntegers(fitted, how.seed, how.progress, how.resources),
         FoldBatchNorm(),
         ConvertQuantization(),
         *([QuantizeCaches(tuple(caches))] if caches else []),

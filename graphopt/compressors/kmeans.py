@@ -28,6 +28,7 @@ from graphopt.fitting.calibration import (
     set_biases,
     without_data,
 )
+from graphopt.fitting.evidence import Resources
 from graphopt.fitting.sensitivity import LossFn, save_sensitivities
 from graphopt.ir.annotations import record
 from graphopt.ir.captured_module import CapturedModule, holder_of
@@ -87,6 +88,7 @@ class KMeansPalettizer(Compressor):
         self._seed = 0
         self._palettes: dict[str, PalettizedWeight] = {}
         self._cache_dense = False
+        self._resources = Resources()
 
     @override
     def prepare(
@@ -117,7 +119,7 @@ class KMeansPalettizer(Compressor):
             sensitivity_path: File of `save_sensitivities`, by which errors are weighed.
             on_unmatched: Whether a config key that matches no module, op or state raises or warns.
             num_workers: Accepted for compatibility; clustering uses torch's threads, or `executor`.
-            executor: Where weights are clustered, as in `CompressOptions`.
+            executor: Where weights are clustered and calibrated, as in `CompressOptions`.
             progress: Show a bar; None shows it on a terminal.
             seed: Seed of vector tables.
             state_dict: State dict of a model that was prepared with the same config: its weights,
@@ -153,12 +155,13 @@ class KMeansPalettizer(Compressor):
             seed=seed,
             progress=progress,
         )
+        resources = Resources(executor=executor)
         cluster = FitPalettes(
             seed=seed,
             progress=progress,
             sensitivity_path=sensitivity_path,
             calibrated_later=True,
-            executor=executor,
+            resources=resources,
         )
         joint = JointConfig(palettization=self._config, artifact=self._artifact)
         pipeline = joint_pipeline("palettize", joint, options=how).replace(cluster.name, cluster)
@@ -176,6 +179,7 @@ class KMeansPalettizer(Compressor):
         run_passes(fake, [FakePalettize(self._palettes, cache_dense)])
         _say(tables.table_of(Program(fake, ())))
         self._run, self._seed, self._cache_dense = run, seed, cache_dense
+        self._resources = resources
         self._prepared = copy.deepcopy(fake)
         if state_dict is not None and any(name.startswith(f"{QUANTIZERS}.") for name in state_dict):
             self._load(self._train().prepared, state_dict)
@@ -239,7 +243,9 @@ class KMeansPalettizer(Compressor):
             yield calibrator
         calibrator.collect(prepared, progress)
         calibrator.vary(prepared, progress)
-        fitted = calibrator.palettes(self._seed, progress, correct_bias=correct_bias)
+        fitted = calibrator.palettes(
+            self._seed, progress, correct_bias=correct_bias, resources=self._resources
+        )
         self._sensitivities = calibrator.collector.sums
         self._take(fitted.weights, fitted.biases, fitted.remarks)
         if sensitivity_path is not None:

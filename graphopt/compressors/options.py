@@ -10,6 +10,7 @@ from typing import Any, Literal, TypedDict
 from torch import Tensor
 
 from graphopt.backends.registry import ExportBackend
+from graphopt.fitting.evidence import Resources
 from graphopt.fitting.sensitivity import LossFn
 from graphopt.specs.options import Options
 
@@ -35,10 +36,10 @@ class CompressOptions(Options):
             activations are quantized too.
         seed: Seed of everything that is drawn.
         progress: Show bars; None shows them on a terminal.
-        executor: Where weights are compressed that need nothing of each other: any
-            `concurrent.futures.Executor`, or a Dask client or cluster (`graphopt.Workers` says which
-            folder its workers share); None takes the cores that torch may use. Results do not depend
-            on it.
+        executor: Where weights are compressed that need nothing of each other, such as those that read
+            the same inputs where layers are fitted to data: any `concurrent.futures.Executor`, or a
+            Dask client or cluster (`graphopt.Workers` says which folder its workers share); None takes
+            the cores that torch may use. Results do not depend on it.
         mmap_dir: Folder that the codes of palettes move to as soon as they are found without data; the
             program reads them from there as long as it lives. None keeps them in memory.
     """
@@ -54,6 +55,11 @@ class CompressOptions(Options):
     progress: bool | None = None
     executor: Any = None
     mmap_dir: str | Path | None = None
+
+    @property
+    def resources(self) -> Resources:
+        """Where weights are clustered and fitted."""
+        return Resources(executor=self.executor)
 
 
 class CompressKeywords(TypedDict, total=False):

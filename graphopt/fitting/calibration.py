@@ -15,7 +15,7 @@ from graphopt.analysis.matrix_form import weight_uses
 from graphopt.analysis.weights import find_weights
 from graphopt.errors import CalibrationError, InputError
 from graphopt.fitting.algorithms import ALGORITHMS, calibrated_word
-from graphopt.fitting.evidence import Evidence, Palettes
+from graphopt.fitting.evidence import Evidence, Palettes, Resources
 from graphopt.fitting.sensitivity import GradientCollector, LossFn, label_free_loss
 from graphopt.fitting.sensitivity.taps import TAPS, insert_taps
 from graphopt.ir.annotations import palette_annotation
@@ -253,8 +253,22 @@ class Calibrator:
         finally:
             self._loss_fn = given
 
-    def palettes(self, seed: int, progress: bool | None, *, correct_bias: bool) -> Palettes:
-        """Tables and codes after the data."""
+    def palettes(
+        self,
+        seed: int,
+        progress: bool | None,
+        *,
+        correct_bias: bool,
+        resources: Resources | None = None,
+    ) -> Palettes:
+        """Tables and codes after the data.
+
+        Args:
+            seed: Seed of whatever is drawn.
+            progress: Show bars; None shows them on a terminal.
+            correct_bias: Whether biases may take up the mean error of their layers.
+            resources: Where layers are fitted.
+        """
         evidence = Evidence(
             self.batches,
             self.collector.finish(),
@@ -263,6 +277,7 @@ class Calibrator:
             correct_bias,
             seed,
             progress,
+            resources=Resources() if resources is None else resources,
         )
         result = Palettes(remarks=list(self._remarks))
         for name, algorithm in ALGORITHMS.items():

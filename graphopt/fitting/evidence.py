@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -14,9 +14,31 @@ from graphopt.schemes.base import StoredWeight
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.schemes.quantize import QuantizedWeight
 
-__all__ = ["Evidence", "Fits", "Integers", "Palettes", "StoredT"]
+__all__ = ["Evidence", "Fits", "Integers", "Palettes", "Resources", "StoredT"]
 
 StoredT = TypeVar("StoredT", bound=StoredWeight)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """Where fits run; what they find does not depend on it.
+
+    Attributes:
+        executor: Where layers are fitted that need nothing of each other, as for `run_tasks`; None fits
+            one after the other.
+
+    Examples:
+        >>> from concurrent.futures import ThreadPoolExecutor
+        >>> from graphopt.passes import AnnotateQuantization, FitIntegers, Resources
+        >>> from graphopt.quantization import QuantizerConfig
+        >>> gm = program.graph_module
+        >>> _ = AnnotateQuantization(QuantizerConfig.presets.w4())(gm)
+        >>> with ThreadPoolExecutor(2) as pool:
+        ...     fit = FitIntegers(batches, resources=Resources(executor=pool))
+        ...     _ = fit(gm)
+    """
+
+    executor: Any = None
 
 
 @dataclass(frozen=True)
@@ -32,6 +54,7 @@ class Evidence:
         seed: Seed of whatever is drawn.
         progress: Show bars; None shows them on a terminal.
         scales: Sharing group of activations → scale and offset by which they are rounded.
+        resources: Where fits run.
     """
 
     batches: Sequence[Batch] = ()
@@ -42,6 +65,7 @@ class Evidence:
     seed: int = 0
     progress: bool | None = None
     scales: Mapping[str, QParams] = field(default_factory=dict)
+    resources: Resources = field(default_factory=Resources)
 
 
 @dataclass(frozen=True)

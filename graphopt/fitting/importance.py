@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from graphopt.analysis.matrix_form import WeightUse
+from graphopt.analysis.matrix_form import MatrixUse
 
 __all__ = ["element_importance"]
 
 
 def element_importance(
-    use: WeightUse,
+    use: MatrixUse,
     weight: Tensor,
     hessian: Tensor | None = None,
     rows: Tensor | None = None,

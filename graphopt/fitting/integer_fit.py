@@ -17,9 +17,9 @@ from graphopt.analysis.activation_places import places_of
 from graphopt.analysis.matrix_form import WeightUse, weight_uses
 from graphopt.analysis.weights import WeightTensor, find_weights
 from graphopt.fitting.evidence import Evidence
-from graphopt.fitting.layer_target import LayerTarget
-from graphopt.fitting.moments import LayerMoments, bias_of, collect_moments, missing_beside
-from graphopt.fitting.quantize_outputs import quantize_to_outputs
+from graphopt.fitting.layer_data import LayerData, fitted_together
+from graphopt.fitting.layer_tasks import Layer, fit_integers_of, task_of
+from graphopt.fitting.moments import bias_of
 from graphopt.ir.annotations import quantization_annotation
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.correspondence import Correspondence
@@ -29,6 +29,7 @@ from graphopt.numerics.affine import QParams
 from graphopt.prepared import ActivationQuantizer
 from graphopt.progress import track
 from graphopt.run.layerwise import LayerwiseRun
+from graphopt.run.workers import Task, run_tasks
 from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
 from graphopt.specs import QuantizationSpec
 
@@ -75,7 +76,7 @@ def fit_integers(
         if len(readers) == 1 and readers[0].form.kind != "embedding"
     }
     batches = evidence.batches
-    fit = _Fit(edit, LayerwiseRun(work, batches), LayerwiseRun(annotated, batches), evidence.seed)
+    fit = _Fit(edit, LayerwiseRun(work, batches), LayerwiseRun(annotated, batches), evidence)
     fitted = {weight.name for weight, _ in ops.values()}
     for weight in weights.values():
         annotation = quantization_annotation(weight.nodes[0])
@@ -85,14 +86,15 @@ def fit_integers(
     for weight in chosen:
         if weight.name not in fitted:
             fit.result.fallbacks[weight.name] = _why_not(weight, uses)
+    left = dict(ops)
     rounded = _RoundedActivations(fit.run, evidence.scales)
     # one is a copy of the other; nodes that call modules (guards of `ep.module()`) have no partners
     twins = dict(zip(work.graph.nodes, annotated.graph.nodes, strict=True))
     steps = [node for node in work.graph.nodes if node.op != "output"]
     for node in track(steps, "fitting layers", len(steps), enabled=evidence.progress):
+        if node in left:
+            fit.layers(rounded, node, left)
         with rounded.operands_of(node):
-            if node in ops:
-                fit.layer(*ops[node])
             fit.run.step(node)
         rounded.result_of(node)
         fit.reference.step(twins[node])
@@ -168,48 +170,52 @@ class _Swapped:
 class _Fit:
     """The program on its way from layer to layer, beside the exact one, and what was found so far."""
 
-    def __init__(self, edit: Editor, run: LayerwiseRun, reference: LayerwiseRun, seed: int) -> None:
-        self.edit, self.run, self.reference, self.seed = edit, run, reference, seed
+    def __init__(
+        self, edit: Editor, run: LayerwiseRun, reference: LayerwiseRun, evidence: Evidence
+    ) -> None:
+        self.edit, self.run, self.reference, self.evidence = edit, run, reference, evidence
         self.partners = Correspondence.by_name(run.gm, reference.gm)
         self.result = IntegerFit()
 
-    def layer(self, weight: WeightTensor, use: WeightUse) -> None:
-        """Quantize the weight of the op that runs next."""
+    def layers(
+        self,
+        rounded: _RoundedActivations,
+        node: fx.Node,
+        left: dict[fx.Node, tuple[WeightTensor, WeightUse]],
+    ) -> None:
+        """Quantize the weight of the op that runs next, and those that see now what they will see.
+
+        Args:
+            rounded: What rounds the ops' inputs.
+            node: The op.
+            left: Ops whose weights are not fitted yet; those that are leave it.
+        """
+        others = [use for _, use in left.values() if use.node is not node]
+        together = fitted_together(left[node][1], others, self.run, self.partners)
+        layers = [left.pop(use.node) for use in together]
+        tasks = (self._task(rounded, *layer) for layer in layers)
+        executor = self.evidence.resources.executor
+        fits = run_tasks(fit_integers_of, tasks, executor, threads=False)
+        for (weight, use), found in zip(layers, fits, strict=True):
+            if found.fallback:
+                self.result.fallbacks[weight.name] = found.fallback
+            else:
+                self.result.weights[weight.name] = found.stored
+            bias = bias_of(use)
+            if found.bias is not None and bias is not None:
+                self.edit.set_value(bias, found.bias)
+                self.result.biases[str(bias.target)] = found.bias
+            self.set(weight, found.stored.dense())
+
+    def _task(self, rounded: _RoundedActivations, weight: WeightTensor, use: WeightUse) -> Task:
         annotation = quantization_annotation(weight.nodes[0])
         assert annotation is not None
-        original, bias = weight.tensor.detach(), bias_of(use)
-        spec = annotation.spec
-        blocks, _ = plan_blocks(original.shape, annotation.output_axis, spec.granularity)
-        moments = self._moments(use, centred=bias is not None)
-        quantized = None
-        if moments is not None:
-            target = LayerTarget.of(use, original, moments)
-            quantized = quantize_to_outputs(target.weight, spec, blocks, target.loss())
-        if quantized is None or moments is None:
-            reason = "calibration never reached it" if moments is None else "its blocks cross rows"
-            self.result.fallbacks[weight.name] = reason
-            self.set(weight, quantize_weight(original, spec, blocks).dense())
-            return
-        dense = quantized.dense()
-        self.result.weights[weight.name] = quantized.measured(original)
-        if bias is not None:
-            corrected = target.bias(self.edit.value(bias).detach(), dense)
-            self.edit.set_value(bias, corrected)
-            self.result.biases[str(bias.target)] = corrected
-        self.set(weight, dense)
-
-    def _moments(self, use: WeightUse, *, centred: bool) -> LayerMoments | None:
-        inputs = use.node.args[use.form.data]
-        assert isinstance(inputs, fx.Node)
-        return collect_moments(
-            use,
-            self.run.values(inputs),
-            self.reference.values(self.partners[inputs]),
-            None,
-            missing_beside(use, self.run, self.reference, self.partners),
-            centred=centred,
-            seed=self.seed,
-        )
+        bias, seed = bias_of(use), self.evidence.seed
+        layer = Layer(use.loose(), annotation.spec, annotation.output_axis, seed)
+        with rounded.operands_of(use.node):
+            data = LayerData.of(use, self.run, self.reference, self.partners)
+        own = None if bias is None else self.edit.value(bias).detach()
+        return task_of(layer, weight.tensor.detach(), own, data)
 
     def set(self, weight: WeightTensor, dense: Tensor) -> None:
         """Let a stored form take the weight's place for the layers behind."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from graphopt.analysis.matrix_form import WeightUse
+from graphopt.analysis.matrix_form import MatrixUse
 from graphopt.fitting.channel_moments import moved_bias
 from graphopt.fitting.moments import LayerMoments, bias_change, compensated_weight
 from graphopt.fitting.output_loss import OutputLoss
@@ -28,7 +28,7 @@ class LayerTarget:
             where there is one fit.
     """
 
-    use: WeightUse
+    use: MatrixUse
     original: Tensor
     weight: Tensor
     moments: LayerMoments
@@ -37,7 +37,7 @@ class LayerTarget:
     @classmethod
     def of(
         cls,
-        use: WeightUse,
+        use: MatrixUse,
         original: Tensor,
         moments: LayerMoments,
         *,

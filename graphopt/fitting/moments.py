@@ -11,13 +11,13 @@ can tell it. Positions count by the square root of their saliency, so that paddi
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, fx
 
-from graphopt.analysis.matrix_form import WeightUse
+from graphopt.analysis.matrix_form import MatrixUse, WeightUse
 from graphopt.ir import op_info
 from graphopt.run.layerwise import LayerwiseRun
 
@@ -28,6 +28,7 @@ __all__ = [
     "collect_moments",
     "compensated_weight",
     "missing_beside",
+    "operand_beside",
 ]
 
 _RIDGE = 0.3  # λ relative to the mean diagonal
@@ -99,6 +100,19 @@ def missing_beside(
         reference: The exact one.
         partners: Nodes of the first → nodes of the second.
     """
+    other = operand_beside(use, partners)
+    if other is None or not run.has_run(other):
+        return None
+    return list(zip(reference.values(partners[other]), run.values(other), strict=True))
+
+
+def operand_beside(use: WeightUse, partners: Container[fx.Node]) -> fx.Node | None:
+    """The other operand of the sum behind an op, where its error can be told for each row.
+
+    Args:
+        use: The op.
+        partners: Nodes that the exact program has as well.
+    """
     node, shape = use.node, _shape(use.node)
     if use.form.kind == "transposed":
         return None
@@ -110,9 +124,7 @@ def missing_beside(
             other = right if left is node else left
             if not isinstance(other, fx.Node) or reader.kwargs or other not in partners:
                 return None
-            if not run.has_run(other) or node is other or not _fits(_shape(other), shape, use):
-                return None
-            return list(zip(reference.values(partners[other]), run.values(other), strict=True))
+            return other if node is not other and _fits(_shape(other), shape, use) else None
         if info is None or not info.copies:
             return None
         node = reader
@@ -143,7 +155,7 @@ def bias_of(use: WeightUse) -> fx.Node | None:
 
 
 def collect_moments(
-    use: WeightUse,
+    use: MatrixUse,
     inputs: Sequence[Tensor],
     wanted: Sequence[Tensor],
     saliency: Sequence[Tensor] | None,
@@ -240,7 +252,7 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
     return (left[:, :, None] * right[:, None, :]).float()
 
 
-def compensated_weight(use: WeightUse, weight: Tensor, moments: LayerMoments) -> Tensor:
+def compensated_weight(use: MatrixUse, weight: Tensor, moments: LayerMoments) -> Tensor:
     """The weight that on the inputs as they are comes closest to the exact outputs."""
     matrix = use.matrix(weight, casts=False).double()
     hessian = moments.hessian.double()
@@ -252,7 +264,7 @@ def compensated_weight(use: WeightUse, weight: Tensor, moments: LayerMoments) ->
     return use.pull_back(matrix + moved, weight.shape).to(weight.dtype).contiguous()
 
 
-def bias_change(use: WeightUse, exact: Tensor, compressed: Tensor, moments: LayerMoments) -> Tensor:
+def bias_change(use: MatrixUse, exact: Tensor, compressed: Tensor, moments: LayerMoments) -> Tensor:
     """What the op's bias must take up so that the mean of its outputs is right, [rows], float64.
 
     Args:

@@ -16,20 +16,18 @@ from graphopt.analysis.matrix_form import MatrixForm, WeightUse, weight_uses
 from graphopt.analysis.weights import WeightTensor, find_weights
 from graphopt.fitting.evidence import Evidence
 from graphopt.fitting.importance import element_importance
-from graphopt.fitting.layer_target import LayerTarget
-from graphopt.fitting.moments import bias_of, collect_moments, missing_beside
+from graphopt.fitting.layer_data import LayerData, fitted_together
+from graphopt.fitting.layer_tasks import Layer, fit_tables_of, task_of
+from graphopt.fitting.moments import bias_of, missing_beside
 from graphopt.fitting.output_loss import OutputLoss
-from graphopt.fitting.palettize_outputs import (
-    NO_ORDER,
-    palettize_by_columns,
-    palettize_to_outputs,
-)
+from graphopt.fitting.palettize_outputs import NO_ORDER, palettize_to_outputs
 from graphopt.ir.annotations import palette_annotation
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.progress import track
 from graphopt.run.layerwise import LayerwiseRun
+from graphopt.run.workers import Task, run_tasks
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 
 __all__ = ["OutputFit", "fit_to_outputs"]
@@ -86,9 +84,10 @@ def fit_to_outputs(
             layers.result.fallbacks[weight.name] = reason
             layers.keep(weight, _plain(weight, None, evidence.seed))
     steps = [node for node in partners if node.op != "output"]
+    left = {node: (weights[name], uses[name][0]) for node, name in ops.items()}
     for node in track(steps, "fitting layers", len(steps), enabled=evidence.progress):
-        if node in ops:
-            layers.fit(weights[ops[node]], uses[ops[node]][0])
+        if node in left:
+            layers.fit(node, left)
         run.step(node)
         reference.step(partners[node])
     return layers.result
@@ -105,50 +104,44 @@ class _Layers:
     evidence: Evidence
     result: OutputFit = field(default_factory=lambda: OutputFit({}, {}, {}))
 
-    def fit(self, weight: WeightTensor, use: WeightUse) -> None:
-        """Palettize the weight of the op that runs next."""
-        missing = missing_beside(use, self.run, self.reference, self.partners)
-        if use.form.kind == "embedding":
-            self._fit_embedding(weight, use, missing)
-        else:
-            self._fit_matrix(weight, use, missing)
+    def fit(self, node: fx.Node, left: dict[fx.Node, tuple[WeightTensor, WeightUse]]) -> None:
+        """Palettize the weight of the op that runs next, and those that see now what they will see.
 
-    def _fit_matrix(self, weight: WeightTensor, use: WeightUse, missing: _Missing) -> None:
+        Args:
+            node: The op.
+            left: Ops whose weights are not fitted yet; those that are leave it.
+        """
+        weight, use = left[node]
+        if use.form.kind == "embedding":
+            self._fit_embedding(weight, use)
+            del left[node]
+            return
+        others = [use for _, use in left.values() if use.form.kind != "embedding"]
+        others.remove(use)
+        together = fitted_together(use, others, self.run, self.partners)
+        layers = [left.pop(each.node) for each in together]
+        tasks = (self._task(*layer) for layer in layers)
+        executor = self.evidence.resources.executor
+        fits = run_tasks(fit_tables_of, tasks, executor, threads=False)
+        for (weight, use), found in zip(layers, fits, strict=True):
+            if found.fallback:
+                self.result.fallbacks[weight.name] = found.fallback
+            self.keep(weight, found.stored)
+            bias = bias_of(use)
+            if found.bias is not None and bias is not None:
+                self.edit.set_value(bias, found.bias)
+                self.result.biases[str(bias.target)] = found.bias
+
+    def _task(self, weight: WeightTensor, use: WeightUse) -> Task:
         annotation = palette_annotation(weight.nodes[0])
         assert annotation is not None
-        inputs, seed = _data_of(use), self.evidence.seed
-        original = weight.tensor.detach()
+        layer = Layer(use.loose(), annotation.spec, annotation.output_axis, self.evidence.seed)
         bias = bias_of(use) if self.evidence.correct_bias else None
-        moments = collect_moments(
-            use,
-            self.run.values(inputs),
-            self.reference.values(self.partners[inputs]),
-            self._saliency(use),
-            missing,
-            centred=bias is not None,
-            seed=seed,
-        )
-        if moments is None:
-            self.result.fallbacks[weight.name] = "calibration never reached it"
-            self.keep(weight, _plain(weight, None, seed))
-            return
-        target = LayerTarget.of(use, original, moments)
-        axis, spec = annotation.output_axis, annotation.spec
-        palettized = palettize_to_outputs(
-            target.weight, spec, target.loss(), output_axis=axis, seed=seed
-        )
-        if palettized is None:
-            self.result.fallbacks[weight.name] = NO_ORDER
-            palettized = palettize_by_columns(
-                original, spec, use, target.hessian, output_axis=axis, seed=seed
-            )
-        self.keep(weight, palettized)
-        if bias is not None:
-            corrected = target.bias(self.edit.value(bias).detach(), palettized.dense())
-            self.edit.set_value(bias, corrected)
-            self.result.biases[str(bias.target)] = corrected
+        data = LayerData.of(use, self.run, self.reference, self.partners, self._saliency(use))
+        own = None if bias is None else self.edit.value(bias).detach()
+        return task_of(layer, weight.tensor.detach(), own, data)
 
-    def _fit_embedding(self, weight: WeightTensor, use: WeightUse, missing: _Missing) -> None:
+    def _fit_embedding(self, weight: WeightTensor, use: WeightUse) -> None:
         """Errors go on along each vector, weighed by the gradients there.
 
         A vector counts by the saliency of the positions that took it, plus as much as the mean one:
@@ -157,7 +150,8 @@ class _Layers:
         annotation = palette_annotation(weight.nodes[0])
         assert annotation is not None
         original, seed = weight.tensor.detach(), self.evidence.seed
-        indices = self.run.values(_data_of(use))
+        indices = self.run.values(use.data)
+        missing = missing_beside(use, self.run, self.reference, self.partners)
         taken, gap = _embedding_evidence(use, original, indices, missing, self._saliency(use))
         importance = 1 + taken / taken.mean().clamp_min(1e-30)
         target = original
@@ -189,12 +183,6 @@ class _Layers:
         error = (weight.tensor.detach().double() - dense.double()).square().sum()
         self.result.palettes[weight.name] = replace(palettized, sse=float(error))
         _set(self.edit, weight, dense)
-
-
-def _data_of(use: WeightUse) -> fx.Node:
-    inputs = use.node.args[use.form.data]
-    assert isinstance(inputs, fx.Node)
-    return inputs
 
 
 def _embedding_evidence(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from graphopt.analysis.matrix_form import WeightUse
+from graphopt.analysis.matrix_form import MatrixUse
 from graphopt.numerics.feedback import OrderedHessian
 
 __all__ = ["OutputLoss"]
@@ -24,7 +24,7 @@ class OutputLoss:
         ordered: `OrderedHessian.of(hessian[0], damping)`, where several fits share it.
     """
 
-    use: WeightUse
+    use: MatrixUse
     hessian: Tensor
     row_importance: Tensor | None = None
     damping: float = 0.01

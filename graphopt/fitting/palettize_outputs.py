@@ -7,7 +7,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from graphopt.analysis.matrix_form import WeightUse
+from graphopt.analysis.matrix_form import MatrixUse
 from graphopt.fitting.importance import element_importance
 from graphopt.fitting.output_loss import OutputLoss
 from graphopt.numerics.feedback import Feedback, TableMap, feedback_grouped, fit_tables
@@ -120,7 +120,7 @@ def palettize_to_outputs(
 def palettize_by_columns(
     weight: Tensor,
     spec: PalettizationSpec,
-    use: WeightUse,
+    use: MatrixUse,
     hessian: Tensor,
     *,
     output_axis: int = 0,
@@ -147,7 +147,7 @@ def _start_tables(start: PalettizedWeight, spec: PalettizationSpec) -> Tensor:
 
 
 def _places(
-    weight: Tensor, spec: PalettizationSpec, use: WeightUse, output_axis: int
+    weight: Tensor, spec: PalettizationSpec, use: MatrixUse, output_axis: int
 ) -> tuple[TableMap | ColumnMap, npt.NDArray[np.int64]] | None:
     """Tables of rows and columns, and the number of each unit in the order of the codes."""
     layout = arrange(weight, spec, output_axis, None).layout

@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from graphopt.analysis.matrix_form import WeightUse
+from graphopt.analysis.matrix_form import MatrixUse
 from graphopt.errors import CompressionError
 from graphopt.fitting.importance import element_importance
 from graphopt.fitting.output_loss import OutputLoss
@@ -56,7 +56,7 @@ def grid_values(spec: QuantizationSpec) -> Tensor:
     return values[torch.isfinite(values)].unique()
 
 
-def table_map(use: WeightUse, blocks: Blocks) -> TableMap | None:
+def table_map(use: MatrixUse, blocks: Blocks) -> TableMap | None:
     """The block of each weight of the op's matrix; None where blocks are not rows × columns."""
     numbers = blocks.spread(torch.arange(blocks.n_blocks).reshape(blocks.counts))
     whole = numbers.expand(blocks.shape).contiguous()
@@ -66,7 +66,7 @@ def table_map(use: WeightUse, blocks: Blocks) -> TableMap | None:
 
 
 def search_scales(
-    weight: Tensor, spec: QuantizationSpec, blocks: Blocks, use: WeightUse, hessian: Tensor
+    weight: Tensor, spec: QuantizationSpec, blocks: Blocks, use: MatrixUse, hessian: Tensor
 ) -> QParams:
     """Scales (and zero points) of least error when elements are rounded to the nearest.
 
@@ -156,7 +156,7 @@ class _Problem:
     weight: Tensor
     spec: QuantizationSpec
     blocks: Blocks
-    use: WeightUse
+    use: MatrixUse
     hessian: Tensor
     where: TableMap
     damping: float

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from graphopt.analysis.matrix_form import WeightUse
+from graphopt.analysis.matrix_form import MatrixUse
 from graphopt.numerics.affine import (
     QParams,
     dequantize,
@@ -29,7 +29,7 @@ def scales_by_rate(
     weight: Tensor,
     spec: QuantizationSpec,
     blocks: Blocks,
-    use: WeightUse,
+    use: MatrixUse,
     hessian: Tensor,
     rate_weight: float,
     importance: Tensor | None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 import tempfile
 import uuid
@@ -16,7 +17,8 @@ from typing import Any, TypeVar
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import Tensor
+from torch import Tensor, nn
+from typing_extensions import override
 
 from graphopt.audited import read_pickle_of_ours
 from graphopt.errors import InputError
@@ -34,7 +36,7 @@ class Task:
     """One of many that need nothing of each other.
 
     Attributes:
-        arguments: Small plain values, which travel to the worker.
+        arguments: Plain values, which travel to the worker; tensors in them do not.
         tensors: What the worker reads from storage that it shares with this process.
     """
 
@@ -117,7 +119,11 @@ def dask_workers(address: str | None, folder: str | Path | None = None) -> Itera
 
 
 def run_tasks(
-    function: Callable[..., R], tasks: Iterable[Task], workers: Any = None
+    function: Callable[..., R],
+    tasks: Iterable[Task],
+    workers: Any = None,
+    *,
+    threads: bool = True,
 ) -> Iterator[R]:
     """`function(tensors, *arguments)` of every task, in their order.
 
@@ -127,29 +133,68 @@ def run_tasks(
     Args:
         function: Of a module, so that other processes find it.
         tasks: They are read as they are needed.
-        workers: What `executor=` takes; None runs them on the cores that torch may use here.
+        workers: What `executor=` takes; None runs them here.
+        threads: Whether None runs them on the cores that torch may use, or one after the other.
 
     Raises:
         InputError: `workers` is no executor.
     """
     executor = executor_of(workers)
     if executor is None:
-        yield from map_tasks(lambda task: function(task.tensors, *task.arguments), tasks)
+
+        def run(task: Task) -> R:
+            return function(task.tensors, *task.arguments)
+
+        yield from map_tasks(run, tasks) if threads else map(run, tasks)
         return
     here = isinstance(executor, ThreadPoolExecutor)
     folder = workers.folder if isinstance(workers, Workers) else None
-    waiting: deque[tuple[Future[Any], Path | None]] = deque()
+    waiting: deque[tuple[Future[Any], list[Path] | None]] = deque()
     with tempfile.TemporaryDirectory(prefix="graphopt-", dir=folder) as name:
+        shelf = None if here else _Shelf(Path(name))
         try:
             for task in tasks:
                 if len(waiting) >= 2 * _count(executor):
-                    yield _taken(*waiting.popleft())
-                waiting.append(_submitted(executor, function, task, None if here else Path(name)))
+                    yield _taken(*waiting.popleft(), shelf)
+                waiting.append(_submitted(executor, function, task, shelf))
             while waiting:
-                yield _taken(*waiting.popleft())
+                yield _taken(*waiting.popleft(), shelf)
         finally:
             for future, _ in waiting:
                 future.cancel()
+
+
+class _Shelf:
+    """Tensors in files, each once however many tasks read it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._readers: dict[Path, int] = {}
+        self._known: dict[tuple[Any, ...], tuple[Path, Tensor]] = {}
+
+    def put(self, tensor: Tensor) -> Path:
+        """The file of a tensor, for one more reader."""
+        plain = tensor.detach()
+        place = plain.untyped_storage().data_ptr(), plain.storage_offset()
+        key = (*place, tuple(plain.shape), plain.stride(), plain.dtype)
+        # an address is a tensor's own only as long as it lives
+        path, _ = self._known.get(key, (self.folder / f"{uuid.uuid4().hex}.safetensors", plain))
+        if key not in self._known:
+            save_file({"value": plain.cpu().contiguous()}, path)
+            self._known[key] = path, plain
+            self._readers[path] = 0
+        self._readers[path] += 1
+        return path
+
+    def give_back(self, paths: Iterable[Path]) -> None:
+        """One reader less for each; files without any go."""
+        for path in paths:
+            self._readers[path] -= 1
+        left = {path for path, count in self._readers.items() if not count}
+        self._known = {key: held for key, held in self._known.items() if held[0] not in left}
+        for path in left:
+            del self._readers[path]
+            path.unlink()
 
 
 def _count(executor: Executor) -> int:
@@ -161,26 +206,47 @@ def _count(executor: Executor) -> int:
 
 
 def _submitted(
-    executor: Executor, function: Callable[..., Any], task: Task, folder: Path | None
-) -> tuple[Future[Any], Path | None]:
-    if folder is None:
+    executor: Executor, function: Callable[..., Any], task: Task, shelf: _Shelf | None
+) -> tuple[Future[Any], list[Path] | None]:
+    if shelf is None:
         return executor.submit(function, task.tensors, *task.arguments), None
-    path = folder / f"{uuid.uuid4().hex}.safetensors"
-    save_file({key: value.detach().contiguous() for key, value in task.tensors.items()}, path)
-    return executor.submit(_elsewhere, function, str(path), pickle.dumps(task.arguments)), path
+    paths: list[Path] = []
+    content = io.BytesIO()
+    _Pickler(content, shelf, paths).dump((dict(task.tensors), *task.arguments))
+    return executor.submit(_elsewhere, function, content.getvalue()), paths
 
 
-def _taken(future: Future[Any], path: Path | None) -> Any:
+class _Pickler(pickle.Pickler):
+    """Leaves tensors, wherever they are, to a shelf."""
+
+    def __init__(self, content: io.BytesIO, shelf: _Shelf, paths: list[Path]) -> None:
+        super().__init__(content)
+        self._shelf, self._paths = shelf, paths
+
+    @override
+    def persistent_id(self, obj: Any) -> str | None:
+        if type(obj) not in (Tensor, nn.Parameter):
+            return None
+        self._paths.append(self._shelf.put(obj))
+        return str(self._paths[-1])
+
+
+def _taken(future: Future[Any], paths: list[Path] | None, shelf: _Shelf | None) -> Any:
     result = future.result()
-    if path is None:
+    if paths is None or shelf is None:
         return result
-    path.unlink()
+    shelf.give_back(paths)
     return read_pickle_of_ours(result)
 
 
-def _elsewhere(function: Callable[..., Any], path: str, arguments: bytes) -> bytes:
+def _read(path: str) -> Tensor:
+    with safe_open(path, framework="pt") as file:
+        value = file.get_tensor("value")
+    assert isinstance(value, Tensor)
+    return value
+
+
+def _elsewhere(function: Callable[..., Any], content: bytes) -> bytes:
     """What a worker does; tensors come back by value, not by handles that end with the worker."""
-    with safe_open(path, framework="pt") as file, torch.no_grad():
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - no mapping
-        result = function(tensors, *read_pickle_of_ours(arguments))
-    return pickle.dumps(result)
+    with torch.no_grad():
+        return pickle.dumps(function(*read_pickle_of_ours(content, _read)))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from helpers.pools import POOLS, Immediate, processes
 from torch import Tensor, nn
 
 import graphopt
@@ -33,33 +32,7 @@ def tasks() -> Iterator[Task]:
         yield Task((float(number),), {"weight": weight})
 
 
-def threads() -> Executor:
-    return ThreadPoolExecutor(2)
-
-
-def processes() -> Executor:
-    return ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn"))
-
-
-class Immediate(Executor):
-    """An executor of another kind, whose workers might be anywhere, that notes what it is sent."""
-
-    def __init__(self) -> None:
-        self.sent: list[tuple[Any, ...]] = []
-
-    def submit(self, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
-        self.sent.append(args)
-        future: Future[Any] = Future()
-        try:
-            future.set_result(function(*args, **kwargs))
-        except Exception as error:
-            future.set_exception(error)
-        return future
-
-
-@pytest.mark.parametrize(
-    "pool", [threads, Immediate, pytest.param(processes, marks=pytest.mark.integration)]
-)
+@pytest.mark.parametrize("pool", POOLS)
 def test_results_come_in_order_whatever_runs_the_tasks(pool: Callable[[], Executor]) -> None:
     with pool() as executor:
         found = list(run_tasks(scaled, tasks(), executor))
@@ -76,9 +49,27 @@ def test_tensors_lie_in_the_shared_folder_and_not_in_the_tasks(tmp_path: Path) -
         )
     )
     (sent,) = executor.sent
-    assert tmp_path in Path(sent[1]).parents
+    assert str(tmp_path).encode() in sent[1]
     assert sum(len(part) for part in sent if isinstance(part, str | bytes)) < 1000
     assert not list(tmp_path.iterdir())
+
+
+def summed(tensors: Mapping[str, Tensor], more: list[Tensor]) -> Tensor:
+    return tensors["weight"] + sum(more)
+
+
+def test_what_several_tasks_read_lies_in_one_file(tmp_path: Path) -> None:
+    shared, counts = torch.arange(6.0).reshape(2, 3), []
+
+    def given() -> Iterator[Task]:
+        for number in range(3):
+            yield Task(([shared, shared.T.reshape(2, 3)],), {"weight": torch.full((2, 3), number)})
+            counts.append(len(list(tmp_path.rglob("*.safetensors"))))
+
+    found = list(run_tasks(summed, given(), Workers(Immediate(), tmp_path)))
+    for number, value in enumerate(found):
+        assert torch.equal(value, number + shared + shared.T.reshape(2, 3))
+    assert counts == [3, 5, 7]  # the copy is another one in every task
 
 
 def test_few_tasks_wait_at_a_time_and_the_rest_is_never_read_after_an_error() -> None:
@@ -101,9 +92,7 @@ def net() -> nn.Module:
     )
 
 
-@pytest.mark.parametrize(
-    "pool", [threads, Immediate, pytest.param(processes, marks=pytest.mark.integration)]
-)
+@pytest.mark.parametrize("pool", POOLS)
 def test_palettes_do_not_depend_on_the_executor(pool: Callable[[], Executor]) -> None:
     model, x = net(), torch.randn(2, 24)
     here = KMeansPalettizer(model)

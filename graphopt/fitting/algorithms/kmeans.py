@@ -32,6 +32,7 @@ class KMeans(FittingAlgorithm[PalettizedWeight]):
                 seed=evidence.seed,
                 importance=evidence.sensitivities if self.needs_sensitivities else None,
                 names=names,
+                executor=evidence.resources.executor,
             )
         )
 

@@ -220,6 +220,9 @@ class SweepOptions(Options):
         uniform: Evaluate every candidate for all layers as well.
         score: Name of the score.
         path: File that grows with every evaluation and lets an interrupted sweep go on.
+        executor: Where models are compressed and scored side by side, as for `analyze`. Functions of
+            one's own must be importable where workers are other processes. Results do not depend on
+            it.
         progress: Show bars; None shows them on a terminal.
     """
 
@@ -229,6 +232,7 @@ class SweepOptions(Options):
     uniform: bool = True
     score: str = "score"
     path: str | Path | None = None
+    executor: Any = None
     progress: bool | None = None
 
 
@@ -241,4 +245,5 @@ class SweepKeywords(TypedDict, total=False):
     uniform: bool
     score: str
     path: str | Path | None
+    executor: Any
     progress: bool | None

@@ -170,7 +170,7 @@ class SensitivityTable(Measurements):
             options: The fields of `SweepOptions`: `solver`, `pin` and `keep` as for `recipe`,
                 `uniform` (evaluate every candidate for all layers as well; True), `score` (its
                 name), `path` (file that grows with every evaluation and lets an interrupted sweep go
-                on) and `progress`.
+                on), `executor` (where models are scored) and `progress`.
 
         Raises:
             InfeasibleError: No target is attainable.

@@ -26,6 +26,7 @@ from graphopt.search.mixed_precision.measurements import Measurements
 from graphopt.search.mixed_precision.options import SweepOptions
 from graphopt.search.mixed_precision.plots import chart_of_sweep, plot_sweep
 from graphopt.search.mixed_precision.recipe import Recipe
+from graphopt.search.mixed_precision.sweep_tasks import UNCOMPRESSED, scores
 from graphopt.search.record_file import RecordFile
 
 if TYPE_CHECKING:
@@ -173,21 +174,23 @@ def run_sweep(
         ("recipe", target, recipe) for target, recipe in planned
     ]
     work += [("uniform", None, uniform(table, name)) for name in plain]
-    work.append(("uncompressed", None, uniform(table, "keep")))
+    work.append((UNCOMPRESSED, None, uniform(table, "keep")))
     points: list[Point] = []
     recipes: list[Recipe] = []
     # the table's own way to apply a recipe is part of the library
     own = apply if getattr(apply, "__self__", None) is not table else None
     with contextlib.nullcontext() if options.path is None else locked(Path(options.path)):
         known = _Known(table, options, (evaluate, own))
+        missing = known.missing([(kind, recipe) for kind, _, recipe in work])
+        found = scores(table.program, missing, evaluate, own, options.executor) if missing else ()
+        fresh = iter(found)
         for kind, target, recipe in track(work, "sweeping", len(work), enabled=options.progress):
             value = known.get(kind, recipe)
             if value is None:
-                module = table.program.module() if kind == "uncompressed" else apply(recipe)
-                value = float(torch.as_tensor(evaluate(module)).double().mean())
+                value = next(fresh)
                 known.add(kind, recipe, value)
             label = next(iter(recipe.distribution)) if kind == "uniform" else recipe.solver
-            label = "" if kind == "uncompressed" else label
+            label = "" if kind == UNCOMPRESSED else label
             points.append(Point(kind, label, target, recipe.bits_per_weight, recipe.bytes, value))
             if kind == "recipe":
                 recipes.append(recipe)
@@ -243,6 +246,11 @@ class _Known:
         specs = [(name, choice, used.get(choice, {})) for name, choice in chosen]
         text = json.dumps([kind, specs], default=str)
         return f"{kind} {hashlib.sha256(text.encode()).hexdigest()[:32]}"
+
+    def missing(self, wanted: Sequence[tuple[str, Recipe]]) -> list[tuple[str, Recipe]]:
+        """Those without a score, each once."""
+        keys = {self._key(kind, recipe): (kind, recipe) for kind, recipe in reversed(wanted)}
+        return [keys[key] for key in reversed(keys) if key not in self._scores]
 
     def get(self, kind: str, recipe: Recipe) -> float | None:
         return self._scores.get(self._key(kind, recipe))

@@ -16,9 +16,30 @@ from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.graph_layers import GraphLayer
 
-__all__ = ["LayerFit", "fit_layer", "take_target"]
+__all__ = ["LayerFit", "LooseLayer", "fit_layer", "take_target"]
 
 _NO_FEEDBACK = "no error feedback for lookups, tied weights and ops of other forms"
+
+
+@dataclass(frozen=True)
+class LooseLayer:
+    """What fits need of a layer; no graph comes with it.
+
+    Attributes:
+        weight: The stored tensor.
+        output_axis: Its output-channel axis.
+        bias: The exact bias, where it takes up the mean of the layer's error.
+    """
+
+    weight: Tensor
+    output_axis: int
+    bias: Tensor | None
+
+    @classmethod
+    def of(cls, layer: GraphLayer) -> LooseLayer:
+        """A layer without its graph."""
+        bias = None if layer.use is None else layer.bias_value
+        return cls(layer.weight.tensor.detach(), layer.entry.output_axis, bias)
 
 
 @dataclass(frozen=True)
@@ -62,7 +83,7 @@ def take_target(
     """
     assert layer.use is not None
     moments = collect_moments(
-        layer.use,
+        layer.use.loose(),
         inputs,
         exact,
         saliency,
@@ -74,7 +95,7 @@ def take_target(
         return None
     feedback = config.feedback
     return LayerTarget.of(
-        layer.use,
+        layer.use.loose(),
         layer.weight.tensor.detach(),
         moments,
         compensate=feedback.compensate,
@@ -83,7 +104,7 @@ def take_target(
 
 
 def fit_layer(
-    layer: GraphLayer,
+    layer: LooseLayer,
     candidate: Candidate,
     target: LayerTarget | None,
     config: RDOConfig,
@@ -105,10 +126,9 @@ def fit_layer(
     """
     spec = candidate.weight
     if spec is None:
-        bits = layer.weight.tensor.numel() * layer.weight.tensor.element_size() * 8
+        bits = layer.weight.numel() * layer.weight.element_size() * 8
         return LayerFit(candidate.name, None, None, "kept", bits)
-    weight = layer.weight.tensor.detach()
-    axis, seed = layer.entry.output_axis, config.seed
+    weight, axis, seed = layer.weight, layer.output_axis, config.seed
     fit = None
     if target is not None:
         options = TargetOptions(
@@ -126,7 +146,7 @@ def fit_layer(
         fit = TargetFit(rounded, "rounded", _NO_FEEDBACK)
     stored, how, note = fit
     bias = None
-    if layer.bias_value is not None and layer.use is not None and target is not None:
-        bias = target.bias(layer.bias_value, stored.dense())
+    if layer.bias is not None and target is not None:
+        bias = target.bias(layer.bias, stored.dense())
     coded = stored.coded_bits()
     return LayerFit(candidate.name, stored.measured(weight), bias, how, coded, note)

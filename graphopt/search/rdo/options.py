@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from graphopt.specs.options import Options
 
@@ -21,12 +21,16 @@ class RunOptions(Options):
             kept beside it in `.<name>.partial`, from which an interrupted run goes on.
         overwrite: Replace the folder.
         resume: Go on with an unfinished run, or begin anew.
+        executor: Where the candidates of a layer are fitted side by side: any
+            `concurrent.futures.Executor`, or a Dask client or cluster (`graphopt.Workers`). None fits one
+            after the other. Results do not depend on it.
         progress: Show bars; None shows them on a terminal.
     """
 
     out: str | Path | None = None
     overwrite: bool = False
     resume: bool = True
+    executor: Any = None
     progress: bool | None = None
 
 
@@ -36,4 +40,5 @@ class RunKeywords(TypedDict, total=False):
     out: str | Path | None
     overwrite: bool
     resume: bool
+    executor: Any
     progress: bool | None

@@ -99,8 +99,8 @@ def optimize(
             standard error of the drop is computed. It may use labels: it decides nothing.
         evaluation_data: Inputs on which outputs are compared; the calibration data when None.
         options: The fields of `RunOptions`: `out` (folder for report.json, config.yaml, bits.json,
-            comparison.png and quantized.pt2), `overwrite` (replace it), `resume` (go on with an
-            unfinished run; True) and `progress` (show bars; None shows them on a terminal).
+            comparison.png and quantized.pt2), `overwrite`, `resume` (go on with an unfinished run;
+            True), `executor` (where candidates are fitted) and `progress` (show bars).
 
     Returns:
         The program and the report.
@@ -174,9 +174,8 @@ def _optimized(
     evaluation: _Evaluation,
     run: RunOptions,
 ) -> Optimized:
-    progress = run.progress
+    progress, watch = run.progress, _Watch()
     target = None if run.out is None else Path(run.out)
-    watch = _Watch()
     with watch("capture and gradients"):
         session = Session.open(
             model,
@@ -195,7 +194,7 @@ def _optimized(
         state.discard()  # no run can go on from it
         raise
     with watch("block-wise search"):
-        costs = _costs(session, state, first, losses, progress)
+        costs = _costs(session, state, first, losses, run)
     final = _final_allocation(session, first, costs)
     rounded = session.sensitive_blocks(final.choice, costs.losses)
     with watch("calibration and rounding"):
@@ -284,7 +283,7 @@ def _first_allocation(
 
 
 def _costs(
-    session: Session, state: RunState, first: Allocation, losses: Rates, progress: bool | None
+    session: Session, state: RunState, first: Allocation, losses: Rates, run: RunOptions
 ) -> Costs:
     if not session.config.blocks.choose:
         own = {name: dict(by_candidate) for name, by_candidate in losses.items()}
@@ -292,7 +291,8 @@ def _costs(
     known = state.read("search")
     if known is not None:
         return Costs(**known)
-    costs = session.search(first.rate_weight, progress=progress)
+    here = {"progress": run.progress, "executor": run.executor}
+    costs = session.search(first.rate_weight, **here)
     target = session.config.target_bits
     if session.config.rate == "entropy" and target is not None:
         for _ in range(_ENTROPY_ROUNDS):
@@ -302,7 +302,7 @@ def _costs(
                 break
             # half a bit per octave of λ, and a little less than the target
             weight = costs.rate_weight * 4.0 ** (excess + _ENTROPY_MARGIN / 2)
-            costs = session.search(weight, progress=progress)
+            costs = session.search(weight, **here)
     state.write("search", asdict(costs))
     return costs
 

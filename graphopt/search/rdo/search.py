@@ -5,15 +5,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from torch import Tensor
 
 from graphopt.fitting.layer_target import LayerTarget
+from graphopt.run.workers import Task, run_tasks
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.rdo.blockwise_run import BlockwiseRun, GraphBlock
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.graph_layers import GraphLayer
-from graphopt.search.rdo.layer_fit import LayerFit, fit_layer
+from graphopt.search.rdo.layer_fit import LayerFit, LooseLayer, fit_layer
 
 __all__ = ["Costs", "cost_of", "search_block"]
 
@@ -59,6 +61,7 @@ def search_block(
     candidates: Mapping[str, Candidate],
     config: RDOConfig,
     rate_weight: float,
+    executor: Any = None,
 ) -> Iterator[Costs | None]:
     """Measure all candidates of a block's layers and choose; yields None per layer, then the costs.
 
@@ -74,13 +77,17 @@ def search_block(
         candidates: By name.
         config: Options.
         rate_weight: λ.
+        executor: Where the candidates of a layer are fitted, as for `run_tasks`; None fits one after the
+            other.
     """
     costs = Costs(rate_weight=rate_weight)
     forms: dict[str, dict[str, LayerFit]] = {}
     for layer in block.layers:
         name = layer.name
         target = run.target_of(layer, block)
-        forms[name] = _forms(run, layer, target, candidates, config, rate_weight)
+        tasks = _tasks(run, layer, target, candidates, config, rate_weight)
+        fits = run_tasks(_fit_candidate, tasks, executor, threads=False)
+        forms[name] = dict(zip(layer.entry.candidates, fits, strict=True))
         run.set_weight(layer, *_aim(layer, target))
         numbers = run.fitting
         wanted = run.outputs(block, numbers)
@@ -97,19 +104,24 @@ def search_block(
     yield replace(costs, moves=moves)
 
 
-def _forms(
+def _tasks(
     run: BlockwiseRun,
     layer: GraphLayer,
     target: LayerTarget | None,
     candidates: Mapping[str, Candidate],
     config: RDOConfig,
     rate_weight: float,
-) -> dict[str, LayerFit]:
-    importance = run.importance(layer)
-    return {
-        name: fit_layer(layer, candidates[name], target, config, rate_weight, importance)
+) -> list[Task]:
+    loose, importance = LooseLayer.of(layer), run.importance(layer)
+    return [
+        Task((loose, candidates[name], target, config, rate_weight, importance))
         for name in layer.entry.candidates
-    }
+    ]
+
+
+def _fit_candidate(tensors: Mapping[str, Tensor], *arguments: Any) -> LayerFit:
+    assert not tensors
+    return fit_layer(*arguments)
 
 
 def _aim(layer: GraphLayer, target: LayerTarget | None) -> tuple[Tensor, Tensor | None]:

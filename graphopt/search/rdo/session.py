@@ -49,7 +49,7 @@ from graphopt.search.rdo.graph_layers import (
     layers_by_name,
     layers_by_node,
 )
-from graphopt.search.rdo.layer_fit import LayerFit, fit_layer
+from graphopt.search.rdo.layer_fit import LayerFit, LooseLayer, fit_layer
 from graphopt.search.rdo.search import Costs, search_block
 
 __all__ = ["BlockFit", "Costs", "Session", "fits_of"]
@@ -211,12 +211,15 @@ class Session:
         """Calibration inputs as callers give them."""
         return [kwargs if kwargs else args for args, kwargs in self.batches]
 
-    def search(self, rate_weight: float, *, progress: bool | None = None) -> Costs:
+    def search(
+        self, rate_weight: float, *, progress: bool | None = None, executor: Any = None
+    ) -> Costs:
         """Rate-distortion optimisation of one block after the other (`graphopt.rdo.search`).
 
         Args:
             rate_weight: λ, loss per bit.
             progress: Show a bar; None shows it on a terminal.
+            executor: As in `RunOptions`.
         """
         costs, moves = Costs(), 0
 
@@ -225,7 +228,7 @@ class Session:
             run = self._blockwise_run()
             for block in run.blocks():
                 for block_costs in search_block(
-                    run, block, self.candidates, self.config, rate_weight
+                    run, block, self.candidates, self.config, rate_weight, executor
                 ):
                     if block_costs is None:
                         yield None
@@ -316,7 +319,9 @@ class Session:
             candidate = self.candidates[choice[layer.name]]
             importance = run.importance(layer)
             try:
-                fitted = fit_layer(layer, candidate, target, self.config, rate_weight, importance)
+                fitted = fit_layer(
+                    LooseLayer.of(layer), candidate, target, self.config, rate_weight, importance
+                )
             except CompressionError as error:
                 raise CompressionError(f"{layer.name}: {error}") from None
             run.apply(layer, fitted)

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.pools import Immediate, processes, threads
 from search.mixed_precision.nets import encoder as make_encoder
 from search.mixed_precision.nets import pictures, residual, sentences
 
@@ -273,6 +276,26 @@ def test_a_floor_is_kept_by_real_evaluations(table: SensitivityTable) -> None:
     assert drop + 1.645 * error > 0.01  # the next smaller one is not good enough
     with pytest.raises(InfeasibleError, match="even the largest"):
         table.recipe(max_drop=-1.0, evaluate=score)
+
+
+def first_output(module: torch.nn.Module) -> float:
+    with torch.no_grad():
+        return float(module(pictures()[0]).double().sum())
+
+
+@pytest.mark.parametrize(
+    "pool", [threads, Immediate, pytest.param(processes, marks=pytest.mark.slow)]
+)
+def test_sweeps_do_not_depend_on_the_executor(
+    table: SensitivityTable, pool: Callable[[], Executor]
+) -> None:
+    here = table.sweep([3.0, 4.0], first_output, progress=False)
+    with pool() as executor:
+        there = table.sweep([3.0, 4.0], first_output, executor=executor, progress=False)
+        assert there.points == here.points
+        if pool is not threads:
+            with pytest.raises(InputError, match="cannot be sent to a"):
+                table.sweep([3.0], lambda module: 0.0, executor=executor, progress=False)
 
 
 def test_sweeps_trace_a_curve_and_go_on_after_an_interruption(

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from graphopt.rdo import RDOConfig, Session
 from graphopt.search.rdo.adaptive_rounding import Rounded, round_block
 from graphopt.search.rdo.blockwise_run import BlockwiseRun, GraphBlock
-from graphopt.search.rdo.layer_fit import fit_layer
+from graphopt.search.rdo.layer_fit import LooseLayer, fit_layer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 PLAIN = {"feedback": {"enabled": False, "compensate": False}, "blocks": {"scales": False}}
@@ -34,7 +34,8 @@ def rounded(
     made = []
     for layer in block.layers:
         target = run.target_of(layer, block)
-        form = fit_layer(layer, session.candidates[candidate], target, session.config, 0.0, None)
+        own = session.candidates[candidate]
+        form = fit_layer(LooseLayer.of(layer), own, target, session.config, 0.0, None)
         run.apply(layer, form)
         made.append((layer, form, layer.weight.tensor.detach()))
     outcome: Rounded | None = None

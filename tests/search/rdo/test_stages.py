@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from concurrent.futures import Executor
+
 import pytest
 import torch
+from helpers.pools import POOLS
 from search.rdo.nets import calibration, trained
 from search.rdo.runs import EXAMPLE, QUICK, plain, right, run
 
@@ -53,6 +57,17 @@ def test_costs_fall_with_bits_and_the_choice_minimises_loss_and_rate() -> None:
         assert own["int2"] > own["int4"] > own["int8"] > 0
         best = min(own, key=lambda each: own[each] + 1e-6 * costs.bits[name][each])
         assert costs.choice[name] == best
+
+
+@pytest.mark.parametrize("pool", POOLS)
+def test_costs_do_not_depend_on_where_candidates_are_fitted(pool: Callable[[], Executor]) -> None:
+    config = RDOConfig.from_dict(
+        {"rate_weight": 1e-6, "candidates": [2, 4], "blocks": {"rounds": 1}, "draws": 1}
+    )
+    session = Session.open(trained(), EXAMPLE, calibration()[:2], config, progress=False)
+    here = session.search(1e-6, progress=False)
+    with pool() as executor:
+        assert session.search(1e-6, progress=False, executor=executor) == here
 
 
 def test_predicted_loss_is_about_that_of_the_program() -> None:
