@@ -136,7 +136,12 @@ def compress(
     to: OutputOptions,
     form: Annotated[Given, TargetFields()],
     calibration: CalibrationFiles,
-    how: Annotated[Given, Fields(CompressOptions, "on_unmatched", "seed", "tune_steps")],
+    how: Annotated[
+        Given,
+        Fields(
+            CompressOptions, "on_unmatched", "seed", "tune_steps", "activation_memory", "work_dir"
+        ),
+    ],
     watch: WatchOptions,
     config: Annotated[
         str,

@@ -65,6 +65,7 @@ def _policy(lenient: bool) -> str:
 
 
 _FLAGS: Mapping[str, Flag] = {
+    "activation_memory": Flag(type=str | None),
     "backend": Flag(type=ExportBackend | None),
     "candidates": Flag(type=str | None, read=_numbers, help="Such as '4,6,8' or 'int4 b32,int8'."),
     "evaluations": Flag(help="Models that --refine may measure."),
@@ -80,6 +81,7 @@ _FLAGS: Mapping[str, Flag] = {
         "'pattern=candidate' that layers must have; may be repeated.",
     ),
     "resume": Flag(("--resume/--restart",)),
+    "work_dir": Flag(type=Path | None),
     "target_bpw": Flag(("--bpw",)),
     "target_bytes": Flag(
         ("--bytes",),

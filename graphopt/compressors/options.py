@@ -12,6 +12,7 @@ from torch import Tensor
 from graphopt.backends.registry import ExportBackend
 from graphopt.fitting.evidence import Resources
 from graphopt.fitting.sensitivity import LossFn
+from graphopt.specs.artifact import read_bytes
 from graphopt.specs.options import Options
 
 __all__ = ["CalibrationKeywords", "CompressKeywords", "CompressOptions", "PrepareKeywords"]
@@ -42,6 +43,11 @@ class CompressOptions(Options):
             the cores that torch may use. Results do not depend on it.
         mmap_dir: Folder that the codes of palettes move to as soon as they are found without data; the
             program reads them from there as long as it lives. None keeps them in memory.
+        activation_memory: What inputs and outputs of layers may take in memory while layers are fitted
+            to data, in bytes or as a text such as "2GB"; those beyond lie in files. None keeps all in
+            memory. Results do not depend on it.
+        work_dir: Folder for these files, and for each layer that error feedback has finished: a fit
+            that was killed goes on there, with the same bytes in the end. Delete it when done.
     """
 
     backend: ExportBackend | str | None = None
@@ -55,11 +61,18 @@ class CompressOptions(Options):
     progress: bool | None = None
     executor: Any = None
     mmap_dir: str | Path | None = None
+    activation_memory: float | str | None = None
+    work_dir: str | Path | None = None
+
+    def __post_init__(self) -> None:
+        if self.activation_memory is not None:
+            read_bytes(self.activation_memory)  # refuse what is no size before any work
 
     @property
     def resources(self) -> Resources:
         """Where weights are clustered and fitted."""
-        return Resources(executor=self.executor)
+        limit = None if self.activation_memory is None else read_bytes(self.activation_memory)
+        return Resources(executor=self.executor, activation_memory=limit, work_dir=self.work_dir)
 
 
 class CompressKeywords(TypedDict, total=False):
@@ -76,6 +89,8 @@ class CompressKeywords(TypedDict, total=False):
     progress: bool | None
     executor: Any
     mmap_dir: str | Path | None
+    activation_memory: float | str | None
+    work_dir: str | Path | None
 
 
 class CalibrationKeywords(TypedDict, total=False):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from graphopt.numerics.affine import QParams
+from graphopt.run.activation_store import ActivationStore
 from graphopt.run.batches import Batch
 from graphopt.schemes.base import StoredWeight
 from graphopt.schemes.palettize import PalettizedWeight
@@ -26,6 +28,10 @@ class Resources:
     Attributes:
         executor: Where layers are fitted that need nothing of each other, as for `run_tasks`; None fits
             one after the other.
+        activation_memory: Bytes that the layers' inputs and outputs may take in memory; those beyond lie
+            in files. None keeps all in memory.
+        work_dir: Folder for these files, and for the layers that are finished, from which an interrupted
+            fit goes on. None keeps nothing but those files, in the system's folder for such.
 
     Examples:
         >>> from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +45,15 @@ class Resources:
     """
 
     executor: Any = None
+    activation_memory: int | None = None
+    work_dir: str | Path | None = None
+
+    def store(self) -> ActivationStore:
+        """What holds the values of a fit's runs."""
+        folder = None if self.work_dir is None else Path(self.work_dir)
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+        return ActivationStore(self.activation_memory, folder)
 
 
 @dataclass(frozen=True)

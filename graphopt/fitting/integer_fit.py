@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -17,6 +18,7 @@ from graphopt.analysis.activation_places import places_of
 from graphopt.analysis.matrix_form import WeightUse, weight_uses
 from graphopt.analysis.weights import WeightTensor, find_weights
 from graphopt.fitting.evidence import Evidence
+from graphopt.fitting.fitted_layers import FittedLayers
 from graphopt.fitting.layer_data import LayerData, fitted_together
 from graphopt.fitting.layer_tasks import Layer, fit_integers_of, task_of
 from graphopt.fitting.moments import bias_of
@@ -29,7 +31,7 @@ from graphopt.numerics.affine import QParams
 from graphopt.prepared import ActivationQuantizer
 from graphopt.progress import track
 from graphopt.run.layerwise import LayerwiseRun
-from graphopt.run.workers import Task, run_tasks
+from graphopt.run.workers import Task
 from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
 from graphopt.specs import QuantizationSpec
 
@@ -75,8 +77,10 @@ def fit_integers(
         for name, readers in uses.items()
         if len(readers) == 1 and readers[0].form.kind != "embedding"
     }
-    batches = evidence.batches
-    fit = _Fit(edit, LayerwiseRun(work, batches), LayerwiseRun(annotated, batches), evidence)
+    batches, store = evidence.batches, evidence.resources.store()
+    run, reference = (LayerwiseRun(graph, batches, store) for graph in (work, annotated))
+    done = FittedLayers(evidence, "integers", annotated, names)
+    fit = _Fit(edit, run, reference, evidence, done)
     fitted = {weight.name for weight, _ in ops.values()}
     for weight in weights.values():
         annotation = quantization_annotation(weight.nodes[0])
@@ -171,9 +175,15 @@ class _Fit:
     """The program on its way from layer to layer, beside the exact one, and what was found so far."""
 
     def __init__(
-        self, edit: Editor, run: LayerwiseRun, reference: LayerwiseRun, evidence: Evidence
+        self,
+        edit: Editor,
+        run: LayerwiseRun,
+        reference: LayerwiseRun,
+        evidence: Evidence,
+        done: FittedLayers,
     ) -> None:
         self.edit, self.run, self.reference, self.evidence = edit, run, reference, evidence
+        self.done = done
         self.partners = Correspondence.by_name(run.gm, reference.gm)
         self.result = IntegerFit()
 
@@ -193,9 +203,8 @@ class _Fit:
         others = [use for _, use in left.values() if use.node is not node]
         together = fitted_together(left[node][1], others, self.run, self.partners)
         layers = [left.pop(use.node) for use in together]
-        tasks = (self._task(rounded, *layer) for layer in layers)
-        executor = self.evidence.resources.executor
-        fits = run_tasks(fit_integers_of, tasks, executor, threads=False)
+        tasks = {weight.name: partial(self._task, rounded, weight, use) for weight, use in layers}
+        fits = self.done.fitted(fit_integers_of, tasks, self.evidence.resources.executor)
         for (weight, use), found in zip(layers, fits, strict=True):
             if found.fallback:
                 self.result.fallbacks[weight.name] = found.fallback

@@ -19,6 +19,7 @@ from torch import Tensor, fx
 
 from graphopt.analysis.matrix_form import MatrixUse, WeightUse
 from graphopt.ir import op_info
+from graphopt.ir.mapped import is_mapped, release
 from graphopt.run.layerwise import LayerwiseRun
 
 __all__ = [
@@ -214,6 +215,9 @@ def collect_moments(
             beside = beside + rest.mT @ weighted
             beside_mean = beside_mean + (rest * flat).sum(1)
         powers = powers + _powers(columns, error, rest, flat)
+        for value in (x, y) if missing is None else (x, y, *missing[number]):
+            if is_mapped(value):
+                release(value)
     if origin is None or total <= 0:
         return None
     mean, lost, beside_mean = (summed.double() / total for summed in (mean, lost, beside_mean))

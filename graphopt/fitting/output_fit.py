@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import Tensor, fx
@@ -15,9 +16,10 @@ from torch import Tensor, fx
 from graphopt.analysis.matrix_form import MatrixForm, WeightUse, weight_uses
 from graphopt.analysis.weights import WeightTensor, find_weights
 from graphopt.fitting.evidence import Evidence
+from graphopt.fitting.fitted_layers import FittedLayers
 from graphopt.fitting.importance import element_importance
 from graphopt.fitting.layer_data import LayerData, fitted_together
-from graphopt.fitting.layer_tasks import Layer, fit_tables_of, task_of
+from graphopt.fitting.layer_tasks import Found, Layer, fit_tables_of, task_of
 from graphopt.fitting.moments import bias_of, missing_beside
 from graphopt.fitting.output_loss import OutputLoss
 from graphopt.fitting.palettize_outputs import NO_ORDER, palettize_to_outputs
@@ -27,7 +29,7 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.progress import track
 from graphopt.run.layerwise import LayerwiseRun
-from graphopt.run.workers import Task, run_tasks
+from graphopt.run.workers import Task
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 
 __all__ = ["OutputFit", "fit_to_outputs"]
@@ -74,10 +76,12 @@ def fit_to_outputs(
     chosen = [weights[name] for name in names]
     uses = weight_uses(work.graph_module, chosen)
     ops = {readers[0].node: name for name, readers in uses.items() if len(readers) == 1}
-    run = LayerwiseRun(work.graph_module, evidence.batches)
-    reference = LayerwiseRun(annotated.graph_module, evidence.batches)
+    store = evidence.resources.store()
+    run = LayerwiseRun(work.graph_module, evidence.batches, store)
+    reference = LayerwiseRun(annotated.graph_module, evidence.batches, store)
     partners = Correspondence.by_name(work.graph_module, annotated.graph_module)
-    layers = _Layers(edit, run, reference, partners, evidence)
+    done = FittedLayers(evidence, "tables", annotated.graph_module, names)
+    layers = _Layers(edit, run, reference, partners, evidence, done)
     for weight in chosen:
         if weight.name not in ops.values():
             reason = "several ops read it" if weight.name in uses else "its op has no matrix form"
@@ -102,6 +106,7 @@ class _Layers:
     reference: LayerwiseRun
     partners: Correspondence
     evidence: Evidence
+    done: FittedLayers
     result: OutputFit = field(default_factory=lambda: OutputFit({}, {}, {}))
 
     def fit(self, node: fx.Node, left: dict[fx.Node, tuple[WeightTensor, WeightUse]]) -> None:
@@ -113,24 +118,30 @@ class _Layers:
         """
         weight, use = left[node]
         if use.form.kind == "embedding":
-            self._fit_embedding(weight, use)
+            found = self.done.get(weight.name)
+            if found is None:
+                found = self._fit_embedding(weight, use)
+                self.done.add(weight.name, found)
+            self._take(weight, use, found)
             del left[node]
             return
         others = [use for _, use in left.values() if use.form.kind != "embedding"]
         others.remove(use)
         together = fitted_together(use, others, self.run, self.partners)
         layers = [left.pop(each.node) for each in together]
-        tasks = (self._task(*layer) for layer in layers)
-        executor = self.evidence.resources.executor
-        fits = run_tasks(fit_tables_of, tasks, executor, threads=False)
+        tasks = {weight.name: partial(self._task, weight, use) for weight, use in layers}
+        fits = self.done.fitted(fit_tables_of, tasks, self.evidence.resources.executor)
         for (weight, use), found in zip(layers, fits, strict=True):
-            if found.fallback:
-                self.result.fallbacks[weight.name] = found.fallback
-            self.keep(weight, found.stored)
-            bias = bias_of(use)
-            if found.bias is not None and bias is not None:
-                self.edit.set_value(bias, found.bias)
-                self.result.biases[str(bias.target)] = found.bias
+            self._take(weight, use, found)
+
+    def _take(self, weight: WeightTensor, use: WeightUse, found: Found[PalettizedWeight]) -> None:
+        if found.fallback:
+            self.result.fallbacks[weight.name] = found.fallback
+        self.keep(weight, found.stored)
+        bias = bias_of(use)
+        if found.bias is not None and bias is not None:
+            self.edit.set_value(bias, found.bias)
+            self.result.biases[str(bias.target)] = found.bias
 
     def _task(self, weight: WeightTensor, use: WeightUse) -> Task:
         annotation = palette_annotation(weight.nodes[0])
@@ -141,7 +152,7 @@ class _Layers:
         own = None if bias is None else self.edit.value(bias).detach()
         return task_of(layer, weight.tensor.detach(), own, data)
 
-    def _fit_embedding(self, weight: WeightTensor, use: WeightUse) -> None:
+    def _fit_embedding(self, weight: WeightTensor, use: WeightUse) -> Found[PalettizedWeight]:
         """Errors go on along each vector, weighed by the gradients there.
 
         A vector counts by the saliency of the positions that took it, plus as much as the mean one:
@@ -167,11 +178,10 @@ class _Layers:
                 target, annotation.spec, loss, output_axis=annotation.output_axis, seed=seed
             )
             reason = NO_ORDER
-        if palettized is None:
-            self.result.fallbacks[weight.name] = reason
-            weighed = element_importance(along, original, rows=importance[None])
-            palettized = _plain(replace(weight, tensor=target), weighed, seed)
-        self.keep(weight, palettized)
+        if palettized is not None:
+            return Found(palettized)
+        weighed = element_importance(along, original, rows=importance[None])
+        return Found(_plain(replace(weight, tensor=target), weighed, seed), None, reason)
 
     def _saliency(self, use: WeightUse) -> Sequence[Tensor] | None:
         rows = self.evidence.saliency.get(use.node.name)

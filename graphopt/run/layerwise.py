@@ -16,6 +16,7 @@ from torch import fx
 
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.editor import operands
+from graphopt.run.activation_store import ActivationStore
 from graphopt.run.batches import Batch, explained
 from graphopt.run.interpreter import Interpreter, constant_value
 
@@ -28,12 +29,19 @@ class LayerwiseRun:
     Args:
         gm: The graph; constants may be replaced between two steps.
         batches: Calibration inputs, one call each.
+        store: What holds values; several runs may share one. None keeps all in memory.
 
     Attributes:
         interpreter: What computes its nodes.
     """
 
-    def __init__(self, gm: CapturedModule, batches: Sequence[Batch]) -> None:
+    def __init__(
+        self,
+        gm: CapturedModule,
+        batches: Sequence[Batch],
+        store: ActivationStore | None = None,
+    ) -> None:
+        self.store = ActivationStore() if store is None else store
         self.gm = gm
         self.interpreter = Interpreter(gm)
         self._batches = batches
@@ -44,6 +52,7 @@ class LayerwiseRun:
         self._values: dict[fx.Node, list[Any]] = {
             node: [inputs[node] for inputs in given] for node in self.interpreter.given
         }
+        self.store.hold(list(self._values.values()))
 
     def is_constant(self, node: fx.Node) -> bool:
         """Whether a node's value is the same for all inputs."""
@@ -65,7 +74,8 @@ class LayerwiseRun:
 
     def set_values(self, node: fx.Node, values: list[Any]) -> None:
         """Let the readers of a node see other values."""
-        self._values[node] = values
+        self.store.dropped(self._values.get(node, ()))
+        self._values[node] = [self.store.kept(value) for value in values]
 
     def has_run(self, node: fx.Node) -> bool:
         """Whether a node's values are known, or need not be."""
@@ -90,11 +100,13 @@ class LayerwiseRun:
                 operand: self._values[operand][number] for operand in used if operand not in fixed
             }
             with explained(self.gm, self._batches[number]):
-                results.append(self.interpreter.call(node, {**fixed, **given}.__getitem__))
+                made = self.interpreter.call(node, {**fixed, **given}.__getitem__)
+            results.append(self.store.kept(made))
+            self.store.rest(given.values())
         self._values[node] = results
         if keep_inputs:
             return
         for operand in used:
             self._unread[operand] -= 1
             if not self._unread[operand] and operand not in fixed:
-                del self._values[operand]
+                self.store.dropped(self._values.pop(operand))

@@ -29,8 +29,8 @@ from graphopt.ir.program import Program
 from graphopt.progress import track
 from graphopt.run.batches import Batch
 from graphopt.run.calibration_data import data_list, read_calls
+from graphopt.run.content import content_hash, tensors_hash
 from graphopt.run.workers import executor_of
-from graphopt.search.content import content_hash, tensors_hash
 from graphopt.search.mixed_precision.artifacts import artifact_for
 from graphopt.search.mixed_precision.candidates import as_candidates
 from graphopt.search.mixed_precision.exact import Bench, Values, make_bench, measure_batch

@@ -20,7 +20,7 @@ from graphopt.extras import require
 from graphopt.files import replaced, write_csv
 from graphopt.ir.program import Program
 from graphopt.report.notebook import ShownAsTable
-from graphopt.search.content import tensors_hash
+from graphopt.run.content import tensors_hash
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.cross_terms import Matrix, cross_terms
 from graphopt.search.mixed_precision.layers import Layer

@@ -19,9 +19,9 @@ from torch.utils import _pytree as pytree
 from graphopt.audited import Limits, parse_json
 from graphopt.errors import InputError
 from graphopt.run.batches import Batch
+from graphopt.run.record_file import RecordFile
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.layers import Layer
-from graphopt.search.record_file import RecordFile
 
 __all__ = ["Header", "Records", "Vectors", "batch_hash"]
 

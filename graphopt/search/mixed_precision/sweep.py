@@ -20,14 +20,14 @@ from graphopt.files import locked, write_csv
 from graphopt.progress import track
 from graphopt.report.charts import CurveChart
 from graphopt.report.notebook import ShownAsTable
-from graphopt.search.content import content_hash
+from graphopt.run.content import content_hash
+from graphopt.run.record_file import RecordFile
 from graphopt.search.mixed_precision.choose import uniform
 from graphopt.search.mixed_precision.measurements import Measurements
 from graphopt.search.mixed_precision.options import SweepOptions
 from graphopt.search.mixed_precision.plots import chart_of_sweep, plot_sweep
 from graphopt.search.mixed_precision.recipe import Recipe
 from graphopt.search.mixed_precision.sweep_tasks import UNCOMPRESSED, scores
-from graphopt.search.record_file import RecordFile
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,13 +16,13 @@ import torch
 from graphopt.audited import read_tensors
 from graphopt.errors import GraphOptError, InputError
 from graphopt.files import delete_path, replaced
+from graphopt.run.content import tensors_hash
+from graphopt.run.record_file import sealed, unsealed
 from graphopt.schemes.registry import stored_from
-from graphopt.search.content import tensors_hash
 from graphopt.search.mixed_precision.records import batch_hash
 from graphopt.search.rdo.adaptive_rounding import Rounded
 from graphopt.search.rdo.layer_fit import LayerFit
 from graphopt.search.rdo.session import BlockFit, Session
-from graphopt.search.record_file import sealed, unsealed
 
 __all__ = ["RunState", "key_of"]
 

@@ -14,8 +14,8 @@ import torch
 from torch import nn
 
 from graphopt.errors import InputError
-from graphopt.search.content import content_hash
-from graphopt.search.record_file import RecordFile, sealed, unsealed
+from graphopt.run.content import content_hash
+from graphopt.run.record_file import RecordFile, sealed, unsealed
 
 HEAD = {"format": "a test", "version": 2, "weights": "abc", "layers": ["a", "b"]}
 RECORDS = [{"batch": number, "value": 0.1 * number, "name": "ü"} for number in range(3)]
