@@ -10,7 +10,7 @@ TIME ?= 600
 # each of two workers has a core: more threads would only wait for one another
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-integration test-slow docs notebooks walk coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-onnx bench-peer bench-accuracy bench-encoder bench-e2e bench-memory bench-deep clean
+.PHONY: demo test test-integration test-slow docs notebooks walk coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-onnx bench-peer bench-accuracy bench-encoder bench-e2e bench-memory bench-deep bench-device clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -101,6 +101,10 @@ bench-encoder: $(STAMP)
 # peak memory of a model on disk: ARGS="12" makes it of 12 GiB
 bench-memory: $(STAMP)
 	$(BIN)/python tests/benchmarks/low_memory.py $(ARGS)
+
+# clustering and error feedback by torch on every device here, beside the compiled code
+bench-device: $(STAMP)
+	$(BIN)/python tests/benchmarks/device.py $(ARGS)
 
 # time and memory of error feedback on 6, 12 and 24 layers, and what two workers gain
 bench-deep: $(STAMP)

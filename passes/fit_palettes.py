@@ -27,6 +27,7 @@ from graphopt.ir.captured_module import callable_graph
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.ir.state import state_of
+from graphopt.numerics.device import computing_on
 from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared.findings import findings_of, keep_findings
@@ -127,13 +128,14 @@ class FitPalettes(Pass):
                 + "\ngive calibration data (`calibration_data=`, `data=` of a pipeline, --data), or"
                 " set algorithm 'kmeans' or 'auto'"
             )
-        palettes = cluster_annotated(
-            gm,
-            progress=self.progress,
-            seed=self.seed,
-            importance=weighed,
-            executor=self.resources.executor,
-            folder=None if self.mmap_dir is None else Path(self.mmap_dir),
-        )
+        with computing_on(self.resources.device):
+            palettes = cluster_annotated(
+                gm,
+                progress=self.progress,
+                seed=self.seed,
+                importance=weighed,
+                executor=self.resources.executor,
+                folder=None if self.mmap_dir is None else Path(self.mmap_dir),
+            )
         stored = {**palettes, **findings_of(gm).stored}
         keep_findings(gm, stored=stored, sensitivities=weighed, fitted_to_outputs=False)

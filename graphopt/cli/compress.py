@@ -139,7 +139,13 @@ def compress(
     how: Annotated[
         Given,
         Fields(
-            CompressOptions, "on_unmatched", "seed", "tune_steps", "activation_memory", "work_dir"
+            CompressOptions,
+            "on_unmatched",
+            "seed",
+            "tune_steps",
+            "device",
+            "activation_memory",
+            "work_dir",
         ),
     ],
     watch: WatchOptions,

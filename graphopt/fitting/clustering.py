@@ -12,6 +12,7 @@ from graphopt.errors import CompressionError
 from graphopt.ir.annotations import WeightAnnotation, palette_annotation
 from graphopt.ir.editor import Editor
 from graphopt.ir.mapped import kept_in_files, release
+from graphopt.numerics.device import chosen_device, computing_on
 from graphopt.progress import track
 from graphopt.run.workers import Task, run_tasks
 from graphopt.schemes.palettize import PalettizedWeight, palettize
@@ -79,21 +80,29 @@ def _task(
     seed: int,
 ) -> Task:
     weighed = {"importance": importance[name]} if name in importance else {}
-    arguments = (name, annotation.spec, annotation.output_axis, seed)
+    device = chosen_device()
+    place = None if device is None else str(device)
+    arguments = (name, annotation.spec, annotation.output_axis, seed, place)
     return Task(arguments, {"weight": tensor, **weighed})
 
 
 def _cluster(
-    tensors: Mapping[str, Tensor], name: str, spec: PalettizationSpec, output_axis: int, seed: int
+    tensors: Mapping[str, Tensor],
+    name: str,
+    spec: PalettizationSpec,
+    output_axis: int,
+    seed: int,
+    device: str | None,
 ) -> PalettizedWeight:
     try:
-        return palettize(
-            tensors["weight"],
-            spec,
-            output_axis=output_axis,
-            seed=seed,
-            importance=_smoothed(tensors.get("importance")),
-        )
+        with computing_on(device):
+            return palettize(
+                tensors["weight"],
+                spec,
+                output_axis=output_axis,
+                seed=seed,
+                importance=_smoothed(tensors.get("importance")),
+            )
     except CompressionError as error:
         raise CompressionError(
             f"{name}: {error}; exclude it in the config or repair the model"

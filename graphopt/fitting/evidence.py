@@ -23,11 +23,13 @@ StoredT = TypeVar("StoredT", bound=StoredWeight)
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """Where fits run; what they find does not depend on it.
+    """Where fits run; what they find does not depend on it, but for `device` in the last digits.
 
     Attributes:
         executor: Where layers are fitted that need nothing of each other, as for `run_tasks`; None fits
             one after the other.
+        device: Torch device of the heavy arithmetic of layers, such as "cuda"; "cpu" takes torch's
+            operations there too. None takes compiled code.
         activation_memory: Bytes that the layers' inputs and outputs may take in memory; those beyond lie
             in files. None keeps all in memory.
         work_dir: Folder for these files, and for the layers that are finished, from which an interrupted
@@ -45,6 +47,7 @@ class Resources:
     """
 
     executor: Any = None
+    device: str | None = None
     activation_memory: int | None = None
     work_dir: str | Path | None = None
 

@@ -137,7 +137,7 @@ def _key_of(evidence: Evidence, annotated: CapturedModule, names: Sequence[str])
         digest.update(f"{node.name} {describe_annotations(node)}\n".encode())
     calls = [pytree.tree_leaves(batch) for batch in evidence.batches]
     seen = (calls, evidence.saliency, evidence.spread, evidence.scales)
-    for part in (*seen, evidence.correct_bias, evidence.seed):
+    for part in (*seen, evidence.correct_bias, evidence.seed, evidence.resources.device):
         digest.update(content_hash(part).encode())
     digest.update(f"{version('graphopt')} {torch.__version__}".encode())
     return digest.hexdigest()

@@ -219,8 +219,8 @@ class _Fit:
     def _task(self, rounded: _RoundedActivations, weight: WeightTensor, use: WeightUse) -> Task:
         annotation = quantization_annotation(weight.nodes[0])
         assert annotation is not None
-        bias, seed = bias_of(use), self.evidence.seed
-        layer = Layer(use.loose(), annotation.spec, annotation.output_axis, seed)
+        bias, seed, device = bias_of(use), self.evidence.seed, self.evidence.resources.device
+        layer = Layer(use.loose(), annotation.spec, annotation.output_axis, seed, device)
         with rounded.operands_of(use.node):
             data = LayerData.of(use, self.run, self.reference, self.partners)
         own = None if bias is None else self.edit.value(bias).detach()

@@ -17,6 +17,7 @@ from graphopt.fitting.palettize_outputs import (
     palettize_to_outputs,
 )
 from graphopt.fitting.quantize_outputs import quantize_to_outputs
+from graphopt.numerics.device import computing_on
 from graphopt.run.workers import Task
 from graphopt.schemes.base import StoredWeight
 from graphopt.schemes.palettize import PalettizedWeight, palettize
@@ -41,12 +42,14 @@ class Layer(Generic[SpecT]):
         spec: What the weight becomes.
         output_axis: Output-channel axis of the stored tensor.
         seed: Seed of the sample of positions, and of vector tables.
+        device: Where its arithmetic runs, as for `computing_on`.
     """
 
     use: LooseUse
     spec: SpecT
     output_axis: int
     seed: int
+    device: str | None = None
 
 
 @dataclass(frozen=True)
@@ -98,6 +101,13 @@ def fit_tables_of(
         tensors: Those of `task_of`.
         layer: What is known of it; its spec is one of palettes.
     """
+    with computing_on(layer.device):
+        return _tables(tensors, layer)
+
+
+def _tables(
+    tensors: Mapping[str, Tensor], layer: Layer[PalettizationSpec]
+) -> Found[PalettizedWeight]:
     weight, spec, axis, seed = tensors["weight"], layer.spec, layer.output_axis, layer.seed
     target = _target(tensors, layer)
     if target is None:
@@ -121,6 +131,13 @@ def fit_integers_of(
         tensors: Those of `task_of`.
         layer: What is known of it; its spec is one of quantized weights.
     """
+    with computing_on(layer.device):
+        return _integers(tensors, layer)
+
+
+def _integers(
+    tensors: Mapping[str, Tensor], layer: Layer[QuantizationSpec]
+) -> Found[QuantizedWeight]:
     weight, spec = tensors["weight"], layer.spec
     blocks, _ = plan_blocks(weight.shape, layer.output_axis, spec.granularity)
     target = _target(tensors, layer)

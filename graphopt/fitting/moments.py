@@ -20,6 +20,7 @@ from torch import Tensor, fx
 from graphopt.analysis.matrix_form import MatrixUse, WeightUse
 from graphopt.ir import op_info
 from graphopt.ir.mapped import is_mapped, release
+from graphopt.numerics.device import chosen_device, for_doubles
 from graphopt.run.layerwise import LayerwiseRun
 
 __all__ = [
@@ -182,10 +183,12 @@ def collect_moments(
     powers = torch.zeros(3, 1, dtype=torch.float64)
     total, squares, origin = 0.0, 0.0, None
     generator = torch.Generator().manual_seed(seed)
+    device = chosen_device() or torch.device("cpu")
+    wide = torch.float64 if for_doubles(device) == device else torch.float32
     for number, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
         if not x.numel() or x.shape != y.shape:
             continue  # nothing was routed to the layer, or not the same as in the exact program
-        columns, exact = use.form.columns(x.float()), use.form.columns(y.float())
+        columns, exact = (use.form.columns(value.float().to(device)) for value in (x, y))
         weight = torch.ones(columns.shape[0], columns.shape[2])
         if saliency is not None and saliency[number].shape == weight.shape:
             weight = saliency[number].float().sqrt()
@@ -195,32 +198,35 @@ def collect_moments(
         if len(used) > share:
             # neighbouring positions say the same: a sample of them suffices
             used = used[torch.randperm(len(used), generator=generator)[: math.ceil(share)]]
+        flat, used = weight.reshape(-1)[used].reshape(1, -1, 1), used.to(device)
         columns, exact = columns[:, used], exact[:, used]
-        flat = weight.reshape(-1)[used].reshape(1, -1, 1)
         total += float(flat.double().sum())
         squares += float(flat.double().square().sum())
+        flat = flat.to(device)
         error = exact - columns
         if origin is None:
-            origin = columns.double().mean(1, keepdim=True)
-        columns = (columns.double() - origin).float()
+            origin = columns.to(wide).mean(1, keepdim=True)
+        columns = (columns.to(wide) - origin).float()
         weighted = columns * flat
-        hessian = hessian + weighted.mT @ columns
-        shift = shift + error.mT @ weighted
-        mean = mean + weighted.sum(1)
-        lost = lost + (error * flat).sum(1)
+        hessian = hessian.to(device) + weighted.mT @ columns
+        shift = shift.to(device) + error.mT @ weighted
+        mean = mean.to(device) + weighted.sum(1)
+        lost = lost.to(device) + (error * flat).sum(1)
         rest = None
         if missing is not None:
-            lacks = missing[number][0].float() - missing[number][1].float()
+            lacks = (missing[number][0].float() - missing[number][1].float()).to(device)
             rest = use.form.rows(lacks, x).transpose(0, 1).flatten(1, 2)[:, used]
-            beside = beside + rest.mT @ weighted
-            beside_mean = beside_mean + (rest * flat).sum(1)
+            beside = beside.to(device) + rest.mT @ weighted
+            beside_mean = beside_mean.to(device) + (rest * flat).sum(1)
         powers = powers + _powers(columns, error, rest, flat)
         for value in (x, y) if missing is None else (x, y, *missing[number]):
             if is_mapped(value):
                 release(value)
     if origin is None or total <= 0:
         return None
-    mean, lost, beside_mean = (summed.double() / total for summed in (mean, lost, beside_mean))
+    hessian, shift, beside, origin = (part.cpu() for part in (hessian, shift, beside, origin))
+    origin = origin.double()
+    mean, lost, beside_mean = (part.cpu().double() / total for part in (mean, lost, beside_mean))
     # the moments about the mean, or about 0
     base = -mean if centred else origin[:, 0]
     hessian = hessian / total + _outer(mean, base) + _outer(base, mean + base)
@@ -249,7 +255,7 @@ def _powers(columns: Tensor, error: Tensor, rest: Tensor | None, weight: Tensor)
     found = [power.square() - inputs.square().sum(2)]
     found.append(errors.sum(2) * power - (errors * inputs).sum(2))
     found.append(torch.zeros_like(power) if rest is None else rest.square().sum(2) * power)
-    return (torch.stack(found) * weight[..., 0]).sum(2).double()
+    return (torch.stack(found) * weight[..., 0]).sum(2).cpu().double()
 
 
 def _outer(left: Tensor, right: Tensor) -> Tensor:
@@ -258,14 +264,16 @@ def _outer(left: Tensor, right: Tensor) -> Tensor:
 
 def compensated_weight(use: MatrixUse, weight: Tensor, moments: LayerMoments) -> Tensor:
     """The weight that on the inputs as they are comes closest to the exact outputs."""
-    matrix = use.matrix(weight, casts=False).double()
-    hessian = moments.hessian.double()
+    home = for_doubles(chosen_device() or weight.device)
+    matrix = use.matrix(weight, casts=False).to(home).double()
+    hessian, shift, beside = (
+        part.to(home).double() for part in (moments.hessian, moments.shift, moments.beside)
+    )
     ridge = _RIDGE * hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
     damped = hessian + torch.diag_embed(ridge[:, None].expand(-1, hessian.shape[1]))
-    moved = torch.linalg.solve(
-        damped, (matrix @ moments.shift.double() + moments.beside.double()).mT
-    ).mT
-    return use.pull_back(matrix + moved, weight.shape).to(weight.dtype).contiguous()
+    moved = torch.linalg.solve(damped, (matrix @ shift + beside).mT).mT
+    wanted = (matrix + moved).to(weight.device)
+    return use.pull_back(wanted, weight.shape).to(weight.dtype).contiguous()
 
 
 def bias_change(use: MatrixUse, exact: Tensor, compressed: Tensor, moments: LayerMoments) -> Tensor:

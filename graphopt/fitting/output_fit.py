@@ -146,7 +146,8 @@ class _Layers:
     def _task(self, weight: WeightTensor, use: WeightUse) -> Task:
         annotation = palette_annotation(weight.nodes[0])
         assert annotation is not None
-        layer = Layer(use.loose(), annotation.spec, annotation.output_axis, self.evidence.seed)
+        seed, device = self.evidence.seed, self.evidence.resources.device
+        layer = Layer(use.loose(), annotation.spec, annotation.output_axis, seed, device)
         bias = bias_of(use) if self.evidence.correct_bias else None
         data = LayerData.of(use, self.run, self.reference, self.partners, self._saliency(use))
         own = None if bias is None else self.edit.value(bias).detach()

@@ -7,9 +7,22 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graphopt.analysis.matrix_form import MatrixUse
+from graphopt.numerics.device import chosen_device
 from graphopt.numerics.feedback import OrderedHessian
 
-__all__ = ["OutputLoss"]
+__all__ = ["OutputLoss", "row_losses"]
+
+
+def row_losses(gap: Tensor, hessian: Tensor) -> Tensor:
+    """`gᵀ H g` of each row g, on the device that computes, [groups, rows] float32 on the CPU.
+
+    Args:
+        gap: What a weight's rows lack, [groups, rows, columns] float32.
+        hessian: [groups, columns, columns].
+    """
+    device = chosen_device() or gap.device
+    own, squares = gap.to(device), hessian.float().to(device)
+    return ((own @ squares) * own).sum(2).cpu()
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from graphopt.analysis.matrix_form import MatrixUse
 from graphopt.fitting.importance import element_importance
-from graphopt.fitting.output_loss import OutputLoss
+from graphopt.fitting.output_loss import OutputLoss, row_losses
 from graphopt.numerics.feedback import Feedback, TableMap, feedback_grouped, fit_tables
 from graphopt.numerics.feedback_columns import ColumnMap, fit_column_tables
 from graphopt.schemes.palettize import PalettizedWeight, arrange, assemble, palettize
@@ -112,7 +112,7 @@ def palettize_to_outputs(
 
     def total(palettized: PalettizedWeight) -> float:
         gap = wanted - use.matrix(palettized.dense(), casts=False).float()
-        return float(((gap @ hessian.float()) * gap).sum(2).double().mul(rows.double()).sum())
+        return float(row_losses(gap, hessian).double().mul(rows.double()).sum())
 
     return fed_back if total(fed_back) <= total(start) else start
 

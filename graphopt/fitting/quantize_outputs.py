@@ -18,7 +18,7 @@ from torch import Tensor
 from graphopt.analysis.matrix_form import MatrixUse
 from graphopt.errors import CompressionError
 from graphopt.fitting.importance import element_importance
-from graphopt.fitting.output_loss import OutputLoss
+from graphopt.fitting.output_loss import OutputLoss, row_losses
 from graphopt.numerics.affine import (
     QParams,
     dequantize,
@@ -28,6 +28,7 @@ from graphopt.numerics.affine import (
     quantize,
 )
 from graphopt.numerics.blocks import Blocks
+from graphopt.numerics.device import chosen_device
 from graphopt.numerics.feedback import OrderedHessian, TableMap, feedback_grouped, fit_tables
 from graphopt.numerics.finite import all_finite
 from graphopt.schemes.quantize import (
@@ -193,7 +194,10 @@ class _Problem:
         wide_offset = None if offset is None else self.blocks.spread(offset)
         dense = dequantize(stored, self.blocks.spread(scale), wide_offset)
         gap = self.use.matrix(self.weight.float() - dense, casts=False)
-        loss = float(((gap @ self.hessian) * gap).double().sum())
+        if chosen_device() is None:
+            loss = float(((gap @ self.hessian) * gap).double().sum())
+        else:
+            loss = float(row_losses(gap, self.hessian).double().sum())
         return _Candidate(stored, scale, offset, loss)
 
     def rescaled(self, candidate: _Candidate) -> Tensor:

@@ -21,6 +21,8 @@ from typing_extensions import Unpack
 
 from graphopt.errors import CalibrationError
 from graphopt.extras import deferred
+from graphopt.numerics.device import chosen_device, for_doubles
+from graphopt.numerics.feedback_device import DeviceSteps
 from graphopt.numerics.parallel import map_tasks
 from graphopt.numerics.table_map import TableMap
 from graphopt.numerics.table_solve import TableFit, best_tables, row_tasks
@@ -103,6 +105,9 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
     """
     if not bool(torch.isfinite(hessian).all()):
         raise CalibrationError("the inputs of a layer hold NaN or Inf, or overflow when squared")
+    device = chosen_device()
+    if device is not None:
+        hessian = hessian.to(for_doubles(device))
     mean = hessian.double().diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     while True:
         # with columns and rows in reverse H = LLᵀ; turned back L is an upper R, and R⁻¹ is the factor
@@ -113,6 +118,13 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         if not int(failed):
             upper = lower.flip(0, 1)
             del lower
+            if device is not None:
+                unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+                found = torch.linalg.solve_triangular(upper, unit, upper=True).cpu().float()
+                if bool(torch.isfinite(found).all()):
+                    return found.contiguous()
+                damping = max(10 * damping, 1e-8)
+                continue
             # what is row by row for torch is column by column, so a lower one, for LAPACK
             inverse = lapack.dtrtri(upper.numpy().T, lower=1, overwrite_c=1)[0].T
             if np.isfinite(inverse).all():
@@ -191,7 +203,15 @@ def fit_tables(
         return best_tables(TableFit(codes, slope, h_used, unit_weight, where.rows, now))
 
     steps = FitSteps(choose, descend, improve if where.by_rows else None)
-    reached, current, q, codes = fitted_in_rounds(w, h_used, rows_weight, tables, how, steps)
+    device = chosen_device()
+    if device is not None:
+        w, h_used = w.to(device), h_used.to(device)
+        on_device = DeviceSteps(w, h_used, factor.to(device), ordered, unit_weight)
+        improving = on_device.improve if where.by_rows else None
+        steps = FitSteps(on_device.choose, on_device.descend, improving)
+    start = tables.float().to(w.device)
+    reached, *found = fitted_in_rounds(w, h_used, rows_weight, start, how, steps)
+    current, q, codes = (part.cpu() for part in found)
     back = torch.argsort(order)
     return Feedback(current, codes[back].T.contiguous(), q[back].T.contiguous(), reached)
 
@@ -233,7 +253,7 @@ def fitted_in_rounds(
         The best relative error, and its tables, values and codes.
     """
     rows_weight = importance.double()
-    scale = float((w * (hessian @ w)).sum(0).double() @ rows_weight)
+    scale = float((w * (hessian @ w)).sum(0).cpu().double() @ rows_weight)
     best: tuple[float, Tensor, Tensor, Tensor] | None = None
     current = tables.float().contiguous()
     for number in range(max(how.rounds, 1)):
@@ -242,7 +262,7 @@ def fitted_in_rounds(
         for _ in range(how.cycles):
             if not steps.descend(q, codes, slope, current):
                 break
-        reached = float(((w - q) * slope).sum(0).double() @ rows_weight)
+        reached = float(((w - q) * slope).sum(0).cpu().double() @ rows_weight)
         if best is None or reached < best[0]:
             best = (reached, current, q, codes)
         elif number:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from graphopt.errors import CompressionError
 from graphopt.extras import deferred
+from graphopt.numerics.device import chosen_device
 from graphopt.numerics.kmeans1d_device import cluster_on_device
 from graphopt.numerics.parallel import map_tasks
 
@@ -114,10 +115,15 @@ def cluster_1d(
         raise ValueError(f"weights have shape {tuple(weights.shape)}, values {tuple(values.shape)}")
     if method not in ("fast", "exact"):
         raise ValueError(f"method must be 'fast' or 'exact', got {method!r}")
-    if values.device.type != "cpu" and method == "fast":
+    device = chosen_device() or values.device
+    if (values.device.type != "cpu" or chosen_device() is not None) and method == "fast":
         step = None if grid is None else (grid.step, grid.low, grid.high)
-        by_size = cluster_on_device(values, sizes, weights, step)
-        return {k: Clustering(*parts) for k, parts in by_size.items()}
+        by_size = cluster_on_device(values.to(device), sizes, weights, step)
+        home = values.device
+        return {
+            k: Clustering(table.to(home), indices.to(home), sse.to(home))
+            for k, (table, indices, sse) in by_size.items()
+        }
 
     x = np.ascontiguousarray(values.detach().to("cpu", torch.float32).numpy())
     raw = _NO_WEIGHTS

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from graphopt.extras import deferred
+from graphopt.numerics.device import chosen_device
 from graphopt.numerics.parallel import map_tasks
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def best_tables(fit: TableFit) -> Tensor:
 def _by_gradients(fit: TableFit) -> Tensor:
     """A few steps of conjugate gradients, each a product with H: equations of all rows cost k of them."""
     (count, k, size), (columns, units) = fit.tables.shape, fit.codes.shape
-    own, hessian = torch.from_numpy(fit.row_table), fit.hessian
+    own, hessian = torch.from_numpy(fit.row_table).to(fit.hessian.device), fit.hessian
     place = fit.codes.long()
 
     def spread(entries: Tensor) -> Tensor:
@@ -93,13 +94,13 @@ def _by_gradients(fit: TableFit) -> Tensor:
         split = values.reshape(columns, units, size)
         sums = torch.stack(
             [
-                torch.zeros(k, units).scatter_add_(0, place, split[..., part])
+                hessian.new_zeros(k, units).scatter_add_(0, place, split[..., part])
                 for part in range(size)
             ],
             dim=2,
         )
         scaled = sums.transpose(0, 1).double() * fit.weight[:, None, None]
-        return torch.zeros(count, k, size, dtype=torch.float64).index_add_(0, own, scaled)
+        return scaled.new_zeros(count, k, size).index_add_(0, own, scaled)
 
     diagonal = gathered(hessian.diagonal()[:, None].expand(columns, units * size).contiguous())
     scale = diagonal.amax(1, keepdim=True).clamp_min(1e-30)
@@ -123,7 +124,8 @@ def _by_gradients(fit: TableFit) -> Tensor:
 
 
 def _by_equations(fit: TableFit) -> Tensor:
-    accumulate = _by_products if fit.tables.shape[1] <= _PRODUCTS_UP_TO else _by_scatter
+    small = fit.tables.shape[1] <= _PRODUCTS_UP_TO or chosen_device() is not None
+    accumulate = _by_products if small else _by_scatter
     left, right = accumulate(fit)
     diagonal = left.diagonal(dim1=1, dim2=2)
     # an unused entry keeps its value
@@ -135,14 +137,13 @@ def _by_equations(fit: TableFit) -> Tensor:
 def _by_products(fit: TableFit) -> tuple[Tensor, Tensor]:
     """Normal equations from products with one-hot codes: the fastest way for small tables."""
     (count, k, size), (columns, units) = fit.tables.shape, fit.codes.shape
-    left = torch.zeros(count, k, k, dtype=torch.float64)
-    right = torch.zeros(count, k, size, dtype=torch.float64)
+    left, right = (fit.weight.new_zeros(count, k, part) for part in (k, size))
     step = max(1, 2048 // k)
     for start in range(0, units, step):
         part = slice(start, min(start + step, units))
-        own = torch.from_numpy(fit.row_table[part])
+        own = torch.from_numpy(fit.row_table[part]).to(left.device)
         width = len(own)
-        hot = torch.zeros(columns, width, k)
+        hot = fit.hessian.new_zeros(columns, width, k)
         hot.scatter_(2, fit.codes[:, part, None].long(), 1.0)
         moved = (fit.hessian @ hot.reshape(columns, -1)).reshape(columns, width, k)
         wanted = fit.slope[:, start * size : part.stop * size].reshape(columns, width, size)

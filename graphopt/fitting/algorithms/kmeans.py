@@ -11,6 +11,7 @@ from graphopt.fitting.algorithms.base import FittingAlgorithm
 from graphopt.fitting.clustering import cluster_annotated
 from graphopt.fitting.evidence import Evidence, Palettes
 from graphopt.ir.program import Program
+from graphopt.numerics.device import computing_on
 from graphopt.schemes.palettize import PalettizedWeight
 
 __all__ = ["TABLES", "KMeans"]
@@ -25,16 +26,17 @@ class KMeans(FittingAlgorithm[PalettizedWeight]):
     def fit(
         self, annotated: Program, names: Sequence[str], evidence: Evidence, result: Palettes
     ) -> None:
-        result.weights.update(
-            cluster_annotated(
-                annotated.graph_module,
-                progress=evidence.progress,
-                seed=evidence.seed,
-                importance=evidence.sensitivities if self.needs_sensitivities else None,
-                names=names,
-                executor=evidence.resources.executor,
+        with computing_on(evidence.resources.device):
+            result.weights.update(
+                cluster_annotated(
+                    annotated.graph_module,
+                    progress=evidence.progress,
+                    seed=evidence.seed,
+                    importance=evidence.sensitivities if self.needs_sensitivities else None,
+                    names=names,
+                    executor=evidence.resources.executor,
+                )
             )
-        )
 
 
 TABLES = KMeans()
