@@ -13,7 +13,7 @@ from typing_extensions import override
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
 from graphopt.ir.editor import Editor
-from graphopt.numerics.packing import unpack
+from graphopt.numerics.packing import unpack, unpack_shared
 from graphopt.passes.pass_base import Pass
 
 __all__ = ["LegalizeForCoreAI"]
@@ -78,8 +78,8 @@ def _legalize(edit: Editor, lookup: fx.Node) -> None:
         int(size) // length if i == axis and length > 1 else int(size)
         for i, size in enumerate(shape)
     ]
-    codes = unpack(edit.value(indices), n_bits, math.prod(index_shape)).reshape(index_shape)
-    indices = _restate(edit, indices, codes.clone(), "_indices")
+    codes = unpack_shared(edit.value(indices), n_bits, index_shape)
+    indices = _restate(edit, indices, codes, "_indices")
     table_node = _restate(edit, table_node, _padded(table, n_bits), "_lut")
     coreai: Any = torch.ops.coreai
     dense = edit.call(coreai.lut_to_dense.default, indices, table_node, axis, like=lookup)

@@ -8,12 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from typing_extensions import override
 
 from graphopt.backends.lowering import lower_by_suffix
 from graphopt.extras import deferred
 from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.editor import Editor
 from graphopt.ir.mapped import is_mapped
+from graphopt.ir.ops import is_ours
 from graphopt.ir.program import Program
 from graphopt.ir.program_set import ProgramSet
 from graphopt.passes.pass_manager import PassReport
@@ -108,7 +111,7 @@ def compressed(
     """What passes made of a program, as one that can be reported and saved.
 
     Args:
-        program: The converted program; the result shares nothing with it.
+        program: The converted program; the result shares nothing with it but codes.
         pass_report: What the passes did.
         artifact: The file that it is for; None is the program's own.
     """
@@ -123,7 +126,16 @@ def compressed(
 
 
 def _copied(module: CapturedModule) -> CapturedModule:
-    """The original weights are gone by now: what is copied is small, and what lies in files stays there."""
+    """The original weights are gone by now: what is copied is small, and what lies in files stays there.
+
+    Codes are shared with what was prepared: nothing ever writes into them.
+    """
     tensors = (*module.parameters(), *module.buffers())
-    in_files: dict[int, Any] = {id(tensor): tensor for tensor in tensors if is_mapped(tensor)}
-    return copy.deepcopy(module, in_files)
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in tensors if is_mapped(tensor)}
+    edit = Editor(module)
+    for node in edit.constants():
+        if node.users and all(is_ours(user) for user in node.users):
+            value = edit.value(node)
+            if value.dtype in (torch.uint8, torch.int8):
+                shared[id(value)] = value
+    return copy.deepcopy(module, shared)

@@ -11,7 +11,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 
 from graphopt.audited import module_of
 from graphopt.numerics.affine import dequantize, grid_of, quantize, ranged_qparams
@@ -22,6 +22,7 @@ from graphopt.specs.dtypes import parse_dtype
 
 __all__ = [
     "STORAGE_BITS",
+    "is_ours",
     "lut_to_dense",
     "round_by_range",
     "round_to_float",
@@ -41,6 +42,12 @@ STORAGE_BITS: dict[str, int] = {
     "fp8_e5m2": 8,
     "fp4_e2m1": 4,
 }
+
+
+def is_ours(node: fx.Node) -> bool:
+    """Whether a node calls an op of this vocabulary."""
+    return getattr(node.target, "namespace", None) == "graphopt"
+
 
 # saved programs use the ecosystem's quantize ops, which torch registers with this module only
 module_of("torch.ao.quantization.fx._decomposed")
