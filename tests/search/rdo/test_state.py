@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
+from graphopt.search.record_file import sealed
 
 from graphopt.search.rdo.state import RunState
-from graphopt.search.record_file import sealed
 
 
 def block(value: Any) -> bytes:
