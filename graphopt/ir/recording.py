@@ -94,6 +94,13 @@ def stays_whole(op: Any, table: Table) -> bool:
     return not torch_private.is_composite(op) or torch_private.may_stay_whole(op)
 
 
+def _kernel_of_autograd(op: Any) -> Callable[..., Any] | None:
+    """What torch calls in Python before an op gets to what records; composite ops are not called at all."""
+    kernel: Callable[..., Any] | None = op.py_kernels.get(torch._C.DispatchKey.Autograd)
+    composite = torch_private.has_kernel(op.name(), "CompositeImplicitAutograd")
+    return None if composite else kernel
+
+
 class _Recorder(TorchDispatchMode):
     """Writes down what is called, and decomposes what a table names."""
 
@@ -129,6 +136,9 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func._schema.name in _SAME_VALUE:
             return args[0]
+        if (kernel := _kernel_of_autograd(func)) is not None:
+            with self:
+                return kernel(*args, **kwargs)
         if not stays_whole(func, self._table):
             results = self.broken_up(func, args, kwargs)
             if results is not NotImplemented:

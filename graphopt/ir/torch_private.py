@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     below_autograd: Callable[[], AbstractContextManager[None]]
+    has_kernel: Callable[[str, str], bool]
     learnable_per_channel: Callable[..., torch.Tensor]
     learnable_per_tensor: Callable[..., torch.Tensor]
     without_torch_function: Callable[[], AbstractContextManager[None]]
@@ -56,6 +57,7 @@ __all__ = [
     "core_aten_decompositions",
     "decomposition_of_composite",
     "decomposition_table",
+    "has_kernel",
     "in_kernel",
     "is_composite",
     "learnable_per_channel",
@@ -89,7 +91,7 @@ _PARTS = {
     "TorchDispatchMode": ("torch.utils._python_dispatch", "TorchDispatchMode"),
     "core_aten_decompositions": ("torch._decomp", "core_aten_decompositions"),
     "archive_package": ("torch.export.pt2_archive", "_package"),
-    "below_autograd": ("torch._C", "_AutoDispatchBelowAutograd"),
+    "below_autograd": ("torch._C", "_AutoDispatchBelowADInplaceOrView"),
     "load_pt2": ("torch.export.pt2_archive._package", "load_pt2"),
     "package_pt2": ("torch.export.pt2_archive._package", "package_pt2"),
     "decomposition_of_composite": ("torch._export.utils", "_get_decomp_for_cia"),
@@ -98,6 +100,7 @@ _PARTS = {
         "is_contiguous_for_memory_format_or_false",
     ),
     "shape_rules": ("torch._subclasses.fake_impls", "get_fast_op_impls"),
+    "has_kernel": ("torch._C", "_dispatch_has_kernel_for_dispatch_key"),
     "in_kernel": ("torch._subclasses.fake_tensor", "in_kernel_invocation_manager"),
     "is_composite": ("torch._export.utils", "_is_cia_op"),
     "open_size_kernels": ("torch._dispatch.python", "enable_python_dispatcher"),
