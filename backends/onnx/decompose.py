@@ -27,6 +27,7 @@ from graphopt.backends.decompositions import (
 )
 from graphopt.backends.onnx.own_nodes import rules
 from graphopt.backends.onnx.registry import translations
+from graphopt.ir.torch_private import decomposition_of_composite, is_composite
 
 __all__ = ["decompositions", "rewritten_ops"]
 
@@ -36,7 +37,7 @@ Table = dict[Any, Callable[..., Any]]
 
 def decompositions() -> Table:
     """The table for `run_decompositions`; ops that are not in it stay whole."""
-    return _lacking() | rules()
+    return _composites() | _lacking() | rules()
 
 
 def rewritten_ops() -> frozenset[Any]:
@@ -50,6 +51,17 @@ def _lacking() -> Table:
     known = translations()
     table = primitives.primitives() | _RULES
     return {op: rule for op, rule in table.items() if not known.is_registered(op)}
+
+
+@functools.cache
+def _composites() -> Table:
+    """Torch's own rules of composite ops without a translation.
+
+    Torch's exporter breaks those up itself, after our rules, which would miss what they are made of.
+    """
+    known = translations()
+    ops = [op for op in torch.export.default_decompositions() if is_composite(op)]
+    return {op: decomposition_of_composite(op) for op in ops if not known.is_registered(op)}
 
 
 _RULES: Table = {

@@ -19,6 +19,7 @@ from graphopt.backends.interface import (
 )
 from graphopt.backends.onnx.decompose import decompositions
 from graphopt.backends.onnx.expand import expand
+from graphopt.backends.onnx.matmul_nbits import integers_of_tables
 from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.registry import OPSET, read_once
 from graphopt.backends.onnx.state import add_state, outputs_of_state
@@ -68,7 +69,9 @@ def to_model(program: Program, options: ONNXOptions, plan: ShapePlan = EXAMPLE_S
     require("onnx", "onnx")
     require("onnxscript", "onnx")
     legal = as_float32(flat_interface(program, _INTERFACE))
-    run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused()])
+    gm = legal.graph_module
+    tables = [integers_of_tables(gm)] if options.matmul == "nbits" else []
+    run_passes(gm, [RemoveUnused(), *tables, *legal_passes(), RemoveUnused()])
     if options.dynamic:
         try:
             return _converted(program, legal, options)

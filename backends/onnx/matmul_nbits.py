@@ -7,11 +7,15 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import fx
 
+from graphopt.analysis.stored_values import find_lookups
 from graphopt.backends.onnx.emitter import Emitter, array_of
 from graphopt.backends.onnx.scales import elements_of
+from graphopt.ir import op_info
+from graphopt.passes import TablesToIntegers
 
-__all__ = ["MICROSOFT", "as_matmul_nbits"]
+__all__ = ["MICROSOFT", "as_matmul_nbits", "integers_of_tables"]
 
 MICROSOFT = "com.microsoft"
 Array = NDArray[Any]
@@ -19,6 +23,31 @@ _BITS = {"int4": 4, "uint4": 4, "int8": 8, "uint8": 8}
 _LEAST_BLOCK = 16
 _OWN_BLOCK = 32  # where one scale serves a whole row, it is repeated for each block
 _FLOAT32 = 1  # accuracy level; without one sessions may round what is multiplied to int8
+
+
+_LINEAR = frozenset(op_info.named("linear"))
+
+
+def integers_of_tables(gm: fx.GraphModule) -> TablesToIntegers:
+    """The pass that makes 8-bit integers of the tables of such that linear layers alone look up.
+
+    Args:
+        gm: In our vocabulary. Tables of other rows, or along blocks that the op has not, stay.
+    """
+    fitting = {
+        lookup.dense
+        for lookup in find_lookups(gm)
+        if lookup.tables[1:] in ((), (1,)) or _is_block(lookup.shape[1] // lookup.tables[1])
+    }
+
+    def wanted(weight: fx.Node, reader: fx.Node) -> bool:
+        return weight in fitting and reader.target in _LINEAR
+
+    return TablesToIntegers(wanted)
+
+
+def _is_block(length: int) -> bool:
+    return length >= _LEAST_BLOCK and not length & (length - 1)
 
 
 @dataclass(frozen=True)
@@ -143,17 +172,30 @@ def _blocked(
 ) -> tuple[int, Array, Array] | None:
     """Length of a block, and scale and zero point of each, [rows, blocks]; None if there are none."""
     n, k = shape
+    if factors.shape[1] == k:
+        factors, zeros = _gathered(factors, zeros)
     if factors.shape[1] == 1:
         block, count = _OWN_BLOCK, -(-k // _OWN_BLOCK)
     else:
         count = factors.shape[1]
         block = k // count
-        if block < _LEAST_BLOCK or block & (block - 1):
+        if not _is_block(block):
             return None
     if factors.shape[0] not in (1, n):
         return None
     whole = (n, count)
     return block, np.broadcast_to(factors, whole), np.broadcast_to(zeros, whole)
+
+
+def _gathered(factors: Array, zeros: Array) -> tuple[Array, Array]:
+    """One scale and zero point for every 16 columns, where all those of 16 are the same."""
+    count, rest = divmod(factors.shape[1], _LEAST_BLOCK)
+    if rest:
+        return factors, zeros
+    both = [x.reshape(len(x), count, _LEAST_BLOCK) for x in (factors, zeros)]
+    if any((x != x[..., :1]).any() for x in both):
+        return factors, zeros
+    return both[0][..., 0], both[1][..., 0]
 
 
 def _operands(

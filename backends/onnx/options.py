@@ -30,8 +30,9 @@ class ONNXOptions(TargetOptions):
             model. "dequantize": `DequantizeLinear`, which other runtimes and execution providers know
             and ONNX Runtime's CPU kernels compute in every call.
         matmul: "nbits" multiplies by integer weights of 4 and 8 bits with ONNX Runtime's own
-            `com.microsoft.MatMulNBits`, wherever that computes the same; all else, and everything
-            with "standard", is in ops of the standard.
+            `com.microsoft.MatMulNBits`, wherever that computes the same, tables of 8-bit integers in
+            linear layers among them, whose entries take the place of their codes; all else, and
+            everything with "standard", is in ops of the standard.
 
     Raises:
         LoweringError: There is no such form of weights or products.

@@ -29,7 +29,7 @@ from graphopt.quantization import (
 )
 from graphopt.quantization.spec import PerBlockGranularity
 
-TARGETS = ["coreai", "coreml", "executorch", "torch"]
+TARGETS = ["coreai", "coreml", "executorch", "torch", "onnx"]
 _BLOCKS = QuantizationSpec(dtype="int4", granularity=PerBlockGranularity(axis=1, block_size=8))
 FORMS: dict[str, Any] = {
     "float": None,

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import zoo
 from helpers.op_sweep import SUFFIXES, Outcome
 from torch import Tensor, nn
 
@@ -16,7 +17,7 @@ import graphopt
 from graphopt.errors import GraphOptError, VerificationError
 from graphopt.ir.program import Program
 
-__all__ = ["FORMS", "NETS", "built", "try_net"]
+__all__ = ["FORMS", "NETS", "ZOO", "built", "try_net"]
 
 Inputs = tuple[Tensor, ...]
 _TEXT = {"vocab_size": 90, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -251,8 +252,14 @@ NETS: dict[str, Any] = {
 }
 
 
+# names of the networks that the tests of targets share, beside those of transformers
+ZOO = {f"zoo {name}": build for name, build in zoo.MODELS.items()}
+
+
 def built(name: str) -> tuple[nn.Module, Inputs]:
-    """A network in evaluation mode and the inputs of one call."""
+    """A network in evaluation mode and the inputs of one call: of `NETS` or `ZOO`."""
+    if name in ZOO:
+        return ZOO[name]()
     import transformers
 
     kind, config, names, inputs, output, fixed = NETS[name]

@@ -123,3 +123,17 @@ def test_sizes_that_the_program_fixes_are_not_opened() -> None:
     program = graphopt.capture(Named().eval(), call(2, 8), dynamic_shapes=None)
     with pytest.raises(LoweringError, match="captured with fixed sizes"):
         graphopt.lower(program, "onnx", shapes="open")
+
+
+class Distances(nn.Module):
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        near = nn.functional.pairwise_distance(x, y[: x.shape[0]])
+        return torch.cdist(x, y), torch.pdist(y), near
+
+
+@pytest.mark.integration
+def test_composite_ops_without_a_translation_are_broken_up_by_our_rules(tmp_path: Path) -> None:
+    call = (torch.randn(3, 4), torch.randn(5, 4))
+    artifact = graphopt.lower(Distances(), "onnx", call, dynamic=False)
+    artifact.save(tmp_path / "net.onnx")
+    assert artifact.verification.max_error < 1e-6

@@ -15,6 +15,7 @@ import graphopt
 from graphopt.backends.base import Artifact
 from graphopt.ir.program import Program
 from graphopt.palettization import KMeansPalettizer, KMeansPalettizerConfig, PalettizationSpec
+from graphopt.palettization.spec import PerGroupedChannelGranularity
 from graphopt.quantization import (
     QuantizationFormulation,
     QuantizationScheme,
@@ -248,3 +249,37 @@ def test_products_in_the_runtimes_own_op_are_exact(kind: str, tmp_path: Path) ->
     assert ops.count("MatMulNBits") == 3
     assert not {"MatMul", "Gemm", "DequantizeLinear"} & set(ops)
     assert artifact.verification.max_error < 1e-6
+
+
+@pytest.mark.integration
+def test_tables_of_integers_are_exact_in_the_runtimes_own_op(tmp_path: Path) -> None:
+    """One table, tables of rows, with scales, along blocks that it has; others stay lookups."""
+    entries = QuantizationSpec(dtype="int8")
+    groups = PerGroupedChannelGranularity
+    specs = {
+        "one": PalettizationSpec(n_bits=4, lut_qspec=entries),
+        "rows": PalettizationSpec(
+            n_bits=2, lut_qspec=entries, granularity=groups(axis=0, group_size=8)
+        ),
+        "scales": PalettizationSpec(n_bits=3, lut_qspec=entries, enable_per_channel_scale=True),
+        "blocks": PalettizationSpec(
+            n_bits=4, lut_qspec=entries, granularity=groups(axis=1, group_size=16)
+        ),
+        "short blocks": PalettizationSpec(
+            n_bits=4, lut_qspec=entries, granularity=groups(axis=1, group_size=8)
+        ),
+        "floats": PalettizationSpec(n_bits=4),
+    }
+    torch.manual_seed(0)
+    model = Beside(lambda: nn.Linear(64, 32), len(specs)).eval()
+    given = {
+        f"parts.{place}": {"op_state_spec": {"weight": spec}}
+        for place, spec in enumerate(specs.values())
+    }
+    config = KMeansPalettizerConfig(global_config=None, module_name_configs=given)
+    palettizer = KMeansPalettizer(model, config)
+    palettizer.prepare((torch.randn(5, 64),))
+    artifact: Any = saved(palettizer.program(), tmp_path, matmul="nbits")
+    ops = [node.op_type for node in artifact.model.graph]
+    assert (ops.count("MatMulNBits"), ops.count("Gather")) == (4, 2)
+    assert artifact.verify(torch.randn(3, 64)).max_error < 1e-6
