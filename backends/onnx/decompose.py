@@ -8,6 +8,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch import fx
 
 from graphopt.backends.decompositions import (
     comparisons,
@@ -35,9 +36,23 @@ _aten = torch.ops.aten
 Table = dict[Any, Callable[..., Any]]
 
 
-def decompositions() -> Table:
-    """The table for `run_decompositions`; ops that are not in it stay whole."""
-    return _composites() | _lacking() | rules()
+def decompositions(graph: fx.Graph) -> Table:
+    """The table for `run_decompositions`; ops that are not in it stay whole.
+
+    Args:
+        graph: What is to be decomposed.
+    """
+    projected = {node.target for node in graph.nodes if _is_projected(node)}
+    whole = {op: decomposition_of_composite(op) for op in projected}
+    return _composites() | _lacking() | rules() | whole
+
+
+def _is_projected(node: fx.Node) -> bool:
+    """Whether a node is an LSTM whose hidden state is a projection, which the standard's is not."""
+    if node.target is not _aten.lstm.input:
+        return False
+    hidden, cell = (each.meta["val"].shape[-1] for each in node.args[1])  # type: ignore[union-attr]
+    return bool(hidden != cell)
 
 
 def rewritten_ops() -> frozenset[Any]:

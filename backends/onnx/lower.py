@@ -104,7 +104,7 @@ def _converted(
                 legal.example_args,
                 legal.example_kwargs,
                 dynamic=options.dynamic or plan.is_open,
-                decompositions=decompositions(),
+                decompositions=decompositions(legal.graph_module.graph),
             )
             refuse_fixed(exported, plan, "ONNX")
             drop_written_inputs(exported)

@@ -137,3 +137,21 @@ def test_composite_ops_without_a_translation_are_broken_up_by_our_rules(tmp_path
     artifact = graphopt.lower(Distances(), "onnx", call, dynamic=False)
     artifact.save(tmp_path / "net.onnx")
     assert artifact.verification.max_error < 1e-6
+
+
+class Projected(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.whole = nn.LSTM(4, 5, batch_first=True)
+        self.lstm = nn.LSTM(5, 6, 2, batch_first=True, bidirectional=True, proj_size=3)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.lstm(self.whole(x)[0])
+
+
+@pytest.mark.integration
+def test_lstms_with_projections_are_right(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    artifact = graphopt.lower(Projected().eval(), "onnx", (torch.randn(2, 3, 4),), dynamic=False)
+    artifact.save(tmp_path / "net.onnx")
+    assert artifact.verification.max_error < 1e-6
