@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.backends.decompositions import (
     comparisons,
     cumulative,
@@ -34,6 +35,8 @@ __all__ = ["decompositions", "rewritten_ops"]
 
 _aten = torch.ops.aten
 Table = dict[Any, Callable[..., Any]]
+_LSTM = _aten.lstm.input
+_BICUBIC, _SIZED_BICUBIC = _aten.upsample_bicubic2d.vec, _aten.upsample_bicubic2d.default
 
 
 def decompositions(graph: fx.Graph) -> Table:
@@ -42,14 +45,17 @@ def decompositions(graph: fx.Graph) -> Table:
     Args:
         graph: What is to be decomposed.
     """
-    projected = {node.target for node in graph.nodes if _is_projected(node)}
-    whole = {op: decomposition_of_composite(op) for op in projected}
-    return _composites() | _lacking() | rules() | whole
+    table = _composites() | _lacking() | rules()
+    if any(map(_is_projected, graph.nodes)):
+        table[_LSTM] = decomposition_of_composite(_LSTM)
+    if any(map(_shrinks, graph.nodes)) and find_quantized_activations(graph.owning_module):
+        table |= {_BICUBIC: decomposition_of_composite(_BICUBIC), _SIZED_BICUBIC: resize.bicubic}
+    return table
 
 
 def _is_projected(node: fx.Node) -> bool:
     """Whether a node is an LSTM whose hidden state is a projection, which the standard's is not."""
-    if node.target is not _aten.lstm.input:
+    if node.target is not _LSTM:
         return False
     hidden, cell = (each.meta["val"].shape[-1] for each in node.args[1])  # type: ignore[union-attr]
     return bool(hidden != cell)
@@ -58,6 +64,22 @@ def _is_projected(node: fx.Node) -> bool:
 def rewritten_ops() -> frozenset[Any]:
     """Ops that this module has rules for; some for certain arguments only."""
     return frozenset(_lacking())
+
+
+def _shrinks(node: fx.Node) -> bool:
+    """Whether a node is a bicubic resize to fewer elements.
+
+    Beside integers ONNX Runtime moves channels behind it, where its kernel only grows.
+    """
+    if node.target not in (_BICUBIC, _SIZED_BICUBIC):
+        return False
+    given = node.args[0].meta["val"]  # type: ignore[union-attr]
+    pairs = zip(given.shape[2:], node.meta["val"].shape[2:], strict=True)
+    return any(_example(new) < _example(old) for old, new in pairs)
+
+
+def _example(size: int | torch.SymInt) -> int:
+    return size if isinstance(size, int) else int(size.node.hint)
 
 
 @functools.cache

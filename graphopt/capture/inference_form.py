@@ -17,6 +17,11 @@ __all__ = ["dropout_kept", "is_plain", "to_inference_form"]
 
 _dropout = torch.ops.graphopt.dropout.default
 _clone = torch.ops.aten.clone.default
+# what a write into a part of a value becomes; torch cannot derive it
+_copy = torch.ops.aten.copy.default
+_converted = torch.ops.aten._to_copy.default
+_nowhere = torch.ops.aten.zeros_like.default
+_where = torch.ops.aten.where.self
 # arithmetic on extents, which decomposition keeps as it is
 _PYTHON = (operator.getitem, operator.add, operator.mul, operator.floordiv)
 
@@ -78,10 +83,15 @@ def _not_in_place(node: fx.Node) -> None:
 
 
 def to_inference_form(graph: fx.Graph) -> None:
-    """Dropouts as copies whose metadata keeps the rate, and batch norms in their inference op."""
+    """Dropouts as copies whose metadata keeps the rate, and batch norms in their inference op.
+
+    Copies onto other values (`y[:, 0] = x`) are made of what is copied alone, as ops that can be derived.
+    """
     for node in list(graph.nodes):
         info = op_info.info_of(node)
-        if _is_dropout(node):
+        if node.target is _copy:
+            _copy_source(graph, node)
+        elif _is_dropout(node):
             _not_in_place(node)
             assert info is not None
             rate = float(node.args[1])
@@ -101,6 +111,23 @@ def to_inference_form(graph: fx.Graph) -> None:
             and not op_info.is_training(node)
         ):
             _native_norm(graph, node)
+
+
+def _copy_source(graph: fx.Graph, node: fx.Node) -> None:
+    onto, source = node.args[:2]
+    assert isinstance(onto, fx.Node)
+    assert isinstance(source, fx.Node)
+    wanted, given = onto.meta["val"], source.meta["val"]
+    if wanted.dtype is given.dtype and wanted.shape == given.shape:
+        node.target, node.args, node.kwargs = _clone, (source,), {}
+        return
+    with graph.inserting_before(node):
+        if wanted.dtype is not given.dtype:
+            source = graph.call_function(_converted, (source,), {"dtype": wanted.dtype})
+            source.meta.update(node.meta, val=given.to(wanted.dtype))
+        never = graph.call_function(_nowhere, (onto,), {"dtype": torch.bool})
+        never.meta.update(node.meta, val=wanted.to(torch.bool))
+    node.target, node.args, node.kwargs = _where, (never, onto, source), {}
 
 
 def _native_norm(graph: fx.Graph, node: fx.Node) -> None:

@@ -69,3 +69,34 @@ def test_loaded_programs_keep_the_rate_too(tmp_path: object) -> None:
     gm = graphopt.capture(exported).graph_module
     assert [n for n in gm.graph.nodes if dropout_rate(n) == 0.3]
     assert before == [str(node.target) for node in exported.graph.nodes]
+
+
+class Written(nn.Module):
+    """Writes into parts of values: the same type and size, others, and one that broadcasts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(6, 6)
+
+    def forward(self, x: Tensor, given: Tensor) -> Tensor:
+        y = self.fc(x)
+        z = y.clone()
+        z[:, 0] = y[:, 1] * 2
+        z[:, 2:4] = y[:, :1]
+        z[1] = given
+        z[:, 5:].copy_(torch.ones(1))
+        return z * y
+
+
+def test_writes_into_parts_of_values_can_be_derived() -> None:
+    torch.manual_seed(0)
+    model, x = Written().eval(), (torch.randn(4, 6), torch.arange(6))
+    program = graphopt.capture(model, x)
+    other = (torch.randn(7, 6), torch.arange(6) + 2)
+    found, wanted = program.module()(*other), model(*other)
+    assert torch.equal(found, wanted)
+    parameters = list(program.graph_module.parameters())
+    gradients = torch.autograd.grad(program.graph_module(*other).square().sum(), parameters)
+    expected = torch.autograd.grad(wanted.square().sum(), list(model.parameters()))
+    for one, want in zip(gradients, expected, strict=True):
+        torch.testing.assert_close(one, want)

@@ -132,3 +132,21 @@ def test_scales_and_zero_points_are_those_of_the_program(name: str, tmp_path: Pa
     records = quantizer.summary().activations
     wanted = [np.float32(record.scale) for record in records if record.scale is not None]
     assert sorted(float(step) for step in steps) == sorted(float(scale) for scale in wanted)
+
+
+class Shrunk(nn.Module):
+    """A resize that the runtime would compute with its channels last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = torch.relu(self.first(x))
+        return self.second(nn.functional.interpolate(y, size=(4, 9), mode="bicubic"))
+
+
+def test_bicubic_resizes_to_fewer_elements_run_beside_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    artifact = saved(Shrunk(), torch.randn(2, 3, 10, 9), {}, tmp_path)
+    assert artifact.verify(torch.randn(1, 3, 10, 9)).holds
