@@ -164,7 +164,8 @@ class ONNXBackend(Backend):
         ]
         how = "checked the saved model and ran it in ONNX Runtime"
         weights = stored_weights(program.graph_module)
+        # its values are in the program's order, which is that of `initial_state`
         return [
-            Evaluation(tuple(outputs), how, weights=weights)
-            for outputs, _ in run_calls(path, given, initial_state(program))
+            Evaluation(tuple(outputs), how, weights=weights, state=tuple(state.values()))
+            for outputs, state in run_calls(path, given, initial_state(program))
         ]

@@ -39,16 +39,16 @@ _LSTM = _aten.lstm.input
 _BICUBIC, _SIZED_BICUBIC = _aten.upsample_bicubic2d.vec, _aten.upsample_bicubic2d.default
 
 
-def decompositions(graph: fx.Graph) -> Table:
+def decompositions(gm: fx.GraphModule) -> Table:
     """The table for `run_decompositions`; ops that are not in it stay whole.
 
     Args:
-        graph: What is to be decomposed.
+        gm: What is to be decomposed.
     """
     table = _composites() | _lacking() | rules()
-    if any(map(_is_projected, graph.nodes)):
+    if any(map(_is_projected, gm.graph.nodes)):
         table[_LSTM] = decomposition_of_composite(_LSTM)
-    if any(map(_shrinks, graph.nodes)) and find_quantized_activations(graph.owning_module):
+    if any(map(_shrinks, gm.graph.nodes)) and find_quantized_activations(gm):
         table |= {_BICUBIC: decomposition_of_composite(_BICUBIC), _SIZED_BICUBIC: resize.bicubic}
     return table
 

@@ -19,6 +19,7 @@ from graphopt.backends.interface import (
 )
 from graphopt.backends.onnx.decompose import decompositions
 from graphopt.backends.onnx.expand import expand
+from graphopt.backends.onnx.known_sizes import sizes_kept
 from graphopt.backends.onnx.matmul_nbits import integers_of_tables
 from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.registry import OPSET, read_once
@@ -98,13 +99,19 @@ def _converted(
         if isinstance(leaf, Tensor)
     ]
     try:
-        with torch.no_grad(), quiet("torch.onnx"), quiet("onnx_ir"), read_once():
+        with (
+            torch.no_grad(),
+            quiet("torch.onnx"),
+            quiet("onnx_ir"),
+            read_once(),
+            sizes_kept(legal.graph_module.graph),
+        ):
             exported = export_graph(
                 legal.graph_module,
                 legal.example_args,
                 legal.example_kwargs,
                 dynamic=options.dynamic or plan.is_open,
-                decompositions=decompositions(legal.graph_module.graph),
+                decompositions=decompositions(legal.graph_module),
             )
             refuse_fixed(exported, plan, "ONNX")
             drop_written_inputs(exported)
