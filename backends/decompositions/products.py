@@ -53,11 +53,11 @@ def grouped_mm(
     del out_dtype
     if a.ndim != 2 or b.ndim != 3 or offs is None or bias is not None:
         return NotImplemented
-    row = torch.arange(int(a.shape[0]), device=a.device)[None]
+    row = torch.arange(a.shape[0], device=a.device)[None]
     ends = offs[:, None]
     before = torch.ge(row, ends).to(torch.int64)
     group = torch.sum(before, 0)
-    own = torch.eq(group[:, None], torch.arange(int(b.shape[0]), device=a.device)[None])
+    own = torch.eq(group[:, None], torch.arange(b.shape[0], device=a.device)[None])
     spread = torch.where(own[..., None], a[:, None], torch.zeros_like(a)[:, None])
     return torch.matmul(spread.flatten(1), b.flatten(0, 1))
 

@@ -48,6 +48,7 @@ def decompositions(gm: fx.GraphModule) -> Table:
     table = _composites() | _lacking() | rules()
     if any(map(_is_projected, gm.graph.nodes)):
         table[_LSTM] = decomposition_of_composite(_LSTM)
+    table |= {node.target: products.grouped_mm for node in gm.graph.nodes if _is_grouped(node)}
     if any(map(_shrinks, gm.graph.nodes)) and find_quantized_activations(gm):
         table |= {_BICUBIC: decomposition_of_composite(_BICUBIC), _SIZED_BICUBIC: resize.bicubic}
     return table
@@ -64,6 +65,11 @@ def _is_projected(node: fx.Node) -> bool:
 def rewritten_ops() -> frozenset[Any]:
     """Ops that this module has rules for; some for certain arguments only."""
     return frozenset(_lacking())
+
+
+def _is_grouped(node: fx.Node) -> bool:
+    """Whether a node multiplies rows by their group's matrix: torch's op, or transformers' own."""
+    return str(node.target).startswith(("aten._grouped_mm", "transformers.grouped_mm_fallback"))
 
 
 def _shrinks(node: fx.Node) -> bool:

@@ -23,6 +23,7 @@ from graphopt.backends.onnx.known_sizes import sizes_kept
 from graphopt.backends.onnx.matmul_nbits import integers_of_tables
 from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.registry import OPSET, read_once
+from graphopt.backends.onnx.rotations import repeat_angles
 from graphopt.backends.onnx.state import add_state, outputs_of_state
 from graphopt.backends.quiet import quiet
 from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
@@ -128,6 +129,7 @@ def _converted(
             )
             add_state(made.model, state)
             made.optimize()
+            repeat_angles(made.model)
             expand(made.model, options)
     except LoweringError:
         raise

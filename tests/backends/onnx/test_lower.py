@@ -155,3 +155,26 @@ def test_lstms_with_projections_are_right(tmp_path: Path) -> None:
     artifact = graphopt.lower(Projected().eval(), "onnx", (torch.randn(2, 3, 4),), dynamic=False)
     artifact.save(tmp_path / "net.onnx")
     assert artifact.verification.max_error < 1e-6
+
+
+class Rotated(nn.Module):
+    """Queries that are turned by angles, the same for every sequence of a batch, as in decoders."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.fc(x).unflatten(-1, (2, 8)).transpose(1, 2)
+        places = torch.arange(x.shape[1])[None, :, None].float() * torch.arange(1, 5)
+        angles = torch.cat([places, places], -1)
+        turned = torch.cat([-y[..., 4:], y[..., :4]], -1)
+        return y * angles.cos()[:, None] + turned * angles.sin()[:, None]
+
+
+@pytest.mark.integration
+def test_rotary_embeddings_take_batches_that_share_their_angles(tmp_path: Path) -> None:
+    artifact: Any = graphopt.lower(Rotated().eval(), "onnx", torch.randn(1, 5, 16))
+    artifact.save(tmp_path / "net.onnx")
+    assert "RotaryEmbedding" in [node.op_type for node in artifact.model.graph]
+    assert artifact.verify(torch.randn(3, 7, 16)).max_error < 1e-5
