@@ -19,6 +19,7 @@ __all__ = [
     "LINEAR",
     "LOOKUPS",
     "MAX_NDIM",
+    "RESHAPES",
     "edge_info",
     "is_fused_activation",
     "takes_integers",
@@ -41,6 +42,10 @@ LAYOUT = op_info.named(
     *("max_pool2d", "view", "reshape", "permute", "flatten", "transpose", "squeeze.dim"),
     *("squeeze.dims", "unsqueeze", "slice", "relu", "clone", "_unsafe_view", "pixel_shuffle"),
     *("upsample_nearest2d.vec", "expand", "constant_pad_nd"),
+)
+# these change nothing where they leave the sizes as they are
+RESHAPES = op_info.named(
+    *("clone", "slice", "view", "reshape", "_unsafe_view", "expand", "flatten"),
 )
 
 

@@ -24,6 +24,7 @@ from graphopt.backends.executorch.kernels import (
     CONVOLUTIONS,
     LAYOUT,
     LINEAR,
+    RESHAPES,
 )
 from graphopt.backends.executorch.weight_forms import bias_place, store_weight
 from graphopt.ir import op_info
@@ -73,6 +74,8 @@ class LegalizeForXNNPACK(Pass):
         _to_int8(edit)
         for node in edit.calls(*CONCATENATIONS):
             _one_scale(edit, node)
+        for node in edit.calls(*RESHAPES):
+            _drop_if_nothing(edit, node)
         for node in edit.calls(*LAYOUT):
             _round_again(edit, node)
         for weight in find_quantized_weights(edit.gm):
@@ -210,6 +213,22 @@ def _one_scale(edit: Editor, node: fx.Node) -> None:
         item if _scale_of(item) == wanted else _pair(edit, item, wanted, node) for item in items
     ]
     edit.set_args(node, (made, *node.args[1:]))
+
+
+def _drop_if_nothing(edit: Editor, node: fx.Node) -> None:
+    """Drop copies and slices of whole tensors between roundings with one scale.
+
+    XNNPACK drops them, too, and refuses a delegate whose result is then what it is given.
+    """
+    source, user = node.args[0], only_user(node)
+    if not isinstance(source, fx.Node) or not is_rounded(source) or user is None:
+        return
+    if str(user.target) != QUANTIZE or _scale_of(user) != _scale_of(source):
+        return
+    sizes = [[str(size) for size in each.meta["val"].shape] for each in (source, node)]
+    if sizes[0] == sizes[1]:
+        edit.replace(user, source.args[0])  # type: ignore[arg-type]
+        edit.erase(node)
 
 
 def _round_again(edit: Editor, node: fx.Node) -> None:

@@ -71,3 +71,28 @@ def test_rounded_values_run_where_the_delegate_does_not_take_them(
     artifact = graphopt.lower(program, "executorch")
     artifact.save(tmp_path / "m.pte")
     assert artifact.verification.holds
+
+
+class Rewritten(nn.Module):
+    """Adds a copy, parts of which are written, to what was copied."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(12, 12), nn.Linear(12, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = y.clone()
+        z[:, 1:4, ::2] = 0.5
+        return self.second(y + z)
+
+
+def test_copies_between_roundings_are_no_delegates(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    x = torch.randn(2, 6, 12)
+    program = graphopt.compress(
+        Rewritten().eval(), (x,), {"quantization": {}}, calibration_data=[x], progress=False
+    )
+    artifact = graphopt.lower(program, "executorch")
+    artifact.save(tmp_path / "m.pte")
+    assert artifact.verification.holds
