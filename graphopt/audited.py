@@ -49,7 +49,6 @@ __all__ = [
 ]
 
 
-# --- values ---------------------------------------------------------------------------------------
 _LONGEST_NUMBER = 1_000  # characters
 _DIGITS = re.compile(r"[-+.:\w]*")
 
@@ -197,7 +196,6 @@ def _check_number(event: yaml.ScalarEvent, owner: str) -> None:
         raise ConfigError(f"{owner}: not valid YAML: a number of {len(event.value):,} characters")
 
 
-# --- patterns -------------------------------------------------------------------------------------
 _LONGEST_PATTERN = 2_000
 _SECONDS = 1.0
 _SOON = 0.05  # s; what takes less is not counted towards ten times the limit for all names
@@ -292,7 +290,6 @@ def pattern(text: str) -> Pattern:
     return Pattern(text)
 
 
-# --- modules --------------------------------------------------------------------------------------
 _imports: ContextVar[bool] = ContextVar("graphopt_allow_imports", default=False)
 
 
@@ -336,7 +333,6 @@ def module_of(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-# --- code and pickles -----------------------------------------------------------------------------
 def compiled_condition(code: str) -> CodeType:
     """A condition over sizes, whose grammar the caller has checked, ready for `evaluated`."""
     return compile(code, "<condition>", "eval")
@@ -358,10 +354,8 @@ def read_tensors(source: str | Path | IO[bytes]) -> Any:
         check_unpacked(source)
         found = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
-        first = str(error).strip().splitlines()[:1]
-        raise InputError(
-            f"{name} cannot be read as tensors and plain containers: {' '.join(first)}"
-        ) from None
+        why = " ".join(str(error).strip().splitlines()[:1])
+        raise InputError(f"{name} cannot be read as tensors and plain containers: {why}") from None
     check_tensors(found, str(name))
     return found
 
@@ -375,16 +369,14 @@ def read_arrays(path: Path) -> Any:
     try:
         check_unpacked(path)
         found = np.load(path, allow_pickle=False)
-        if isinstance(found, np.ndarray):
-            return found
-        arrays = {name: found[name] for name in found}
+        arrays = {} if isinstance(found, np.ndarray) else {name: found[name] for name in found}
     except Exception as error:
         # damage shows as errors of many kinds, deep in what unpacks
         raise InputError(f"{path} cannot be read: {error}") from None
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):
             raise InputError(f"{path}: {name!r} is no array")
-    return arrays
+    return found if isinstance(found, np.ndarray) else arrays
 
 
 def read_exported(source: str | Path | IO[bytes]) -> torch.export.ExportedProgram:
@@ -399,8 +391,7 @@ def read_pickle_of_ours(payload: bytes, elsewhere: Callable[[str], Any] | None =
         payload: The pickle.
         elsewhere: Name → what the parent has left out and kept under it.
     """
-    if elsewhere is None:
-        return pickle.loads(payload)
-    reader = pickle.Unpickler(io.BytesIO(payload))
-    reader.persistent_load = elsewhere  # type: ignore[method-assign]
+    reader: Any = pickle.Unpickler(io.BytesIO(payload))
+    if elsewhere is not None:
+        reader.persistent_load = elsewhere
     return reader.load()

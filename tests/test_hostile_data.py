@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graphopt.search.record_file import sealed
 
 from graphopt import unpacked
 from graphopt.audited import Limits, parse_json, parse_yaml, read_arrays, read_tensors
@@ -17,6 +16,7 @@ from graphopt.errors import ConfigError, GraphOptError, InputError
 from graphopt.files import inside
 from graphopt.fitting.sensitivity.storage import load_sensitivities
 from graphopt.mixed_precision import Recipe, SensitivityTable
+from graphopt.run.record_file import sealed
 
 
 def test_numbers_that_take_the_square_of_their_length_are_refused() -> None:

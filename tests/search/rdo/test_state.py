@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from graphopt.search.record_file import sealed
 
+from graphopt.run.record_file import sealed
 from graphopt.search.rdo.state import RunState
 
 
