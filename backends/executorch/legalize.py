@@ -218,15 +218,17 @@ def _one_scale(edit: Editor, node: fx.Node) -> None:
 def _drop_if_nothing(edit: Editor, node: fx.Node) -> None:
     """Drop copies and slices of whole tensors between roundings with one scale.
 
-    XNNPACK drops them, too, and refuses a delegate whose result is then what it is given.
+    XNNPACK drops them, too, and refuses a delegate whose result is then what it is given. A copy into
+    another layout of memory stays: views behind it rely on it.
     """
     source, user = node.args[0], only_user(node)
     if not isinstance(source, fx.Node) or not is_rounded(source) or user is None:
         return
     if str(user.target) != QUANTIZE or _scale_of(user) != _scale_of(source):
         return
-    sizes = [[str(size) for size in each.meta["val"].shape] for each in (source, node)]
-    if sizes[0] == sizes[1]:
+    values = [each.meta["val"] for each in (source, node)]
+    layouts = [list(map(str, (*value.shape, *value.stride()))) for value in values]
+    if layouts[0] == layouts[1]:
         edit.replace(user, source.args[0])  # type: ignore[arg-type]
         edit.erase(node)
 
