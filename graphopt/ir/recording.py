@@ -110,6 +110,7 @@ class _Recorder(TorchDispatchMode):
         self._graph = fx.Graph()
         self._nodes: dict[int, fx.Node] = {}
         self._alive: list[Tensor] = []  # so that no two tensors have one identity
+        self._above = True  # calls come to autograd's kernels first, as those of rules do not
 
     def placeholder(self, value: Tensor) -> fx.Node:
         node = self._graph.placeholder(f"operand_{len(self._alive)}")
@@ -124,9 +125,13 @@ class _Recorder(TorchDispatchMode):
 
     def broken_up(self, op: Any, args: Any, kwargs: Any) -> Any:
         """Results of the table's rule, or of the op's own composition; NotImplemented if it stays."""
-        rule = self._table.get(op) or op.decompose
-        with self:
-            return rule(*args, **kwargs)
+        rule, above = self._table.get(op), self._above
+        self._above = above and rule is None
+        try:
+            with self:
+                return (rule or op.decompose)(*args, **kwargs)
+        finally:
+            self._above = above
 
     @override
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -136,7 +141,7 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func._schema.name in _SAME_VALUE:
             return args[0]
-        if (kernel := _kernel_of_autograd(func)) is not None:
+        if self._above and (kernel := _kernel_of_autograd(func)) is not None:
             with self:
                 return kernel(*args, **kwargs)
         if not stays_whole(func, self._table):
