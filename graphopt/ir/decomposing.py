@@ -11,9 +11,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import TensorArgument
 from torch.utils import _pytree as pytree
 
-from graphopt.ir import torch_private
 from graphopt.ir.editor import ORIGIN
-from graphopt.ir.recording import Body, NotRecordableError, recorded
+from graphopt.ir.recording import Body, NotRecordableError, never_whole, recorded
 from graphopt.ir.torch_private import OpOverload
 
 __all__ = ["decomposed", "is_functional", "name_outputs", "never_whole"]
@@ -61,13 +60,6 @@ def name_outputs(exported: ExportedProgram) -> None:
     for spec, value in zip(exported.graph_signature.output_specs, outputs, strict=True):
         if isinstance(spec.arg, TensorArgument):
             spec.arg = TensorArgument(value.name)
-
-
-def never_whole(op: Any) -> bool:
-    """Whether torch breaks up an op whatever the table says: a composite one that gives a view."""
-    if not isinstance(op, OpOverload) or not torch_private.is_composite(op):
-        return False
-    return not torch_private.may_stay_whole(op)
 
 
 def is_functional(op: Any) -> bool:

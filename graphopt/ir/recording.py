@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from graphopt.ir import torch_private
-from graphopt.ir.torch_private import FakeTensor, TorchDispatchMode
+from graphopt.ir.torch_private import FakeTensor, OpOverload, TorchDispatchMode
 
-__all__ = ["Body", "NotRecordableError", "recorded", "stays_whole"]
+__all__ = ["Body", "NotRecordableError", "never_whole", "recorded"]
 
 Table = Mapping[Any, Callable[..., Any]]
 _SAME_VALUE = ("aten::alias", "aten::detach")  # where nothing is trained or written
@@ -70,7 +71,7 @@ def recorded(call: fx.Node, table: Table) -> Body | None:
     given = [recorder.placeholder(operand.meta["val"]) for operand in operands]
     args, kwargs = fx.map_arg((call.args, call.kwargs), lambda node: node.meta["val"])
     try:
-        with torch.no_grad(), torch_private.below_autograd(), fake.fake_mode:
+        with torch.no_grad(), torch_private.below_autograd(), _portable(), fake.fake_mode:
             results = recorder.broken_up(call.target, args, kwargs)
     except NotRecordableError:
         raise
@@ -87,11 +88,23 @@ def recorded(call: fx.Node, table: Table) -> Body | None:
     return Body(given, found)
 
 
-def stays_whole(op: Any, table: Table) -> bool:
+def _stays_whole(op: Any, table: Table) -> bool:
     """Whether an op that a decomposition calls is not itself decomposed."""
-    if op in table:
+    return op not in table and not never_whole(op)
+
+
+def never_whole(op: Any) -> bool:
+    """Whether torch breaks up an op whatever the table says: a composite one that gives a view."""
+    if not isinstance(op, OpOverload) or not torch_private.is_composite(op):
         return False
-    return not torch_private.is_composite(op) or torch_private.may_stay_whole(op)
+    return not torch_private.may_stay_whole(op)
+
+
+@contextmanager
+def _portable() -> Iterator[None]:
+    """Let composite ops call none of this machine's own kernels."""
+    with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
+        yield
 
 
 def _kernel_of_autograd(op: Any) -> Callable[..., Any] | None:
@@ -125,8 +138,10 @@ class _Recorder(TorchDispatchMode):
 
     def broken_up(self, op: Any, args: Any, kwargs: Any) -> Any:
         """Results of the table's rule, or of the op's own composition; NotImplemented if it stays."""
-        rule, above = self._table.get(op), self._above
-        self._above = above and rule is None
+        above = self._above
+        # torch composes at once, by its own kernel, what can't be kept whole
+        self._above = above and never_whole(op)
+        rule = None if self._above else self._table.get(op)
         try:
             with self:
                 return (rule or op.decompose)(*args, **kwargs)
@@ -144,7 +159,7 @@ class _Recorder(TorchDispatchMode):
         if self._above and (kernel := _kernel_of_autograd(func)) is not None:
             with self:
                 return kernel(*args, **kwargs)
-        if not stays_whole(func, self._table):
+        if not _stays_whole(func, self._table):
             results = self.broken_up(func, args, kwargs)
             if results is not NotImplemented:
                 return results
