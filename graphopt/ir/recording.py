@@ -19,6 +19,7 @@ from graphopt.ir.torch_private import FakeTensor, OpOverload, TorchDispatchMode
 __all__ = ["Body", "NotRecordableError", "never_whole", "recorded"]
 
 Table = Mapping[Any, Callable[..., Any]]
+_COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd
 _SAME_VALUE = ("aten::alias", "aten::detach")  # where nothing is trained or written
 
 
@@ -156,7 +157,8 @@ class _Recorder(TorchDispatchMode):
             return func(*args, **kwargs)
         if func._schema.name in _SAME_VALUE:
             return args[0]
-        if self._above and (kernel := _kernel_of_autograd(func)) is not None:
+        kernel = _kernel_of_autograd(func)
+        if kernel is not None and (self._above or _COMPOSED in func.py_kernels):
             with self:
                 return kernel(*args, **kwargs)
         if not _stays_whole(func, self._table):
