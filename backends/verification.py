@@ -68,8 +68,8 @@ class Verification:
             float32; in 16 bits 4 times the error of the same program in PyTorch, 2e-3 at least;
             with rounded activations two steps for 99.9 % of the values, or twice the largest error of
             the program in PyTorch with a step of noise before each rounding, and no more than that on
-            the whole, as kernels that scale integers by integers come within a step; integers equal where rounding does not
-            decide them. True where nothing could be compared.
+            the whole, as kernels that scale integers by integers come within a step; integers equal
+            where rounding does not decide them. True where nothing could be compared.
         state: That figure for each buffer that is state, behind the last call; () where there is
             none, or the target does not show it.
         calls: Number of calls that were compared, each going on from the state of the one before.
