@@ -39,6 +39,8 @@ class Capabilities:
             before them; None for all.
         integer_results: Whether an op with a weight computes with integers only where its result is
             rounded as well.
+        float_ops: Names of ops that are computed in float, whatever they read, unless that is a
+            stored weight.
         doubles: Whether the target computes in float64; else float32 takes its place.
         power_scales: Weights whose e8m0 scales are stored in a byte: all, narrow floats, or none.
         bfloat16_scales: Whether scales in bfloat16 are stored as such.
@@ -65,6 +67,7 @@ class Capabilities:
     dynamic_floats: bool = False
     fused_activations: frozenset[str] | None = None
     integer_results: bool = False
+    float_ops: frozenset[str] = frozenset()
     doubles: bool = True
     power_scales: PowerScales = "none"
     bfloat16_scales: bool = True

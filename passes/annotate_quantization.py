@@ -57,6 +57,7 @@ class AnnotateQuantization(Pass):
         fused: Activation functions that the target computes together with the op before; None for
             all.
         integer_results: Whether the target needs rounded results to compute with integers.
+        float_ops: Names of ops that the target computes in float, unless they read a stored weight.
 
     Examples:
         >>> from graphopt.quantization import QuantizerConfig
@@ -69,6 +70,7 @@ class AnnotateQuantization(Pass):
     on_unmatched: Literal["error", "warn"] = "error"
     fused: frozenset[str] | None = None
     integer_results: bool = False
+    float_ops: frozenset[str] = frozenset()
 
     @override
     def run(self, edit: Editor) -> None:
@@ -94,7 +96,13 @@ class AnnotateQuantization(Pass):
                 edit.changed = True
             elif weight.tensor.ndim >= 2 or weight.compressed or decision.chosen:
                 rows.append(skipped_row(weight, decision))
-        plan = plan_activations(edit.gm, selector, self.fused, integer_results=self.integer_results)
+        plan = plan_activations(
+            edit.gm,
+            selector,
+            self.fused,
+            integer_results=self.integer_results,
+            float_ops=self.float_ops,
+        )
         self._apply(edit, plan)
         uses = [match.use for match in plan.matches]
         remarks = report_unmatched(selector, edit.gm, weights, self.on_unmatched, uses)

@@ -28,7 +28,7 @@ from graphopt.backends.executorch.check import (
     runner_of,
 )
 from graphopt.backends.executorch.delegation import Delegation, delegation_of
-from graphopt.backends.executorch.kernels import FUSED_ACTIVATIONS
+from graphopt.backends.executorch.kernels import FLOAT_OPS, FUSED_ACTIVATIONS
 from graphopt.backends.executorch.lower import legal_export, legal_passes
 from graphopt.backends.executorch.options import (
     ExecuTorchOptions,
@@ -153,6 +153,7 @@ class ExecuTorchBackend(Backend):
         fused_activations=FUSED_ACTIVATIONS,
         # XNNPACK's rules for linear layers and convolutions look for a quantize op behind them
         integer_results=True,
+        float_ops=FLOAT_OPS,
     )
     options: ClassVar[type[TargetOptions]] = ExecuTorchOptions
 

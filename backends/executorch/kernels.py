@@ -14,6 +14,7 @@ __all__ = [
     "CLAMPS",
     "CONCATENATIONS",
     "CONVOLUTIONS",
+    "FLOAT_OPS",
     "FUSED_ACTIVATIONS",
     "LAYOUT",
     "LINEAR",
@@ -27,6 +28,11 @@ __all__ = [
 
 # what configs call the activations that are computed with the op before them
 FUSED_ACTIVATIONS = frozenset({"relu", "relu6", "hardtanh", "clamp"})
+# its products of two values, and these, are in float alone
+FLOAT_OPS = frozenset(
+    {"matmul", "baddbmm", "scaled_dot_product_attention"}
+    | {"maximum", "minimum", "stack", "upsample", "avg_pool"}
+)
 # clamps with two ends become hardtanh before
 _FUSED = frozenset(op_info.named("relu", "relu6", "hardtanh"))
 CLAMPS = op_info.named("clamp")

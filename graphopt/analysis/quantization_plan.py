@@ -22,11 +22,11 @@ from graphopt.analysis.activation_plan import (
     Request,
     overruled,
 )
+from graphopt.analysis.float_readers import FloatReaders, lacking
 from graphopt.analysis.value_facts import (
     attention_scores,
     data_values,
     entering_values,
-    hands_on,
     inside_norm,
     is_float,
     is_pooling,
@@ -66,6 +66,7 @@ def plan_activations(
     fused: frozenset[str] | None = None,
     *,
     integer_results: bool = False,
+    float_ops: frozenset[str] = frozenset(),
 ) -> ActivationPlan:
     """Plan the activations of a graph.
 
@@ -76,11 +77,12 @@ def plan_activations(
         integer_results: Whether the target computes an op with a weight with integers only where its
             result is rounded as well; a result that only a norm reads is then rounded, too, with its
             channels balanced.
+        float_ops: Names of ops that the target computes in float, unless they read a stored weight.
 
     Raises:
         ConfigError: A spec has a granularity or class that activations cannot have.
     """
-    return _Planner(gm, selector, fused, integer_results).plan()
+    return _Planner(gm, selector, fused, integer_results, float_ops).plan()
 
 
 class _Planner:
@@ -90,6 +92,7 @@ class _Planner:
         selector: Selector,
         fused: frozenset[str] | None,
         integer_results: bool,
+        float_ops: frozenset[str],
     ) -> None:
         self.gm = gm
         self.integer_results = integer_results
@@ -99,6 +102,7 @@ class _Planner:
         self.data = data_values(gm)
         self.scores = attention_scores(gm)
         self.normed = read_by_norms(gm, self.data)
+        self.in_float = FloatReaders(gm, self.data, self.scores, fused, float_ops)
         self.values: dict[fx.Node, PlannedValue] = {}
         self.sharing: list[list[fx.Node]] = []  # values that have one scale
         self.floats: list[tuple[str, str, str]] = []
@@ -144,8 +148,8 @@ class _Planner:
         wanted = out.spec if info.quantizes_output or out.named_op else None
         if node in self.scores and not named:
             self._note_float(match, "attention scores, which a softmax reads")
-        elif match.output in self.normed and not out.named_op and not self._in_integers(match):
-            self._note_float(match, f"result: {self._only_normed(match)}")
+        elif self._only_float(match) and not out.named_op and not self._in_integers(match):
+            self._note_float(match, f"result: {self._only_float(match)}")
         elif wanted is not None and is_float(match.output):
             self._request_output(match.output, out)
             shared.append(match.output)
@@ -212,18 +216,22 @@ class _Planner:
             return f"part of {match.use.frames[-1].type.rpartition('.')[2]}"
         if node in self.scores and match.info.attention != "product":
             return "attention scores, which a softmax reads"
-        if match.output in self.normed and hands_on(node, match.info, self.data):
-            return self._only_normed(match)
-        return ""
+        if self.in_float.is_product(node, match.info):
+            lacks = self.in_float.lacks_kernel(node, match.info)
+            return lacking(match.info) if lacks else ""
+        if node in self.in_float.lone:
+            return self.in_float.lone[node]
+        return self._only_float(match) if match.info.data else ""
 
     def _in_integers(self, match: Match) -> bool:
         """Whether the target has to round a result that it could leave in float."""
         weights = (op_info.argument(match.node, slot.position) for slot in match.info.weights)
         stored = any(isinstance(w, fx.Node) and w not in self.data for w in weights)
-        return self.integer_results and stored
+        convolved = match.info.convolution is not None and match.output not in self.normed
+        return stored and (self.integer_results or convolved)
 
-    def _only_normed(self, match: Match) -> str:
-        return f"only {self.normed[match.output]} reads it, which computes in float"
+    def _only_float(self, match: Match) -> str:
+        return self.in_float.ends.get(match.output, "")
 
     def _pass_on(self, node: fx.Node, names: tuple[str, ...]) -> None:
         source = node.args[0]
@@ -269,8 +277,7 @@ class _Planner:
             )
         if grid_of(spec).is_float and not isinstance(granularity, PerTensorGranularity):
             raise ConfigError(f"{selection.path}: float activations have one scale per tensor")
-        order = self.order[node]
-        return Request(spec, selection.rank, selection.path, order)
+        return Request(spec, selection.rank, selection.path, self.order[node])
 
     def _note_float(self, match: Match, reason: str) -> None:
         if match.info.scales is Scales.COMPUTE or match.info.scales is Scales.SHARE:
@@ -379,8 +386,8 @@ class _Planner:
     def _why_float_op(self, node: fx.Node, rounded: bool) -> str:
         if rounded:
             return "computed in float, and rounded for the readers that are listed with its scale"
-        if node in self.normed:
-            return f"only {self.normed[node]} reads it, which computes in float"
+        if node in self.in_float.ends:
+            return self.in_float.ends[node]
         return "left in float unless a config names it"
 
 

@@ -27,6 +27,7 @@ __all__ = [
     "is_pooling",
     "leaving_values",
     "norm_behind",
+    "norm_reading",
     "only_user",
     "read_by_norms",
     "with_known_range",
@@ -162,13 +163,21 @@ def _norm_over(node: fx.Node, user: fx.Node, ends: dict[fx.Node, str], data: set
     info = op_info.info_of(user)
     if info is None:
         return ""
+    found = norm_reading(node, user, info)
+    if found or (info.norm is not None and info.batch_norm is None):
+        return found
+    return ends.get(user, "") if hands_on(user, info, data) else ""
+
+
+def norm_reading(node: fx.Node, user: fx.Node, info: OpInfo) -> str:
+    """The norm that a reader of a value is, or a part of; "" where it is none."""
     if info.norm is not None and info.batch_norm is None:
         return info.names[0] if user.args[0] is node else ""
     frames = module_frames(user)
     kind = frames[-1].type.rpartition(".")[2] if frames else ""
     if inside_norm(frames) and "batch" not in kind.lower() and (info.arithmetic or info.cast):
         return kind
-    return ends.get(user, "") if hands_on(user, info, data) else ""
+    return ""
 
 
 def hands_on(node: fx.Node, info: OpInfo, data: set[fx.Node]) -> bool:

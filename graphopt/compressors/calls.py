@@ -11,12 +11,10 @@ import torch
 from graphopt.compressors.options import CompressOptions
 from graphopt.errors import CalibrationError
 from graphopt.fitting.sensitivity import LossFn
+from graphopt.fitting.tuning import held_out_of
 from graphopt.run.calibration_data import inputs_of_pairs
 
 __all__ = ["CalibrationCalls"]
-
-_HELD_OUT = 8  # one call of so many decides when tuning was best
-_ENOUGH = 4  # calls from which on any are held out
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class CalibrationCalls:
 
     @classmethod
     def of(cls, data: Sequence[Any], how: CompressOptions) -> CalibrationCalls:
-        """Hold one call in eight out where there is tuning, and none of less than four.
+        """Hold calls out where there is tuning, as many as `held_out_of` says.
 
         Raises:
             CalibrationError: There is tuning and no call.
@@ -55,7 +53,7 @@ class CalibrationCalls:
             raise CalibrationError(
                 f"tune_steps={how.tune_steps} needs calibration data, to tune on and to hold out"
             )
-        count = max(1, len(data) // _HELD_OUT) if len(data) >= _ENOUGH else 0
+        count = held_out_of(len(data))
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(how.seed))
         held = set(order[:count].tolist())
         return cls(

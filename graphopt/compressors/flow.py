@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from graphopt.backends import load_backend
@@ -144,14 +145,19 @@ def _held(joint: JointConfig, how: CompressOptions) -> Held:
 def _integers(
     config: QuantizerConfig, calls: CalibrationCalls | None, how: CompressOptions
 ) -> list[Pass]:
-    fused, integer_results = None, False
+    annotate = AnnotateQuantization(config, how.on_unmatched)
     if how.backend is not None:
         allowed = load_backend(how.backend).capabilities
-        fused, integer_results = allowed.fused_activations, allowed.integer_results
+        annotate = replace(
+            annotate,
+            fused=allowed.fused_activations,
+            integer_results=allowed.integer_results,
+            float_ops=allowed.float_ops,
+        )
     seen = None if calls is None else calls.every
     migrated = [MigrateScales(seen)] if config.migrate_scales else []
     return [
-        AnnotateQuantization(config, how.on_unmatched, fused, integer_results),
+        annotate,
         *migrated,
         *after_annotation(config, calls, how),
     ]

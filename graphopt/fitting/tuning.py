@@ -4,7 +4,9 @@ Codes of weights stay. The target are the outputs of the uncompressed network, o
 the other in the order of the graph, with the inputs that the tuned blocks before give (Li et al.,
 BRECQ, arXiv 2102.05426, section 3.2, with table entries and ranges in place of roundings); no labels
 are needed. Activations are rounded in every step with straight-through gradients
-(`graphopt.fitting.moving`). The step with the least error on batches that are held out counts.
+(`graphopt.fitting.moving`). The step counts that is best on batches that are held out: by the mean of
+their errors' logarithms relative to before, and one standard error of that mean more, so that what few
+batches agree on by chance does not count (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
 """
 
 from __future__ import annotations
@@ -30,11 +32,13 @@ from graphopt.run.batches import Batch
 from graphopt.run.layerwise import LayerwiseRun
 from graphopt.specs.options import Options
 
-__all__ = ["TuningKeywords", "TuningOptions", "tune_graph"]
+__all__ = ["TuningKeywords", "TuningOptions", "held_out_of", "safe_ratio", "tune_graph"]
 
 _log = logging.getLogger(__name__)
 _ours = torch.ops.graphopt
-_HELD_OUT = 8  # one batch of so many is held out
+_HELD_OUT = 8  # one batch of so many is held out where there are many
+_SPREAD = 4  # batches that show how far single ones deviate
+_SHARE = 3  # one of so many is held out where they are few
 _ENOUGH = 4  # batches from which on any are held out
 _CHECKS = 10  # times that the error on those is looked at
 
@@ -225,7 +229,8 @@ def _tune_block(
         return
     error = _Error(tuned, goals)
     train, held = _split(len(goals[0]), given, generator)
-    before = least = error.over(held)
+    before = error.over(held)
+    least, after = 0.0, before
     kept: list[Tensor] = []
     groups = [{"params": [each.v for each in moving], "lr": options.learning_rate}]
     # gradients of a good program are far below Adam's own epsilon
@@ -245,15 +250,16 @@ def _tune_block(
         schedule.step()
         if step + 1 in checks:
             found = error.over(held)
-            _log.debug("step %d: error %.3g", step + 1, found)
-            if found < least:
-                least, kept = found, [each.v.detach().clone() for each in moving]
+            ratio = safe_ratio(found, before)
+            _log.debug("step %d: error %.3g, log ratio %.3g", step + 1, found.mean(), ratio)
+            if ratio < least:
+                least, after, kept = ratio, found, [each.v.detach().clone() for each in moving]
         yield
     _log.info(
         "block of %d ops: error %.3g before, %.3g after",
         len(tuned.forward.block.targets),
-        before,
-        least,
+        before.mean(),
+        after.mean(),
     )
     if kept:
         for each, value in zip(moving, kept, strict=True):
@@ -280,12 +286,29 @@ class _Error:
         ]
         return torch.stack(parts).sum()
 
-    def over(self, numbers: Sequence[int]) -> float:
-        """Mean over batches."""
+    def over(self, numbers: Sequence[int]) -> Tensor:
+        """Error of each batch, float64."""
         with torch.no_grad():
             constants = self.tuned.constants()
-            total = sum(float(self(constants, number)) for number in numbers)
-        return total / len(numbers)
+            each = [float(self(constants, number)) for number in numbers]
+        return torch.tensor(each, dtype=torch.float64)
+
+
+def safe_ratio(found: Tensor, before: Tensor) -> float:
+    """Logarithm of errors relative to those before, at the upper end of what its spread leaves open."""
+    logs = (found.clamp_min(1e-300) / before.clamp_min(1e-300)).log()
+    spread = float(logs.std()) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
+    return float(logs.mean()) + spread
+
+
+def held_out_of(count: int) -> int:
+    """How many of some batches are held out: one in eight, but a third or four where they are few.
+
+    Less than four are all learned from.
+    """
+    if count < _ENOUGH:
+        return 0
+    return max(count // _HELD_OUT, min(_SPREAD, count // _SHARE))
 
 
 def _split(count: int, given: int, generator: torch.Generator) -> tuple[list[int], list[int]]:
@@ -293,5 +316,5 @@ def _split(count: int, given: int, generator: torch.Generator) -> tuple[list[int
     if given:
         return list(range(count - given)), list(range(count - given, count))
     order = torch.randperm(count, generator=generator).tolist()
-    held = max(1, count // _HELD_OUT) if count >= _ENOUGH else 0
+    held = held_out_of(count)
     return order[held:], order[:held] or order
