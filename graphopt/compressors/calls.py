@@ -11,7 +11,7 @@ import torch
 from graphopt.compressors.options import CompressOptions
 from graphopt.errors import CalibrationError
 from graphopt.fitting.sensitivity import LossFn
-from graphopt.fitting.tuning import held_out_of
+from graphopt.fitting.tuning import FEW, held_out_of
 from graphopt.run.calibration_data import inputs_of_pairs
 
 __all__ = ["CalibrationCalls"]
@@ -22,23 +22,31 @@ class CalibrationCalls:
     """Calls of a calibration.
 
     Attributes:
-        fitted: Those that weights are fitted to and that are tuned on.
-        held_out: Those that decide when tuning was best: ranges alone are theirs, too.
+        learned: Those that are tuned on.
+        held_out: Those that decide when tuning was best.
     """
 
-    fitted: list[Any]
+    learned: list[Any]
     held_out: list[Any]
 
     @property
     def every(self) -> list[Any]:
         """All of them."""
-        return [*self.fitted, *self.held_out]
+        return [*self.learned, *self.held_out]
+
+    @property
+    def fitted(self) -> list[Any]:
+        """Those that weights are fitted to: all where they are few, else those that are tuned on.
+
+        Few calls are dear, and a fit that has seen what decides makes it harder for tuning to count.
+        """
+        return self.every if len(self.every) < FEW else self.learned
 
     def inputs(self, loss_fn: LossFn | None) -> CalibrationCalls:
         """Without the targets that a loss needs."""
         if loss_fn is None:
             return self
-        return CalibrationCalls(*map(inputs_of_pairs, (self.fitted, self.held_out)))
+        return CalibrationCalls(*map(inputs_of_pairs, (self.learned, self.held_out)))
 
     @classmethod
     def of(cls, data: Sequence[Any], how: CompressOptions) -> CalibrationCalls:

@@ -26,7 +26,7 @@ def finished_with_tuning(
     calls: Sequence[Any],
     how: CompressOptions,
 ) -> CompressedProgram:
-    """Calibrate, fit and convert anew on a part of the calls, and tune with the others held out.
+    """Calibrate, fit and convert anew, and tune on a part of the calls with the others held out.
 
     Args:
         run: The run that waits for its calibration.
@@ -43,5 +43,5 @@ def finished_with_tuning(
     done = run.pipeline.passes[: run.place]
     waiting = replace(run, pipeline=replace(run.pipeline, passes=(*done, *passes)))
     steps, seed, progress = how.tune_steps, how.seed, how.progress
-    made, (fitted, held_out) = waiting.finish(), (parts.fitted, parts.held_out)
-    return tune(made, model, fitted, held_out, steps=steps, seed=seed, progress=progress)
+    made, (learned, held_out) = waiting.finish(), (parts.learned, parts.held_out)
+    return tune(made, model, learned, held_out, steps=steps, seed=seed, progress=progress)

@@ -5,8 +5,8 @@ the other in the order of the graph, with the inputs that the tuned blocks befor
 BRECQ, arXiv 2102.05426, section 3.2, with table entries and ranges in place of roundings); no labels
 are needed. Activations are rounded in every step with straight-through gradients
 (`graphopt.fitting.moving`). The step counts that is best on batches that are held out: by the mean of
-their errors' logarithms relative to before, and one standard error of that mean more, so that what few
-batches agree on by chance does not count (Breiman et al., Classification and Regression Trees, 1984, section 3.4.3).
+their errors' logarithms relative to before, at the upper end of what their spread leaves open, so that
+what few batches show by chance does not count.
 """
 
 from __future__ import annotations
@@ -32,14 +32,17 @@ from graphopt.run.batches import Batch
 from graphopt.run.layerwise import LayerwiseRun
 from graphopt.specs.options import Options
 
-__all__ = ["TuningKeywords", "TuningOptions", "held_out_of", "safe_ratio", "tune_graph"]
+__all__ = ["FEW", "TuningKeywords", "TuningOptions", "held_out_of", "safe_ratio", "tune_graph"]
 
 _log = logging.getLogger(__name__)
 _ours = torch.ops.graphopt
 _HELD_OUT = 8  # one batch of so many is held out where there are many
 _SPREAD = 4  # batches that show how far single ones deviate
 _SHARE = 3  # one of so many is held out where they are few
+# 95 % quantiles of Student's distribution with 1, 2, … degrees of freedom
+_STUDENT = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895)
 _ENOUGH = 4  # batches from which on any are held out
+FEW = _HELD_OUT * _SPREAD  # fewer batches than these hold more of them out than one in eight
 _CHECKS = 10  # times that the error on those is looked at
 
 
@@ -250,7 +253,11 @@ def _tune_block(
         schedule.step()
         if step + 1 in checks:
             found = error.over(held)
-            ratio = safe_ratio(found, before)
+            # on the batches that were learned from, chance has no say
+            apart = not set(held) <= set(train)
+            ratio = (
+                safe_ratio(found, before) if apart else float((found.mean() / before.mean()).log())
+            )
             _log.debug("step %d: error %.3g, log ratio %.3g", step + 1, found.mean(), ratio)
             if ratio < least:
                 least, after, kept = ratio, found, [each.v.detach().clone() for each in moving]
@@ -295,10 +302,16 @@ class _Error:
 
 
 def safe_ratio(found: Tensor, before: Tensor) -> float:
-    """Logarithm of errors relative to those before, at the upper end of what its spread leaves open."""
+    """Mean logarithm of errors relative to those before, at the upper end of its one-sided 95 % interval.
+
+    The interval is Student's for paired values; a single batch shows no spread and stands for itself.
+    """
     logs = (found.clamp_min(1e-300) / before.clamp_min(1e-300)).log()
-    spread = float(logs.std()) / math.sqrt(len(logs)) if len(logs) > 1 else 0.0
-    return float(logs.mean()) + spread
+    if len(logs) < 2:
+        return float(logs.mean())
+    freedom = len(logs) - 1
+    quantile = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.645 + 1.6 / freedom
+    return float(logs.mean() + quantile * logs.std() / math.sqrt(len(logs)))
 
 
 def held_out_of(count: int) -> int:
@@ -308,7 +321,7 @@ def held_out_of(count: int) -> int:
     """
     if count < _ENOUGH:
         return 0
-    return max(count // _HELD_OUT, min(_SPREAD, count // _SHARE))
+    return max(2, count // _HELD_OUT, min(_SPREAD, count // _SHARE))
 
 
 def _split(count: int, given: int, generator: torch.Generator) -> tuple[list[int], list[int]]:

@@ -13,7 +13,7 @@ from graphopt.fitting.tuning import held_out_of, safe_ratio
 
 
 def test_few_batches_hold_out_as_many_as_show_a_spread() -> None:
-    assert [held_out_of(count) for count in (1, 3, 4, 9, 12, 32, 80)] == [0, 0, 1, 3, 4, 4, 10]
+    assert [held_out_of(count) for count in (1, 3, 4, 9, 12, 32, 80)] == [0, 0, 2, 3, 4, 4, 10]
 
 
 @pytest.mark.parametrize("count", [2, 5, 9, 40])
@@ -22,6 +22,7 @@ def test_calls_are_split_without_loss_by_the_seed(count: int) -> None:
     parts = CalibrationCalls.of(list(range(count)), how)
     assert sorted(parts.every) == list(range(count))
     assert len(parts.held_out) == held_out_of(count)
+    assert sorted(parts.fitted) == (list(range(count)) if count < 32 else sorted(parts.learned))
     assert parts == CalibrationCalls.of(list(range(count)), how)
 
 
