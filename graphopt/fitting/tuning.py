@@ -4,9 +4,9 @@ Codes of weights stay. The target are the outputs of the uncompressed network, o
 the other in the order of the graph, with the inputs that the tuned blocks before give (Li et al.,
 BRECQ, arXiv 2102.05426, section 3.2, with table entries and ranges in place of roundings); no labels
 are needed. Activations are rounded in every step with straight-through gradients
-(`graphopt.fitting.moving`). The step counts that is best on batches that are held out: by the mean of
-their errors' logarithms relative to before, at the upper end of what their spread leaves open, so that
-what few batches show by chance does not count.
+(`graphopt.fitting.moving`). The step counts that is best on batches that are held out: by how far the errors
+of their samples fall on the mean, at the upper end of what their spread leaves open, so that what few
+samples show by chance does not count.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from graphopt.run.batches import Batch
 from graphopt.run.layerwise import LayerwiseRun
 from graphopt.specs.options import Options
 
-__all__ = ["FEW", "TuningKeywords", "TuningOptions", "held_out_of", "safe_ratio", "tune_graph"]
+__all__ = ["FEW", "TuningKeywords", "TuningOptions", "held_out_of", "safe_change", "tune_graph"]
 
 _log = logging.getLogger(__name__)
 _ours = torch.ops.graphopt
@@ -255,12 +255,10 @@ def _tune_block(
             found = error.over(held)
             # on the batches that were learned from, chance has no say
             apart = not set(held) <= set(train)
-            ratio = (
-                safe_ratio(found, before) if apart else float((found.mean() / before.mean()).log())
-            )
-            _log.debug("step %d: error %.3g, log ratio %.3g", step + 1, found.mean(), ratio)
-            if ratio < least:
-                least, after, kept = ratio, found, [each.v.detach().clone() for each in moving]
+            change = safe_change(found, before) if apart else float((found - before).mean())
+            _log.debug("step %d: error %.3g, change %.3g", step + 1, found.mean(), change)
+            if change < least:
+                least, after, kept = change, found, [each.v.detach().clone() for each in moving]
         yield
     _log.info(
         "block of %d ops: error %.3g before, %.3g after",
@@ -285,33 +283,42 @@ class _Error:
         ]
 
     def __call__(self, constants: dict[fx.Node, Any], number: int) -> Tensor:
+        return torch.stack([part.mean() for part in self._parts(constants, number)]).sum()
+
+    def _parts(self, constants: dict[fx.Node, Any], number: int) -> list[Tensor]:
+        """Of each output, the squared difference of each of its values."""
         made = self.tuned(constants, number)
-        parts = [
-            (output.float() - goal[number].float()).square().mean() / scale
+        return [
+            (output.float() - goal[number].float()).square() / scale
             for output, goal, scale in zip(made, self.goals, self.scales, strict=True)
             if output.is_floating_point()
         ]
-        return torch.stack(parts).sum()
 
     def over(self, numbers: Sequence[int]) -> Tensor:
-        """Error of each batch, float64."""
+        """Error of each sample of some batches, or of each batch whose outputs count samples apart; float64."""
+        each = []
         with torch.no_grad():
             constants = self.tuned.constants()
-            each = [float(self(constants, number)) for number in numbers]
-        return torch.tensor(each, dtype=torch.float64)
+            for number in numbers:
+                parts = self._parts(constants, number)
+                lengths = {part.shape[0] if part.ndim else 1 for part in parts}
+                rows = lengths.pop() if len(lengths) == 1 else 1
+                means = [part.double().reshape(rows, -1).mean(1) for part in parts]
+                each.append(torch.stack(means).sum(0))
+        return torch.cat(each)
 
 
-def safe_ratio(found: Tensor, before: Tensor) -> float:
-    """Mean logarithm of errors relative to those before, at the upper end of its one-sided 95 % interval.
+def safe_change(found: Tensor, before: Tensor) -> float:
+    """Mean change of errors relative to their mean before, at the upper end of its one-sided 95 % interval.
 
-    The interval is Student's for paired values; a single batch shows no spread and stands for itself.
+    The interval is Student's for paired values; a single one shows no spread and stands for itself.
     """
-    logs = (found.clamp_min(1e-300) / before.clamp_min(1e-300)).log()
-    if len(logs) < 2:
-        return float(logs.mean())
-    freedom = len(logs) - 1
+    change, size = found - before, max(float(before.mean()), 1e-300)
+    if len(change) < 2:
+        return float(change.mean()) / size
+    freedom = len(change) - 1
     quantile = _STUDENT[freedom - 1] if freedom <= len(_STUDENT) else 1.645 + 1.6 / freedom
-    return float(logs.mean() + quantile * logs.std() / math.sqrt(len(logs)))
+    return float(change.mean() + quantile * change.std() / math.sqrt(len(change))) / size
 
 
 def held_out_of(count: int) -> int:
