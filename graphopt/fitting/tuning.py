@@ -283,9 +283,9 @@ class _Error:
         ]
 
     def __call__(self, constants: dict[fx.Node, Any], number: int) -> Tensor:
-        return torch.stack([part.mean() for part in self._parts(constants, number)]).sum()
+        return torch.stack([part.mean() for part in self.squares(constants, number)]).sum()
 
-    def _parts(self, constants: dict[fx.Node, Any], number: int) -> list[Tensor]:
+    def squares(self, constants: dict[fx.Node, Any], number: int) -> list[Tensor]:
         """Of each output, the squared difference of each of its values."""
         made = self.tuned(constants, number)
         return [
@@ -300,7 +300,7 @@ class _Error:
         with torch.no_grad():
             constants = self.tuned.constants()
             for number in numbers:
-                parts = self._parts(constants, number)
+                parts = self.squares(constants, number)
                 lengths = {part.shape[0] if part.ndim else 1 for part in parts}
                 rows = lengths.pop() if len(lengths) == 1 else 1
                 means = [part.double().reshape(rows, -1).mean(1) for part in parts]

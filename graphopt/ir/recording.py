@@ -14,12 +14,12 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from graphopt.ir import torch_private
-from graphopt.ir.torch_private import FakeTensor, OpOverload, TorchDispatchMode
+from graphopt.ir.torch_private import DispatchKey, FakeTensor, OpOverload, TorchDispatchMode
 
 __all__ = ["Body", "NotRecordableError", "never_whole", "recorded"]
 
 Table = Mapping[Any, Callable[..., Any]]
-_COMPOSED = torch._C.DispatchKey.CompositeImplicitAutograd
+_COMPOSED = DispatchKey.CompositeImplicitAutograd
 _SAME_VALUE = ("aten::alias", "aten::detach")  # where nothing is trained or written
 
 
@@ -110,7 +110,7 @@ def _portable() -> Iterator[None]:
 
 def _kernel_of_autograd(op: Any) -> Callable[..., Any] | None:
     """What torch calls in Python before an op gets to what records; composite ops are not called at all."""
-    kernel: Callable[..., Any] | None = op.py_kernels.get(torch._C.DispatchKey.Autograd)
+    kernel: Callable[..., Any] | None = op.py_kernels.get(DispatchKey.Autograd)
     composite = torch_private.has_kernel(op.name(), "CompositeImplicitAutograd")
     return None if composite else kernel
 

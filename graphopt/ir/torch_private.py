@@ -17,6 +17,7 @@ from graphopt.audited import module_of
 from graphopt.errors import MissingDependencyError, UntestedTorchVersionWarning
 
 if TYPE_CHECKING:
+    from torch._C import DispatchKey
     from torch._C import PyTorchFileReader as ArchiveReader
     from torch._decomp import core_aten_decompositions, decomposition_table
     from torch._dispatch.python import enable_python_dispatcher as open_size_kernels
@@ -45,6 +46,7 @@ __all__ = [
     "TESTED",
     "AnyBatchNorm",
     "ArchiveReader",
+    "DispatchKey",
     "FakeTensor",
     "FakeTensorMode",
     "HigherOrderOperator",
@@ -83,6 +85,7 @@ TESTED = (
 _PARTS = {
     "AnyBatchNorm": ("torch.nn.modules.batchnorm", "_BatchNorm"),
     "ArchiveReader": ("torch._C", "PyTorchFileReader"),
+    "DispatchKey": ("torch._C", "DispatchKey"),
     "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),
     "HigherOrderOperator": ("torch._ops", "HigherOrderOperator"),
