@@ -21,6 +21,7 @@ __all__ = [
     "LOOKUPS",
     "MAX_NDIM",
     "RESHAPES",
+    "VIEWS",
     "edge_info",
     "is_fused_activation",
     "takes_integers",
@@ -53,6 +54,7 @@ LAYOUT = op_info.named(
 RESHAPES = op_info.named(
     *("clone", "slice", "view", "reshape", "_unsafe_view", "expand", "flatten"),
 )
+VIEWS = op_info.named("view", "_unsafe_view")  # these ask how their operand lies in memory
 
 
 def takes_integers(node: fx.Node) -> bool:

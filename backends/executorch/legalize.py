@@ -25,6 +25,7 @@ from graphopt.backends.executorch.kernels import (
     LAYOUT,
     LINEAR,
     RESHAPES,
+    VIEWS,
 )
 from graphopt.backends.executorch.weight_forms import bias_place, store_weight
 from graphopt.ir import op_info
@@ -216,21 +217,43 @@ def _one_scale(edit: Editor, node: fx.Node) -> None:
 
 
 def _drop_if_nothing(edit: Editor, node: fx.Node) -> None:
-    """Drop copies and slices of whole tensors between roundings with one scale.
+    """Drop copies and slices of whole values, also those between roundings with one scale.
 
     XNNPACK drops them, too, and refuses a delegate whose result is then what it is given. A copy into
-    another layout of memory stays: views behind it rely on it.
+    another layout of memory stays where views behind it rely on it.
     """
     source, user = node.args[0], only_user(node)
-    if not isinstance(source, fx.Node) or not is_rounded(source) or user is None:
+    if not isinstance(source, fx.Node) or source.op != "call_function":
         return
-    if str(user.target) != QUANTIZE or _scale_of(user) != _scale_of(source):
+    values: list[Any] = [each.meta.get("val") for each in (source, node)]
+    if not all(isinstance(value, Tensor) for value in values):
         return
-    values = [each.meta["val"] for each in (source, node)]
-    layouts = [list(map(str, (*value.shape, *value.stride()))) for value in values]
-    if layouts[0] == layouts[1]:
-        edit.replace(user, source.args[0])  # type: ignore[arg-type]
-        edit.erase(node)
+    sizes = [list(map(str, value.shape)) for value in values]
+    strides = [list(map(str, value.stride())) for value in values]
+    if sizes[0] != sizes[1]:
+        return
+    if is_rounded(source) and user is not None and str(user.target) == QUANTIZE:
+        if _scale_of(user) == _scale_of(source) and (
+            strides[0] == strides[1] or not _is_viewed(user)
+        ):
+            edit.replace(user, source.args[0])  # type: ignore[arg-type]
+            edit.erase(node)
+    elif strides[0] == strides[1] and all(reader.op != "output" for reader in node.users):
+        edit.replace(node, source)
+
+
+def _is_viewed(node: fx.Node) -> bool:
+    """Whether a view of a value, or of another one that lies in memory as it does, is taken."""
+    sizes, seen, pending = node.meta["val"].shape, {node}, [node]
+    while pending:
+        for reader in pending.pop().users:
+            if reader.target in VIEWS:
+                return True
+            value = reader.meta.get("val")
+            if reader not in seen and isinstance(value, Tensor) and value.shape == sizes:
+                seen.add(reader)
+                pending.append(reader)
+    return False
 
 
 def _round_again(edit: Editor, node: fx.Node) -> None:
