@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -228,8 +229,7 @@ def _drop_if_nothing(edit: Editor, node: fx.Node) -> None:
     values: list[Any] = [each.meta.get("val") for each in (source, node)]
     if not all(isinstance(value, Tensor) for value in values):
         return
-    sizes = [list(map(str, value.shape)) for value in values]
-    strides = [list(map(str, value.stride())) for value in values]
+    sizes, strides = [_words(x.shape) for x in values], [_words(x.stride()) for x in values]
     if sizes[0] != sizes[1]:
         return
     if is_rounded(source) and user is not None and str(user.target) == QUANTIZE:
@@ -242,15 +242,22 @@ def _drop_if_nothing(edit: Editor, node: fx.Node) -> None:
         edit.replace(node, source)
 
 
+def _words(sizes: Iterable[Any]) -> list[str]:
+    """Sizes as they are written: to compare open ones themselves would bind the program to the answer."""
+    return list(map(str, sizes))
+
+
 def _is_viewed(node: fx.Node) -> bool:
     """Whether a view of a value, or of another one that lies in memory as it does, is taken."""
-    sizes, seen, pending = node.meta["val"].shape, {node}, [node]
+    sizes, seen, pending = _words(node.meta["val"].shape), {node}, [node]
     while pending:
         for reader in pending.pop().users:
             if reader.target in VIEWS:
                 return True
             value = reader.meta.get("val")
-            if reader not in seen and isinstance(value, Tensor) and value.shape == sizes:
+            if reader in seen or not isinstance(value, Tensor):
+                continue
+            if _words(value.shape) == sizes:
                 seen.add(reader)
                 pending.append(reader)
     return False

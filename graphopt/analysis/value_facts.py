@@ -21,7 +21,6 @@ __all__ = [
     "bounded_below",
     "data_values",
     "entering_values",
-    "hands_on",
     "inside_norm",
     "is_float",
     "is_pooling",
@@ -166,7 +165,7 @@ def _norm_over(node: fx.Node, user: fx.Node, ends: dict[fx.Node, str], data: set
     found = norm_reading(node, user, info)
     if found or (info.norm is not None and info.batch_norm is None):
         return found
-    return ends.get(user, "") if hands_on(user, info, data) else ""
+    return ends.get(user, "") if _hands_on(user, info, data) else ""
 
 
 def norm_reading(node: fx.Node, user: fx.Node, info: OpInfo) -> str:
@@ -180,7 +179,7 @@ def norm_reading(node: fx.Node, user: fx.Node, info: OpInfo) -> str:
     return ""
 
 
-def hands_on(node: fx.Node, info: OpInfo, data: set[fx.Node]) -> bool:
+def _hands_on(node: fx.Node, info: OpInfo, data: set[fx.Node]) -> bool:
     """Whether an op's values are sums, averages, places or multiples of what it reads."""
     if info.sums or info.averages or info.view is not None or info.cast or info.dropout:
         return True

@@ -89,11 +89,6 @@ def recorded(call: fx.Node, table: Table) -> Body | None:
     return Body(given, found)
 
 
-def _stays_whole(op: Any, table: Table) -> bool:
-    """Whether an op that a decomposition calls is not itself decomposed."""
-    return op not in table and not never_whole(op)
-
-
 def never_whole(op: Any) -> bool:
     """Whether torch breaks up an op whatever the table says: a composite one that gives a view."""
     if not isinstance(op, OpOverload) or not torch_private.is_composite(op):
@@ -161,7 +156,7 @@ class _Recorder(TorchDispatchMode):
         if kernel is not None and (self._above or _COMPOSED in func.py_kernels):
             with self:
                 return kernel(*args, **kwargs)
-        if not _stays_whole(func, self._table):
+        if func in self._table or never_whole(func):
             results = self.broken_up(func, args, kwargs)
             if results is not NotImplemented:
                 return results

@@ -118,18 +118,19 @@ def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
         if not int(failed):
             upper = lower.flip(0, 1)
             del lower
-            if device is not None:
-                unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-                found = torch.linalg.solve_triangular(upper, unit, upper=True).cpu().float()
-                if bool(torch.isfinite(found).all()):
-                    return found.contiguous()
-                damping = max(10 * damping, 1e-8)
-                continue
-            # what is row by row for torch is column by column, so a lower one, for LAPACK
-            inverse = lapack.dtrtri(upper.numpy().T, lower=1, overwrite_c=1)[0].T
-            if np.isfinite(inverse).all():
-                return torch.from_numpy(inverse).float().contiguous()
+            inverse = _inverse_of_upper(upper)
+            if bool(torch.isfinite(inverse).all()):
+                return inverse.cpu().float().contiguous()
         damping = max(10 * damping, 1e-8)
+
+
+def _inverse_of_upper(upper: Tensor) -> Tensor:
+    """Inverse of an upper triangular matrix, float64; on the CPU by LAPACK, in the matrix's own memory."""
+    if chosen_device() is not None:
+        unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
+        return torch.linalg.solve_triangular(upper, unit, upper=True)
+    # what is row by row for torch is column by column, so a lower one, for LAPACK
+    return torch.from_numpy(lapack.dtrtri(upper.numpy().T, lower=1, overwrite_c=1)[0].T)
 
 
 @dataclass(frozen=True)

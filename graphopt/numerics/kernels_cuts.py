@@ -101,6 +101,34 @@ def optimal_cuts(w, wx, k_max, grid, q_min, q_max):
 
 
 @_jit
+def _push_halves(stack, top, middle, at):
+    """Put what is left and right of `middle` in place of the range at `top`; the cut at `middle` bounds both.
+
+    A range is its first and last end, and the first and last cut that these may have.
+
+    Returns:
+        How many ranges there are.
+    """
+    left = stack[top, 0]
+    right = stack[top, 1]
+    first = stack[top, 2]
+    last = stack[top, 3]
+    if left < middle:
+        stack[top, 0] = left
+        stack[top, 1] = middle - 1
+        stack[top, 2] = first
+        stack[top, 3] = at
+        top += 1
+    if middle < right:
+        stack[top, 0] = middle + 1
+        stack[top, 1] = right
+        stack[top, 2] = at
+        stack[top, 3] = last
+        top += 1
+    return top
+
+
+@_jit
 def _halve(best, w, wx, k, cut, following, stack, grid, q_min, q_max):
     """Fill `cut[k]` and `following` by halving the points, each half between the cuts of the other."""
     stack[0, 0] = k + 1
@@ -120,18 +148,7 @@ def _halve(best, w, wx, k, cut, following, stack, grid, q_min, q_max):
         value, at = _best_start(best, 0, w, wx, start, end, middle, grid, q_min, q_max)
         following[middle] = value
         cut[k, middle] = at
-        if left < middle:
-            stack[top, 0] = left
-            stack[top, 1] = middle - 1
-            stack[top, 2] = first
-            stack[top, 3] = at
-            top += 1
-        if middle < right:
-            stack[top, 0] = middle + 1
-            stack[top, 1] = right
-            stack[top, 2] = at
-            stack[top, 3] = last
-            top += 1
+        top = _push_halves(stack, top, middle, at)
 
 
 @_jit
@@ -209,18 +226,7 @@ def _move_cuts(w, wx, bounds, reach, stride, grid, q_min, q_max):
                 )
                 following[middle - offset[k]] = value
                 back[middle] = at
-                if left < middle:
-                    stack[top, 0] = left
-                    stack[top, 1] = middle - 1
-                    stack[top, 2] = first
-                    stack[top, 3] = at
-                    top += 1
-                if middle < right:
-                    stack[top, 0] = middle + 1
-                    stack[top, 1] = right
-                    stack[top, 2] = at
-                    stack[top, 3] = last
-                    top += 1
+                top = _push_halves(stack, top, middle, at)
             best, following = following, best
         base = offset[parts - 1]
         mass[offset[parts]] = w[bounds[parts]]
