@@ -19,6 +19,7 @@ from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.backends.registry import ExportBackend, target_of, target_of_suffix
 from graphopt.backends.sets import own_options
 from graphopt.capture import capture
+from graphopt.errors import InputError
 from graphopt.exclusive import exclusively
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.neutral_form import neutral_form, with_neutral_form
@@ -46,7 +47,7 @@ def as_program(
 
     Raises:
         CaptureError: It cannot be exported.
-        InputError: Example inputs are missing.
+        InputError: Example inputs are missing, or a file has several entry points.
     """
     if isinstance(source, Program):
         program = source.copy()
@@ -56,7 +57,13 @@ def as_program(
     else:
         if isinstance(source, CapturedModule):
             source = neutral_form(source) or source
-        program = capture(source, example_inputs, example_kwargs)
+        captured: Any = capture(source, example_inputs, example_kwargs)
+        if isinstance(captured, ProgramSet):
+            raise InputError(
+                f"{source} has several entry points ({', '.join(captured)}); take all of them with"
+                f" graphopt.capture(path), or one with graphopt.capture(path)[{next(iter(captured))!r}]"
+            )
+        program = captured
     neutral = neutral_form(program.graph_module)
     if neutral is not None:
         program = replace(program, graph_module=share_graph(neutral))
@@ -119,6 +126,8 @@ def lower(
     target = load_backend(backend)
     if isinstance(model, Mapping):
         model = capture(model)
+    if isinstance(model, str | Path):
+        model = capture(model, example_inputs, example_kwargs)
     if isinstance(model, ProgramSet):
         for name, each in model.methods.items():
             target.refuse_unsupported(each, **own_options(name, model, options))

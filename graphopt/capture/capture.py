@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 import graphopt.ir.ops  # noqa: F401 - saved programs may use our ops
 from graphopt.capture.archive_check import check_archive, is_trusted, trusting
-from graphopt.capture.entry_points import captured_set
+from graphopt.capture.entry_points import captured_set, with_shared_tensors
 from graphopt.capture.example_check import check_example
 from graphopt.capture.export_errors import without_warnings
 from graphopt.capture.exporting import (
@@ -27,7 +27,7 @@ from graphopt.capture.exporting import (
 from graphopt.capture.foreign import missing_module, without_cache
 from graphopt.capture.inference_form import to_inference_form
 from graphopt.capture.input_sizes import size_conditions, static_dims
-from graphopt.capture.mapped_archive import read_program
+from graphopt.capture.mapped_archive import ALONE, read_programs
 from graphopt.errors import CaptureError, GraphOptError, InputError
 from graphopt.exclusive import exclusively
 from graphopt.ir.captured_module import CapturedModule, InputGuards, holder_of
@@ -82,8 +82,8 @@ def capture(
             inputs or constants could run code is refused. Only for one's own files.
 
     Returns:
-        A program that shares the model's tensors, or a `ProgramSet`; the model itself is not
-        changed. It is captured in evaluation mode.
+        A program that shares the model's tensors; the model itself is not changed. It is captured in
+        evaluation mode. A `ProgramSet` of several entry points, given or in one file.
 
     Raises:
         CaptureError: The model cannot be exported, and the message names op, module and source line;
@@ -130,17 +130,32 @@ def _as_args(example_inputs: _Args | Tensor | None) -> _Args:
     return tuple(example_inputs)
 
 
-def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Program:
+def _from_file(path: Path, args: Any, kwargs: Mapping[str, Any] | None) -> Program | ProgramSet:
     if not path.exists():
         raise InputError(f"no such file: {path}")
     if not is_trusted():
         check_archive(path)
     try:
         with without_warnings("torch.export"):
-            exported = read_program(path)
-        if args is None and not kwargs and exported.example_inputs is not None:
-            check_example(exported, *exported.example_inputs)
-        return _from_exported(exported, str(path), args, kwargs)
+            programs = read_programs(path)
+        given = args is not None or bool(kwargs)
+        if given and list(programs) != [ALONE]:
+            raise InputError(
+                f"{path} has several entry points ({', '.join(programs)}), each with its example;"
+                " capture it without example inputs"
+            )
+        for exported in programs.values():
+            if not given and exported.example_inputs is not None:
+                check_example(exported, *exported.example_inputs)
+        if list(programs) == [ALONE]:
+            return _from_exported(programs[ALONE], str(path), args, kwargs)
+        with_shared_tensors(programs)
+        return ProgramSet(
+            {
+                name: _from_exported(exported, f"{path}: {name}", None, None)
+                for name, exported in programs.items()
+            }
+        )
     except CaptureError as error:
         raise CaptureError(f"{path}: {error}") from error
     except GraphOptError:

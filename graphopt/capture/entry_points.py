@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.export import ExportedProgram
 
 from graphopt.errors import InputError
 from graphopt.ir.captured_module import CapturedModule
@@ -16,7 +17,7 @@ from graphopt.ir.program import Program
 from graphopt.ir.program_set import ProgramSet
 from graphopt.ir.state import state_of
 
-__all__ = ["captured_set"]
+__all__ = ["captured_set", "with_shared_tensors"]
 
 
 def captured_set(
@@ -52,6 +53,26 @@ def captured_set(
     for program in methods.values():
         _keep_as_state(program.graph_module, states)
     return ProgramSet(methods)
+
+
+def with_shared_tensors(programs: Mapping[str, ExportedProgram]) -> None:
+    """Let programs of one file share their parameters and buffers of equal name and value again.
+
+    Args:
+        programs: Name → program, changed in place; what one of them writes stays its own.
+    """
+    written = {
+        name
+        for program in programs.values()
+        for name in program.graph_signature.buffers_to_mutate.values()
+    }
+    known: dict[str, Tensor] = {}
+    for program in programs.values():
+        for name, value in program.state_dict.items():
+            shared = known.setdefault(name, value)
+            alike = shared.dtype == value.dtype and shared.shape == value.shape
+            if name not in written and alike and torch.equal(shared, value):
+                program.state_dict[name] = shared
 
 
 def _keep_as_state(gm: CapturedModule, states: set[str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,8 +19,10 @@ from graphopt.exclusive import exclusive
 from graphopt.ir import torch_private
 from graphopt.ir.mapped import map_tensor
 
-__all__ = ["mapping_weights", "read_program"]
+__all__ = ["ALONE", "mapping_weights", "read_programs"]
 
+ALONE = "model"  # what torch.export.save calls the one program of an archive
+_MODELS = re.compile(r"(?:[^/]+/)?models/([^/]+)\.json")
 _mapping: ContextVar[bool] = ContextVar("graphopt_map_weights", default=False)
 
 
@@ -35,10 +39,13 @@ def mapping_weights(enabled: bool = True) -> Iterator[None]:
         _mapping.reset(token)
 
 
-def read_program(path: Path) -> ExportedProgram:
-    """A program that the caller has checked or trusts; its weights are mapped inside `mapping_weights`."""
+def read_programs(path: Path) -> dict[str, ExportedProgram]:
+    """Programs of a file by name, in its order, one of `torch.export.save` as "model".
+
+    The caller has checked the file or trusts it; weights are mapped inside `mapping_weights`.
+    """
     if not _mapping.get():
-        return read_exported(path)
+        return _read(path)
     package: Any = torch_private.archive_package
     build = package._build_file_map
 
@@ -52,9 +59,19 @@ def read_program(path: Path) -> ExportedProgram:
     with exclusive():
         package._build_file_map = mapped
         try:
-            return read_exported(path)
+            return _read(path)
         finally:
             package._build_file_map = build
+
+
+def _read(path: Path) -> dict[str, ExportedProgram]:
+    with zipfile.ZipFile(path) as archive:
+        members = map(_MODELS.fullmatch, archive.namelist())
+        names = [member[1] for member in members if member is not None]
+    if names in ([], [ALONE]):
+        return {ALONE: read_exported(path)}
+    loaded = torch_private.load_pt2(str(path)).exported_programs
+    return {name: loaded[name] for name in names}
 
 
 def _flat(path: Path, archive: Any, record: str, meta: Any) -> Tensor:

@@ -11,6 +11,7 @@ from torch.export import ExportedProgram
 from typing_extensions import Unpack
 
 from graphopt.backends.lowering import as_program
+from graphopt.capture import capture
 from graphopt.compressors.compressed_program import CompressedSet
 from graphopt.compressors.flow import joint_pipeline
 from graphopt.compressors.options import CompressKeywords, CompressOptions
@@ -86,6 +87,9 @@ def compress(
         CalibrationError: Data are needed and missing, or leave activations without a range.
         InputError: Data do not fit the program, or the config is of no known kind.
     """
+    if isinstance(model, str | Path):
+        captured: Any = capture(model, example_inputs, example_kwargs)
+        model, example_inputs, example_kwargs = captured, None, None
     if isinstance(model, ProgramSet):
         given: Any = calibration_data
         if given is not None and not isinstance(given, str):

@@ -46,14 +46,15 @@ def open_shapes(
         if isinstance(leaf, Tensor) and leaf.ndim:
             sizes = known.get(position, (None,) * leaf.ndim)
             collection[leaf] = {
-                axis: None if isinstance(size, int) else Dim.AUTO for axis, size in enumerate(sizes)
+                axis: Dim.STATIC if isinstance(size, int) else Dim.AUTO
+                for axis, size in enumerate(sizes)
             }
     return collection
 
 
 def _hint(bounds: tuple[int, int | None] | None) -> Any:
     if bounds is None:
-        return None
+        return Dim.STATIC
     low, high = bounds
     return Dim.AUTO(min=max(low, 1), max=high)
 

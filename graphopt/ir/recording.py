@@ -99,8 +99,14 @@ def never_whole(op: Any) -> bool:
 @contextmanager
 def _portable() -> Iterator[None]:
     """Let composite ops call none of this machine's own kernels."""
-    with torch.backends.mkldnn.flags(enabled=False), torch.backends.nnpack.flags(enabled=False):
-        yield
+    # not torch.backends.mkldnn.flags, which sets precisions, too, and warns of this build's
+    enabled = torch_private.is_mkldnn_enabled()
+    torch_private.enable_mkldnn(False)
+    try:
+        with torch.backends.nnpack.flags(enabled=False):
+            yield
+    finally:
+        torch_private.enable_mkldnn(enabled)
 
 
 def _kernel_of_autograd(op: Any) -> Callable[..., Any] | None:

@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from torch.utils._python_dispatch import TorchDispatchMode
 
     below_autograd: Callable[[], AbstractContextManager[None]]
+    enable_mkldnn: Callable[[bool], None]
+    is_mkldnn_enabled: Callable[[], bool]
     has_kernel: Callable[[str, str], bool]
     learnable_per_channel: Callable[..., torch.Tensor]
     learnable_per_tensor: Callable[..., torch.Tensor]
@@ -59,9 +61,11 @@ __all__ = [
     "core_aten_decompositions",
     "decomposition_of_composite",
     "decomposition_table",
+    "enable_mkldnn",
     "has_kernel",
     "in_kernel",
     "is_composite",
+    "is_mkldnn_enabled",
     "learnable_per_channel",
     "learnable_per_tensor",
     "load_pt2",
@@ -103,6 +107,8 @@ _PARTS = {
         "is_contiguous_for_memory_format_or_false",
     ),
     "shape_rules": ("torch._subclasses.fake_impls", "get_fast_op_impls"),
+    "enable_mkldnn": ("torch._C", "_set_mkldnn_enabled"),
+    "is_mkldnn_enabled": ("torch._C", "_get_mkldnn_enabled"),
     "has_kernel": ("torch._C", "_dispatch_has_kernel_for_dispatch_key"),
     "in_kernel": ("torch._subclasses.fake_tensor", "in_kernel_invocation_manager"),
     "is_composite": ("torch._export.utils", "_is_cia_op"),

@@ -222,3 +222,35 @@ def test_entry_points_are_lowered_as_capture_takes_them() -> None:
     net, x = nn.Linear(4, 4), (torch.ones(2, 4),)
     artifact = graphopt.lower({"first": (net, x), "second": (net, x)}, "torch")
     assert list(artifact.methods) == ["first", "second"]
+
+
+def test_entry_points_of_a_file_are_a_set_again_with_shared_weights(tmp_path: Path) -> None:
+    net, path = model(), tmp_path / "m.pt2"
+    programs = cached(net)
+    graphopt.lower(programs, "torch").save(path)
+    read = graphopt.capture(path)
+    assert list(read) == ["prefill", "decode"]
+    assert [each.name for each in read.state] == ["keys", "values"]
+    merged = read.merged()
+    assert len(list(merged.graph_module.parameters())) == len(list(net.parameters()))
+    for name in read:
+        want = programs[name].module()(*programs[name].example_args)
+        assert torch.equal(read[name].module()(*read[name].example_args), want)
+
+
+def test_file_of_entry_points_is_compressed_and_lowered_as_a_whole(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt2"
+    graphopt.lower(mixing(model()), "torch").save(path)
+    made = graphopt.compress(path, config={"palettization": {}})
+    assert [row.name for row in made.report() if row.stored_bits] == ["wide.weight", "back.weight"]
+    artifact = graphopt.lower(path, "torch")
+    assert list(artifact.methods) == ["few", "many"]
+
+
+def test_what_takes_one_program_names_the_entry_points_of_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "m.pt2"
+    graphopt.lower(mixing(model()), "torch").save(path)
+    with pytest.raises(InputError, match=r"few, many.*\['few'\]"):
+        graphopt.fit(path, data=[noise(2, WIDTH)], size="1KB", path=tmp_path / "small.pt2")
+    with pytest.raises(InputError, match="without example inputs"):
+        graphopt.capture(path, (noise(2, WIDTH),))

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -62,3 +63,11 @@ def test_what_writes_or_makes_tensors_of_its_own_is_not_recorded(
     call = call_of(nn.ReLU())
     with pytest.raises(NotRecordableError):
         recorded(call, {call.target: rule})
+
+
+def test_recording_warns_of_nothing_and_leaves_torch_its_kernels() -> None:
+    call, enabled = call_of(nn.ReLU()), torch.backends.mkldnn.is_available()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert ops_of(call, {call.target: lambda x: x.clamp(min=0)}) == ["aten.clamp.default"]
+    assert torch.backends.mkldnn.enabled == enabled
