@@ -31,6 +31,7 @@ _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _lock = threading.RLock()
 _YOUNG = 20_000  # new objects between two collections; a node of a graph is about twenty
+_FLAT_WEIGHTS = r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, )?)+ w"
 _depth = 0  # of the thread that has the lock
 
 
@@ -67,8 +68,9 @@ def _kept() -> Iterator[None]:
     own, numbers, tensors = random.getstate(), np.random.get_state(), torch.get_rng_state()
     devices = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
     with warnings.catch_warnings():
-        # torch.export warns of its own tree specs wherever it copies them
+        # torch.export warns of its own tree specs wherever it copies them, and of torch's own recurrent layers
         warnings.filterwarnings("ignore", ".*LeafSpec.*", FutureWarning)
+        warnings.filterwarnings("ignore", _FLAT_WEIGHTS, UserWarning)
         try:
             yield
         finally:

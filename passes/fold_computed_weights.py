@@ -106,7 +106,7 @@ def _fold(edit: Editor, node: fx.Node, cone: list[fx.Node]) -> None:
     for inner in reversed(cone):
         if inner.op == "get_attr":
             edit.drop(inner)
-        elif not inner.users:
+        elif inner is not node and not inner.users:
             edit.erase(inner)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 
 import pytest
 import torch
@@ -200,3 +201,10 @@ def test_subnormal_and_huge_weights_are_clustered() -> None:
         for bits in (2, 6, 8):
             found = palettize(weight, PalettizationSpec(n_bits=bits))
             assert found.sse <= 0.2 * found.energy
+
+
+@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
+def test_recurrent_layers_are_captured_without_a_warning(kind: type[nn.Module]) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        graphopt.capture(kind(4, 4, num_layers=2), (torch.ones(3, 2, 4),))
