@@ -104,6 +104,7 @@ def _converted(
             torch.no_grad(),
             quiet("torch.onnx"),
             quiet("onnx_ir"),
+            quiet("onnxscript"),
             read_once(),
             sizes_kept(legal.graph_module.graph),
         ):

@@ -178,3 +178,11 @@ def test_rotary_embeddings_take_batches_that_share_their_angles(tmp_path: Path) 
     artifact.save(tmp_path / "net.onnx")
     assert "RotaryEmbedding" in [node.op_type for node in artifact.model.graph]
     assert artifact.verify(torch.randn(3, 7, 16)).max_error < 1e-5
+
+
+@pytest.mark.integration
+def test_packages_of_the_exporter_warn_of_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    x = torch.randn(2, 3, 8)
+    layer = nn.TransformerDecoderLayer(8, 2, 16, batch_first=True).eval()
+    graphopt.lower(layer, "onnx", (x, x))
+    assert [record.message for record in caplog.records if record.levelname == "WARNING"] == []
