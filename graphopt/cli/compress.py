@@ -194,7 +194,7 @@ def compress(
         "verification": None if outcome is None else plain(outcome),
     }
     if watch.report is not None:
-        page = {"before": original, "config": wanted, "artifact": artifact}
+        page = {"before": original, "config": wanted, "recipe": recipe, "artifact": artifact}
         _write_report(watch.report, program, page, outcomes, overwrite=to.overwrite)
     # what goes to standard output is the program, if it goes there
     console = ERR if is_stream(to.output) else OUT

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -66,6 +66,7 @@ def contents_of(
     difference: Difference | None = None,
     before: nn.Module | ExportedProgram | Program | None = None,
     artifact: Any = None,
+    predictions: Mapping[str, str] | None = None,
 ) -> PageContents:
     """All that is known of a program.
 
@@ -74,10 +75,12 @@ def contents_of(
         difference: How it differs from the model.
         before: The model, for histograms of its exact weights.
         artifact: What a target made of it, saved, for its size and what was verified.
+        predictions: What a search foresaw of the whole, by name.
     """
     weights = _weights(program, difference)
+    foreseen = [(name, value, "of the recipe") for name, value in (predictions or {}).items()]
     return PageContents(
-        tiles=tuple(_tiles(program, difference, artifact)),
+        tiles=(*_tiles(program, difference, artifact), *foreseen),
         prefix=common_prefix([row["name"] for row in weights]),
         weights=tuple(weights),
         activations=tuple(asdict(record) for record in program.table.activations),

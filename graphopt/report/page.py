@@ -37,7 +37,7 @@ class PageOptions(Options):
             returns matplotlib axes.
         curve: A sweep of `graphopt.mixed_precision`, likewise.
         config: The config, as a mapping, an object of ours or text.
-        recipe: A recipe of a search, likewise.
+        recipe: A recipe of a search, likewise; one of ours shows the error that it predicts, too.
         artifact: What a target made of the program, once it is saved: its size and what was verified.
         title: Heading; the model's name by default.
         overwrite: Replace a file.
@@ -100,7 +100,8 @@ def write_page(
     if Path(path).exists() and not shown.overwrite:
         raise ArtifactExistsError(f"{path} exists; pass overwrite=True to replace it")
     difference = None if before is None else diff(before, program, data)
-    contents = contents_of(program, difference, before, shown.artifact)
+    foresees = getattr(shown.recipe, "predictions", dict)
+    contents = contents_of(program, difference, before, shown.artifact, foresees())
     heading = shown.title or f"{program.provenance.source}, compressed"
     charts: list[dict[str, Any]] = []
     pictures: list[tuple[str, str]] = []

@@ -15,6 +15,7 @@ from helpers.reported_nets import X
 from torch import nn
 
 import graphopt
+from graphopt import mixed_precision
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.errors import ArtifactExistsError, InputError, StateError
 from graphopt.inspection import (
@@ -94,6 +95,15 @@ def test_page_shows_the_record_and_the_difference(
     assert tiles["bits per compressed weight"] == f"{compressed.table.bits_per_weight:.3f}"
     assert tiles["measured, outputs"] == f"{diff(net, compressed, [X]).output_sqnr[0]:.1f} dB"
     assert data["texts"] == [["Config", "palettization: {bits: 4}\n"]]
+
+
+def test_page_of_a_recipe_shows_what_was_predicted(net: nn.Module, tmp_path: Path) -> None:
+    recipe = mixed_precision.analyze(net, (X,), data=[X], mode="fast").recipe(target_bpw=6)
+    program = graphopt.compress(net, (X,), recipe.to_config())
+    page = program.report().to_html(tmp_path / "page.html", recipe=recipe)
+    tiles = {what: value for what, value, _ in data_of(page)["tiles"]}
+    assert tiles["predicted psnr"] == f"{recipe.value:.4g}"
+    assert "measured psnr" not in tiles
 
 
 def test_page_loads_nothing_and_escapes_its_title(page: Path) -> None:

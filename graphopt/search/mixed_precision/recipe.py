@@ -90,6 +90,13 @@ class Recipe(ShownAsTable):
             return None
         return (self.loss - self.bound) / self.loss if self.loss > 0 else 0.0
 
+    def predictions(self) -> dict[str, str]:
+        """What was predicted, and measured, of the whole: "predicted psnr" → its value, for tiles."""
+        found = {f"predicted {self.metric}": f"{self.value:.4g}"}
+        if self.measured is not None:
+            found[f"measured {self.metric}"] = f"{self.measured:.4g}"
+        return found
+
     @property
     def distribution(self) -> dict[str, tuple[int, int]]:
         """Candidate → number of layers and of weights that have it."""
