@@ -12,6 +12,7 @@ from typing_extensions import Unpack
 from graphopt import errors
 from graphopt.backends.base import Artifact
 from graphopt.backends.registry import NEUTRAL, Target, target_of_suffix, targets
+from graphopt.backends.sets import SetArtifact
 from graphopt.backends.verification import Verification
 from graphopt.cli.common import is_stream, scratch_folder, to_stdout
 
@@ -86,21 +87,24 @@ def check_report(path: Path, suffixes: Sequence[str], *, overwrite: bool) -> Non
         raise errors.ArtifactExistsError(f"{path} exists; pass --overwrite to replace it")
 
 
-def write(artifact: Artifact, output: Path, *, overwrite: bool, **checks: Unpack[Checks]) -> None:
+def write(
+    artifact: Artifact | SetArtifact, output: Path, *, overwrite: bool, **checks: Unpack[Checks]
+) -> None:
     """Save an artifact, or write it to standard output.
 
     Args:
         artifact: What to write.
         output: Where to.
         overwrite: Replace what is there.
-        checks: As for `Artifact.save`.
+        checks: As for the `save` of it.
     """
+    save: Any = artifact.save
     if is_stream(output):
-        artifact.save(scratch_folder() / f"stdout{artifact.suffix}", **checks)
+        save(scratch_folder() / f"stdout{artifact.suffix}", **checks)
         assert artifact.path is not None
         to_stdout(artifact.path)
     else:
-        artifact.save(output, overwrite=overwrite, **checks)
+        save(output, overwrite=overwrite, **checks)
 
 
 def plain(outcome: Verification) -> dict[str, Any]:

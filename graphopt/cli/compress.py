@@ -19,6 +19,7 @@ from graphopt.backends import load_backend
 from graphopt.backends.base import Artifact
 from graphopt.backends.lowering import as_program, lower
 from graphopt.backends.registry import ExportBackend, Target
+from graphopt.backends.sets import SetArtifact
 from graphopt.capture.mapped_archive import mapping_weights
 from graphopt.cli.artifacts import (
     Checks,
@@ -229,10 +230,12 @@ def _contents(output: Path, artifact: Artifact, table: CompressionTable) -> Iter
 
 
 def lower_program(model: Model, to: OutputOptions, form: Annotated[Given, TargetFields()]) -> None:
-    """Write a program, compressed or not, for a target."""
+    """Write a program, compressed or not, or the entry points of a file, for a target."""
     target = check_output(to.output, to.backend, overwrite=to.overwrite)
-    artifact = _lowered(as_program(model), target, form)
-    write(artifact, to.output, overwrite=to.overwrite, **_checks(to, artifact.program))
+    artifact = _lowered(model, target, form)
+    is_set = isinstance(artifact, SetArtifact)
+    checks = _checks_of_set(to) if is_set else _checks(to, artifact.program)
+    write(artifact, to.output, overwrite=to.overwrite, **checks)
     outcome = artifact.verification
     stream = is_stream(to.output)
     if to.as_json:
@@ -246,8 +249,8 @@ def lower_program(model: Model, to: OutputOptions, form: Annotated[Given, Target
             console.print(sentence(outcome))
 
 
-def _lowered(program: Program, target: Target, form: Given) -> Artifact:
-    """The program in the form of its target, which takes its own of the options."""
+def _lowered(program: Program | Path, target: Target, form: Given) -> Any:
+    """The program, or that of a file, in the form of its target, which takes its own of the options."""
     return lower(program, target, **load_backend(target).options_among(form))
 
 
@@ -268,6 +271,20 @@ def _checks(to: OutputOptions, program: Program, *, compare: bool = True) -> Che
     sizes = [leaf.shape[0] for leaf in leaves if isinstance(leaf, Tensor) and leaf.ndim]
     calls = read_data(to.verify_data, sizes[0] if sizes else 1, program)
     return {"verify": calls, "max_error": to.max_error}
+
+
+def _checks_of_set(to: OutputOptions) -> Checks:
+    """How entry points are compared: each on its example.
+
+    Raises:
+        InputError: Something else is asked for.
+    """
+    if to.verify_data is not None or to.max_error is not None:
+        raise InputError(
+            "--verify-data and --max-error are for one program; entry points are compared on their"
+            " examples by the rule of every save"
+        )
+    return {"verify": to.verify}
 
 
 def _recipe(given: str) -> Recipe | None:

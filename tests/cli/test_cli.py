@@ -10,6 +10,8 @@ import torch
 from helpers.shell import command
 from torch import nn
 
+import graphopt
+
 CONFIG = """
 kmeans_palettization_config:
   global_config:
@@ -134,6 +136,21 @@ def test_stages_compose_through_standard_streams(with_data: Path) -> None:
     seen = command(with_data, "inspect", "-", "--json", "--graph", "g.json", stdin=second.output)
     assert json.loads(seen.stdout)["palettized"] == 1
     assert (with_data / "g.json").exists()
+
+
+@pytest.mark.integration
+def test_entry_points_of_a_file_are_lowered_together(folder: Path) -> None:
+    net = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 4))
+    x = (torch.randn(2, 16),)
+    entries = {"whole": (net, x), "first": (net[0], x)}
+    graphopt.lower(entries, "torch").save(folder / "set.pt2", overwrite=True)
+    done = command(folder, "lower", "set.pt2", "-o", "set.pte", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["verification"]["max_error"] < 1e-5
+    assert (folder / "set.pte").stat().st_size < 4 * 16 * 16 * 2 + 8_000
+    refused = command(folder, "compress", "set.pt2", "-o", "small.pt2")
+    assert refused.returncode == 3
+    assert "several entry points (whole, first)" in " ".join(refused.stderr.split())
 
 
 def test_only_pt2_goes_to_standard_output(folder: Path) -> None:
