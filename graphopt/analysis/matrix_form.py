@@ -84,6 +84,35 @@ class MatrixForm:
             return self._unfold(batched)
         return batched.reshape(batched.shape[0], self.groups, -1, batched[0, 0].numel()).mT
 
+    def count(self, x: Tensor) -> tuple[int, int, int]:
+        """Samples, positions and columns that `columns` would have."""
+        if self.kind == "conv":
+            batched = x if x.ndim == len(self.kernel) + 2 else x[None]
+            shape = self._windows(batched.to("meta")).shape
+            rank = len(self.kernel)
+            size = math.prod(shape[2 + rank :]) * shape[1] // self.groups
+            return shape[0], math.prod(shape[2 : 2 + rank]), size
+        batch, _, positions, size = self.columns(x).shape  # a view
+        return batch, positions, size
+
+    def sampled(self, x: Tensor, at: Tensor) -> Tensor:
+        """Some positions of `columns`, [groups, positions, columns], without making the others.
+
+        Args:
+            x: The op's input.
+            at: Positions, counted over the whole batch, int64.
+        """
+        if self.kind != "conv":
+            columns = self.columns(x)
+            batch, place = at // max(columns.shape[2], 1), at % max(columns.shape[2], 1)
+            return columns[batch, :, place].transpose(0, 1)
+        rank = len(self.kernel)
+        batched = x if x.ndim == rank + 2 else x[None]
+        windows = self._windows(batched).unflatten(1, (self.groups, -1))
+        batch, *places = torch.unravel_index(at, (len(windows), *windows.shape[3 : 3 + rank]))
+        order = [0, *range(3, 3 + rank), 1, 2, *range(3 + rank, 3 + 2 * rank)]
+        return windows.permute(order)[(batch, *places)].flatten(2).transpose(0, 1)
+
     def rows(self, gradient: Tensor, x: Tensor) -> Tensor:
         """A gradient of the op's output as [batch, groups, positions, rows].
 

@@ -10,6 +10,7 @@ from torch import Tensor, fx
 from graphopt.analysis.matrix_form import MatrixUse, WeightUse
 from graphopt.fitting.moments import (
     LayerMoments,
+    Sample,
     collect_moments,
     missing_beside,
     operand_beside,
@@ -89,11 +90,10 @@ class LayerData:
         pairs = list(zip(listed("exact"), listed("actual"), strict=True))
         return cls(listed("inputs"), listed("wanted"), listed("saliency") or None, pairs or None)
 
-    def moments(self, use: MatrixUse, *, centred: bool, seed: int) -> LayerMoments | None:
+    def moments(self, use: MatrixUse, *, centred: bool, sample: Sample) -> LayerMoments | None:
         """As `collect_moments` gives them."""
-        return collect_moments(
-            use, self.inputs, self.wanted, self.saliency, self.missing, centred=centred, seed=seed
-        )
+        values = (self.inputs, self.wanted, self.saliency, self.missing)
+        return collect_moments(use, *values, centred=centred, sample=sample)
 
 
 def fitted_together(

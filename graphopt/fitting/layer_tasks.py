@@ -11,12 +11,13 @@ from torch import Tensor
 from graphopt.analysis.matrix_form import LooseUse
 from graphopt.fitting.layer_data import LayerData
 from graphopt.fitting.layer_target import LayerTarget
+from graphopt.fitting.moments import Sample
 from graphopt.fitting.palettize_outputs import (
     NO_ORDER,
     palettize_by_columns,
     palettize_to_outputs,
 )
-from graphopt.fitting.quantize_outputs import quantize_to_outputs
+from graphopt.fitting.quantize_outputs import is_fine, quantize_to_outputs
 from graphopt.numerics.device import computing_on
 from graphopt.run.workers import Task
 from graphopt.schemes.base import StoredWeight
@@ -29,6 +30,8 @@ __all__ = ["CROSSING", "UNREACHED", "Found", "Layer", "fit_integers_of", "fit_ta
 
 SpecT = TypeVar("SpecT", bound=SpecModel)
 StoredT = TypeVar("StoredT", bound=StoredWeight)
+# for elements of 8 bits: their rounding is small beside that of activations, whose noise is in the moments
+_FEW_POSITIONS, _FEW_PER_COLUMN = 4_096, 4
 UNREACHED = "calibration never reached it"
 CROSSING = "its blocks cross rows"
 
@@ -80,9 +83,9 @@ def task_of(layer: Layer[Any], weight: Tensor, bias: Tensor | None, data: LayerD
     return Task((layer,), {"weight": weight, **biased, **data.tensors()})
 
 
-def _target(tensors: Mapping[str, Tensor], layer: Layer[Any]) -> LayerTarget | None:
+def _target(tensors: Mapping[str, Tensor], layer: Layer[Any], sample: Sample) -> LayerTarget | None:
     data, centred = LayerData.read(tensors), "bias" in tensors
-    moments = data.moments(layer.use, centred=centred, seed=layer.seed)
+    moments = data.moments(layer.use, centred=centred, sample=sample)
     return None if moments is None else LayerTarget.of(layer.use, tensors["weight"], moments)
 
 
@@ -109,7 +112,7 @@ def _tables(
     tensors: Mapping[str, Tensor], layer: Layer[PalettizationSpec]
 ) -> Found[PalettizedWeight]:
     weight, spec, axis, seed = tensors["weight"], layer.spec, layer.output_axis, layer.seed
-    target = _target(tensors, layer)
+    target = _target(tensors, layer, Sample(seed))
     if target is None:
         return Found(palettize(weight, spec, output_axis=axis, seed=seed), None, UNREACHED)
     loss = target.loss()
@@ -140,7 +143,9 @@ def _integers(
 ) -> Found[QuantizedWeight]:
     weight, spec = tensors["weight"], layer.spec
     blocks, _ = plan_blocks(weight.shape, layer.output_axis, spec.granularity)
-    target = _target(tensors, layer)
+    seed = layer.seed
+    few = Sample(seed, _FEW_POSITIONS, _FEW_PER_COLUMN) if is_fine(spec) else Sample(seed)
+    target = _target(tensors, layer, few)
     stored = None
     if target is not None:
         stored = quantize_to_outputs(target.weight, spec, blocks, target.loss())

@@ -26,6 +26,7 @@ from graphopt.analysis.migrations import Migration, Reader
 from graphopt.ir.annotations import quantization_annotation
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.numerics.affine import dequantize, grid_of, has_whole_offsets, qparams, quantize
+from graphopt.numerics.sums import sum_of_squares
 from graphopt.observers import observer_of
 from graphopt.run.batches import Batch
 from graphopt.run.interpreter import Interpreter, constant_value, evaluate
@@ -238,6 +239,7 @@ class _Judge:
         self.gm, self.migration, self.seen = gm, migration, seen
         self.samples = {node: torch.cat(kept) for node, kept in seen.samples.items()}
         self.exact: dict[tuple[fx.Node, bool], Tensor] = {}
+        self.energies: dict[tuple[fx.Node, bool], float] = {}
 
     def column_magnitudes(self) -> Tensor:
         """Largest magnitude of the weights that read each channel."""
@@ -268,8 +270,8 @@ class _Judge:
                 rounded[key] = self._round(moved / wide, scale, shift, reader.point.spec) * wide
             wanted = self._exact(reader, moved, shift is not None)
             got = self._run(reader, rounded[key], self._weight(reader, scale))
-            energy = float(wanted.double().square().sum())
-            total += float((got - wanted).double().square().sum()) / max(energy, 1e-30)
+            energy = self._energy(reader, wanted, shift is not None)
+            total += sum_of_squares(got - wanted) / max(energy, 1e-30)
         return total
 
     def _exact(self, reader: Reader, moved: Tensor, shifted: bool) -> Tensor:
@@ -277,6 +279,12 @@ class _Judge:
         if key not in self.exact:
             self.exact[key] = self._run(reader, moved, reader.weight.tensor.detach())
         return self.exact[key]
+
+    def _energy(self, reader: Reader, wanted: Tensor, shifted: bool) -> float:
+        key = (reader.node, shifted)
+        if key not in self.energies:
+            self.energies[key] = sum_of_squares(wanted)
+        return self.energies[key]
 
     def _round(
         self, values: Tensor, scale: Tensor, shift: Tensor | None, spec: QuantizationSpec

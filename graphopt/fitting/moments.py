@@ -20,11 +20,12 @@ from torch import Tensor, fx
 from graphopt.analysis.matrix_form import MatrixUse, WeightUse
 from graphopt.ir import op_info
 from graphopt.ir.mapped import is_mapped, release
-from graphopt.numerics.device import chosen_device, for_doubles
+from graphopt.numerics.device import chosen_device
 from graphopt.run.layerwise import LayerwiseRun
 
 __all__ = [
     "LayerMoments",
+    "Sample",
     "bias_change",
     "bias_of",
     "collect_moments",
@@ -34,8 +35,25 @@ __all__ = [
 ]
 
 _RIDGE = 0.3  # λ relative to the mean diagonal
-_POSITIONS = 16_384  # sampled for a layer's moments, or more for long columns
-_POSITIONS_PER_COLUMN = 8
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Which positions of a layer's inputs its moments are means over: of neighbours some suffice.
+
+    Attributes:
+        seed: Of the choice.
+        positions: As many,
+        per_column: or so many times the length of a column, if that is more.
+    """
+
+    seed: int
+    positions: int = 16_384
+    per_column: int = 8
+
+    def of(self, columns: int) -> int:
+        """Positions for a matrix of so many columns."""
+        return max(self.positions, self.per_column * columns)
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,7 @@ class LayerMoments:
         shift = _drawn(self.shift, torch.minimum(*shares))
         beside = self.beside
         if beside.ndim:
-            size = beside.double().square().sum((1, 2))
+            size = _squares(beside)
             beside = beside * (1 - self._share(self.squares[2], size))
         return replace(self, hessian=hessian, shift=shift, beside=beside)
 
@@ -164,7 +182,7 @@ def collect_moments(
     missing: Sequence[tuple[Tensor, Tensor]] | None,
     *,
     centred: bool,
-    seed: int,
+    sample: Sample,
 ) -> LayerMoments | None:
     """Moments of a layer's inputs; None where calibration never reached the layer.
 
@@ -177,37 +195,35 @@ def collect_moments(
         saliency: Per batch [batch, positions], or None for all alike.
         missing: What `missing_beside` has found.
         centred: Whether a bias takes the mean.
-        seed: Seed of the sample of positions.
+        sample: Which positions count.
     """
     hessian = shift = mean = lost = beside = beside_mean = torch.zeros(())
     powers = torch.zeros(3, 1, dtype=torch.float64)
     total, squares, origin = 0.0, 0.0, None
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(sample.seed)
     device = chosen_device() or torch.device("cpu")
-    wide = torch.float64 if for_doubles(device) == device else torch.float32
     for number, (x, y) in enumerate(zip(inputs, wanted, strict=True)):
         if not x.numel() or x.shape != y.shape:
             continue  # nothing was routed to the layer, or not the same as in the exact program
-        columns, exact = (use.form.columns(value.float().to(device)) for value in (x, y))
-        weight = torch.ones(columns.shape[0], columns.shape[2])
+        counts = use.form.count(x)
+        weight = torch.ones(counts[:2])
         if saliency is not None and saliency[number].shape == weight.shape:
             weight = saliency[number].float().sqrt()
-        columns, exact = columns.transpose(0, 1).flatten(1, 2), exact.transpose(0, 1).flatten(1, 2)
         used = weight.reshape(-1).nonzero()[:, 0]
-        share = max(_POSITIONS, _POSITIONS_PER_COLUMN * columns.shape[2]) / len(inputs)
+        share = sample.of(counts[2]) / len(inputs)
         if len(used) > share:
             # neighbouring positions say the same: a sample of them suffices
             used = used[torch.randperm(len(used), generator=generator)[: math.ceil(share)]]
         flat, used = weight.reshape(-1)[used].reshape(1, -1, 1), used.to(device)
-        columns, exact = columns[:, used], exact[:, used]
+        columns, exact = (use.form.sampled(value.to(device), used).float() for value in (x, y))
         total += float(flat.double().sum())
         squares += float(flat.double().square().sum())
         flat = flat.to(device)
         error = exact - columns
         if origin is None:
-            origin = columns.to(wide).mean(1, keepdim=True)
-        columns = (columns.to(wide) - origin).float()
-        weighted = columns * flat
+            origin = columns.mean(1, keepdim=True)
+        columns = columns - origin
+        weighted = columns if saliency is None else columns * flat
         hessian = hessian.to(device) + weighted.mT @ columns
         shift = shift.to(device) + error.mT @ weighted
         mean = mean.to(device) + weighted.sum(1)
@@ -229,10 +245,10 @@ def collect_moments(
     mean, lost, beside_mean = (part.cpu().double() / total for part in (mean, lost, beside_mean))
     # the moments about the mean, or about 0
     base = -mean if centred else origin[:, 0]
-    hessian = hessian / total + _outer(mean, base) + _outer(base, mean + base)
-    shift, beside = shift / total + _outer(lost, base), beside / total
+    hessian = _plus_outer(_plus_outer(hessian / total, mean, base), base, mean + base)
+    shift, beside = _plus_outer(shift / total, lost, base), beside / total
     if missing is not None:
-        beside = beside + _outer(beside_mean, base)
+        beside = _plus_outer(beside, beside_mean, base)
     centre = mean + origin[:, 0]
     means, samples = (centre, centre + lost, beside, beside_mean), total * total / squares
     return LayerMoments(hessian, shift, *means, powers / total, samples)
@@ -240,38 +256,52 @@ def collect_moments(
 
 def _beside_diagonal(moment: Tensor) -> Tensor:
     """Sum of the squares that stand beside the diagonal, [groups]."""
-    own = moment.diagonal(dim1=1, dim2=2).double()
-    return moment.double().square().sum((1, 2)) - own.square().sum(1)
+    return _squares(moment) - moment.diagonal(dim1=1, dim2=2).double().square().sum(1)
+
+
+def _squares(moment: Tensor) -> Tensor:
+    """Sum of squares, [groups] float64, of float32 sums of rows."""
+    return torch.linalg.vecdot(moment, moment).double().sum(1)
 
 
 def _drawn(moment: Tensor, share: Tensor) -> Tensor:
-    return torch.lerp(moment, torch.diag_embed(moment.diagonal(dim1=1, dim2=2)), share)
+    drawn = moment * (1 - share)
+    drawn.diagonal(dim1=1, dim2=2).copy_(moment.diagonal(dim1=1, dim2=2))
+    return drawn
 
 
 def _powers(columns: Tensor, error: Tensor, rest: Tensor | None, weight: Tensor) -> Tensor:
     """Sums over positions of the squared products that second moments add up, [3, groups]."""
-    inputs, errors = columns.square(), error.square()
-    power = inputs.sum(2)
-    found = [power.square() - inputs.square().sum(2)]
-    found.append(errors.sum(2) * power - (errors * inputs).sum(2))
-    found.append(torch.zeros_like(power) if rest is None else rest.square().sum(2) * power)
+    inputs, both = columns.square(), columns * error
+    power, errors = inputs.sum(2), torch.linalg.vecdot(error, error)
+    found = [power.square() - torch.linalg.vecdot(inputs, inputs)]
+    found.append(errors * power - torch.linalg.vecdot(both, both))
+    found.append(
+        torch.zeros_like(power) if rest is None else torch.linalg.vecdot(rest, rest) * power
+    )
     return (torch.stack(found) * weight[..., 0]).sum(2).cpu().double()
 
 
-def _outer(left: Tensor, right: Tensor) -> Tensor:
-    return (left[:, :, None] * right[:, None, :]).float()
+def _plus_outer(moments: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Outer products of means added in place, [groups, rows, columns]."""
+    return moments.baddbmm_(left.float()[:, :, None], right.float()[:, None, :])
 
 
 def compensated_weight(use: MatrixUse, weight: Tensor, moments: LayerMoments) -> Tensor:
     """The weight that on the inputs as they are comes closest to the exact outputs."""
-    home = for_doubles(chosen_device() or weight.device)
-    matrix = use.matrix(weight, casts=False).to(home).double()
+    home = chosen_device() or weight.device
+    matrix = use.matrix(weight, casts=False).to(home).float()
     hessian, shift, beside = (
-        part.to(home).double() for part in (moments.hessian, moments.shift, moments.beside)
+        part.to(home) for part in (moments.hessian.clone(), moments.shift, moments.beside)
     )
+    # so large a ridge leaves a matrix that float32 can solve
     ridge = _RIDGE * hessian.diagonal(dim1=1, dim2=2).mean(1).clamp_min(1e-30)
-    damped = hessian + torch.diag_embed(ridge[:, None].expand(-1, hessian.shape[1]))
-    moved = torch.linalg.solve(damped, (matrix @ shift + beside).mT).mT
+    hessian.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    lower, failed = torch.linalg.cholesky_ex(hessian)
+    if bool(failed.any()):  # in exact numbers it is definite
+        moved = torch.linalg.solve(hessian, (matrix @ shift + beside).mT).mT
+    else:
+        moved = torch.cholesky_solve((matrix @ shift + beside).mT, lower).mT
     wanted = (matrix + moved).to(weight.device)
     return use.pull_back(wanted, weight.shape).to(weight.dtype).contiguous()
 

@@ -39,9 +39,17 @@ from graphopt.schemes.quantize import (
 )
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["best_scale", "grid_values", "quantize_to_outputs", "search_scales", "table_map"]
+__all__ = [
+    "best_scale",
+    "grid_values",
+    "is_fine",
+    "quantize_to_outputs",
+    "search_scales",
+    "table_map",
+]
 
 _FLOOR = 1e-3  # of the mean importance
+_FINE = 128  # elements of a grid beyond which one pass of feedback leaves nothing to gain
 
 
 def grid_values(spec: QuantizationSpec) -> Tensor:
@@ -55,6 +63,11 @@ def grid_values(spec: QuantizationSpec) -> Tensor:
     kind = torch.float8_e4m3fn if grid.storage == "fp8_e4m3" else torch.float8_e5m2
     values = torch.arange(256, dtype=torch.uint8).view(kind).to(torch.float32)
     return values[torch.isfinite(values)].unique()
+
+
+def is_fine(spec: QuantizationSpec) -> bool:
+    """Whether a grid is so fine that the choices of elements hardly depend on one another: 8 bits."""
+    return len(grid_values(spec)) >= _FINE
 
 
 def table_map(use: MatrixUse, blocks: Blocks) -> TableMap | None:
@@ -109,6 +122,9 @@ def quantize_to_outputs(
             block, an op of one channel group, and scales that are no powers of two.
         rounds: Alternations of elements and scales.
 
+    Grids of 8 bits get one pass of feedback and keep their scales: more passes, moved scales and coordinate
+    descent change outputs there by less than the calls differ, and take most of the time.
+
     Returns:
         The stored form of least error that was met, never worse than rounding to the nearest; None
         where blocks are not rows × columns of the matrix.
@@ -128,6 +144,7 @@ def quantize_to_outputs(
     if hessian.shape[0] == 1 and ordered is None:
         ordered = OrderedHessian.of(hessian[0], loss.damping)
     problem = _Problem(weight, spec, blocks, use, hessian.float(), where, loss.damping, ordered)
+    rounds = 1 if is_fine(spec) else rounds
     best = problem.rounded(scale, offset)
     last = best.loss
     for number in range(max(rounds, 1)):
@@ -183,8 +200,15 @@ class _Problem:
         if self.ordered is None:
             codes = feedback_grouped(matrix, self.hessian, tables, self.where, self.damping)
         else:
+            cycles = 0 if is_fine(self.spec) else 2
             codes = fit_tables(
-                matrix[0], self.ordered, tables, self.where, rounds=1, cycles=2, move_tables=False
+                matrix[0],
+                self.ordered,
+                tables,
+                self.where,
+                rounds=1,
+                cycles=cycles,
+                move_tables=False,
             ).codes
         chosen = values[codes.long()].reshape(matrix.shape)
         stored = self.use.pull_back(chosen, self.weight.shape).contiguous()
@@ -231,7 +255,7 @@ def best_scale(
     Returns:
         [scales] float32; a scale that would not be positive keeps its value.
     """
-    moved = elements.double() @ hessian.double()
+    moved = (elements.float() @ hessian.float()).double()
     above = (moved * weight).sum(1)
     below = (moved * elements).sum(1)
     own = torch.from_numpy(rows)

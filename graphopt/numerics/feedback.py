@@ -23,18 +23,16 @@ from graphopt.errors import CalibrationError
 from graphopt.extras import deferred
 from graphopt.numerics.device import chosen_device, for_doubles
 from graphopt.numerics.feedback_device import DeviceSteps
+from graphopt.numerics.finite import all_finite
 from graphopt.numerics.parallel import map_tasks
 from graphopt.numerics.table_map import TableMap
 from graphopt.numerics.table_solve import TableFit, best_tables, row_tasks
 from graphopt.specs.options import Options
 
 if TYPE_CHECKING:
-    from scipy.linalg import lapack
-
     from graphopt.numerics import kernels_feedback as kernels
 else:
     kernels = deferred("graphopt.numerics.kernels_feedback")
-    lapack = deferred("scipy.linalg.lapack")
 
 __all__ = [
     "Feedback",
@@ -43,10 +41,11 @@ __all__ = [
     "TableFitKeywords",
     "TableFitOptions",
     "TableMap",
+    "diagonal_blocks",
+    "feedback_factor",
     "feedback_grouped",
     "fit_tables",
     "fitted_in_rounds",
-    "inverse_factor",
 ]
 
 _BLOCK_COLUMNS = 128
@@ -58,7 +57,7 @@ class TableFitOptions(Options):
     """How codes and tables are fitted.
 
     Attributes:
-        damping: See `inverse_factor`; of no effect for an `OrderedHessian`.
+        damping: See `feedback_factor`; of no effect for an `OrderedHessian`.
         rounds: Alternations of tables and codes; the best one is kept.
         cycles: Cycles of coordinate descent after each feedback pass.
         move_tables: False keeps the tables (for quantized ones).
@@ -96,41 +95,62 @@ class Feedback:
     error: float
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> Tensor:
-    """Upper Cholesky factor U with UᵀU = (H + damping · mean(diag H) · I)⁻¹, float32.
+def feedback_factor(hessian: Tensor, damping: float, size: int = 1) -> tuple[Tensor, Tensor]:
+    """What columns hand on of their errors, so that later ones make up for them.
+
+    With `H + damping · mean(diag H) · I = R Rᵀ`, R upper triangular, errors e cost `‖e R‖²`, in whose part j
+    stand the errors up to column j alone: a column aims at its weight and `Σ e_k R_kj / R_jj` over those
+    before it. That is GPTQ's feedback (arXiv 2210.17323, algorithm 1) without the inverse of H, and Babai's
+    nearest plane (Chen et al., "The geometry of LLM quantization", arXiv 2507.18553).
 
     Args:
         hessian: [columns, columns], symmetric, positive semidefinite.
         damping: Share of the mean diagonal to add; raised tenfold until the matrix is definite.
+        size: Columns that are decided together; a block of R takes the place of `R_jj`.
+
+    Returns:
+        Upper −R with each block column times the inverse of its own block, so that those are −I, float32,
+        and these blocks of R, [columns / size, size, size] float64.
+
+    Raises:
+        CalibrationError: It is not finite.
     """
-    if not bool(torch.isfinite(hessian).all()):
+    if not all_finite(hessian):
         raise CalibrationError("the inputs of a layer hold NaN or Inf, or overflow when squared")
     device = chosen_device()
     if device is not None:
         hessian = hessian.to(for_doubles(device))
-    mean = hessian.double().diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
+    mean = hessian.diagonal().double().mean().clamp_min(torch.finfo(torch.float32).tiny)
     while True:
-        # with columns and rows in reverse H = LLᵀ; turned back L is an upper R, and R⁻¹ is the factor
-        turned = hessian.double().flip(0, 1)
+        # with columns and rows in reverse H = LLᵀ; turned back L is R
+        turned = hessian.flip(0, 1).double()
         turned.diagonal().add_(damping * mean)
         lower, failed = torch.linalg.cholesky_ex(turned)
         del turned
         if not int(failed):
-            upper = lower.flip(0, 1)
-            del lower
-            inverse = _inverse_of_upper(upper)
-            if bool(torch.isfinite(inverse).all()):
-                return inverse.cpu().float().contiguous()
+            blocks = diagonal_blocks(lower, size)
+            factor = _normalised(lower, blocks).neg_().flip(0, 1).cpu()
+            if all_finite(factor):
+                return factor, blocks.flip(0, 1, 2).cpu()
         damping = max(10 * damping, 1e-8)
 
 
-def _inverse_of_upper(upper: Tensor) -> Tensor:
-    """Inverse of an upper triangular matrix, float64; on the CPU by LAPACK, in the matrix's own memory."""
-    if chosen_device() is not None:
-        unit = torch.eye(len(upper), dtype=upper.dtype, device=upper.device)
-        return torch.linalg.solve_triangular(upper, unit, upper=True)
-    # what is row by row for torch is column by column, so a lower one, for LAPACK
-    return torch.from_numpy(lapack.dtrtri(upper.numpy().T, lower=1, overwrite_c=1)[0].T)
+def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """Blocks of a matrix along its diagonal, [columns / size, size, size]."""
+    count = len(matrix) // size
+    split = matrix.reshape(count, size, count, size)
+    return split.diagonal(dim1=0, dim2=2).movedim(2, 0).contiguous()
+
+
+def _normalised(lower: Tensor, blocks: Tensor) -> Tensor:
+    """Columns times the inverse of their own block, float32."""
+    count, size, _ = blocks.shape
+    if size == 1:
+        return lower.div_(blocks.reshape(-1)).float()
+    unit = torch.eye(size, dtype=lower.dtype, device=lower.device)
+    inverse = torch.linalg.solve_triangular(blocks, unit, upper=False)
+    columns = lower.reshape(len(lower), count, size).transpose(0, 1)
+    return (columns @ inverse).transpose(0, 1).reshape(len(lower), -1).float()
 
 
 @dataclass(frozen=True)
@@ -140,7 +160,7 @@ class OrderedHessian:
     Attributes:
         order: Columns by decreasing diagonal.
         damped: H + damping · mean(diag H) · I in that order, float32.
-        factor: See `inverse_factor`, in that order.
+        factor: See `feedback_factor`, in that order.
     """
 
     order: Tensor
@@ -158,8 +178,9 @@ class OrderedHessian:
         order = torch.argsort(h.diagonal(), descending=True, stable=True)
         h = h[order][:, order].contiguous()
         mean = h.diagonal().mean()
-        damped = h + damping * float(mean if mean > 0 else 1.0) * torch.eye(h.shape[0])
-        return cls(order, damped, inverse_factor(h, damping))
+        factor, _ = feedback_factor(h, damping)
+        h.diagonal().add_(damping * float(mean if mean > 0 else 1.0))
+        return cls(order, h, factor)
 
 
 def fit_tables(
@@ -285,7 +306,7 @@ def feedback_grouped(
         hessian: [groups, columns, columns].
         tables: [tables, k, size].
         where: Tables of the rows of all groups together.
-        damping: See `inverse_factor`.
+        damping: See `feedback_factor`.
 
     Returns:
         [groups · rows / size, columns] uint8.
@@ -299,12 +320,11 @@ def feedback_grouped(
         mine = slice(group * units, (group + 1) * units)
         part = np.array(weight[group].float().T.numpy(), order="C")  # the kernel works in place
         chosen = np.empty((columns, units), dtype=np.uint8)
-        factor = inverse_factor(hessian[group], damping).numpy()
-        errors = np.empty_like(part)
+        factor, _ = feedback_factor(hessian[group], damping)
+        turned = part.copy(), factor.numpy()
+        places, errors = (where.rows[mine], where.columns), np.empty_like(part)
         axes = (0,) * where.size
-        kernels.feedback(
-            axes, part, factor, entries, where.rows[mine], where.columns, chosen, errors
-        )
+        kernels.feedback(axes, part, *turned, entries, *places, chosen, errors)
         codes[mine] = torch.from_numpy(chosen.T.copy())
 
     for _ in map_tasks(run, range(groups)):
@@ -333,8 +353,9 @@ def _pass(w: Tensor, factor: Tensor, tables: Tensor, where: TableMap) -> tuple[T
             part = np.array(q[block, mine].numpy(), order="C")  # the kernel works in place
             chosen = np.empty((len(part), part.shape[1] // where.size), dtype=np.uint8)
             left = np.empty_like(part)
+            exact = np.ascontiguousarray(w[block, mine].numpy())
             places = where.rows[units], where.columns[block]
-            kernels.feedback(axes, part, own, tables.numpy(), *places, chosen, left)
+            kernels.feedback(axes, part, exact, own, tables.numpy(), *places, chosen, left)
             q[block, mine] = torch.from_numpy(part)
             codes[block, units] = torch.from_numpy(chosen)
             errors[: len(part), mine] = torch.from_numpy(left)

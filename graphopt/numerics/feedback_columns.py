@@ -22,8 +22,9 @@ from graphopt.numerics.feedback import (
     FitSteps,
     TableFitKeywords,
     TableFitOptions,
+    diagonal_blocks,
+    feedback_factor,
     fitted_in_rounds,
-    inverse_factor,
 )
 from graphopt.numerics.parallel import map_tasks
 from graphopt.numerics.table_map import TableMap
@@ -84,8 +85,8 @@ class _Problem:
         units: The units in that order.
         order: Their columns.
         hessian: Damped, [columns, columns] float32.
-        factor: See `inverse_factor`.
-        inverse: Inverse of each unit's block of the factor, [units, d, d].
+        factor: See `feedback_factor`.
+        own: Each unit's block of the Hessian's own factor, [units, d, d].
         lower: L with LLᵀ the unit's block of the Hessian.
         upper: L⁻ᵀ.
         rows: Table of each row.
@@ -96,7 +97,7 @@ class _Problem:
     order: Tensor
     hessian: Tensor
     factor: Tensor
-    inverse: Tensor
+    own: Tensor
     lower: Tensor
     upper: Tensor
     rows: _Indices
@@ -108,26 +109,24 @@ class _Problem:
         units = torch.argsort(level, descending=True, stable=True)
         order = where.columns[units].reshape(-1)
         h = hessian.float()[order][:, order].contiguous()
-        mean = float(h.diagonal().mean())
-        damped = h + damping * (mean if mean > 0 else 1.0) * torch.eye(len(h))
-        factor = inverse_factor(h, damping)
-        size = where.columns.shape[1]
+        mean, size = float(h.diagonal().mean()), where.columns.shape[1]
+        factor, own = feedback_factor(h, damping, size)
+        h.diagonal().add_(damping * (mean if mean > 0 else 1.0))
         identity = torch.eye(size, dtype=torch.float64)
-        inverse = torch.linalg.solve_triangular(_blocks(factor, size), identity, upper=True)
-        lower = torch.linalg.cholesky(_blocks(damped, size))
+        lower = torch.linalg.cholesky(diagonal_blocks(h, size).double())
         upper = torch.linalg.solve_triangular(lower, identity, upper=False).mT
-        inverse, lower, upper = (each.float().contiguous() for each in (inverse, lower, upper))
+        own, lower, upper = (each.float().contiguous() for each in (own, lower, upper))
         offsets = where.offsets[units.numpy()]
-        return cls(units, order, damped, factor, inverse, lower, upper, where.rows, offsets)
+        return cls(units, order, h, factor, own, lower, upper, where.rows, offsets)
 
     @property
     def size(self) -> int:
         """Length of an entry."""
-        return self.inverse.shape[1]
+        return self.own.shape[1]
 
     def slices(self) -> list[tuple[slice, slice]]:
         """Blocks of columns and of their units."""
-        size, count = self.size, len(self.inverse)
+        size, count = self.size, len(self.own)
         step = max(_BLOCK_COLUMNS // size, 1)
         units = [slice(start, min(start + step, count)) for start in range(0, count, step)]
         return [(slice(part.start * size, part.stop * size), part) for part in units]
@@ -179,13 +178,6 @@ def _row_slices(rows: int) -> list[slice]:
     return [mine for mine, _ in row_tasks(rows, 1)]
 
 
-def _blocks(matrix: Tensor, size: int) -> Tensor:
-    """Blocks of a matrix along its diagonal, [units, size, size] float64."""
-    count = len(matrix) // size
-    split = matrix.double().reshape(count, size, count, size)
-    return split.diagonal(dim1=0, dim2=2).movedim(2, 0).contiguous()
-
-
 def _pass(w: Tensor, tables: Tensor, problem: _Problem) -> tuple[Tensor, Tensor]:
     """Values and codes by error feedback; what a block of columns hands on is one product."""
     columns, rows = w.shape
@@ -193,17 +185,18 @@ def _pass(w: Tensor, tables: Tensor, problem: _Problem) -> tuple[Tensor, Tensor]
     codes = torch.empty((columns // problem.size, rows), dtype=torch.uint8)
     axes, entries = (0,) * problem.size, tables.numpy()
     for block, units in problem.slices():
-        own = problem.factor[block, block].contiguous().numpy()
-        inverse = problem.inverse[units].numpy()
+        hands = problem.factor[block, block].contiguous().numpy()
+        own = problem.own[units].numpy()
 
         def run(
-            mine: slice, block: slice = block, units: slice = units, turned: Any = (own, inverse)
+            mine: slice, block: slice = block, units: slice = units, turned: Any = (hands, own)
         ) -> None:
             part = np.array(q[block, mine].numpy(), order="C")  # the kernel works in place
             chosen = np.empty((units.stop - units.start, part.shape[1]), dtype=np.uint8)
             left = np.empty_like(part)
+            exact = np.ascontiguousarray(w[block, mine].numpy())
             places = problem.rows[mine], problem.offsets[units]
-            kernels.feedback(axes, part, *turned, entries, *places, chosen, left)
+            kernels.feedback(axes, part, exact, *turned, entries, *places, chosen, left)
             q[block, mine] = torch.from_numpy(part)
             codes[units, mine] = torch.from_numpy(chosen)
             errors[: len(part), mine] = torch.from_numpy(left)

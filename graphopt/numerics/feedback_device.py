@@ -66,7 +66,7 @@ class DeviceSteps:
     Attributes:
         w: What is wanted, [columns, rows] float32.
         hessian: Damped, [columns, columns] float32.
-        factor: Upper Cholesky factor of its inverse.
+        factor: Of `feedback_factor`.
         where: Which table serves which weight.
         unit_weight: Importance of each unit, float64, on the CPU.
     """
@@ -86,7 +86,7 @@ class DeviceSteps:
             errors = torch.empty(block.stop - block.start, rows, device=q.device)
             for column in range(block.start, block.stop):
                 own, chosen = entries.nearest(q[column], column)
-                error = (q[column] - chosen) / factor[column, column]
+                error = self.w[column] - chosen
                 codes[column], q[column] = own.to(torch.uint8), chosen
                 errors[column - block.start] = error
                 later = slice(column + 1, block.stop)

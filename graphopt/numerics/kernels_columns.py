@@ -64,17 +64,19 @@ def nearest_entries(axes, y, tables, metric, row_table, offset, at):
 
 
 @_jit
-def feedback(axes, w, factor, inverse, tables, row_table, col_table, codes, errors):
+def feedback(axes, w, exact, factor, own, tables, row_table, col_table, codes, errors):
     """Choose codes unit by unit and hand each unit's error on to the later ones.
 
-    With U a unit's block of the factor, an entry q costs `‖(w − q) U⁻¹‖²` once all later columns have
-    made up for it.
+    With R a unit's block of the Hessian's own factor, an entry q costs `‖(w − q) R‖²` once all later columns
+    have made up for it.
 
     Args:
         axes: Tuple as long as an entry.
-        w: [columns, rows] float32, replaced by the table values that were chosen.
-        factor: Upper Cholesky factor of the inverse Hessian, [columns, columns] float32.
-        inverse: U⁻¹ of each unit, [units, d, d] float32.
+        w: [columns, rows] float32, what is wanted with what was handed on before; replaced by the table
+            values that were chosen.
+        exact: What is wanted, [columns, rows] float32.
+        factor: Of `feedback_factor`, [columns, columns] float32.
+        own: R of each unit, [units, d, d] float32.
         tables: [tables, k, d] float32.
         row_table: Table of each row.
         col_table: Table offset of each unit.
@@ -90,20 +92,16 @@ def feedback(axes, w, factor, inverse, tables, row_table, col_table, codes, erro
         for a in range(d):
             y[a, :] = 0.0
             for b in range(d):
-                gain = inverse[u, b, a]
+                gain = own[u, b, a]
                 for r in range(rows):
                     y[a, r] += w[first + b, r] * gain
-        nearest_entries(axes, y, tables, inverse[u], row_table, col_table[u], at)
+        nearest_entries(axes, y, tables, own[u], row_table, col_table[u], at)
         for r in range(rows):
             table = tables[row_table[r] + col_table[u]]
             code = at[r]
             codes[u, r] = code
             for a in range(d):
-                value = np.float32(0.0)
-                for b in range(d):
-                    value += (w[first + b, r] - table[code, b]) * inverse[u, b, a]
-                errors[first + a, r] = value
-            for a in range(d):
+                errors[first + a, r] = exact[first + a, r] - table[code, a]
                 w[first + a, r] = table[code, a]
         for k in range(first + d, columns):
             for a in range(d):

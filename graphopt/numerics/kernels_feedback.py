@@ -1,7 +1,7 @@
 """Compiled inner loops of error feedback with lookup tables; all release the GIL.
 
 Weights are held column-major, `w[column, row]`, in tasks of a few dozen rows, so that one column of
-the inverse Hessian's factor serves all rows of a task from the cache. A code belongs to `size`
+the Hessian's factor serves all rows of a task from the cache. A code belongs to `size`
 consecutive rows (the length of a table entry) and one column; its table is
 `row_table[unit] + col_table[column]`. Tables of scalars are increasing.
 """
@@ -64,13 +64,15 @@ def _space(axes, units):
 
 
 @_jit
-def feedback(axes, w, factor, tables, row_table, col_table, codes, errors):
+def feedback(axes, w, exact, factor, tables, row_table, col_table, codes, errors):
     """Choose codes column by column and hand each column's error on to the later ones.
 
     Args:
         axes: Tuple as long as a table entry.
-        w: [columns, rows] float32, replaced by the table values that were chosen.
-        factor: Upper Cholesky factor of the inverse Hessian, [columns, columns] float32.
+        w: [columns, rows] float32, what is wanted with what was handed on before; replaced by the table
+            values that were chosen.
+        exact: What is wanted, [columns, rows] float32.
+        factor: Of `feedback_factor`, [columns, columns] float32.
         tables: [tables, k, size] float32.
         row_table: Table of each unit of rows.
         col_table: Table offset of each column.
@@ -84,7 +86,6 @@ def feedback(axes, w, factor, tables, row_table, col_table, codes, errors):
     space = _space(axes, units)
     for j in range(columns):
         error = errors[j]
-        inverse = np.float32(1.0) / factor[j, j]
         _codes(axes, w[j], tables, row_table, col_table[j], space, at)
         for u in range(units):
             table = tables[row_table[u] + col_table[j]]
@@ -92,7 +93,7 @@ def feedback(axes, w, factor, tables, row_table, col_table, codes, errors):
             codes[j, u] = code
             for i in range(size):
                 r = u * size + i
-                error[r] = (w[j, r] - table[code, i]) * inverse
+                error[r] = exact[j, r] - table[code, i]
                 w[j, r] = table[code, i]
         for k in range(j + 1, columns):
             gain = factor[j, k]

@@ -16,6 +16,7 @@ from graphopt.ir.ops import STORAGE_BITS, shift_scale
 from graphopt.numerics.affine import dequantize, grid_of
 from graphopt.numerics.blocks import Blocks
 from graphopt.numerics.packing import pack, unpack
+from graphopt.numerics.sums import sum_of_squares
 from graphopt.schemes.base import StoredWeight
 from graphopt.schemes.sizes import Parts, tensor_bits
 from graphopt.specs import QuantizationFormulation, QuantizationSpec
@@ -159,8 +160,7 @@ def store_weight(
     exact = weight.detach().to(torch.float32)
     wide_offset = None if offset is None else blocks.spread(offset)
     restored = dequantize(stored, blocks.spread(scale), wide_offset)
-    sse = float((restored - exact).double().square().sum())
-    energy = float(exact.double().square().sum())
+    sse, energy = sum_of_squares(restored - exact), sum_of_squares(exact)
     return QuantizedWeight(
         _packed(stored, grid.storage),
         scale.to(kept),

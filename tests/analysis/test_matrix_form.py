@@ -156,6 +156,18 @@ def test_rows_times_columns_are_the_gradient_of_the_stored_weight(name: str) -> 
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_sampled_positions_are_those_of_all_columns(name: str) -> None:
+    _, use, x = built(name)
+    if use.form.kind == "embedding":
+        pytest.skip("a lookup has no columns")
+    columns = use.form.columns(x)
+    assert use.form.count(x) == (columns.shape[0], *columns.shape[2:])
+    at = torch.randperm(columns.shape[0] * columns.shape[2])[:5]
+    expected = columns.transpose(0, 1).flatten(1, 2)[:, at]
+    torch.testing.assert_close(use.form.sampled(x, at), expected, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(
     "name", [name for name in CASES if name not in NO_SAMPLES and "unbatched" not in name]
 )

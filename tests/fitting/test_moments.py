@@ -12,7 +12,7 @@ from torch import nn
 import graphopt
 from graphopt.analysis.matrix_form import weight_uses
 from graphopt.analysis.weights import find_weights
-from graphopt.fitting.moments import LayerMoments, collect_moments
+from graphopt.fitting.moments import LayerMoments, Sample, collect_moments
 from graphopt.palettization import PalettizationSpec
 
 
@@ -30,7 +30,9 @@ def test_moments_are_those_of_float64(mean: float, centred: bool) -> None:
     y = x + 0.1 * torch.randn_like(x)
     missing = [(y[n, :, :4], x[n, :, :4]) for n in range(2)]
     use = use_of(nn.Linear(6, 4), x[0])
-    moments = collect_moments(use, list(x), list(y), None, missing, centred=centred, seed=0)
+    moments = collect_moments(
+        use, list(x), list(y), None, missing, centred=centred, sample=Sample(0)
+    )
     assert moments is not None
     flat, exact = x.double().flatten(0, 1), y.double().flatten(0, 1)
     base = flat - flat.mean(0) if centred else flat
@@ -50,15 +52,15 @@ def test_moments_are_those_of_float64(mean: float, centred: bool) -> None:
 def test_layer_without_a_sample_has_no_moments() -> None:
     none = [torch.zeros(0, 6)]
     use = use_of(nn.Linear(6, 4), torch.randn(3, 6))
-    assert collect_moments(use, none, none, None, None, centred=True, seed=0) is None
+    assert collect_moments(use, none, none, None, None, centred=True, sample=Sample(0)) is None
 
 
 def test_a_batch_without_samples_does_not_count() -> None:
     x = torch.randn(40, 6)
     use = use_of(nn.Linear(6, 4), x)
-    alone = collect_moments(use, [x], [x], None, None, centred=True, seed=0)
+    alone = collect_moments(use, [x], [x], None, None, centred=True, sample=Sample(0))
     both = [torch.zeros(0, 6), x]
-    beside = collect_moments(use, both, both, None, None, centred=True, seed=0)
+    beside = collect_moments(use, both, both, None, None, centred=True, sample=Sample(0))
     assert alone is not None
     assert beside is not None
     torch.testing.assert_close(beside.hessian, alone.hessian)
@@ -104,7 +106,7 @@ def test_moments_of_few_samples_are_drawn_to_what_is_sure(
     for seed in range(8):
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(samples, width, generator=generator) @ mix.T
-        moments = collect_moments(use, [x], [x], None, None, centred=False, seed=0)
+        moments = collect_moments(use, [x], [x], None, None, centred=False, sample=Sample(0))
         assert moments is not None
         assert moments.samples == samples
         raw += float((moments.hessian[0] - mix @ mix.T).norm())
@@ -124,7 +126,7 @@ def test_what_many_samples_show_beside_the_diagonal_stays() -> None:
     mixed, y = x @ torch.randn(16, 16), x @ torch.randn(16, 4)
     use = use_of(nn.Linear(16, 4), x[:1])
     moments = collect_moments(
-        use, [x], [x + mixed], None, [(y, torch.zeros(2048, 4))], centred=False, seed=0
+        use, [x], [x + mixed], None, [(y, torch.zeros(2048, 4))], centred=False, sample=Sample(0)
     )
     assert moments is not None
     for name in ("shift", "beside"):

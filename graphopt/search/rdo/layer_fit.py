@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from graphopt.fitting.layer_target import LayerTarget
-from graphopt.fitting.moments import collect_moments
+from graphopt.fitting.moments import Sample, collect_moments
 from graphopt.fitting.target_fit import TargetFit, TargetOptions, fit_to_target
 from graphopt.schemes.base import Statistics, StoredWeight
 from graphopt.schemes.registry import scheme_of
@@ -89,7 +89,7 @@ def take_target(
         saliency,
         missing if config.feedback.compensate else None,
         centred=layer.bias is not None,
-        seed=config.seed,
+        sample=Sample(config.seed),
     )
     if moments is None:
         return None
