@@ -27,7 +27,11 @@ def straight_through(x: Tensor, scale: Tensor, offset: Tensor, grid: Grid) -> Te
     """Every step in float64, only the rounding replaced; what is clipped has no gradient."""
     raw = x / scale + offset
     passed = raw + (raw.round() - raw).detach()
-    return (passed.clamp(grid.q_min, grid.q_max) - offset) * scale
+    # not by clamp, whose gradient at an end itself is another one in later versions of torch
+    whole = raw.detach().round()
+    inside = (whole >= grid.q_min) & (whole <= grid.q_max)
+    stored = torch.where(inside, passed, whole.clamp(grid.q_min, grid.q_max))
+    return (stored - offset) * scale
 
 
 def gradients(
