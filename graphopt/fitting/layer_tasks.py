@@ -17,7 +17,7 @@ from graphopt.fitting.palettize_outputs import (
     palettize_by_columns,
     palettize_to_outputs,
 )
-from graphopt.fitting.quantize_outputs import is_fine, quantize_to_outputs
+from graphopt.fitting.quantize_outputs import needs_little, quantize_to_outputs
 from graphopt.numerics.device import computing_on
 from graphopt.run.workers import Task
 from graphopt.schemes.base import StoredWeight
@@ -30,7 +30,7 @@ __all__ = ["CROSSING", "UNREACHED", "Found", "Layer", "fit_integers_of", "fit_ta
 
 SpecT = TypeVar("SpecT", bound=SpecModel)
 StoredT = TypeVar("StoredT", bound=StoredWeight)
-# for elements of 8 bits: their rounding is small beside that of activations, whose noise is in the moments
+# for layers of which `needs_little` is true
 _FEW_POSITIONS, _FEW_PER_COLUMN = 4_096, 4
 UNREACHED = "calibration never reached it"
 CROSSING = "its blocks cross rows"
@@ -138,14 +138,18 @@ def fit_integers_of(
         return _integers(tensors, layer)
 
 
+def _sample(layer: Layer[QuantizationSpec]) -> Sample:
+    if needs_little(layer.spec, layer.use):
+        return Sample(layer.seed, _FEW_POSITIONS, _FEW_PER_COLUMN)
+    return Sample(layer.seed)
+
+
 def _integers(
     tensors: Mapping[str, Tensor], layer: Layer[QuantizationSpec]
 ) -> Found[QuantizedWeight]:
     weight, spec = tensors["weight"], layer.spec
     blocks, _ = plan_blocks(weight.shape, layer.output_axis, spec.granularity)
-    seed = layer.seed
-    few = Sample(seed, _FEW_POSITIONS, _FEW_PER_COLUMN) if is_fine(spec) else Sample(seed)
-    target = _target(tensors, layer, few)
+    target = _target(tensors, layer, _sample(layer))
     stored = None
     if target is not None:
         stored = quantize_to_outputs(target.weight, spec, blocks, target.loss())
