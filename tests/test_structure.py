@@ -25,6 +25,7 @@ EXEMPT = {
             ("backends/executorch/exact_ops.py", "convolution"),
             ("backends/decompositions/normalization.py", "instance_norm"),
             ("backends/decompositions/attention.py", "attention_of_equal_heads"),
+            ("backends/onnx/attention.py", "attention_of_four_axes"),
         ],
         "takes what the op takes that it stands for",
     ),

@@ -27,6 +27,7 @@ from graphopt.backends.decompositions import (
     special,
     views,
 )
+from graphopt.backends.onnx.attention import attention_of_four_axes
 from graphopt.backends.onnx.own_nodes import rules
 from graphopt.backends.onnx.registry import translations
 from graphopt.ir.torch_private import decomposition_of_composite, is_composite
@@ -36,6 +37,7 @@ __all__ = ["decompositions", "rewritten_ops"]
 _aten = torch.ops.aten
 Table = dict[Any, Callable[..., Any]]
 _LSTM = _aten.lstm.input
+_ATTENTION = _aten.scaled_dot_product_attention.default
 _BICUBIC, _SIZED_BICUBIC = _aten.upsample_bicubic2d.vec, _aten.upsample_bicubic2d.default
 
 
@@ -46,6 +48,7 @@ def decompositions(gm: fx.GraphModule) -> Table:
         gm: What is to be decomposed.
     """
     table = _composites() | _lacking() | rules()
+    table[_ATTENTION] = attention_of_four_axes
     if any(map(_is_projected, gm.graph.nodes)):
         table[_LSTM] = decomposition_of_composite(_LSTM)
     table |= {node.target: products.grouped_mm for node in gm.graph.nodes if _is_grouped(node)}
