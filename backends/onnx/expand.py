@@ -32,9 +32,10 @@ def expand(model: Any, options: ONNXOptions) -> None:
     quantized = [node for node in nodes if node.op_type == "quantize"]
     # uint8 all over, or a product of uint8 and int8 would stand beside those that are shifted
     unsigned = bool(quantized) and all(map(is_shiftable, quantized))
+    shifted = unsigned and options.kernels == "any"
     dequantize = options.weights == "dequantize"
     readings = {
-        node: Reading(_meets_integers(node), unsigned, dequantize)
+        node: Reading(_meets_integers(node), shifted, dequantize)
         for node in nodes
         if node.op_type == "shift_scale"
     }

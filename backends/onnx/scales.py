@@ -67,9 +67,8 @@ class Reading:
     Attributes:
         integer: Their other operand is of integers with scales: the runtime fuses both into kernels
             of integers.
-        unsigned: These operands are uint8. Weights become uint8, too, with 128 as zero point: without
-            VNNI instructions the kernels add up products of uint8 and int8 in 16 bits, which
-            saturate.
+        unsigned: Weights become uint8, as these operands are, with 128 as zero point: without VNNI
+            instructions the kernels add up products of uint8 and int8 in 16 bits, which saturate.
         dequantize: Use `DequantizeLinear` where they compute with floats, too.
     """
 

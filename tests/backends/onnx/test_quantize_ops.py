@@ -99,6 +99,29 @@ def test_sums_of_the_largest_products_do_not_saturate(tmp_path: Path) -> None:
     assert artifact.verification.max_error < 1e-6
 
 
+def test_weights_are_int8_for_cpus_with_vnni_and_mean_the_same(tmp_path: Path) -> None:
+    import onnx
+    from onnx.reference import ReferenceEvaluator
+
+    torch.manual_seed(0)
+    model, x = (
+        nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)),
+        torch.randn(2, 3, 7, 7),
+    )
+    program = graphopt.compress(
+        model.eval(), (x,), {"quantization": {}}, calibration_data=[x], progress=False
+    )
+    path = graphopt.lower(program, "onnx", kernels="vnni").save(tmp_path / "m.onnx", verify=False)
+    graph = onnx.load(path).graph
+    kinds = {each.name: each.data_type for each in graph.initializer}
+    weights = {kinds[n.input[0]] for n in graph.node if n.input[0] in kinds}
+    assert weights == {onnx.TensorProto.INT8}
+    zeros = {kinds[n.input[2]] for n in graph.node if n.op_type == "QuantizeLinear"}
+    assert zeros == {onnx.TensorProto.UINT8}
+    (found,) = ReferenceEvaluator(str(path)).run(None, {"input": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(found), program.module()(x), rtol=0, atol=1e-5)
+
+
 SPECS = {
     "int8": QuantizationSpec(),
     "uint8": QuantizationSpec(dtype="uint8", qscheme=QuantizationScheme.ASYMMETRIC),
