@@ -296,3 +296,20 @@ def test_language_model_example_writes_the_same_text_on_every_runtime(tmp_path: 
         assert (bits < 5.1) == ("data" in form)
         assert perplexity < 256
     assert len(list(tmp_path.glob("*.aimodel"))) == 10
+
+
+@pytest.mark.slow
+@pytest.mark.onnx
+def test_onnx_runtime_example_classifies_without_pytorch(tmp_path: Path) -> None:
+    folder = ROOT / "examples/onnx_runtime"
+    out = run(str(folder / "run.py"), "--out", str(tmp_path), cwd=tmp_path)
+    lines = [line.split("│")[1:-1] for line in out.splitlines() if line.startswith("│")]
+    rows = {line[0].strip(): [cell.strip() for cell in line[1:]] for line in lines}
+    assert list(rows) == ["float32", "W8A8", "int8 weights", "4-bit tables", "int4 blocks"]
+    for name, (size, accuracy, same, *_) in rows.items():
+        assert float(accuracy.strip(" %")) > 95.0, name
+        assert int(same.split()[0]) >= 449, name  # as PyTorch names it, all but a tie
+        assert name == "float32" or float(size) < 0.5 * float(rows["float32"][0])
+    words = f"import sys; sys.modules['torch'] = None; sys.path.insert(0, {str(folder)!r})\n"
+    words += f"sys.argv = ['classify.py', {str(tmp_path / 'digits-W8A8.onnx')!r}]\n"
+    assert "of 450 digits" in run("-c", words + "import classify; classify.main()", cwd=tmp_path)
