@@ -20,6 +20,7 @@ from graphopt.capture.in_place import make_functional
 from graphopt.capture.inference_form import dropout_kept, is_plain
 from graphopt.capture.input_sizes import settle_sizes
 from graphopt.capture.quick_shapes import quick_shapes
+from graphopt.capture.quick_sizes import quick_sizes
 from graphopt.capture.tied_constants import tie_constants
 from graphopt.errors import CaptureError, InputError
 from graphopt.ir import op_info
@@ -148,6 +149,7 @@ def _attempt(
                 backed_size_oblivious=oblivious
             ),
             quick_shapes(),
+            quick_sizes(),
         ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             settle_sizes(exported)
@@ -177,9 +179,11 @@ def copied(exported: ExportedProgram) -> ExportedProgram:
 
 def flat(exported: ExportedProgram) -> ExportedProgram:
     """The program in functional ops, none of which hides a weight; it may be changed."""
-    table = _decompositions()
     make_functional(exported.graph)
-    if is_plain(exported.graph) or break_up_composites(exported, table):
+    if is_plain(exported.graph):
+        return exported
+    table = _decompositions()
+    if break_up_composites(exported, table):
         return exported
     with dropout_kept(exported):
         return exported.run_decompositions(table)
@@ -190,9 +194,10 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
 
     Running even an empty table flattens regions such as `wrap_with_set_grad_enabled`.
     """
+    # looking an op up would have torch list every composite op of every library; taking it out does not
     known = torch.export.default_decompositions()
-    broken_up = op_info.targets(lambda info: info.composite)
-    return {op: known[op] for op in broken_up if op in known}
+    rules = {op: known.pop(op, None) for op in op_info.targets(lambda info: info.composite)}
+    return {op: rule for op, rule in rules.items() if rule is not None}
 
 
 def _double_batch(args: _Args, kwargs: _Kwargs) -> Iterator[tuple[_Args, _Kwargs]]:

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch._C import PyTorchFileReader as ArchiveReader
     from torch._decomp import core_aten_decompositions, decomposition_table
     from torch._dispatch.python import enable_python_dispatcher as open_size_kernels
+    from torch._export import utils as export_utils
     from torch._export.utils import _check_valid_to_preserve as may_stay_whole
     from torch._export.utils import _get_decomp_for_cia as decomposition_of_composite
     from torch._export.utils import _is_cia_op as is_composite
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from torch.export.pt2_archive._package import load_pt2, package_pt2
     from torch.fx.experimental import _config as symbolic_config
     from torch.fx.experimental import proxy_tensor as tracing
+    from torch.fx.experimental.sym_node import SymNode
     from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -54,6 +56,7 @@ __all__ = [
     "HigherOrderOperator",
     "OpOverload",
     "OpOverloadPacket",
+    "SymNode",
     "TorchDispatchMode",
     "archive_package",
     "below_autograd",
@@ -62,6 +65,7 @@ __all__ = [
     "decomposition_of_composite",
     "decomposition_table",
     "enable_mkldnn",
+    "export_utils",
     "has_kernel",
     "in_kernel",
     "is_composite",
@@ -95,6 +99,7 @@ _PARTS = {
     "HigherOrderOperator": ("torch._ops", "HigherOrderOperator"),
     "OpOverload": ("torch._ops", "OpOverload"),
     "OpOverloadPacket": ("torch._ops", "OpOverloadPacket"),
+    "SymNode": ("torch.fx.experimental.sym_node", "SymNode"),
     "TorchDispatchMode": ("torch.utils._python_dispatch", "TorchDispatchMode"),
     "core_aten_decompositions": ("torch._decomp", "core_aten_decompositions"),
     "archive_package": ("torch.export.pt2_archive", "_package"),
@@ -109,6 +114,7 @@ _PARTS = {
     "shape_rules": ("torch._subclasses.fake_impls", "get_fast_op_impls"),
     "enable_mkldnn": ("torch._C", "_set_mkldnn_enabled"),
     "is_mkldnn_enabled": ("torch._C", "_get_mkldnn_enabled"),
+    "export_utils": ("torch._export", "utils"),
     "has_kernel": ("torch._C", "_dispatch_has_kernel_for_dispatch_key"),
     "in_kernel": ("torch._subclasses.fake_tensor", "in_kernel_invocation_manager"),
     "is_composite": ("torch._export.utils", "_is_cia_op"),
