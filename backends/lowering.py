@@ -14,6 +14,7 @@ from typing_extensions import Unpack
 
 from graphopt.backends import Artifact, load_backend
 from graphopt.backends.base import Backend
+from graphopt.backends.listed_once import composites_listed_once
 from graphopt.backends.options import LoweringKeywords
 from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.backends.registry import ExportBackend, target_of, target_of_suffix
@@ -136,7 +137,8 @@ def lower(
     wanted = _wanted(program, target)
     given: dict[str, Any] = {**({} if wanted is None else wanted.lowering), **options}
     target.refuse_unsupported(program, **given)
-    artifact = target.lower(program, **given)
+    with composites_listed_once():
+        artifact = target.lower(program, **given)
     artifact.wanted = wanted
     return artifact
 

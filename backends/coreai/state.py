@@ -23,9 +23,7 @@ def state_names(exported: ExportedProgram) -> list[str] | None:
     signature = exported.graph_signature
     mutated = set(signature.buffers_to_mutate.values())
     buffers = [
-        str(spec.target)
-        for spec in signature.input_specs
-        if spec.arg.name in signature.inputs_to_buffers and spec.target in mutated
+        buffer for buffer in map(str, signature.inputs_to_buffers.values()) if buffer in mutated
     ]
     others = set(signature.user_inputs)
     return list(_names(buffers, others).values()) or None
