@@ -30,8 +30,8 @@ __all__ = ["exclusive", "exclusively", "silent"]
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
 _lock = threading.RLock()
-_YOUNG = 20_000  # new objects between two collections; a node of a graph is about twenty
 _FLAT_WEIGHTS = r"The tensor attributes? (self\.[\w.]*_flat_weights\[\d+\](, )?)+ w"
+_YOUNG = 100_000  # new objects between two collections; a node of a graph is about twenty
 _depth = 0  # of the thread that has the lock
 
 

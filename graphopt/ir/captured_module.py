@@ -152,7 +152,7 @@ class CapturedModule(fx.GraphModule):
         with exclusive(), warnings.catch_warnings():
             # torch's own tree specs warn about themselves when they are copied
             warnings.simplefilter("ignore", FutureWarning)
-            tree.__dict__.update({k: copy.deepcopy(self.__dict__[k], memo) for k in _TREE})
+            tree.__dict__.update({key: _copied(key, self.__dict__[key], memo) for key in _TREE})
             graph = copy.deepcopy(self.graph, memo)
         copied = CapturedModule(tree, graph)
         copied.__dict__.update({key: tree.__dict__[key] for key in _TREE})
@@ -162,6 +162,27 @@ class CapturedModule(fx.GraphModule):
         }
         memo[id(self)] = copied
         return copied
+
+
+def _copied(name: str, value: Any, memo: dict[int, Any]) -> Any:
+    """What `copy.deepcopy` makes of an attribute of a module, without its cost for holders of tensors."""
+    if isinstance(value, dict | set) and not value:
+        return type(value)()
+    if name == "_modules":
+        return {child: _copied_holder(module, memo) for child, module in value.items()}
+    if name in ("_parameters", "_buffers"):
+        return {path: copy.deepcopy(tensor, memo) for path, tensor in value.items()}
+    return copy.deepcopy(value, memo)
+
+
+def _copied_holder(module: nn.Module | None, memo: dict[int, Any]) -> Any:
+    """A copy of a module; one of another class than torch's plain one copies itself."""
+    if type(module) is not nn.Module or id(module) in memo:
+        return copy.deepcopy(module, memo)
+    copied = memo[id(module)] = nn.Module.__new__(nn.Module)
+    for name, value in module.__dict__.items():
+        copied.__dict__[name] = _copied(name, value, memo)
+    return copied
 
 
 @dataclass(frozen=True)
