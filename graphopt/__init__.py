@@ -3,9 +3,12 @@
 import sys
 from typing import TYPE_CHECKING
 
-from graphopt import errors, moved, ops
-from graphopt.audited import own_module
-from graphopt.capture import capture
+from graphopt.extras import uncollected
+
+with uncollected():
+    from graphopt import errors, moved, ops
+    from graphopt.audited import own_module
+    from graphopt.capture import capture
 
 if TYPE_CHECKING:
     from graphopt import casting, mixed_precision, pipelines, rdo

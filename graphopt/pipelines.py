@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from typing_extensions import Unpack
 
@@ -24,11 +24,16 @@ from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
+from graphopt.extras import deferred
 from graphopt.fitting.sensitivity import LossFn
 from graphopt.passes import RemoveUnused
 from graphopt.passes.pass_manager import PassManager, PassRecord, PassReport
-from graphopt.search.rdo.as_pass import OptimizeRateDistortion
 from graphopt.search.rdo.config import RDOConfig
+
+if TYPE_CHECKING:
+    from graphopt.search.rdo import as_pass
+else:
+    as_pass = deferred("graphopt.search.rdo.as_pass")
 
 __all__ = [
     "PassManager",
@@ -140,5 +145,5 @@ def rdo(
         >>> rdo(batches, {"target_bits": 4}).names
         ('raise-to-vocabulary', 'optimize-rate-distortion', 'remove-unused')
     """
-    optimize = OptimizeRateDistortion(list(data), config, progress)
+    optimize = as_pass.OptimizeRateDistortion(list(data), config, progress)
     return Pipeline("rdo", (RaiseToVocabulary(), optimize, RemoveUnused()))

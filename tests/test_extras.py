@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import gc
 import logging
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
 from graphopt.errors import MissingDependencyError
-from graphopt.extras import require
+from graphopt.extras import require, uncollected
 
 NOISY = """
 import logging, os, sys, warnings
@@ -37,3 +39,16 @@ def test_what_a_package_writes_while_it_is_imported_is_kept_from_the_streams(
 def test_missing_package_is_named_with_its_extra() -> None:
     with pytest.raises(MissingDependencyError, match=r"pip install 'graphopt\[some\]'"):
         require("no_such_package", "some")
+
+
+@pytest.mark.parametrize("collects", [True, False])
+def test_the_collector_of_garbage_is_as_before_after_imports(collects: bool) -> None:
+    before = gc.isenabled()
+    (gc.enable if collects else gc.disable)()
+    try:
+        with suppress(ImportError), uncollected():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == collects
+    finally:
+        (gc.enable if before else gc.disable)()

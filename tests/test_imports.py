@@ -79,6 +79,7 @@ def test_compressors_load_nothing_that_only_some_calls_need() -> None:
         "import graphopt.palettization, graphopt.quantization, graphopt.pruning; graphopt.compress\n"
         "first = [name for name in ('rich', 'graphopt.search') if name in sys.modules]\n"
         "import graphopt.pipelines\n"
+        "first += [name for name in ('graphopt.search.rdo.session',) if name in sys.modules]\n"
         f"print(first + [name for name in {heavy} if name in sys.modules and name not in before])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from typing import Annotated, Any, Literal
 
@@ -29,6 +30,7 @@ class TargetFields:
         return {name: value for name, value in values.items() if value is not None}
 
 
+@functools.cache
 def _offered() -> dict[str, ShellOption]:
     """Options of all targets; those of one name are one, with the values of each."""
     offered: dict[str, ShellOption] = {}
