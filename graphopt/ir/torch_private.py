@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from torch._decomp import core_aten_decompositions, decomposition_table
     from torch._dispatch.python import enable_python_dispatcher as open_size_kernels
     from torch._export import utils as export_utils
+    from torch._export.serde import serialize as serializing
     from torch._export.utils import _check_valid_to_preserve as may_stay_whole
     from torch._export.utils import _get_decomp_for_cia as decomposition_of_composite
     from torch._export.utils import _is_cia_op as is_composite
@@ -78,6 +79,7 @@ __all__ = [
     "open_size_kernels",
     "package_pt2",
     "part_of_torch",
+    "serializing",
     "shape_rules",
     "symbolic_config",
     "tracing",
@@ -111,6 +113,7 @@ _PARTS = {
         "torch._prims_common",
         "is_contiguous_for_memory_format_or_false",
     ),
+    "serializing": ("torch._export.serde", "serialize"),
     "shape_rules": ("torch._subclasses.fake_impls", "get_fast_op_impls"),
     "enable_mkldnn": ("torch._C", "_set_mkldnn_enabled"),
     "is_mkldnn_enabled": ("torch._C", "_get_mkldnn_enabled"),
