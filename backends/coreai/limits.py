@@ -9,7 +9,7 @@ from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 
 from graphopt.backends.coreai.decompose import converted_ops
-from graphopt.backends.data_sizes import has_data_size, place_of
+from graphopt.backends.data_sizes import makes_data_size, place_of
 from graphopt.errors import LoweringError
 from graphopt.ir.torch_private import OpOverload
 
@@ -56,7 +56,7 @@ def _reason(node: fx.Node, known: frozenset[str]) -> str:
         )
     if node.op != "call_function":
         return ""
-    if has_data_size(node):
+    if makes_data_size(node):
         return (
             "the size of its result depends on data, and Core AI's programs have fixed shapes;"
             " use a mask (torch.where) instead of selecting"

@@ -14,6 +14,7 @@ from graphopt.backends.coreai.decompose import RUNNING_SUMS, decompositions
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
 from graphopt.backends.coreai.options import CoreAIOptions
+from graphopt.backends.data_sizes import decomposing_for
 from graphopt.backends.double_precision import as_float32
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_call, flat_interface
 from graphopt.backends.scalar_states import StatesWithAxes
@@ -53,7 +54,7 @@ def legal_export(
     """
     legal = as_float32(flat_interface(program, _INTERFACE))
     run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), StatesWithAxes()])
-    with torch.no_grad():
+    with torch.no_grad(), decomposing_for("Core AI", legal.graph_module):
         exported = export_graph(
             legal.graph_module,
             legal.example_args,
@@ -62,11 +63,12 @@ def legal_export(
         )
         _free_views(exported.graph)
         exported = decomposed(exported, decompositions(exported.graph))
-        drop_written_inputs(exported)
-        refuse_fixed(exported, plan, "Core AI")
-        if options.precision == "float32":
-            return exported
-        calls = [flat_call(call, _INTERFACE) for call in options.calibration_data or ()]
+    drop_written_inputs(exported)
+    refuse_fixed(exported, plan, "Core AI")
+    if options.precision == "float32":
+        return exported
+    calls = [flat_call(call, _INTERFACE) for call in options.calibration_data or ()]
+    with torch.no_grad():
         return cast_to_16_bit_precision(exported, _wide_ops(options.ignored_ops), calls)
 
 

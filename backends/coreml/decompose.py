@@ -13,6 +13,7 @@ from torch.export import ExportedProgram
 from graphopt.backends.coreml.legal_ops import Rules, composite, legal_ops, rules_by_use
 from graphopt.backends.coreml.limits import explain_failure
 from graphopt.backends.coreml.translations import TRANSLATED
+from graphopt.backends.data_sizes import makes_data_size
 from graphopt.backends.decompositions.products import grouped_mm
 from graphopt.errors import LoweringError
 from graphopt.ir.decomposing import decomposed
@@ -62,7 +63,7 @@ def _refuse_unknown(exported: ExportedProgram) -> None:
     """Name every op that is left without a translation, and where it came from."""
     unknown = set(_unknown(exported))
     lines = [
-        f"{node.target}{_where(node)}"
+        f"{node.target}{_where(node)}{_about_sizes(node)}"
         for node in exported.graph.nodes
         if node.op == "call_function" and node.target in unknown
     ]
@@ -72,6 +73,10 @@ def _refuse_unknown(exported: ExportedProgram) -> None:
             + "\n".join(dict.fromkeys(lines))
             + "\nleave them out of the model, or run that part elsewhere"
         )
+
+
+def _about_sizes(node: fx.Node) -> str:
+    return ": the size of its result depends on data" if makes_data_size(node) else ""
 
 
 def _where(node: fx.Node) -> str:

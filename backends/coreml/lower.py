@@ -14,6 +14,7 @@ from graphopt.backends.coreml.lowerings import register_lowerings
 from graphopt.backends.coreml.names import leave_names
 from graphopt.backends.coreml.refusals import PACKED, refusals
 from graphopt.backends.coreml.states import HalfStates, state_refusals
+from graphopt.backends.data_sizes import decomposing_for
 from graphopt.backends.double_precision import as_float32
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_interface
 from graphopt.backends.quiet import quiet
@@ -82,7 +83,7 @@ def legal_export(
     run_passes(
         legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused(), HalfStates(), *last]
     )
-    with torch.no_grad():
+    with torch.no_grad(), decomposing_for("Core ML", legal.graph_module):
         exported = decompose_for_coreml(
             export_graph(
                 legal.graph_module,

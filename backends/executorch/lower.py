@@ -9,6 +9,7 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from graphopt.backends.data_sizes import decomposing_for
 from graphopt.backends.executorch.compress_tables import CompressTables
 from graphopt.backends.executorch.constant_operands import (
     ComputeWeights,
@@ -117,7 +118,8 @@ def legal_export(
     bodies = any(isinstance(module, fx.GraphModule) for module in gm.children())
     kept = [] if bodies else _kept_whole(delegate)
     table, limits = decompositions(kept), plan.limits(legal)
-    exported = export_graph(gm, args, kwargs, limits=limits, decompositions=table)
+    with decomposing_for("ExecuTorch", gm):
+        exported = export_graph(gm, args, kwargs, limits=limits, decompositions=table)
     drop_written_inputs(exported)
     refuse_fixed(exported, plan, "ExecuTorch")
     return exported, gm

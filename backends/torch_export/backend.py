@@ -15,6 +15,7 @@ from typing_extensions import Unpack, override
 from graphopt.audited import read_exported
 from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
+from graphopt.backends.data_sizes import decomposing_for
 from graphopt.backends.options import LoweringKeywords, TargetOptions, read_options
 from graphopt.backends.shapes import EXAMPLE_SHAPES, plan_shapes
 from graphopt.backends.torch_export.archive import Sink, deflate_texts
@@ -127,13 +128,14 @@ class TorchBackend(Backend):
         if word != "captured":
             plan = plan_shapes(program, chosen.shapes, self.name)
         as_captured = word in ("captured", "open")
-        exported = export_graph(
-            neutral.graph_module,
-            program.example_args,
-            program.example_kwargs,
-            dynamic=word == "open" or (as_captured and chosen.dynamic),
-            limits=None if as_captured else plan.limits(neutral),
-        )
+        with decomposing_for(self.name, neutral.graph_module):
+            exported = export_graph(
+                neutral.graph_module,
+                program.example_args,
+                program.example_kwargs,
+                dynamic=word == "open" or (as_captured and chosen.dynamic),
+                limits=None if as_captured else plan.limits(neutral),
+            )
         # the nodes of earlier graphs, by their addresses in memory
         dropped = ("from_node",) if chosen.stack_traces else ("from_node", "stack_trace")
         for module in exported.graph_module.modules():

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.backends import load_backend
+from graphopt.errors import LoweringError
 from graphopt.passes import RemoveUnused
 from graphopt.pipelines import PassManager
 
@@ -63,3 +64,19 @@ def test_passes_of_targets_verify(name: str, target: str, form: str | None) -> N
     # coremltools takes our ops as they are
     assert report.modified or target == "coreml"
     assert all(record.error is not None for record in report)
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize(
+    "target",
+    [pytest.param(t, marks=getattr(pytest.mark, t)) for t in ("coreai", "coreml", "executorch")],
+)
+def test_values_whose_sizes_depend_on_data_are_refused_by_name(target: str) -> None:
+    class Chosen(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.combinations(x * 2, 1)
+
+    program = graphopt.capture(Chosen(), (torch.randn(4),))
+    with pytest.raises(LoweringError, match="size of its result depends on data") as refused:
+        graphopt.lower(program, target)
+    assert "aten.unsqueeze" not in str(refused.value)  # only sizes of what it is given
