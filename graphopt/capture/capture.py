@@ -18,6 +18,7 @@ from graphopt.capture.entry_points import captured_set, with_shared_tensors
 from graphopt.capture.example_check import check_example
 from graphopt.capture.export_errors import without_warnings
 from graphopt.capture.exporting import (
+    as_module,
     buffers_restored,
     copied,
     evaluation_mode,
@@ -183,8 +184,7 @@ def _from_exported(
         torch.no_grad(),
     ):
         exported = flat(exported)
-    unlifted = exported.module(check_guards=False)
-    return _to_program(exported, unlifted, source, (args, kwargs))
+    return _to_program(exported, as_module(exported), source, (args, kwargs))
 
 
 def _to_program(

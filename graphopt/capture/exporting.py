@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import keyword
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from graphopt.ir import op_info
 from graphopt.ir.torch_private import symbolic_config
 
 __all__ = [
+    "as_module",
     "buffers_restored",
     "copied",
     "evaluation_mode",
@@ -95,7 +97,7 @@ def exported_open(
     """
     if not (isinstance(dynamic_shapes, str) and dynamic_shapes == "auto"):
         exported = _attempt(model, args, kwargs, dynamic_shapes, oblivious=True)
-        return exported, exported.module(check_guards=False)
+        return exported, as_module(exported)
     try:
         with buffers_restored(model):
             expected = run_on_copies(model, args, kwargs)
@@ -113,7 +115,7 @@ def exported_open(
     for attempt in attempts[:-1]:
         try:
             exported = attempt()
-            module = exported.module(check_guards=False)
+            module = as_module(exported)
             with buffers_restored(model):
                 outputs = run_on_copies(module, args, kwargs)
         except Exception as error:
@@ -122,11 +124,33 @@ def exported_open(
         if _same(expected, outputs):
             signature = exported.graph_signature
             if signature.buffers_to_mutate or signature.user_inputs_to_mutate:
-                module = exported.module(check_guards=False)  # what ran has moved on
+                module = as_module(exported)  # what ran has moved on
             return exported, module
         _log.debug("open shapes changed the outputs on the example; trying narrower ones")
     exported = attempts[-1]()
-    return exported, exported.module(check_guards=False)
+    return exported, as_module(exported)
+
+
+def as_module(exported: ExportedProgram) -> fx.GraphModule:
+    """The program as a module that can be called.
+
+    Raises:
+        CaptureError: A path to a tensor has a keyword of Python, which torch's own code of it cannot.
+    """
+    signature = exported.graph_signature
+    for held in (
+        signature.inputs_to_parameters,
+        signature.inputs_to_buffers,
+        signature.inputs_to_lifted_tensor_constants,
+    ):
+        for path in held.values():
+            for part in path.split("."):
+                if keyword.iskeyword(part):
+                    raise CaptureError(
+                        f"{path}: {part!r} is a keyword of Python, in which torch writes the graph down;"
+                        " give that module or key another name"
+                    )
+    return exported.module(check_guards=False)
 
 
 def _attempt(

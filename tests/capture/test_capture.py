@@ -212,3 +212,16 @@ def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
     (tmp_path / "broken.pt2").write_bytes(b"nothing")
     with pytest.raises(CaptureError, match="program of torch.export"):
         graphopt.capture(tmp_path / "broken.pt2")
+
+
+def test_a_path_with_a_keyword_is_refused_by_name() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.heads = nn.ModuleDict({"box": nn.Linear(3, 4), "class": nn.Linear(3, 2)})
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {name: head(x) for name, head in self.heads.items()}
+
+    with pytest.raises(CaptureError, match=r"heads\.class\.weight: 'class' is a keyword"):
+        graphopt.capture(Heads(), (torch.randn(2, 3),))
