@@ -12,6 +12,7 @@ from graphopt.passes.absorb_channel_scale import AbsorbChannelScale
 from graphopt.passes.annotate_palettization import AnnotatePalettization
 from graphopt.passes.annotate_pruning import AnnotatePruning
 from graphopt.passes.annotate_quantization import AnnotateQuantization
+from graphopt.passes.calibrate_activations import CalibrateActivations
 from graphopt.passes.convert_quantization import ConvertQuantization
 from graphopt.passes.correct_bias import CorrectBias
 from graphopt.passes.correct_statistics import (
@@ -53,6 +54,7 @@ __all__ = [
     "AnnotatePalettization",
     "AnnotatePruning",
     "AnnotateQuantization",
+    "CalibrateActivations",
     "ConvertQuantization",
     "CorrectBias",
     "CorrectStatistics",

@@ -16,7 +16,8 @@ from graphopt.ir.captured_module import CapturedModule, callable_graph
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import share_graph
 from graphopt.ir.state import restored_state
-from graphopt.passes import AnnotateQuantization, InsertFakeQuantize
+from graphopt.passes.annotate_quantization import AnnotateQuantization
+from graphopt.passes.insert_fake_quantize import InsertFakeQuantize
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 from graphopt.prepared.conversion import activation_records, scales_of

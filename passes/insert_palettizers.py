@@ -16,7 +16,7 @@ from graphopt.passes.pass_base import Pass
 from graphopt.prepared import QUANTIZERS, Origin, WeightPalettizer
 from graphopt.prepared.state import is_read_by
 from graphopt.schemes.palettize import PalettizedWeight
-from graphopt.specs import DefaultTrainingSpec, DKMTrainingSpec, TrainingStrategySpec
+from graphopt.specs import DKMTrainingSpec
 
 __all__ = ["InsertPalettizers"]
 
@@ -68,7 +68,7 @@ class InsertPalettizers(Pass):
                     f"{weight.name}: sparse outliers cannot be trained; use outlier_fraction=0 for"
                     " training, or calibrate"
                 )
-            strategy = self._strategy(annotation.spec.training_strategy_spec)
+            strategy = annotation.spec.training_strategy_spec.differentiable(self.default)
             palettizer = WeightPalettizer(
                 weight.tensor,
                 self.palettes[weight.name],
@@ -85,8 +85,3 @@ class InsertPalettizers(Pass):
             for node in weight.nodes:
                 made = edit.run_module(path, node, place=node.next, like=node)
                 edit.redirect(node, made, lambda _: False)
-
-    def _strategy(self, spec: TrainingStrategySpec) -> DKMTrainingSpec | None:
-        if isinstance(spec, DKMTrainingSpec):
-            return spec
-        return self.default if isinstance(spec, DefaultTrainingSpec) else None

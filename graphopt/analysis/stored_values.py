@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import torch
 from torch import Tensor, fx
@@ -71,6 +71,11 @@ class StoredValue:
         """Its packed elements; None without any."""
         return None
 
+    @property
+    def entry_node(self) -> fx.Node | None:
+        """A node that holds no values but those of tables, scaled where a scale follows; None without."""
+        return None
+
 
 @dataclass(frozen=True)
 class Lookup(StoredValue):
@@ -104,6 +109,11 @@ class Lookup(StoredValue):
     def label(self) -> str:
         """Such as "4-bit table"."""
         return f"{self.n_bits}-bit table"
+
+    @property
+    def entry_node(self) -> fx.Node:
+        """The tables, or the dense weight where they are scaled by channel."""
+        return self.dense if self.channel_scale else cast("fx.Node", self.node.args[1])
 
     @property
     def outliers(self) -> bool:

@@ -12,6 +12,7 @@ import typer
 from graphopt import __version__, errors
 from graphopt.backends import load_backend
 from graphopt.backends.lowering import as_program
+from graphopt.backends.registry import DEFAULT
 from graphopt.cli import mixed_precision
 from graphopt.cli.artifacts import Limit, backend_of, check_limit, plain, sentence
 from graphopt.cli.common import ERR, OUT, Json, Model, print_json, reading
@@ -28,6 +29,8 @@ from graphopt.inspection import inspect_program, save_graph
 
 __all__ = ["app", "run"]
 
+_ARTIFACT = f"model{DEFAULT.suffix}"  # of examples
+
 app = typer.Typer(
     help="Compress exported PyTorch programs for edge targets.",
     no_args_is_help=True,
@@ -42,7 +45,7 @@ def _version(wanted: bool) -> None:
         raise typer.Exit
 
 
-@app.callback(epilog=epilog("fit model.pt2 --data data.pt --size 12MB -o model.mlpackage"))
+@app.callback(epilog=epilog(f"fit model.pt2 --data data.pt --size 12MB -o {_ARTIFACT}"))
 def main(
     version: Annotated[
         bool,
@@ -105,12 +108,12 @@ def verify(
     check_limit(outcome, max_error)
 
 
-_command(fit, "fit", "model.pt2 --data data.pt --size 12MB -o model.mlpackage")
-_command(compress, "compress", "model.pt2 --config w4 -o model.aimodel")
-_command(lower_program, "lower", "compressed.pt2 -o model.mlpackage --precision float16")
+_command(fit, "fit", f"model.pt2 --data data.pt --size 12MB -o {_ARTIFACT}")
+_command(compress, "compress", f"model.pt2 --config w4 -o {_ARTIFACT}")
+_command(lower_program, "lower", f"compressed.pt2 -o {_ARTIFACT} --precision float16")
 _command(inspect, "inspect", "model.pt2 --graph model.svg")
 _command(init, "init", "model.pt2 --preset bert -o config.yaml")
-_command(verify, "verify", "model.aimodel --reference compressed.pt2 --max-error 1e-3")
+_command(verify, "verify", f"{_ARTIFACT} --reference compressed.pt2 --max-error 1e-3")
 _command(compare, "diff", "model.pt2 compressed.pt2 --data data.pt")
 _command(report, "report", "compressed.pt2 --before model.pt2 -o page.html")
 _command(mixed_precision.analyze, "analyze", "model.pt2 --data data.pt --mode fast -o model.jsonl")

@@ -78,9 +78,7 @@ class JointConfig(SpecModel):
                     parts[name] = given if isinstance(given, kind) else kind.from_dict(given)
         given = data.get("artifact")
         if given is not None:
-            parts["artifact"] = (
-                given if isinstance(given, ArtifactSpec) else ArtifactSpec.model_validate(given)
-            )
+            parts["artifact"] = ArtifactSpec.model_validate(given)
         known = {*kinds, "artifact", *(kind.root_key for kind in kinds.values())}
         unknown = sorted(map(str, set(data) - known))
         if unknown:

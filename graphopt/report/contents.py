@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from graphopt.analysis.stored_values import Lookup, StoredValue, stored_values
+from graphopt.analysis.stored_values import StoredValue, stored_values
 from graphopt.backends import load_backend
 from graphopt.backends.registry import targets
 from graphopt.errors import LoweringError, MissingDependencyError
@@ -245,9 +245,8 @@ def _histogram(
     if low == high:
         low, high = low - 1, high + 1
     entries: list[float] = []
-    if isinstance(value, Lookup):
-        tables = dense if value.channel_scale else constant_value(gm, value.node.args[1]).float()  # type: ignore[arg-type]
-        entries = tables.unique()[:_MOST_ENTRIES].tolist()
+    if value.entry_node is not None:
+        entries = constant_value(gm, value.entry_node).float().unique()[:_MOST_ENTRIES].tolist()
     return {
         "low": low,
         "high": high,

@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 import torch
 from pydantic import Field, model_validator
+from typing_extensions import override
 
 from graphopt.specs.compression import CompressionSpec
 from graphopt.specs.dtypes import dtype_name
@@ -38,6 +39,15 @@ class TrainingStrategySpec(SpecModel):
         True
     """
 
+    def differentiable(self, default: DKMTrainingSpec | None) -> DKMTrainingSpec | None:
+        """The differentiable k-means that is asked for; None is the straight-through estimator.
+
+        Args:
+            default: The compressor's own way.
+        """
+        del default
+        return None
+
 
 class DefaultTrainingSpec(TrainingStrategySpec):
     """The compressor's own way: straight-through for k-means, differentiable k-means for DKM.
@@ -48,6 +58,10 @@ class DefaultTrainingSpec(TrainingStrategySpec):
     """
 
     type: Literal["default"] = Field(default="default", repr=False)
+
+    @override
+    def differentiable(self, default: DKMTrainingSpec | None) -> DKMTrainingSpec | None:
+        return default
 
 
 class STETrainingSpec(TrainingStrategySpec):
@@ -82,6 +96,10 @@ class DKMTrainingSpec(TrainingStrategySpec):
     type: Literal["dkm"] = Field(default="dkm", repr=False)
     temperature: Annotated[float, Field(gt=0)] = 0.5
     iterations: Annotated[int, Field(ge=1)] = 2
+
+    @override
+    def differentiable(self, default: DKMTrainingSpec | None) -> DKMTrainingSpec:
+        return self
 
 
 TrainingStrategy = Annotated[

@@ -1,4 +1,4 @@
-"""InsertFakeQuantize, ConvertQuantization, DequantizeWeights: from annotations to integers, and back."""
+"""Quantization: from annotations over ranges to integers, and back."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import torch
 from helpers.linear_nets import X, captured, ops
 
 from graphopt.config.quantization import QuantizerConfig
+from graphopt.errors import InputError
 from graphopt.ir.annotations import record_of
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.graph_text import graph_text
 from graphopt.passes import (
     AnnotateQuantization,
+    CalibrateActivations,
     ConvertQuantization,
     DecodeWeights,
     DequantizeWeights,
     InsertFakeQuantize,
 )
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
+from graphopt.prepared.findings import findings_of
 from graphopt.prepared.state import parts_of
 
 CHANNELS: dict[str, Any] = {"dtype": "int8", "granularity": {"type": "per_channel", "axis": 0}}
@@ -118,3 +121,20 @@ def test_floats_are_left_alone(gm: CapturedModule) -> None:
     AnnotateQuantization(QuantizerConfig.from_dict({"global_config": None}))(gm)
     assert not ConvertQuantization()(gm).modified
     assert graph_text(gm) == before
+
+
+def test_scales_of_activations_span_what_was_seen_and_the_graph_stays(gm: CapturedModule) -> None:
+    annotate(activations=True)(gm)
+    before = graph_text(gm)
+    CalibrateActivations([X])(gm)
+    assert graph_text(gm) == before
+    names = [node.name for node in gm.graph.find_nodes(op="placeholder")]
+    (scale,) = (scale for name, (scale, _) in findings_of(gm).scales.items() if name in names)
+    low, high = X.min().clamp(max=0), X.max().clamp(min=0)
+    assert float(scale) == pytest.approx(float(torch.maximum(-low / 128, high / 127)))
+
+
+def test_activations_without_data_are_refused(gm: CapturedModule) -> None:
+    annotate(activations=True)(gm)
+    with pytest.raises(InputError, match="there are no data"):
+        CalibrateActivations([])(gm)
