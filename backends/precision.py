@@ -11,10 +11,10 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind
 from torch.utils import _pytree as pytree
-from typing_extensions import override
 
 from graphopt.errors import InputError
 from graphopt.run.batches import Batch, as_batch
+from graphopt.run.interpreter import GraphWalk, Value
 
 __all__ = ["FLOAT16_MAX", "float32_nodes", "overflowing_values", "stored_tensor"]
 
@@ -40,11 +40,35 @@ def overflowing_values(program: ExportedProgram, calibration_data: Iterable[Any]
     """
     found: set[fx.Node] = set()
     filled = _filled(program)
+    run = GraphWalk(program.graph_module)
+
+    def looked_at(node: fx.Node, result: Any) -> Any:
+        if node not in found and _is_large(result, below=node not in filled):
+            found.add(node)
+        return result
+
+    def call(node: fx.Node, value: Value) -> Any:
+        return looked_at(node, run.call(node, value))
+
+    placeholders = program.graph_module.graph.find_nodes(op="placeholder")
     with torch.no_grad():
         for inputs in calibration_data:
-            run = _Ranges(program.graph_module, found, filled)
-            run.run(*_flat_inputs(program, as_batch(inputs)))
+            flat = _flat_inputs(program, as_batch(inputs))
+            values = {
+                node: looked_at(node, given) for node, given in zip(placeholders, flat, strict=True)
+            }
+            run.walk(run.computed, values, last=run.last, call=call)
     return found
+
+
+def _is_large(result: Any, *, below: bool) -> bool:
+    """Whether float32 values are finite and above float16's range, or with `below` on either side of it."""
+    for value in pytree.tree_leaves(result):
+        if isinstance(value, Tensor) and value.dtype is torch.float32:
+            large = value.abs() if below else value
+            if bool(((large > FLOAT16_MAX) & large.isfinite()).any()):
+                return True
+    return False
 
 
 def float32_nodes(
@@ -106,27 +130,6 @@ def _is_low(value: object) -> bool:
 
 def _below(value: Tensor) -> bool:
     return bool((value < -FLOAT16_MAX).any())
-
-
-class _Ranges(fx.Interpreter):
-    """Runs a program and notes the nodes whose values are too large."""
-
-    def __init__(
-        self, gm: fx.GraphModule, found: set[fx.Node], filled: Collection[fx.Node]
-    ) -> None:
-        super().__init__(gm)
-        self.found, self.filled = found, filled
-
-    @override
-    def run_node(self, n: fx.Node) -> Any:
-        result = super().run_node(n)
-        if n.op != "output" and n not in self.found:
-            for value in pytree.tree_leaves(result):
-                if isinstance(value, Tensor) and value.dtype is torch.float32:
-                    large = value.abs() if n not in self.filled else value
-                    if bool(((large > FLOAT16_MAX) & large.isfinite()).any()):
-                        self.found.add(n)
-        return result
 
 
 def _flat_inputs(program: ExportedProgram, batch: Batch) -> list[Any]:

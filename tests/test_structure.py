@@ -171,3 +171,14 @@ def test_targets_are_named_in_their_folders_only() -> None:
         for target in named_targets(tree)
     }
     assert naming == set(NAMING)
+
+
+def test_graphs_are_computed_by_one_interpreter() -> None:
+    deriving = {
+        path
+        for path, tree in sources()
+        for node in ast.walk(tree)
+        if isinstance(node, ast.ClassDef)
+        and any(ast.unparse(base).startswith(("fx.", "torch.fx.")) for base in node.bases)
+    }
+    assert deriving <= {"graphopt/ir/captured_module.py"}, "walk the graph with run.interpreter"

@@ -92,8 +92,7 @@ def fit_integers(
             fit.result.fallbacks[weight.name] = _why_not(weight, uses)
     left = dict(ops)
     rounded = _RoundedActivations(fit.run, evidence.scales)
-    # one is a copy of the other; nodes that call modules (guards of `ep.module()`) have no partners
-    twins = dict(zip(work.graph.nodes, annotated.graph.nodes, strict=True))
+    exact = Correspondence.of_copy(work, annotated)
     steps = [node for node in work.graph.nodes if node.op != "output"]
     for node in track(steps, "fitting layers", len(steps), enabled=evidence.progress):
         if node in left:
@@ -101,7 +100,7 @@ def fit_integers(
         with rounded.operands_of(node):
             fit.run.step(node)
         rounded.result_of(node)
-        fit.reference.step(twins[node])
+        fit.reference.step(exact[node])
     return fit.result
 
 

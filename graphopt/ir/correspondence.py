@@ -57,6 +57,20 @@ class Correspondence(Mapping[fx.Node, fx.Node]):
         return cls(first.graph, second.graph, partners)
 
     @classmethod
+    def of_copy(cls, first: fx.GraphModule, second: fx.GraphModule) -> Correspondence:
+        """All nodes in order; nodes that call modules have partners, too.
+
+        Args:
+            first: A copy of `second`, or what `second` is a copy of; neither was changed since.
+            second: The other.
+
+        Raises:
+            ValueError: They have different numbers of nodes.
+        """
+        pairs = zip(first.graph.nodes, second.graph.nodes, strict=True)
+        return cls(first.graph, second.graph, dict(pairs))
+
+    @classmethod
     def by_place(
         cls,
         first: fx.GraphModule,

@@ -23,6 +23,7 @@ from graphopt.run.batches import Batch, explained, flat_inputs
 __all__ = [
     "NO_HOOKS",
     "Call",
+    "GraphWalk",
     "Hook",
     "Hooks",
     "Interpreter",
@@ -84,8 +85,8 @@ def constant_value(gm: fx.GraphModule, node: fx.Node) -> Any:
     return value.detach() if isinstance(value, Tensor) else value
 
 
-class Interpreter:
-    """Computes the nodes of one graph.
+class GraphWalk:
+    """Computes nodes of one graph from given values.
 
     Args:
         gm: The graph; its tensors may change, its nodes must not.
@@ -103,7 +104,7 @@ class Interpreter:
         output: The output node.
     """
 
-    def __init__(self, gm: CapturedModule, *, copies: bool = False) -> None:
+    def __init__(self, gm: fx.GraphModule, *, copies: bool = False) -> None:
         self.gm, self.copies = gm, copies
         self.nodes: list[fx.Node] = list(gm.graph.nodes)
         self.place = {node: number for number, node in enumerate(self.nodes)}
@@ -126,26 +127,6 @@ class Interpreter:
     def results(self) -> list[fx.Node]:
         """Nodes that the output reads."""
         return operands(self.output)
-
-    def inputs(self, batch: Batch) -> dict[fx.Node, Any]:
-        """The values of `given` for one call; writing into them does no harm to the batch.
-
-        State is as the call says (`StatefulCall`), or as it is stored now.
-
-        Raises:
-            InputError: The batch does not fit the captured call.
-        """
-        placeholders = self.gm.graph.find_nodes(op="placeholder")
-        given = dict(zip(placeholders, flat_inputs(self.gm, batch), strict=True))
-        for node in placeholders:
-            if not self.copies and any(writes(user) for user in node.users):
-                given[node] = given[node].clone()
-        start = getattr(batch, "state", None) or {}
-        for node in self.given:
-            if node.op == "get_attr":
-                holder, name = holder_of(self.gm, str(node.target))
-                given[node] = start.get(str(node.target), getattr(holder, name))
-        return given
 
     def call(self, node: fx.Node, value: Value) -> Any:
         """Compute one node from the values of what it reads."""
@@ -190,6 +171,40 @@ class Interpreter:
                     values.pop(operand, None)
             if node not in last and node not in kept:
                 del values[node]
+
+
+class Interpreter(GraphWalk):
+    """Computes a captured graph, or parts of it, on the inputs of calls.
+
+    Args:
+        gm: The graph; its tensors may change, its nodes must not.
+        copies: Ops that write get copies: for graphs whose nodes run more than once.
+    """
+
+    gm: CapturedModule
+
+    def __init__(self, gm: CapturedModule, *, copies: bool = False) -> None:
+        super().__init__(gm, copies=copies)
+
+    def inputs(self, batch: Batch) -> dict[fx.Node, Any]:
+        """The values of `given` for one call; writing into them does no harm to the batch.
+
+        State is as the call says (`StatefulCall`), or as it is stored now.
+
+        Raises:
+            InputError: The batch does not fit the captured call.
+        """
+        placeholders = self.gm.graph.find_nodes(op="placeholder")
+        given = dict(zip(placeholders, flat_inputs(self.gm, batch), strict=True))
+        for node in placeholders:
+            if not self.copies and any(writes(user) for user in node.users):
+                given[node] = given[node].clone()
+        start = getattr(batch, "state", None) or {}
+        for node in self.given:
+            if node.op == "get_attr":
+                holder, name = holder_of(self.gm, str(node.target))
+                given[node] = start.get(str(node.target), getattr(holder, name))
+        return given
 
     def run(self, batch: Batch, behind: Mapping[fx.Node, Hook] | None = None) -> list[Any]:
         """Run all of the graph on one call.

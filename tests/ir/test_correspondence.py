@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import pytest
 import torch
 from torch import fx, nn
 
@@ -50,9 +51,10 @@ def test_a_copy_corresponds_node_by_node() -> None:
     program = graphopt.capture(Net().eval(), (torch.randn(2, 4),))
     other = program.copy().graph_module
     found = Correspondence.by_name(other, program.graph_module)
-    expected = zip(other.graph.nodes, program.graph_module.graph.nodes, strict=True)
-    assert list(found.items()) == list(expected)
+    expected = list(zip(other.graph.nodes, program.graph_module.graph.nodes, strict=True))
+    assert list(found.items()) == expected
     assert found.without_partner() == ((), ())
+    assert list(Correspondence.of_copy(other, program.graph_module).items()) == expected
 
 
 def test_ops_of_a_compressed_graph_have_partners_and_its_tables_have_none() -> None:
@@ -116,3 +118,9 @@ def test_places_that_only_one_graph_has_are_left_out() -> None:
         first, second, lambda node: "op" if node.target is _aten.linear.default else None
     )
     assert list(found.values()) == linears(second)[:2]
+
+
+def test_graphs_of_different_length_are_no_copies_of_each_other() -> None:
+    gm, exact = compressed()
+    with pytest.raises(ValueError, match="argument 2"):
+        Correspondence.of_copy(gm, exact)
