@@ -106,6 +106,23 @@ def test_old_module_names_give_the_new_ones_names_with_a_warning() -> None:
         assert graphopt.editor.Editor is Editor
 
 
+@pytest.mark.parametrize("folder", ["graphopt", "passes", "backends", "tests", "examples"])
+def test_nothing_here_imports_an_old_module_name(folder: str) -> None:
+    """A test that patches one would patch nothing."""
+    from graphopt import moved
+
+    old = {f"graphopt.{name}" for name in moved.MOVED}
+    importing = {
+        f"{path.relative_to(ROOT)}: {name}"
+        for path in (ROOT / folder).rglob("*.py")
+        if path != Path(__file__)
+        for module, names in imports_in(ast.parse(path.read_text()))
+        for name in (module, *(f"{module}.{name}" for name in names))
+        if name in old
+    }
+    assert importing == set()
+
+
 def test_every_old_module_name_leads_to_a_module_with_names() -> None:
     from graphopt import moved
 

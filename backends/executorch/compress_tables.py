@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from typing_extensions import override
 
 from graphopt.analysis.stored_values import Lookup, find_lookups
-from graphopt.backends.executorch.kernels import LINEAR, LOOKUPS
+from graphopt.backends.executorch.kernels import EMBEDDINGS, LINEAR
 from graphopt.backends.executorch.weight_forms import bias_apart
 from graphopt.ir import op_info
 from graphopt.ir.editor import Editor, operands
@@ -158,7 +158,7 @@ class _Decoder:
     def reads_rows(self) -> bool:
         """Whether embedding layers alone read the weight, and its rows can be decoded one by one."""
         return self._by_rows() and all(
-            reader.target in LOOKUPS and reader.args[0] is self.lookup.dense
+            reader.target in EMBEDDINGS and reader.args[0] is self.lookup.dense
             for reader in self.lookup.dense.users
         )
 

@@ -8,8 +8,8 @@ from torch import Tensor, fx
 from graphopt.analysis.stored_values import QuantizedTensor, quantized_at
 from graphopt.backends.executorch.dynamic import reads_rows_by_range
 from graphopt.backends.executorch.kernels import (
+    EMBEDDINGS,
     LINEAR,
-    LOOKUPS,
     is_fused_activation,
     takes_integers,
 )
@@ -40,7 +40,7 @@ _ours = torch.ops.graphopt
 QUANTIZE = "quantized_decomposed.quantize_per_tensor.default"
 DEQUANTIZE = "quantized_decomposed.dequantize_per_tensor.default"
 # ops whose weight may be computed when the program runs
-TAKES_ROWS = LINEAR | LOOKUPS
+TAKES_ROWS = LINEAR | EMBEDDINGS
 ZEROS = "_kernel_zeros"  # what zero points that are 0 are called
 NARROW = 4  # bits of the integers that linear layers take two to a byte
 _BLOCK = 32  # elements that share a scale in their kernels, or a multiple of it

@@ -14,11 +14,11 @@ __all__ = [
     "CLAMPS",
     "CONCATENATIONS",
     "CONVOLUTIONS",
+    "EMBEDDINGS",
     "FLOAT_OPS",
     "FUSED_ACTIVATIONS",
     "LAYOUT",
     "LINEAR",
-    "LOOKUPS",
     "MAX_NDIM",
     "RESHAPES",
     "VIEWS",
@@ -39,7 +39,7 @@ _FUSED = frozenset(op_info.named("relu", "relu6", "hardtanh"))
 CLAMPS = op_info.named("clamp")
 CONCATENATIONS = op_info.named("cat")
 LINEAR = frozenset(op_info.named("linear"))
-LOOKUPS = frozenset(op_info.named("embedding"))
+EMBEDDINGS = frozenset(op_info.named("embedding"))
 MAX_NDIM = 2  # spatial dimensions of convolutions
 CONVOLUTIONS = frozenset(
     op_info.named("conv1d", "conv2d", "conv_transpose1d", "conv_transpose2d", "convolution")

@@ -8,7 +8,7 @@ from torch import fx
 
 from graphopt.backends.executorch.compress_tables import BYTE, TABLE_SHARE
 from graphopt.backends.executorch.integer_kernels import NARROW
-from graphopt.backends.executorch.kernels import LINEAR, LOOKUPS, takes_integers
+from graphopt.backends.executorch.kernels import EMBEDDINGS, LINEAR, takes_integers
 from graphopt.backends.executorch.options import Tables
 from graphopt.schemes.sizes import Parts, whole_bytes
 from graphopt.specs.dtypes import bits_of
@@ -42,7 +42,7 @@ def stored_bits(
     codes = parts.codes
     if codes is None:
         return dense
-    rows = reader is not None and reader.target in LOOKUPS
+    rows = reader is not None and reader.target in EMBEDDINGS
     linear = reader is None or reader.target in LINEAR
     if not codes.storage:
         if tables == "compressed" or (tables == "auto" and rows and codes.bits in (1, 2, 4, 8)):

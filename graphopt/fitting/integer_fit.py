@@ -35,9 +35,9 @@ from graphopt.run.workers import Task
 from graphopt.schemes.quantize import QuantizedWeight, plan_blocks, quantize_weight
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["LOOKED_UP", "IntegerFit", "fit_integers"]
+__all__ = ["EMBEDDING", "IntegerFit", "fit_integers"]
 
-LOOKED_UP = "it is looked up"  # an embedding, which no input is multiplied with
+EMBEDDING = "it is an embedding"  # no input is multiplied with it
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _why_not(weight: WeightTensor, uses: Mapping[str, Sequence[WeightUse]]) -> s
     readers = uses.get(weight.name)
     if readers is None:
         return "its op has no matrix form"
-    return LOOKED_UP if len(readers) == 1 else "several ops read it"
+    return EMBEDDING if len(readers) == 1 else "several ops read it"
 
 
 def _nearest(tensor: Tensor, spec: QuantizationSpec, axis: int) -> Tensor:

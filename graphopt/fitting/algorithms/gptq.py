@@ -9,7 +9,7 @@ from typing_extensions import override
 
 from graphopt.fitting.algorithms.base import FittingAlgorithm
 from graphopt.fitting.evidence import Evidence, Integers, Palettes
-from graphopt.fitting.integer_fit import LOOKED_UP, fit_integers
+from graphopt.fitting.integer_fit import EMBEDDING, fit_integers
 from graphopt.fitting.output_fit import fit_to_outputs
 from graphopt.ir.program import Program
 from graphopt.schemes.palettize import PalettizedWeight
@@ -52,7 +52,7 @@ class IntegerFeedback(FittingAlgorithm[QuantizedWeight]):
         result.remarks.extend(
             f"{name}: {why}; rounded without feedback"
             for name, why in fit.fallbacks.items()
-            if why != LOOKED_UP
+            if why != EMBEDDING
         )
 
 

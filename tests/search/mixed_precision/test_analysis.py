@@ -159,7 +159,7 @@ def test_an_interrupted_run_goes_on_where_it_stopped(
     path = tmp_path / "table.jsonl"
     whole = analyze(model, (x[0],), [2, 4], x, mode=mode)
     calls = 0
-    from graphopt.mixed_precision import records
+    from graphopt.search.mixed_precision import records
 
     original = records.Records._append
 

@@ -7,7 +7,8 @@ import torch
 from search.mixed_precision.nets import encoder, pictures, residual, sentences
 from torch import nn
 
-from graphopt.mixed_precision import analyze, stacked
+from graphopt.mixed_precision import analyze
+from graphopt.search.mixed_precision import batched_candidates
 from graphopt.search.mixed_precision.batched_candidates import CandidateBatcher
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -33,7 +34,7 @@ def compared(
     counter = Counter(monkeypatch)
     found = analyze(model, (data[0],), [2, 3, 4, "keep"], data, **options)
     engaged = list(counter.results)
-    monkeypatch.setattr(stacked, "_ELEMENTS", 0)
+    monkeypatch.setattr(batched_candidates, "_ELEMENTS", 0)
     alone = analyze(model, (data[0],), [2, 3, 4, "keep"], data, **options)
     for layer, own in alone.values().items():
         assert found.values()[layer] == pytest.approx(own, abs=1e-3)

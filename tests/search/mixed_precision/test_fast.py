@@ -10,8 +10,9 @@ from helpers.tiers import some
 from search.mixed_precision.nets import encoder, pictures, residual, sentences
 from torch import nn
 
-from graphopt.mixed_precision import analyze, fast
+from graphopt.mixed_precision import analyze
 from graphopt.run.batches import as_batch
+from graphopt.search.mixed_precision import fast
 from graphopt.search.mixed_precision.cross_terms import cross_terms
 from graphopt.search.mixed_precision.exact import Bench
 from graphopt.search.mixed_precision.fast import draw_vectors

@@ -68,7 +68,7 @@ def test_interrupted_run_goes_on_at_the_last_finished_block(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("matplotlib")
-    from graphopt.rdo import session as module
+    from graphopt.search.rdo import session as module
 
     calls: list[int] = []
     fit_block = Session._fit_block
