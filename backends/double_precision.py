@@ -62,11 +62,13 @@ def as_float32(program: Program, *, quiet: bool = False) -> Program:
         quiet: Without the warning.
     """
     nodes: list[fx.Node] = list(program.graph_module.graph.nodes)
-    found = [node.name for node in nodes if _is_double(node.meta.get("val"))]
-    if not found:
+    doubles = [node.name for node in nodes if _is_double(node.meta.get("val"))]
+    if not doubles:
         return program
     if not quiet:
-        _log.warning("float64 is cast to float32: %s and %d other values", found[0], len(found) - 1)
+        _log.warning(
+            "float64 is cast to float32: %s and %d other values", doubles[0], len(doubles) - 1
+        )
     run_passes(program.graph_module, [DoubleToSingle()])
     return replace(
         program,

@@ -38,13 +38,13 @@ def overflowing_values(program: ExportedProgram, calibration_data: Iterable[Any]
     Raises:
         InputError: A call does not fit the program.
     """
-    found: set[fx.Node] = set()
+    large: set[fx.Node] = set()
     filled = _filled(program)
     run = GraphWalk(program.graph_module)
 
     def looked_at(node: fx.Node, result: Any) -> Any:
-        if node not in found and _is_large(result, below=node not in filled):
-            found.add(node)
+        if node not in large and _is_large(result, below=node not in filled):
+            large.add(node)
         return result
 
     def call(node: fx.Node, value: Value) -> Any:
@@ -58,7 +58,7 @@ def overflowing_values(program: ExportedProgram, calibration_data: Iterable[Any]
                 node: looked_at(node, given) for node, given in zip(placeholders, flat, strict=True)
             }
             run.walk(run.computed, values, last=run.last, call=call)
-    return found
+    return large
 
 
 def _is_large(result: Any, *, below: bool) -> bool:

@@ -249,14 +249,14 @@ class Pattern:
             return how(text) is not None
         started = time.perf_counter()
         try:
-            found = how(text, timeout=_SECONDS) is not None
+            matches = how(text, timeout=_SECONDS) is not None
         except TimeoutError:
             raise self._too_slow(text) from None
         took = time.perf_counter() - started
         self._spent += took if took > _SOON else 0.0
         if self._spent > _SECONDS * 10:
             raise self._too_slow(text)
-        return found
+        return matches
 
     def _too_slow(self, text: str) -> ConfigError:
         return ConfigError(
@@ -311,14 +311,14 @@ def attribute_of(dotted: str) -> object:
     module, _, name = dotted.rpartition(".")
     if not module or not all(part.isidentifier() for part in dotted.split(".")):
         return None
-    found = sys.modules.get(module)
-    if found is None and _imports.get():
+    loaded = sys.modules.get(module)
+    if loaded is None and _imports.get():
         try:
-            found = importlib.import_module(module)
+            loaded = importlib.import_module(module)
         except ImportError:
             return None
     # no getattr: modules that load lazily import what they are asked for
-    return None if found is None else vars(found).get(name)
+    return None if loaded is None else vars(loaded).get(name)
 
 
 def own_module(name: str) -> ModuleType:
@@ -352,12 +352,12 @@ def read_tensors(source: str | Path | IO[bytes]) -> Any:
     name = source if isinstance(source, str | Path) else "the file"
     try:
         check_unpacked(source)
-        found = torch.load(source, map_location="cpu", weights_only=True)
+        content = torch.load(source, map_location="cpu", weights_only=True)
     except Exception as error:
         why = " ".join(str(error).strip().splitlines()[:1])
         raise InputError(f"{name} cannot be read as tensors and plain containers: {why}") from None
-    check_tensors(found, str(name))
-    return found
+    check_tensors(content, str(name))
+    return content
 
 
 def read_arrays(path: Path) -> Any:
@@ -368,15 +368,17 @@ def read_arrays(path: Path) -> Any:
     """
     try:
         check_unpacked(path)
-        found = np.load(path, allow_pickle=False)
-        arrays = {} if isinstance(found, np.ndarray) else {name: found[name] for name in found}
+        content = np.load(path, allow_pickle=False)
+        arrays = (
+            {} if isinstance(content, np.ndarray) else {name: content[name] for name in content}
+        )
     except Exception as error:
         # damage shows as errors of many kinds, deep in what unpacks
         raise InputError(f"{path} cannot be read: {error}") from None
     for name, array in arrays.items():
         if not isinstance(array, np.ndarray):
             raise InputError(f"{path}: {name!r} is no array")
-    return found if isinstance(found, np.ndarray) else arrays
+    return content if isinstance(content, np.ndarray) else arrays
 
 
 def read_exported(source: str | Path | IO[bytes]) -> torch.export.ExportedProgram:

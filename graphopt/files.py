@@ -156,15 +156,15 @@ def remove_leftovers(place: Path, suffix: str | None = None) -> None:
     with os.scandir(place.parent) as entries:
         names = [entry.name for entry in entries if entry.name.startswith(f".{stem}.")]
     for name in sorted(names):
-        found = _MINE.fullmatch(name)
-        if found is None or found[1] not in (stem, f"{stem}.old"):
+        match = _MINE.fullmatch(name)
+        if match is None or match[1] not in (stem, f"{stem}.old"):
             continue
-        if (found[4] or "") not in (suffix, suffix + _WORK):
+        if (match[4] or "") not in (suffix, suffix + _WORK):
             continue
-        if found[2] != _HOST or _is_alive(int(found[3]), name):
+        if match[2] != _HOST or _is_alive(int(match[3]), name):
             continue
         with contextlib.suppress(OSError):
-            if found[1] != stem and not os.path.lexists(place):
+            if match[1] != stem and not os.path.lexists(place):
                 os.replace(place.with_name(name), place)
             delete_path(place.with_name(name))
 

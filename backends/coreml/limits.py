@@ -81,8 +81,8 @@ def _listed(tensors: list[Tensor]) -> str:
 
 def _node(exported: ExportedProgram, name: str, said: str) -> fx.Node | None:
     nodes = {node.name: node for node in exported.graph.nodes}
-    found = _EXECUTED.search(said) or _HOLDER.search(said)
-    for candidate in (name, found[1] if found else ""):
+    match = _EXECUTED.search(said) or _HOLDER.search(said)
+    for candidate in (name, match[1] if match else ""):
         if candidate in nodes:
             return nodes[candidate]
     return None

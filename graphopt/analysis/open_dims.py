@@ -49,14 +49,14 @@ class OpenDim:
 
 def open_dims(program: Program) -> list[OpenDim]:
     """The open dimensions of a program's inputs, in their order."""
-    found = []
+    dims = []
     for node, leaf in _pairs(program):
         for axis, size in enumerate(node.meta["val"].shape):
             if isinstance(size, torch.SymInt) and size.node.maybe_as_int() is None:
                 low, high = _range(size)
                 symbol = str(size.node.expr)
-                found.append(OpenDim(str(node.target), axis, symbol, low, high, leaf.shape[axis]))
-    return found
+                dims.append(OpenDim(str(node.target), axis, symbol, low, high, leaf.shape[axis]))
+    return dims
 
 
 def resized_example(

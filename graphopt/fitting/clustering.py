@@ -64,9 +64,11 @@ def cluster_annotated(
         weights = {name: weights[name] for name in weights if name in set(names)}
     order = sorted(weights, key=lambda name: -weights[name][0].numel())
     tasks = (_task(name, *weights[name], importance or {}, seed) for name in order)
-    found = track(run_tasks(_cluster, tasks, executor), "palettizing", len(order), enabled=progress)
+    palettes = track(
+        run_tasks(_cluster, tasks, executor), "palettizing", len(order), enabled=progress
+    )
     done = {}
-    for name, palettized in zip(order, found, strict=True):
+    for name, palettized in zip(order, palettes, strict=True):
         done[name] = kept_in_files(palettized, folder)
         release(weights[name][0])
     return {name: done[name] for name in weights}

@@ -62,14 +62,14 @@ class FittedLayers:
         self._key = _key_of(evidence, annotated, names)
         head = {"format": _FORMAT, "version": _VERSION, "key": self._key}
         path = self.folder / "key"
-        found = unsealed(path.read_bytes()) if path.exists() else None
-        if found is not None and found != head:
+        content = unsealed(path.read_bytes()) if path.exists() else None
+        if content is not None and content != head:
             raise InputError(
                 f"{self.folder} holds layers that were fitted to another model, other data or another"
                 " config; give another work_dir, or delete it"
             )
         self.folder.mkdir(parents=True, exist_ok=True)
-        if found is None:
+        if content is None:
             for old in self.folder.glob("*.pt"):
                 old.unlink()
             with replaced(path) as temporary:

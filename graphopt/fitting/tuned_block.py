@@ -153,14 +153,14 @@ class TunedBlock:
         for node, moving in self.entries.items():
             whole = moving.now().detach().to(torch.int16) & 255
             edit.set_value(operands(node)[0], whole.to(torch.uint8).reshape(-1))
-        found = {}
+        values = {}
         for rounding in self.roundings:
             if rounding.scale.v.requires_grad or rounding.zero.v.requires_grad:
-                found[rounding.name] = rounding.store(edit)
+                values[rounding.name] = rounding.store(edit)
         rows = [
-            replace(row, scale=float(found[row.name][0]), offset=float(found[row.name][1]))
+            replace(row, scale=float(values[row.name][0]), offset=float(values[row.name][1]))
             for row in record_of(self.run.gm).activations
-            if row.name in found and row.scale is not None
+            if row.name in values and row.scale is not None
         ]
         replace_activations(self.run.gm, rows)
 

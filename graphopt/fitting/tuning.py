@@ -252,13 +252,13 @@ def _tune_block(
         optimizer.step()
         schedule.step()
         if step + 1 in checks:
-            found = error.over(held)
+            held_out = error.over(held)
             # on the batches that were learned from, chance has no say
             apart = not set(held) <= set(train)
-            change = safe_change(found, before) if apart else float((found - before).mean())
-            _log.debug("step %d: error %.3g, change %.3g", step + 1, found.mean(), change)
+            change = safe_change(held_out, before) if apart else float((held_out - before).mean())
+            _log.debug("step %d: error %.3g, change %.3g", step + 1, held_out.mean(), change)
             if change < least:
-                least, after, kept = change, found, [each.v.detach().clone() for each in moving]
+                least, after, kept = change, held_out, [each.v.detach().clone() for each in moving]
         yield
     _log.info(
         "block of %d ops: error %.3g before, %.3g after",
@@ -296,7 +296,7 @@ class _Error:
 
     def over(self, numbers: Sequence[int]) -> Tensor:
         """Error of each sample of some batches, or of each batch whose outputs count samples apart; float64."""
-        each = []
+        errors = []
         with torch.no_grad():
             constants = self.tuned.constants()
             for number in numbers:
@@ -304,8 +304,8 @@ class _Error:
                 lengths = {part.shape[0] if part.ndim else 1 for part in parts}
                 rows = lengths.pop() if len(lengths) == 1 else 1
                 means = [part.double().reshape(rows, -1).mean(1) for part in parts]
-                each.append(torch.stack(means).sum(0))
-        return torch.cat(each)
+                errors.append(torch.stack(means).sum(0))
+        return torch.cat(errors)
 
 
 def safe_change(found: Tensor, before: Tensor) -> float:

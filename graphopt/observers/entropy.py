@@ -59,10 +59,12 @@ class EntropyObserver(HistogramObserver):
         levels = 2 ** grid_of(spec).bits
 
         def best(group: int) -> int:
-            found = np.empty(ratios.size)
-            kernels.divergences(centres[group], counts[group], whole[group], ratios, levels, found)
+            divergences = np.empty(ratios.size)
+            kernels.divergences(
+                centres[group], counts[group], whole[group], ratios, levels, divergences
+            )
             # of ranges that differ by rounding alone the widest
-            return int((found <= found.min() + _ROUNDING).argmax())
+            return int((divergences <= divergences.min() + _ROUNDING).argmax())
 
         seen = low <= high
         groups = torch.nonzero(seen).flatten().tolist()

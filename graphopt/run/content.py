@@ -125,15 +125,15 @@ class _Hash:
 
     def _named(self, function: Any, depth: int) -> list[Any]:
         """What a function takes from its module by name."""
-        found = []
+        parts = []
         names = set(function.__code__.co_names)
         for constant in function.__code__.co_consts:
             names |= set(constant.co_names) if isinstance(constant, types.CodeType) else set()
         for name in sorted(names & set(function.__globals__)):
             value = function.__globals__[name]
             library = _module(value).split(".")[0] in _LIBRARIES
-            found.append(f"{name}={_name(value) if library else self.of(value, depth)}")
-        return found
+            parts.append(f"{name}={_name(value) if library else self.of(value, depth)}")
+        return parts
 
     def _class(self, kind: type, depth: int) -> list[Any]:
         if kind.__module__.split(".")[0] in _LIBRARIES:

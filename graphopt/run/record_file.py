@@ -42,11 +42,11 @@ def sealed(value: Mapping[str, Any], salt: str = "") -> bytes:
 
 def unsealed(line: bytes, salt: str = "") -> _Record | None:
     """The values of a line of `sealed`, or None where it is not as it was written."""
-    found = _SEALED.fullmatch(line)
-    if found is None or _check(found[2], salt) != found[1].decode():
+    match = _SEALED.fullmatch(line)
+    if match is None or _check(match[2], salt) != match[1].decode():
         return None
     try:
-        value = parse_json(b"{" + found[2], "record", _LIMITS)
+        value = parse_json(b"{" + match[2], "record", _LIMITS)
     except ConfigError:
         return None
     return value if isinstance(value, dict) else None

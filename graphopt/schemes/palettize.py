@@ -104,17 +104,17 @@ def _palettize_around_outliers(
     kept[places] = False
     kept = kept.reshape(weight.shape)
     counted = kept.float() if importance is None else importance * kept
-    found = palettize(
+    stored = palettize(
         weight.masked_fill(~kept, 0), plain, output_axis=output_axis, importance=counted, seed=seed
     )
-    rest = (weight - found.dense())[~kept]
-    found = replace(
-        found,
+    rest = (weight - stored.dense())[~kept]
+    stored = replace(
+        stored,
         outliers=rest.contiguous(),
         outlier_mask=pack((~kept).to(torch.uint8), 1),
         energy=sum_of_squares(weight),
     )
-    return replace(found, sse=float(_squared_error(weight, found)))
+    return replace(stored, sse=float(_squared_error(weight, stored)))
 
 
 @dataclass(frozen=True)
@@ -172,8 +172,8 @@ def _cluster(
         )
         return tables, codes, None
     values = parts.vectors[..., 0]
-    found = cluster_1d(values, [spec.n_entries], weights=parts.weights)[spec.n_entries]
-    return found.tables[..., None], found.indices, float(found.sse.sum())
+    clustering = cluster_1d(values, [spec.n_entries], weights=parts.weights)[spec.n_entries]
+    return clustering.tables[..., None], clustering.indices, float(clustering.sse.sum())
 
 
 def assemble(

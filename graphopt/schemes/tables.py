@@ -123,8 +123,8 @@ def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def nearest_codes(vectors: Tensor, tables: Tensor, weights: Tensor | None) -> Tensor:
     """Codes of the nearest entries; scalar tables must be increasing."""
     if vectors.shape[-1] == 1:
-        found: Clustering = assign_1d(vectors[..., 0], tables[..., 0], weights)
-        return found.indices
+        clustering: Clustering = assign_1d(vectors[..., 0], tables[..., 0], weights)
+        return clustering.indices
     codes = [
         torch.cdist(group.float(), table.float()).argmin(1)
         for group, table in zip(vectors, tables, strict=True)

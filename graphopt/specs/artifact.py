@@ -77,13 +77,13 @@ def read_bytes(size: float | str) -> int:
     """
     number: float
     if isinstance(size, str):
-        found = _SIZE.fullmatch(size)
-        if found is None or found[2].lower() not in _UNITS:
+        match = _SIZE.fullmatch(size)
+        if match is None or match[2].lower() not in _UNITS:
             raise ConfigError(
                 f"{size!r} is no size; write bytes, or a number with KB, MB, GB (powers of 1000) or"
                 " KiB, MiB, GiB (of 1024)"
             )
-        number = float(found[1].replace(",", "").replace("_", "")) * _UNITS[found[2].lower()]
+        number = float(match[1].replace(",", "").replace("_", "")) * _UNITS[match[2].lower()]
     else:
         number = float(size)
     if not math.isfinite(number) or number < 0:

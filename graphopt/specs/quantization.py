@@ -153,13 +153,13 @@ class QuantizationSpec(CompressionSpec):
             return _registered[value]
         if not isinstance(value, str) or "." not in value:
             return value
-        found = attribute_of(value)
-        if not isinstance(found, type):
+        kind = attribute_of(value)
+        if not isinstance(kind, type):
             raise ValueError(
                 f"{value!r} is no class of a module that is imported; import it first, or read the"
                 " config with allow_imports=True"
             )
-        return found
+        return kind
 
     @field_serializer("qparam_calculator_cls", "range_calculator_cls")
     def _class_name(self, value: str | type) -> str:

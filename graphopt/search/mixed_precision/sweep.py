@@ -182,8 +182,10 @@ def run_sweep(
     with contextlib.nullcontext() if options.path is None else locked(Path(options.path)):
         known = _Known(table, options, (evaluate, own))
         missing = known.missing([(kind, recipe) for kind, _, recipe in work])
-        found = scores(table.program, missing, evaluate, own, options.executor) if missing else ()
-        fresh = iter(found)
+        measured = (
+            scores(table.program, missing, evaluate, own, options.executor) if missing else ()
+        )
+        fresh = iter(measured)
         for kind, target, recipe in track(work, "sweeping", len(work), enabled=options.progress):
             value = known.get(kind, recipe)
             if value is None:

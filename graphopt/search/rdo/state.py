@@ -63,10 +63,10 @@ class RunState:
         if not resume or not (folder / "key").exists():
             delete_path(folder)
         else:
-            found = unsealed((folder / "key").read_bytes())
-            if found is None:
+            content = unsealed((folder / "key").read_bytes())
+            if content is None:
                 _log.warning("%s: the key is damaged; what it is the key of is kept", folder)
-            elif found != head:
+            elif content != head:
                 raise InputError(
                     f"{folder} holds an unfinished run of another model, other data or another"
                     " config; finish that one, delete the folder, or begin anew (resume=False, --restart)"
