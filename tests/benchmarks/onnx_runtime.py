@@ -155,16 +155,20 @@ def _files(model: nn.Module, calls: Sequence[Call], folder: Path) -> dict[str, P
 
     theirs("MatMulNBitsQuantizer, 4 bits in 32", in_nbits)
 
-    def ours(name: str, config: Any, data: Any = None, **options: Any) -> None:
-        program = graphopt.compress(model, calls[0], config, data, progress=False)
+    def compressed(config: Any, data: Any = None) -> Any:
+        return graphopt.compress(model, calls[0], config, data, progress=False)
+
+    def ours(name: str, program: Any, **options: Any) -> None:
         path = folder / f"ours{len(files)}.onnx"
         graphopt.lower(program, "onnx", **options).save(path)
         files[name] = path
 
-    ours("graphopt, W8A8", QuantizerConfig.presets.w8a8_affine(), list(calls))
-    ours("graphopt, int8", QuantizerConfig.presets.w8())
-    ours("graphopt, tables of 4 bits", KMeansPalettizerConfig.presets.w4())
-    int4 = QuantizerConfig.presets.w4_per_block(block_size=32)
+    rounded = compressed(QuantizerConfig.presets.w8a8_affine(), list(calls))
+    ours("graphopt, W8A8", rounded)
+    ours("graphopt, W8A8, kernels=vnni", rounded, kernels="vnni")
+    ours("graphopt, int8", compressed(QuantizerConfig.presets.w8()))
+    ours("graphopt, tables of 4 bits", compressed(KMeansPalettizerConfig.presets.w4()))
+    int4 = compressed(QuantizerConfig.presets.w4_per_block(block_size=32))
     ours("graphopt, int4 blocks, MatMulNBits", int4, matmul="nbits")
     return files
 
