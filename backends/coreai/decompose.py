@@ -103,6 +103,8 @@ _LACKING: Table = {
     _aten.erfinv.default: pointwise.erfinv,
     _aten.nan_to_num.default: pointwise.nan_to_num,
     _aten.hardshrink.default: forms.hardshrink,
+    _aten.hardtanh.default: pointwise.hardtanh_to_one,
+    _aten.clamp.default: pointwise.clamp_in_result_type,
     _aten.empty_permuted.default: forms.empty_permuted,
     _aten.heaviside.default: special.heaviside,
     _aten.frexp.Tensor: special.frexp,

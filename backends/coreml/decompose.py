@@ -12,6 +12,7 @@ from torch.export import ExportedProgram
 
 from graphopt.backends.coreml.legal_ops import Rules, composite, legal_ops, rules_by_use
 from graphopt.backends.coreml.limits import explain_failure
+from graphopt.backends.coreml.numbers import numbers_as_floats
 from graphopt.backends.coreml.translations import TRANSLATED
 from graphopt.backends.data_sizes import makes_data_size
 from graphopt.backends.decompositions.products import grouped_mm
@@ -47,6 +48,7 @@ def decompose_for_coreml(exported: ExportedProgram) -> ExportedProgram:
         if not any(_foreign(op) for op in _unknown(exported)):
             break
     _refuse_unknown(exported)
+    numbers_as_floats(exported.graph)
     return exported
 
 

@@ -60,6 +60,7 @@ _BY_OP: dict[str, Callable[..., Any]] = {
     "digamma": special.digamma,
     "erfc": special.erfc,
     "frexp": special.frexp,
+    "hardtanh": pointwise.hardtanh_to_one,
     "heaviside": special.heaviside,
     "i0": special.bessel_i0,
     "lgamma": special.lgamma,
@@ -195,6 +196,14 @@ _BY_OVERLOAD: Rules = {
     _aten.arange.start_step: creation.arange,
     _aten.round.decimals: pointwise.round_to_decimals,
     _aten.polar.default: creation.polar,
+    _aten.remainder.Scalar_Tensor: partial(pointwise.number_first, torch.remainder),
+    _aten.xlogy.Scalar_Self: partial(pointwise.number_first, torch.xlogy),
+    _aten.bitwise_left_shift.Scalar_Tensor: partial(
+        pointwise.number_first, torch.bitwise_left_shift
+    ),
+    _aten.bitwise_right_shift.Scalar_Tensor: partial(
+        pointwise.number_first, torch.bitwise_right_shift
+    ),
     _aten.where.Scalar: pointwise.where_with_numbers,
     _aten.where.ScalarSelf: pointwise.where_with_numbers,
     _aten.where.ScalarOther: pointwise.where_with_numbers,

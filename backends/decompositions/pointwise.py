@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ __all__ = [
     "bitwise_or",
     "bitwise_xor",
     "clamp_by_tensors",
+    "clamp_in_result_type",
     "clamp_ordered",
     "copysign",
     "elu_with_scales",
@@ -24,11 +26,13 @@ __all__ = [
     "expm1",
     "extremum_without_nan",
     "fmod",
+    "hardtanh_to_one",
     "hypot",
     "isinf",
     "log1p",
     "logaddexp",
     "nan_to_num",
+    "number_first",
     "reciprocal_by_division",
     "round_to_decimals",
     "rsub_scaled",
@@ -53,10 +57,21 @@ def sub_scaled(x: Any, other: Any, *, alpha: Any = 1) -> Any:
     return NotImplemented if alpha == 1 else x - other * alpha
 
 
+def number_first(op: Callable[..., Any], number: Any, x: Tensor) -> Any:
+    """An op of a number and a tensor as one of two tensors."""
+    kind = torch.result_type(x, number)
+    return op(torch.full((), number, dtype=kind, device=x.device), x)
+
+
 def reciprocal_by_division(x: Tensor) -> Tensor:
     """1 / x without the term that some reciprocals add to x."""
     kind = x.dtype if x.is_floating_point() else torch.float32
     return torch.div(torch.full((), 1.0, dtype=kind, device=x.device), x)
+
+
+def hardtanh_to_one(x: Tensor, low: float = -1, high: float | None = None) -> Tensor:
+    """Between `low` and 1, which exports leave out, being the default; with another upper end left alone."""
+    return torch.clamp(x, low, 1) if high is None else NotImplemented
 
 
 def rsub_scaled(x: Tensor, other: Any, alpha: Any = 1) -> Any:
@@ -114,6 +129,13 @@ def clamp_ordered(x: Tensor, low: Any = None, high: Any = None) -> Any:
     if x.is_floating_point() and ordered and (low is not None or high is not None):
         return NotImplemented
     return clamp_by_tensors(x, low, high)
+
+
+def clamp_in_result_type(x: Tensor, low: float | None = None, high: float | None = None) -> Any:
+    """Integers between floats are floats; left alone where the type stays."""
+    kinds = [torch.result_type(x, bound) for bound in (low, high) if bound is not None]
+    changed = next((kind for kind in kinds if kind != x.dtype), None)
+    return NotImplemented if changed is None else torch.clamp(x.to(changed), low, high)
 
 
 def nan_to_num(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["of_scalars", "reductions", "sum_of_scalar", "whole_op"]
+__all__ = ["of_scalars", "reductions", "sums_of_scalars", "whole_op"]
 
 Op = Callable[..., Any]
 
@@ -27,12 +27,20 @@ def of_scalars(result: Op, others: Op) -> Op:
     return rule
 
 
-def sum_of_scalar(whole: Op, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """A sum, product or mean, of a tensor without axes the tensor in the type of the result."""
-    if x.ndim:
-        return whole(x, *args, **kwargs)
-    own = x.dtype if x.is_floating_point() else torch.int64
-    return x.to(kwargs.get("dtype") or own, copy=True)
+def sums_of_scalars(others: Op) -> Op:
+    """A sum, product or mean, of a tensor without axes the tensor in the type of the result.
+
+    Args:
+        others: The rule for tensors with axes, which takes the op first.
+    """
+
+    def rule(whole: Op, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if x.ndim:
+            return others(whole, x, *args, **kwargs)
+        own = x.dtype if x.is_floating_point() else torch.int64
+        return x.to(kwargs.get("dtype") or own, copy=True)
+
+    return rule
 
 
 def whole_op(whole: Op, *args: Any, **kwargs: Any) -> Any:
@@ -81,6 +89,6 @@ def reductions(ops: Any, forms: Mapping[str, Op] | None = None) -> dict[Any, Op]
     rules = {
         name: of_scalars(result, given.get(name, whole_op)) for name, result in _REDUCTIONS.items()
     }
-    rules |= dict.fromkeys(_SUMS, sum_of_scalar)
+    rules |= {name: sums_of_scalars(given.get(name, whole_op)) for name in _SUMS}
     pairs = ((name.split("."), rule) for name, rule in rules.items())
     return {getattr(getattr(ops, op), overload): rule for (op, overload), rule in pairs}

@@ -190,7 +190,12 @@ CASES: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         (Y, randn(4, 6)),
     ),
     "clamps": (
-        lambda x, a, b: (torch.clamp(x, min=a, max=b), torch.clamp(x, min=1.0, max=-1.0)),
+        lambda x, a, b: (
+            torch.clamp(x, min=a, max=b),
+            torch.clamp(x, min=1.0, max=-1.0),
+            torch.clamp(torch.ceil(3 * x).int(), max=1.5),
+            F.hardtanh(x, 0, 1),
+        ),
         (Y, torch.rand(6), torch.rand(6) - 0.5),
     ),
     "sizes that grow and shrink": (lambda x: sizes(x, (7, 10)), (X,)),

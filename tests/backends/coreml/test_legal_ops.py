@@ -69,6 +69,25 @@ def of(*shape: int) -> Tensor:
 
 KINDS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
     "scaled sums": (lambda x, y: torch.rsub(x, y, alpha=2) - y.sub(x, alpha=3), (of(3, 8),) * 2),
+    "means in another type": (
+        lambda x, i: (
+            i.mean(dtype=torch.float32),
+            i.mean(1, dtype=torch.float32),
+            i.sum(0, dtype=torch.float32) / 2,
+        ),
+        (of(8, 8), torch.arange(6).reshape(2, 3) - 1),
+    ),
+    "whole numbers": (
+        lambda x, y: (
+            torch.addmm(x, y, x, beta=2, alpha=0.5)
+            - torch.baddbmm(x[None], y[None], y[None], beta=0, alpha=3)
+            + F.leaky_relu(x, 2) / F.celu(y + 3, 2)
+            + F.threshold(x, 0, 20) * F.hardtanh(y, 0, 1)
+            + torch.remainder(3, y)
+            - torch.xlogy(2, y.abs() + 1)
+        ),
+        (of(8, 8), of(8, 8) + 1),
+    ),
     "all at once": (lambda x: x[...].argmax() + x.var() + x.prod(-1).any(), (of(3, 8),)),
     "crossed bounds": (lambda x, a, b: x.clamp(a, b), (of(3, 8), of(8) + 1, of(8) - 1)),
     "several places": (lambda x, i: x[i, i].sum(-1) + x[:, i][i, :, None], (of(8, 8), MASK[0] * 1)),
