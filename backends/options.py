@@ -42,6 +42,7 @@ class LoweringKeywords(TypedDict, total=False):
     tables: str
     weights: str
     matmul: str
+    kernels: str
     stack_traces: bool
 
 
