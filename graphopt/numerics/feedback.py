@@ -136,10 +136,10 @@ def feedback_factor(hessian: Tensor, damping: float, size: int = 1) -> tuple[Ten
 
 
 def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
-    """Blocks of a matrix along its diagonal, [columns / size, size, size]."""
+    """Blocks of a matrix along its diagonal, [columns / size, size, size], in new memory."""
     count = len(matrix) // size
     split = matrix.reshape(count, size, count, size)
-    return split.diagonal(dim1=0, dim2=2).movedim(2, 0).contiguous()
+    return split.diagonal(dim1=0, dim2=2).movedim(2, 0).clone(memory_format=torch.contiguous_format)
 
 
 def _normalised(lower: Tensor, blocks: Tensor) -> Tensor:

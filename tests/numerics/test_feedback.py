@@ -63,6 +63,14 @@ def test_a_hessian_that_is_not_definite_gets_more_damping() -> None:
     torch.testing.assert_close(left, (own**2).reshape(-1).diag(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [1, 3])
+def test_columns_that_are_one_block_hand_nothing_on(size: int) -> None:
+    hessian = second_moment(size)
+    factor, own = feedback_factor(hessian, 0.01, size)
+    torch.testing.assert_close(factor, -torch.eye(size), rtol=0, atol=1e-6)
+    torch.testing.assert_close(own[0] @ own[0].mT, damped(hessian, 0.01), rtol=1e-5, atol=1e-6)
+
+
 def test_inputs_that_are_always_zero_have_a_finite_factor() -> None:
     assert bool(torch.isfinite(feedback_factor(torch.zeros(4, 4), 0.01)[0]).all())
 
