@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import logging
 import re
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from torch import nn
 
-__all__ = ["explain_export_error", "without_warnings"]
+__all__ = ["explain_export_error", "quiet_failure", "without_warnings"]
 
 _HINTS = (
     (
@@ -81,6 +84,22 @@ def explain_export_error(model: nn.Module, error: BaseException) -> str:
         f"  source: {place or 'unknown'}\n"
         f"  what usually helps: {hint}"
     )
+
+
+@contextmanager
+def quiet_failure() -> Iterator[None]:
+    """Keep from the console what torch prints of an export that fails: graphs, and warnings of its parts.
+
+    What the model itself writes there comes once the block has ended well.
+    """
+    said = io.StringIO()
+    with (
+        without_warnings("torch.fx.experimental.symbolic_shapes"),
+        contextlib.redirect_stderr(said),
+    ):
+        yield
+    if said.getvalue():
+        sys.stderr.write(said.getvalue())
 
 
 @contextmanager

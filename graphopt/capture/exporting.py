@@ -16,7 +16,7 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 from graphopt.capture.composites import break_up_composites
-from graphopt.capture.export_errors import explain_export_error
+from graphopt.capture.export_errors import explain_export_error, quiet_failure
 from graphopt.capture.in_place import make_functional
 from graphopt.capture.inference_form import dropout_kept, is_plain
 from graphopt.capture.input_sizes import settle_sizes
@@ -174,6 +174,7 @@ def _attempt(
             ),
             quick_shapes(),
             quick_sizes(),
+            quiet_failure(),
         ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)
             settle_sizes(exported)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import sys
 import warnings
 
 import pytest
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import graphopt
-from graphopt.errors import ConfigError, ConfigWarning, InputError
+from graphopt.errors import CaptureError, ConfigError, ConfigWarning, InputError
 from graphopt.palettization import (
     KMeansPalettizer,
     KMeansPalettizerConfig,
@@ -208,3 +209,25 @@ def test_recurrent_layers_are_captured_without_a_warning(kind: type[nn.Module]) 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         graphopt.capture(kind(4, 4, num_layers=2), (torch.ones(3, 2, 4),))
+
+
+class Talking(nn.Module):
+    """Writes to the console, and branches on data or on nothing."""
+
+    def __init__(self, branches: bool) -> None:
+        super().__init__()
+        self.branches = branches
+
+    def forward(self, x: Tensor) -> Tensor:
+        print("a word", file=sys.stderr)
+        return -x if self.branches and bool((x < 0).any()) else x + 1
+
+
+def test_console_shows_what_the_model_says_and_no_failed_export(
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    graphopt.capture(Talking(branches=False), (torch.ones(2, 4),))
+    assert set(capfd.readouterr().err.splitlines()) == {"a word"}
+    with pytest.raises(CaptureError, match="Python value"):
+        graphopt.capture(Talking(branches=True), (torch.ones(2, 4),))
+    assert set(capfd.readouterr().err.splitlines()) <= {"a word"}
