@@ -20,10 +20,11 @@ from graphopt.passes.expand_tables import drop_unread
 from graphopt.passes.pass_base import Pass
 from graphopt.run.interpreter import constant_value
 
-__all__ = ["BYTE", "TABLE_SHARE", "CompressTables"]
+__all__ = ["BYTE", "DECODED", "TABLE_SHARE", "CompressTables"]
 
 _aten = torch.ops.aten
 _ops = torch.ops.graphopt
+DECODED = "codes decoded at every call"  # how its notes end
 BYTE = 256  # rows of a table that bytes of codes look up
 # widths as sums of those that fill a byte
 _PLANES = {1: (1,), 2: (2,), 3: (1, 2), 4: (4,), 6: (2, 4), 8: (8,)}

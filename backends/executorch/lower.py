@@ -10,7 +10,7 @@ from torch import fx, nn
 from torch.export import ExportedProgram
 
 from graphopt.backends.data_sizes import decomposing_for
-from graphopt.backends.executorch.compress_tables import CompressTables
+from graphopt.backends.executorch.compress_tables import DECODED, CompressTables
 from graphopt.backends.executorch.constant_operands import (
     ComputeWeights,
     Conv1dAsConv2d,
@@ -19,7 +19,12 @@ from graphopt.backends.executorch.constant_operands import (
 from graphopt.backends.executorch.convolutions_as_linear import ConvolutionsAsLinear
 from graphopt.backends.executorch.decompose import decompositions
 from graphopt.backends.executorch.dynamic import RowsByRange
-from graphopt.backends.executorch.integer_kernels import PACKED, is_packed, why_not_integers
+from graphopt.backends.executorch.integer_kernels import (
+    PACKED,
+    QUANTIZE,
+    is_packed,
+    why_not_integers,
+)
 from graphopt.backends.executorch.legalize import (
     DuplicateDequantize,
     LegalizeForXNNPACK,
@@ -30,8 +35,9 @@ from graphopt.backends.interface import Interface, drop_written_inputs, flat_int
 from graphopt.backends.quiet import silent
 from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
 from graphopt.extras import require
-from graphopt.ir.annotations import clear_notes
+from graphopt.ir.annotations import clear_notes, notes_of
 from graphopt.ir.captured_module import CapturedModule
+from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import (
     DequantizeToShiftScale,
@@ -97,6 +103,16 @@ def legal_passes(tables: Tables, *, kernels: bool = True) -> tuple[Pass, ...]:
     )
 
 
+def _explain_decoding(gm: CapturedModule) -> None:
+    """Say what would let XNNPACK compute with integers that are decoded beside rounded activations."""
+    decoded = [text for text in notes_of(gm) if text.endswith(f"8-bit {DECODED}")]
+    if decoded and any(str(node.target) == QUANTIZE for node in gm.graph.nodes):
+        Editor(gm).note(
+            f"{len(decoded)} weights of 8 bits are decoded, as XNNPACK computes convolutions with integers only"
+            ' where their results are rounded as well; compressed with backend="executorch" they are'
+        )
+
+
 def legal_export(
     program: Program, tables: Tables, delegate: str, plan: ShapePlan = EXAMPLE_SHAPES
 ) -> tuple[ExportedProgram, CapturedModule]:
@@ -112,6 +128,8 @@ def legal_export(
     gm = legal.graph_module
     clear_notes(gm)
     run_passes(gm, [RemoveUnused(), *legal_passes(tables, kernels=delegate == "xnnpack")])
+    if delegate == "xnnpack" and tables == "auto":
+        _explain_decoding(gm)
     _own_storage(gm)
     args, kwargs = legal.example_args, legal.example_kwargs
     # delegates see the whole graph alone: what stands in the bodies of control flow is run by kernels

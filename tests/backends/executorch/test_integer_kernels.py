@@ -137,3 +137,15 @@ def test_convolution_between_integers_stays_one_with_integers() -> None:
     assert "aten.conv2d.default" in targets
     assert "aten.linear.default" not in targets
     assert "quantized_decomposed.dequantize_per_channel.default" in targets
+
+
+@pytest.mark.integration
+@pytest.mark.executorch
+def test_notes_say_which_option_lets_convolutions_compute_with_integers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Hardswish(), nn.Conv2d(8, 4, 1), nn.ReLU()).eval()
+    x = (torch.randn(2, 3, 8, 8),)
+    for backend, hinted in ((None, True), ("executorch", False)):
+        program = graphopt.compress(model, x, {"quantization": {}}, [x], backend=backend)
+        notes = graphopt.lower(program, "executorch").delegation.notes
+        assert any('backend="executorch"' in note for note in notes) == hinted
