@@ -19,6 +19,7 @@ from graphopt.backends.coreml.conv_bias import FUSE_CONV_BIAS, THEIRS, register_
 from graphopt.backends.coreml.delegate import CoreMLDelegate
 from graphopt.backends.coreml.distinct_outputs import keep_outputs_distinct
 from graphopt.backends.coreml.flexible import input_types
+from graphopt.backends.coreml.left_out import LEFT_OUT
 from graphopt.backends.coreml.limits import Progress, explain_failure, following
 from graphopt.backends.coreml.lower import (
     INTERFACE,
@@ -133,8 +134,7 @@ class CoreMLBackend(Backend):
         exported = legal_export(program, oldest, plan=plan)
         precision = getattr(ct.precision, chosen.precision.upper())
         pipeline = ct.PassPipeline.DEFAULT
-        # it reorders quantized tables into forms that later passes cannot shape
-        pipeline.remove_passes({"common::canonicalize_quantized_lut_pattern"})
+        pipeline.remove_passes(LEFT_OUT)
         register_fusion()
         pipeline.passes = [FUSE_CONV_BIAS if name == THEIRS else name for name in pipeline.passes]
         place_updates(pipeline)

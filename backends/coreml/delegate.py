@@ -16,6 +16,7 @@ from typing_extensions import override
 
 from graphopt.audited import parse_json
 from graphopt.backends.coreml.evaluate import evaluate, load_program
+from graphopt.backends.coreml.left_out import LEFT_OUT
 from graphopt.backends.coreml.lower import legal_export
 from graphopt.backends.coreml.options import CoreMLOptions
 from graphopt.backends.delegate import Delegate, Payload
@@ -79,12 +80,10 @@ class CoreMLDelegate(Delegate):
         from executorch.backends.apple.coreml.compiler import CoreMLBackend as Compiler
         from executorch.backends.apple.coreml.partition import CoreMLPartitioner
 
-        # the pass that is left out reorders quantized tables into forms that later ones cannot shape
-        left_out = "common::canonicalize_quantized_lut_pattern"
         specs = Compiler.generate_compile_specs(
             minimum_deployment_target=getattr(ct.target, self.options.minimum_deployment_target),
             compute_precision=getattr(ct.precision, self.options.precision.upper()),
-            pass_names=[name for name in ct.PassPipeline.DEFAULT.passes if name != left_out],
+            pass_names=[name for name in ct.PassPipeline.DEFAULT.passes if name not in LEFT_OUT],
         )
         return CoreMLPartitioner(compile_specs=specs, lower_full_graph=True)
 

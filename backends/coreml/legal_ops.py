@@ -190,6 +190,7 @@ _BY_OVERLOAD: Rules = {
     _aten.full.default: creation.full_without_axes,
     _aten.embedding.default: indexing.embedding_of_scalar,
     _aten.zeros.default: creation.zeros,
+    _aten.ones.default: creation.ones,
     _aten.empty.memory_format: creation.zeros,
     _aten.arange.default: creation.arange,
     _aten.arange.start: creation.arange,
@@ -232,7 +233,10 @@ _BY_OVERLOAD: Rules = {
     _aten.grid_sampler_3d.default: sampling.grid_sample,
     _aten.scatter.src: indexing.scatter_of_any_shape,
     _aten.scatter.value: indexing.scatter_value,
+    _aten.scatter.reduce: indexing.scatter_combined,
+    _aten.scatter.value_reduce: indexing.scatter_combined,
     _aten.scatter_reduce.two: indexing.scatter_reduce,
+    _aten.repeat_interleave.self_Tensor: indexing.repeat_interleave,
 }
 
 

@@ -185,6 +185,19 @@ def where(context: Any, node: Any) -> None:
     context.add(Builder.select(cond=cond, a=a, b=b, name=node.name))
 
 
+def view(context: Any, node: Any) -> None:
+    """To no axes too, where coremltools keeps one."""
+    from coremltools.converters.mil.frontend.torch import ops
+    from coremltools.converters.mil.mil import Builder
+
+    x, shape = _inputs(context, node)[:2]
+    empty = not shape if isinstance(shape, list) else shape.shape == (0,)
+    if x.rank and empty:
+        context.add(Builder.squeeze(x=x, axes=list(range(x.rank)), name=node.name))
+    else:
+        ops.view(context, node)
+
+
 def expand(context: Any, node: Any) -> None:
     """Scalars stay; beside an axis whose size is open, coremltools forgets the sizes of the others."""
     from coremltools.converters.mil.frontend import _utils
@@ -232,6 +245,10 @@ TRANSLATED: dict[str, Callable[[Any, Any], None]] = {
     "native_layer_norm": layer_norm,
     "where": where,
     "where.self": where,
+    "view": view,
+    "view_copy": view,
+    "_unsafe_view": view,
+    "reshape": view,
     "expand": expand,
     "expand_copy": expand,
 }

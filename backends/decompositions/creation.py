@@ -14,6 +14,7 @@ __all__ = [
     "full_without_axes",
     "meshgrid",
     "new_full",
+    "ones",
     "ones_like",
     "polar",
     "zeros",
@@ -53,6 +54,11 @@ def new_full(x: Tensor, size: Sequence[int], value: Any = 0, *, dtype: Any = Non
 def zeros(size: Sequence[int], *, dtype: Any = None, **_: Any) -> Any:
     """Also for what is not filled at all."""
     return torch.full(list(size), 0, dtype=dtype or torch.get_default_dtype())
+
+
+def ones(size: Sequence[int], *, dtype: Any = None, **_: Any) -> Any:
+    """Of no axes too."""
+    return torch.full(list(size), 1, dtype=dtype or torch.get_default_dtype())
 
 
 def arange(start: Any, end: Any = None, step: Any = 1, *, dtype: Any = None, **_: Any) -> Any:

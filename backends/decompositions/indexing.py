@@ -21,7 +21,9 @@ __all__ = [
     "index_select",
     "masked_scatter",
     "put",
+    "repeat_interleave",
     "scatter_add_of_any_shape",
+    "scatter_combined",
     "scatter_of_any_shape",
     "scatter_reduce",
     "scatter_value",
@@ -107,7 +109,7 @@ def index(x: Tensor, indices: Sequence[Tensor | None]) -> Any:
 def index_put(
     x: Tensor, indices: Sequence[Tensor | None], values: Tensor, accumulate: bool = False
 ) -> Any:
-    """`x[indices] = values`, or added; left alone where a mask picks and the values differ."""
+    """`x[indices] = values`, or added; left alone where a mask picks beside other indices."""
     given = [index for index in indices if index is not None]
     if any(_is_mask(index) for index in given):
         return _masked_put(x, indices, values, accumulate)
@@ -122,12 +124,24 @@ def index_put(
 
 
 def _masked_put(x: Tensor, indices: Sequence[Any], values: Tensor, accumulate: bool) -> Any:
-    if len(indices) != 1 or values.numel() != 1:
+    if len(indices) != 1:
         return NotImplemented
     mask = indices[0].to(torch.bool)
-    mask = mask.reshape([*mask.shape, *[1] * (x.dim() - mask.dim())])
-    value = values.reshape([1] * x.dim()).to(x.dtype)
+    kept = list(x.shape[mask.dim() :])
+    values = values.to(x.dtype)
+    values = values.reshape([1] * (len(kept) + 1 - values.dim()) + list(values.shape))
+    if isinstance(values.shape[0], int) and values.shape[0] == 1:
+        value = values.reshape([1] * mask.dim() + list(values.shape[1:]))
+    else:
+        rows = values.expand([values.shape[0], *kept]).index_select(0, _turns(mask, values))
+        value = rows.reshape([*mask.shape, *kept])
+    mask = mask.reshape([*mask.shape, *[1] * len(kept)])
     return torch.where(mask, x + value if accumulate else value, x)
+
+
+def _turns(mask: Tensor, source: Tensor) -> Tensor:
+    """For each element of a mask, the row of the source that is next where it is true."""
+    return torch.clamp(mask.reshape(-1).to(torch.int64).cumsum(0) - 1, 0, source.shape[0] - 1)
 
 
 def index_select(x: Tensor, dim: int, places: Tensor) -> Any:
@@ -196,6 +210,15 @@ def scatter_value(x: Tensor, dim: int, places: Tensor, value: Any) -> Tensor:
     """One value at every place."""
     source = torch.full(places.shape, value, dtype=x.dtype)
     return torch.scatter(x, dim, places, source)
+
+
+def scatter_combined(x: Tensor, dim: int, places: Tensor, source: Any, *, reduce: str) -> Tensor:
+    """Values, or one number, added to or multiplied with what is there."""
+    if not isinstance(source, Tensor):
+        source = torch.full(list(places.shape), source, dtype=x.dtype)
+    if reduce == "add":
+        return torch.scatter_add(x, dim, places, source)
+    return torch.scatter_reduce(x, dim, places, source, "prod")
 
 
 def _scattered(x: Tensor, dim: int, places: Tensor, source: Tensor, how: str) -> Any:
@@ -331,8 +354,19 @@ def put(x: Tensor, places: Tensor, source: Tensor, accumulate: bool = False) -> 
 def masked_scatter(x: Tensor, mask: Tensor, source: Tensor) -> Tensor:
     """The elements of the source in turn, where the mask is true."""
     shape = torch.broadcast_shapes(x.shape, mask.shape)
-    mask = mask.expand(shape).reshape(-1)
-    turn = mask.to(torch.int64).cumsum(0) - 1
-    turn = torch.clamp(turn, 0, source.numel() - 1)
-    picked = source.reshape(-1).index_select(0, turn)
+    mask, source = mask.expand(shape).reshape(-1), source.reshape(-1)
+    picked = source.index_select(0, _turns(mask, source))
     return torch.where(mask, picked, x.expand(shape).reshape(-1)).reshape(shape)
+
+
+def repeat_interleave(
+    x: Tensor, repeats: Tensor, dim: int | None = None, *, output_size: Any = None
+) -> Any:
+    """Slices as often as computed numbers say; left alone where their sum is not known."""
+    if output_size is None:
+        return NotImplemented
+    x, dim = (x.reshape(-1), 0) if dim is None else (x, dim % max(x.dim(), 1))
+    ends = repeats.to(torch.int64).expand([x.shape[dim]]).cumsum(0)
+    # a place belongs to the slice before whose end it is
+    places = torch.arange(output_size).reshape(-1, 1)
+    return x.index_select(dim, (ends.reshape(1, -1) <= places).to(torch.int64).sum(1))

@@ -110,6 +110,37 @@ KINDS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda x, w, b: F.instance_norm(x, weight=w, bias=b * 2),
         (of(1, 3, 4, 8), of(3), of(3)),
     ),
+    "values at a mask": (
+        lambda x, m, rows: (
+            x.index_put((m,), x[0] + 1, accumulate=True),
+            x.index_put((m,), rows, accumulate=True),
+            x.index_put((x > 0,), x[0, :1]),
+        ),
+        (of(5, 8), torch.tensor([True, False, True, False, True]), of(3, 8)),
+    ),
+    "combined at places": (
+        lambda x, i, y: (
+            x.scatter(1, i, y, reduce="multiply"),
+            x.scatter(0, i, 2.5, reduce="add"),
+            x.sum().scatter(0, i[0, 0] * 0, 2.5, reduce="multiply"),
+        ),
+        (of(3, 8), torch.tensor([[0, 2], [1, 1], [2, 0]]), of(3, 2)),
+    ),
+    "loss of one row": (
+        lambda x, i: F.cross_entropy(x[0], i) * torch.ones(()) + F.nll_loss(x[1], i),
+        (of(3, 8), torch.tensor(5)),
+    ),
+    "counts given": (
+        lambda x, n: (
+            torch.repeat_interleave(x, n, 0, output_size=6),
+            torch.repeat_interleave(x, n[:1], 1, output_size=24),
+        ),
+        (of(4, 8), torch.tensor([3, 0, 2, 1])),
+    ),
+    "repeated whole between slices": (
+        lambda x: (F.pad(x, (8, 1), mode="circular"), F.pad(x, (2, 2), mode="reflect")),
+        (of(1, 3, 8),),
+    ),
     "smaller image": (
         lambda x: F.interpolate(x, (3, 5), mode="bilinear", antialias=True),
         (of(1, 2, 8, 8),),
