@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import fx
 
 from graphopt.backends.coreai.rules import forms, numbers, places, windows
 from graphopt.backends.coreai.rules.attention import attention
@@ -29,6 +28,7 @@ from graphopt.backends.decompositions import (
     special,
     views,
 )
+from graphopt.backends.decompositions.foreign import foreign_ops
 from graphopt.backends.decompositions.whole import Around, plain
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
@@ -50,12 +50,8 @@ def converted_ops() -> frozenset[str]:
     return frozenset(_aten_to_core_resolver) | frozenset(_higher_order_resolver)
 
 
-def decompositions(graph: fx.Graph) -> Table:
-    """The table for `run_decompositions`: ops that coreai-torch takes and gets right stay whole.
-
-    Args:
-        graph: What is to be decomposed.
-    """
+def decompositions() -> Table:
+    """The table for `run_decompositions`: ops that coreai-torch takes and gets right stay whole."""
     with quiet("coreai_torch"):
         coreai_torch = require("coreai_torch", "coreai")
     table: Table = dict(coreai_torch.get_decomp_table())
@@ -64,24 +60,13 @@ def decompositions(graph: fx.Graph) -> Table:
         name = str(op)
         if name.startswith("aten.") and name.removeprefix("aten.") not in converted:
             table.setdefault(op, rule)
-    experts = {node.target: products.grouped_mm for node in graph.nodes if _is_grouped(node)}
-    return (
-        table
-        | primitives.primitives(primitives.with_tensors)
-        | _LACKING
-        | _rules(_MISCOMPUTED)
-        | experts
-    )
+    table |= primitives.primitives(primitives.with_tensors) | foreign_ops()
+    return table | _LACKING | _rules(_MISCOMPUTED)
 
 
 def rewritten_ops() -> frozenset[Any]:
     """Ops that this module has rules for, beside torch's own; some for certain arguments only."""
     return frozenset(_LACKING) | frozenset(_MISCOMPUTED)
-
-
-def _is_grouped(node: fx.Node) -> bool:
-    """Whether a node multiplies rows by their group's matrix: torch's op, or transformers' own."""
-    return str(node.target).startswith(("aten._grouped_mm", "transformers.grouped_mm_fallback"))
 
 
 def _rules(wanted: Table) -> Table:
@@ -92,6 +77,7 @@ def _rules(wanted: Table) -> Table:
 RUNNING_SUMS = (_aten.cumsum.default,)
 # what coreai-torch has no translation of
 _LACKING: Table = {
+    _aten.repeat_interleave.Tensor: indexing.repeated_places,
     _aten.isnan.default: numbers.isnan,
     _aten.isposinf.default: lambda x: torch.eq(x, torch.inf),
     _aten.fmax.default: partial(pointwise.extremum_without_nan, largest=True),

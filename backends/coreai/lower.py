@@ -62,7 +62,7 @@ def legal_export(
             limits=plan.limits(legal),
         )
         _free_views(exported.graph)
-        exported = decomposed(exported, decompositions(exported.graph))
+        exported = decomposed(exported, decompositions())
     drop_written_inputs(exported)
     refuse_fixed(exported, plan, "Core AI")
     if options.precision == "float32":

@@ -15,7 +15,7 @@ from graphopt.backends.coreml.limits import explain_failure
 from graphopt.backends.coreml.numbers import numbers_as_floats
 from graphopt.backends.coreml.translations import TRANSLATED
 from graphopt.backends.data_sizes import makes_data_size
-from graphopt.backends.decompositions.products import grouped_mm
+from graphopt.backends.decompositions.foreign import foreign_ops
 from graphopt.errors import LoweringError
 from graphopt.ir.decomposing import decomposed
 from graphopt.ir.torch_private import core_aten_decompositions, decomposition_table
@@ -24,8 +24,6 @@ __all__ = ["decompose_for_coreml", "rewritten_ops"]
 
 _aten = torch.ops.aten
 _ROUNDS = 4
-# experts: of torch, and of transformers where torch has none for the type
-_GROUPED = ("aten._grouped_mm", "transformers.grouped_mm_fallback")
 
 
 def decompose_for_coreml(exported: ExportedProgram) -> ExportedProgram:
@@ -118,6 +116,4 @@ def _known(target: Any) -> bool:
 
 def _foreign(op: Any) -> Callable[..., Any] | None:
     """The rule of an op of another library, or of a composite one."""
-    if str(op).removesuffix(".default") in _GROUPED:
-        return grouped_mm
-    return composite(op)
+    return foreign_ops().get(op) or composite(op)

@@ -22,6 +22,7 @@ __all__ = [
     "masked_scatter",
     "put",
     "repeat_interleave",
+    "repeated_places",
     "scatter_add_of_any_shape",
     "scatter_combined",
     "scatter_of_any_shape",
@@ -366,7 +367,15 @@ def repeat_interleave(
     if output_size is None:
         return NotImplemented
     x, dim = (x.reshape(-1), 0) if dim is None else (x, dim % max(x.dim(), 1))
-    ends = repeats.to(torch.int64).expand([x.shape[dim]]).cumsum(0)
-    # a place belongs to the slice before whose end it is
-    places = torch.arange(output_size).reshape(-1, 1)
-    return x.index_select(dim, (ends.reshape(1, -1) <= places).to(torch.int64).sum(1))
+    repeats = repeats.expand([x.shape[dim]])
+    return x.index_select(dim, repeated_places(repeats, output_size=output_size))
+
+
+def repeated_places(repeats: Tensor, *, output_size: Any = None) -> Any:
+    """Each place as often as its number says; left alone where their sum is not known."""
+    if output_size is None:
+        return NotImplemented
+    ends = repeats.to(torch.int64).cumsum(0)
+    # a copy is of the first place whose copies end behind it
+    copies = torch.arange(output_size).reshape(-1, 1)
+    return (ends.reshape(1, -1) <= copies).to(torch.int64).sum(1)

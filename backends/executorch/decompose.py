@@ -25,6 +25,7 @@ from graphopt.backends.decompositions import (
     special,
     views,
 )
+from graphopt.backends.decompositions.foreign import foreign_ops
 from graphopt.backends.decompositions.whole import Around, plain
 from graphopt.backends.executorch import exact_ops
 from graphopt.ir.torch_private import OpOverload, decomposition_table
@@ -47,10 +48,7 @@ def decompositions(kept: Iterable[Any]) -> Table:
     for op in kept:
         table.pop(op, None)
     table.update({op: Around(op, rule) for op, rule in _MISCOMPUTED.items()})
-    experts = getattr(torch.ops.transformers, "grouped_mm_fallback", None)
-    if experts is not None:
-        table[experts.default] = products.grouped_mm
-    return table
+    return table | foreign_ops()
 
 
 def rewritten_ops() -> frozenset[Any]:
@@ -204,7 +202,6 @@ _LACKING: Table = {
     _aten._upsample_bicubic2d_aa.default: resize.bicubic_antialiased,
     _aten.addbmm.default: products.addbmm,
     _aten._trilinear.default: products.trilinear,
-    _aten._grouped_mm.default: products.grouped_mm,
     _aten.grid_sampler_3d.default: sampling.grid_sample,
     _aten.empty_permuted.default: _empty,
 }

@@ -27,10 +27,11 @@ from graphopt.backends.decompositions import (
     special,
     views,
 )
+from graphopt.backends.decompositions.foreign import foreign_ops
 from graphopt.backends.onnx.attention import attention_of_four_axes
 from graphopt.backends.onnx.own_nodes import rules
 from graphopt.backends.onnx.registry import translations
-from graphopt.ir.torch_private import decomposition_of_composite, is_composite
+from graphopt.ir.torch_private import decomposition_of_composite, decomposition_table, is_composite
 
 __all__ = ["decompositions", "rewritten_ops"]
 
@@ -47,11 +48,10 @@ def decompositions(gm: fx.GraphModule) -> Table:
     Args:
         gm: What is to be decomposed.
     """
-    table = _composites() | _lacking() | rules()
-    table[_ATTENTION] = attention_of_four_axes
+    table = _composites() | _lacking() | _mistranslated() | rules()
     if any(map(_is_projected, gm.graph.nodes)):
         table[_LSTM] = decomposition_of_composite(_LSTM)
-    table |= {node.target: products.grouped_mm for node in gm.graph.nodes if _is_grouped(node)}
+    table |= foreign_ops()
     if any(map(_shrinks, gm.graph.nodes)) and find_quantized_activations(gm):
         table |= {_BICUBIC: decomposition_of_composite(_BICUBIC), _SIZED_BICUBIC: resize.bicubic}
     return table
@@ -68,11 +68,6 @@ def _is_projected(node: fx.Node) -> bool:
 def rewritten_ops() -> frozenset[Any]:
     """Ops that this module has rules for; some for certain arguments only."""
     return frozenset(_lacking())
-
-
-def _is_grouped(node: fx.Node) -> bool:
-    """Whether a node multiplies rows by their group's matrix: torch's op, or transformers' own."""
-    return str(node.target).startswith(("aten._grouped_mm", "transformers.grouped_mm_fallback"))
 
 
 def _shrinks(node: fx.Node) -> bool:
@@ -97,6 +92,16 @@ def _lacking() -> Table:
     known = translations()
     table = primitives.primitives() | _RULES
     return {op: rule for op, rule in table.items() if not known.is_registered(op)}
+
+
+def _mistranslated() -> Table:
+    """Rules of ops whose translation is wrong, or takes some arguments only."""
+    losses = (_aten.cross_entropy_loss.default, _aten.nll_loss.default, _aten.nll_loss_nd.default)
+    return {op: decomposition_of_composite(op) for op in losses} | {
+        _ATTENTION: attention_of_four_axes,
+        _aten.nll_loss_forward.default: decomposition_table[_aten.nll_loss_forward.default],
+        _aten.repeat_interleave.Tensor: indexing.repeated_places,
+    }
 
 
 @functools.cache

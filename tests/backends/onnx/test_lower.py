@@ -139,6 +139,26 @@ def test_composite_ops_without_a_translation_are_broken_up_by_our_rules(tmp_path
     assert artifact.verification.max_error < 1e-6
 
 
+class Losses(nn.Module):
+    """Losses of a batch and of one sample, of labels and of shares; rows as often as numbers say."""
+
+    def forward(self, x: Tensor, labels: Tensor, times: Tensor) -> tuple[Tensor, ...]:
+        of_one = nn.functional.nll_loss(x[0], labels[0], reduction="none")
+        shares = nn.functional.cross_entropy(x, x.softmax(-1), reduction="none")
+        whole = nn.functional.cross_entropy(x, labels) + nn.functional.cross_entropy(
+            x[1], labels[1]
+        )
+        return whole, of_one, shares, torch.repeat_interleave(x, times, 0, output_size=6)
+
+
+@pytest.mark.integration
+def test_what_the_exporter_translates_wrongly_is_right(tmp_path: Path) -> None:
+    call = (torch.randn(3, 5), torch.tensor([4, 0, 1]), torch.tensor([3, 1, 2]))
+    artifact = graphopt.lower(Losses(), "onnx", call, dynamic=False)
+    artifact.save(tmp_path / "net.onnx")
+    assert artifact.verification.max_error < 1e-6
+
+
 class Projected(nn.Module):
     def __init__(self) -> None:
         super().__init__()
