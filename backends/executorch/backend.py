@@ -35,7 +35,7 @@ from graphopt.backends.executorch.options import (
     Tables,
     delegates_of_targets,
 )
-from graphopt.backends.executorch.partition import partition_configs
+from graphopt.backends.executorch.partitioner import xnnpack_partitioner
 from graphopt.backends.executorch.plan import read_plan
 from graphopt.backends.executorch.refusals import refusals
 from graphopt.backends.executorch.sizes import stored_bits
@@ -364,8 +364,4 @@ def _refuse_options(others: Mapping[str, Any], delegate: str) -> None:
 
 
 def _partitioners(delegate: str) -> list[Any]:
-    if delegate == "portable":
-        return []
-    from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
-
-    return [XnnpackPartitioner(configs=list(partition_configs()))]
+    return [] if delegate == "portable" else [xnnpack_partitioner()]
