@@ -63,7 +63,9 @@ def add_state(model: Any, names: list[str]) -> None:
             value = copied.outputs[0]
             graph.outputs[place] = value
         value.name = f"{PRESENT}{name}"
-        held = graph.initializers.pop(name)
+        held = graph.initializers.pop(name, None)
+        if held is None:  # written, and read by nothing
+            held = ir.Value(shape=value.shape, type=value.type)
         held.name, held.const_value = f"{PAST}{name}", None
         graph.inputs.append(held)
 

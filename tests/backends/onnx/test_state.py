@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.onnx, pytest.mark.integration]
 
 
 class Cache(nn.Module):
-    """Attends to what earlier calls wrote, counts them and keeps a running mean."""
+    """Attends to what earlier calls wrote, counts them, keeps a running mean, and a row that it never reads."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -23,9 +23,11 @@ class Cache(nn.Module):
         self.inner.register_buffer("rows", torch.zeros(8, 16))
         self.register_buffer("place", torch.zeros(1, dtype=torch.int64))
         self.register_buffer("mean", torch.full((16,), 0.5))
+        self.register_buffer("last", torch.zeros(16))
         self.fc = nn.Linear(16, 16)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        self.last.copy_(x[0])
         self.mean.mul_(0.9).add_(x.mean(0) * 0.1)
         self.inner.rows.index_copy_(0, self.place, self.fc(x - self.mean)[:1])
         self.place.add_(1)
@@ -50,7 +52,7 @@ def test_a_sequence_of_calls_is_that_of_the_module(compressed: bool, tmp_path: P
     session = onnxruntime.InferenceSession(path)
     inputs = [place.name for place in session.get_inputs()]
     outputs = [place.name for place in session.get_outputs()]
-    names = ["inner.rows", "place", "mean"]
+    names = ["inner.rows", "place", "mean", "last"]
     assert sorted(inputs[1:]) == sorted(f"past_{name}" for name in names)
     assert sorted(outputs[2:]) == sorted(f"present_{name}" for name in names)
     state = {name: value.numpy() for name, value in artifact.initial_state.items()}
