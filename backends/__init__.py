@@ -8,6 +8,7 @@ from graphopt.audited import module_of
 from graphopt.backends.base import Artifact, Backend
 from graphopt.backends.benchmark import DEVICES, Benchmark, Device
 from graphopt.backends.capabilities import Capabilities
+from graphopt.backends.compute_plan import ComputePlan, PlannedOp
 from graphopt.backends.registry import ExportBackend, Target, target_of
 from graphopt.backends.verification import Verification
 
@@ -17,8 +18,10 @@ __all__ = [
     "Backend",
     "Benchmark",
     "Capabilities",
+    "ComputePlan",
     "Device",
     "ExportBackend",
+    "PlannedOp",
     "Target",
     "Verification",
     "load_backend",

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from torch import fx
 
 from graphopt.analysis.stored_values import stored_values
 from graphopt.backends.benchmark import Benchmark, Device, benchmark_of, device_of
+from graphopt.backends.compute_plan import ComputePlan, plan_or_none
 from graphopt.backends.first_difference import first_difference
 from graphopt.backends.sequences import behind, example_calls, sequence_of
 from graphopt.backends.shapes import EXAMPLE_SHAPES
@@ -278,8 +280,10 @@ class Artifact(ABC):
     ) -> Benchmark:
         """Time a call of the saved artifact, or estimate it where the target does not run here.
 
-        ExecuTorch, ONNX and PyTorch are timed, Core ML on macOS. Elsewhere the time is the lower bound
-        of a roofline: operations by the device's rate, or bytes by its bandwidth, whichever is longer.
+        ExecuTorch, ONNX and PyTorch are timed; on macOS also Core ML and Core AI, whose own plans say
+        which device computes each op and what share of the time it takes. Elsewhere the time is the
+        lower bound of a roofline: operations by the device's rate, or bytes by its bandwidth, whichever
+        is longer.
 
         Args:
             inputs: Inputs of one call, or one tuple of them; none takes the program's example.
@@ -305,10 +309,29 @@ class Artifact(ABC):
         call = as_captured(self.program.graph_module, given)
         run = self.backend.runner(self.path, self.program, call)
         width = 2 if self.precision in ("float16", "bfloat16") else None
-        outcome = benchmark_of(
-            self.program, call, run, runs=runs, device=device, file_bytes=self.size, width=width
-        )
-        return replace(outcome, planned_memory=self.planned_memory)
+        try:
+            outcome = benchmark_of(
+                self.program, call, run, runs=runs, device=device, file_bytes=self.size, width=width
+            )
+            plan = None
+            if run is not None:
+                plan = plan_or_none(self.backend.name, functools.partial(self._plan, run, runs))
+        finally:
+            getattr(run, "close", lambda: None)()
+        return replace(outcome, planned_memory=self.planned_memory, plan=plan)
+
+    def _plan(self, run: Callable[[], object], runs: int) -> ComputePlan | None:
+        """What the target tells of its ops; None where it tells nothing.
+
+        Args:
+            run: What was timed.
+            runs: How often.
+
+        Raises:
+            Exception: Whatever the target's planner raises.
+        """
+        del run, runs
+        return None
 
     @property
     def planned_memory(self) -> int | None:

@@ -13,6 +13,7 @@ from torch import Tensor, fx
 from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
+from graphopt.backends.compute_plan import ComputePlan
 from graphopt.errors import InputError
 from graphopt.ir import op_info
 from graphopt.ir.program import Program, export_graph
@@ -78,6 +79,7 @@ class Benchmark:
         bytes_moved: Weights as stored, and each op's operands and results once.
         file_bytes: Bytes of the artifact.
         planned_memory: Bytes that the runtime sets aside for values; None where it doesn't tell.
+        plan: Which device computes each op; None where the target doesn't tell.
 
     Examples:
         >>> import pathlib, tempfile
@@ -97,6 +99,7 @@ class Benchmark:
     bytes_moved: int
     file_bytes: int
     planned_memory: int | None = None
+    plan: ComputePlan | None = None
 
     def __str__(self) -> str:
         kind = "" if self.measured else "estimate, at least "
@@ -104,6 +107,7 @@ class Benchmark:
         return (
             f"{kind}{self.milliseconds:.3g} ms a call ({self.how}); {self.multiply_adds:,}"
             f" multiply-adds, {self.bytes_moved:,} bytes moved, file {self.file_bytes:,}{memory}"
+            + ("" if self.plan is None else f"; {self.plan}")
         )
 
 

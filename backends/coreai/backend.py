@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,12 +13,14 @@ from typing_extensions import Unpack, override
 
 from graphopt.backends.base import Artifact, Backend, stored_weights
 from graphopt.backends.capabilities import Capabilities
+from graphopt.backends.compute_plan import ComputePlan, on_macos
 from graphopt.backends.coreai.asset import without_date
-from graphopt.backends.coreai.check import run_asset, run_calls
+from graphopt.backends.coreai.check import Running, run_asset, run_calls
 from graphopt.backends.coreai.delegate import CoreAIDelegate
 from graphopt.backends.coreai.limits import explain_failure, refuse_impossible
 from graphopt.backends.coreai.lower import TABLE_TYPES, legal_export, legal_passes
 from graphopt.backends.coreai.options import CoreAIOptions
+from graphopt.backends.coreai.plan import plan_of
 from graphopt.backends.coreai.raise_ import RaiseFromCoreAI
 from graphopt.backends.coreai.refusals import refusals
 from graphopt.backends.coreai.state import initial_state, state_names
@@ -69,6 +71,11 @@ class CoreAIArtifact(Artifact):
         reserved(path, self.most_bytes())
         self.ai_program.save_asset(path)
         without_date(path / "metadata.json")
+
+    @override
+    def _plan(self, run: Callable[[], object], runs: int) -> ComputePlan:
+        assert isinstance(run, Running)
+        return plan_of(self.ai_program, None if self.program.state else run.feeds, runs)
 
     def most_bytes(self) -> int:
         """No less than what the asset takes."""
@@ -180,6 +187,13 @@ class CoreAIBackend(Backend):
             )
             for (name, _), (outputs, _) in zip(calls, steps, strict=True)
         ]
+
+    @override
+    def runner(self, path: Path, program: Program, call: Batch) -> Callable[[], object] | None:
+        # elsewhere the runtime has no kernels made for the machine, whose times would say nothing
+        if not on_macos():
+            return None
+        return Running(path, named_inputs(program, *call), initial_state(program))
 
     @override
     @exclusively

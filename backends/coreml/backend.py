@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,7 +13,8 @@ from typing_extensions import Unpack, override
 from graphopt.backends.base import Artifact, Backend
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.casting import op_predicate
-from graphopt.backends.coreml.check import evaluate_calls, evaluate_functions
+from graphopt.backends.compute_plan import ComputePlan, on_macos
+from graphopt.backends.coreml.check import evaluate_calls, evaluate_functions, runner_of
 from graphopt.backends.coreml.conv_bias import FUSE_CONV_BIAS, THEIRS, register_fusion
 from graphopt.backends.coreml.delegate import CoreMLDelegate
 from graphopt.backends.coreml.distinct_outputs import keep_outputs_distinct
@@ -30,13 +30,14 @@ from graphopt.backends.coreml.lower import (
 )
 from graphopt.backends.coreml.options import CoreMLOptions
 from graphopt.backends.coreml.package import with_identifiers_of_content
+from graphopt.backends.coreml.plan import plan_of
 from graphopt.backends.coreml.precision import CLAMP, float16, register_clamp
 from graphopt.backends.coreml.refusals import PACKED, refusals
 from graphopt.backends.coreml.states import state_refusals
 from graphopt.backends.coreml.translations import our_translations
 from graphopt.backends.coreml.updates import place_updates
 from graphopt.backends.delegate import Delegate
-from graphopt.backends.interface import flat_call, named_inputs, output_names
+from graphopt.backends.interface import flat_call, output_names
 from graphopt.backends.options import LoweringKeywords, TargetOptions, read_options
 from graphopt.backends.quiet import quiet
 from graphopt.backends.shapes import plan_shapes
@@ -78,6 +79,11 @@ class CoreMLArtifact(Artifact):
         with_identifiers_of_content(path / "Manifest.json")
         # a debugging aid outside the package's manifest, as large as the program itself
         (path / "executorch_debug_handle_mapping.json").unlink(missing_ok=True)
+
+    @override
+    def _plan(self, run: Callable[[], object], runs: int) -> ComputePlan:
+        assert self.path is not None
+        return plan_of(self.path)
 
 
 class CoreMLBackend(Backend):
@@ -191,12 +197,7 @@ class CoreMLBackend(Backend):
 
     @override
     def runner(self, path: Path, program: Program, call: Batch) -> Callable[[], object] | None:
-        if sys.platform != "darwin":
-            return None
-        model = require("coremltools", "coreml").models.MLModel(str(path))
-        feeds = {name: value.numpy() for name, value in named_inputs(program, *call).items()}
-        state = model.make_state() if program.state else None
-        return lambda: model.predict(feeds, state)
+        return runner_of(path, program, call) if on_macos() else None
 
     @override
     @exclusively

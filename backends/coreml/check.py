@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,17 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.backends.compute_plan import on_macos
 from graphopt.backends.coreml.evaluate import ProgramRun, load_program
 from graphopt.backends.coreml.states import decoded_state
 from graphopt.backends.interface import match_inputs, named_inputs
 from graphopt.backends.quiet import quiet
 from graphopt.backends.verification import Evaluation, compare_outputs
 from graphopt.errors import VerificationError
+from graphopt.extras import require
 from graphopt.ir.program import Program
 from graphopt.ir.state import state_values
 from graphopt.run.batches import Batch
 
-__all__ = ["evaluate_calls", "evaluate_functions"]
+__all__ = ["evaluate_calls", "evaluate_functions", "runner_of"]
 
 
 def evaluate_calls(
@@ -63,7 +64,7 @@ def evaluate_calls(
                     state_type=torch.float16 if known else None,
                 )
             )
-    if platform.system() == "Darwin":
+    if on_macos():
         predicted = _predict(path, feeds, bool(known))
         worst = max(
             error
@@ -106,6 +107,30 @@ def evaluate_functions(
                 Evaluation(tuple(outputs), how, weights=result.constexprs, state_type=kind)
             )
     return evaluations
+
+
+def runner_of(path: Path, program: Program, call: Batch) -> Callable[[], object]:
+    """A function that predicts one call with Core ML, on macOS.
+
+    Args:
+        path: A package.
+        program: What it was made from.
+        call: Inputs.
+
+    Raises:
+        VerificationError: Core ML does not load the package.
+    """
+    with quiet("coremltools"):
+        model = require("coremltools", "coreml").models.MLModel(str(path))
+        try:
+            model.get_compiled_model_path()
+        except Exception as error:
+            raise VerificationError(f"{path.name} does not load in Core ML: {error}") from error
+    names = [each.name for each in model.get_spec().description.input]
+    given = match_inputs(names, named_inputs(program, *call))
+    feeds = {name: tensor.detach().cpu().numpy() for name, tensor in given.items()}
+    state = model.make_state() if program.state else None
+    return lambda: model.predict(feeds, state)
 
 
 def _predict(path: Path, feeds: Sequence[dict[str, Any]], stateful: bool) -> list[list[Tensor]]:
