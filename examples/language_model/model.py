@@ -13,9 +13,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import transformers
 from torch import Tensor, nn
-from transformers.integrations.executorch import TorchExportableModuleForDecoderOnlyLM
+
+from graphopt.extras import require
+
+# imported without the lines that packages behind it print on their compiled parts
+require("transformers.integrations.executorch", "examples")
+import transformers  # noqa: E402
+from transformers.integrations.executorch import (  # noqa: E402
+    TorchExportableModuleForDecoderOnlyLM,
+)
 
 VOCABULARY = 256  # a token is a byte
 _LEFT_OUT = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"}

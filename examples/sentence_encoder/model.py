@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
-from transformers import BertConfig, BertModel
+
+from graphopt.extras import require
+
+# imported without the lines that packages behind it print on their compiled parts
+require("transformers.models.bert.modeling_bert", "examples")
+from transformers import BertConfig, BertModel  # noqa: E402
 
 HERE = Path(__file__).parent
 Batch = tuple[Tensor, Tensor]  # token ids and attention mask, [sentences, tokens]

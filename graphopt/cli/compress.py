@@ -40,7 +40,7 @@ from graphopt.compressors.options import CompressOptions
 from graphopt.config.base import read_yaml
 from graphopt.config.joint import JointConfig
 from graphopt.config.palettization import KMeansPalettizerConfig
-from graphopt.config.presets import DEFAULT_PRESET, preset
+from graphopt.config.presets import DEFAULT_PRESET, preset, preset_names
 from graphopt.errors import ConfigError, InputError
 from graphopt.files import replaced, scratch
 from graphopt.ir.program import Program
@@ -134,7 +134,16 @@ class WatchOptions(Cluster):
 
 def compress(
     model: Model,
+    *,
     to: OutputOptions,
+    config: Annotated[
+        str,
+        typer.Option(
+            "--config",
+            help="YAML or JSON config of palettization, quantization, pruning or several of them, a"
+            f" recipe, or the name of a preset: {', '.join(preset_names())}.",
+        ),
+    ] = DEFAULT_PRESET,
     form: Annotated[Given, TargetFields()],
     calibration: CalibrationFiles,
     how: Annotated[
@@ -150,13 +159,6 @@ def compress(
         ),
     ],
     watch: WatchOptions,
-    config: Annotated[
-        str,
-        typer.Option(
-            help="YAML or JSON config of palettization, quantization, pruning or several of them, a"
-            " recipe, or the name of a preset: w4, int8, w8a8, …, or cnn, vit, bert, decoder, …"
-        ),
-    ] = DEFAULT_PRESET,
 ) -> None:
     """Compress a program as a config or a recipe says and write it for a target."""
     started = time.perf_counter()
@@ -220,13 +222,13 @@ def _contents(output: Path, artifact: Artifact, table: CompressionTable) -> Iter
     """Which file it is, how large, and what takes the room, line by line."""
     done, size = table.compressed, artifact.size
     stored = sum(-(-row.stored_bits // 8) for row in done)
-    weights = "1 compressed weight" if len(done) == 1 else f"{len(done)} compressed weights"
+    tensors = "1 compressed tensor" if len(done) == 1 else f"{len(done)} compressed tensors"
     yield f"{output}: {size:,} bytes for {artifact.backend.name}"
     # the target may have a form of its own, or pack the file
     packed = ", before it is packed" if stored > size else ""
-    yield f"  {stored:,} of {weights}{packed}, {table.bits_per_weight:.3f} bits per compressed weight"
+    yield f"  {stored:,} bytes of {tensors}{packed}, {table.bits_per_weight:.3f} bits per weight"
     if not packed:
-        yield f"  {size - stored:,} of other tensors and the program"
+        yield f"  {size - stored:,} bytes of other tensors and the program"
 
 
 def lower_program(model: Model, to: OutputOptions, form: Annotated[Given, TargetFields()]) -> None:

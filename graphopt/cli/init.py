@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 
 from graphopt.backends.lowering import as_program
+from graphopt.backends.registry import DEFAULT
 from graphopt.cli.artifacts import check_report
 from graphopt.cli.common import OUT, Model
-from graphopt.config.presets import DEFAULT_PRESET, preset_text
+from graphopt.config.presets import DEFAULT_PRESET, preset_names, preset_text
 from graphopt.files import replaced
 from graphopt.inspection import inspect_program
 from graphopt.ir.program import Program
@@ -23,7 +24,9 @@ def init(
     output: Annotated[Path, typer.Option("--output", "-o", help="Config to write, .yaml.")] = Path(
         "config.yaml"
     ),
-    preset: Annotated[str, typer.Option(help="What it begins with.")] = DEFAULT_PRESET,
+    preset: Annotated[
+        str, typer.Option(help=f"What it begins with: {', '.join(preset_names())}.")
+    ] = DEFAULT_PRESET,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the output.")] = False,
 ) -> None:
     """Write a commented config with the module names and types of a model."""
@@ -31,9 +34,9 @@ def init(
     text = config_text(as_program(model), preset, model)
     with replaced(output) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    OUT.print(
-        f"{output}: preset {preset}; edit it, then graphopt compress {model} --config {output}"
-    )
+    OUT.print(f"{output}: preset {preset}, and the modules of {model.name}. Edit it, then")
+    command = f"graphopt compress {model} --config {output} -o model{DEFAULT.suffix}"
+    OUT.print(command, soft_wrap=True, highlight=False)
 
 
 def config_text(program: Program, preset: str, source: Path) -> str:

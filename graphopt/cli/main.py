@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from inspect import cleandoc
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,7 @@ app = typer.Typer(
     help="Compress exported PyTorch programs for edge targets.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # its tables clip names of options at 80 columns
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
@@ -59,7 +61,9 @@ def main(
 def _command(function: Callable[..., None], name: str, example: str, *, reads: bool = True) -> None:
     """Add a command; one that reads programs has the option `--trust`."""
     command = shell_command(function)
-    app.command(name, epilog=epilog(f"{name} {example}"))(reading(command) if reads else command)
+    whole = cleandoc(function.__doc__ or "").partition("\n\n")[0]  # the list would cut it short
+    told = app.command(name, epilog=epilog(f"{name} {example}"), short_help=whole)
+    told(reading(command) if reads else command)
 
 
 def inspect(

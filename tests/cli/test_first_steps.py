@@ -47,6 +47,31 @@ def test_help_of_every_command_has_an_example_of_it_and_the_exit_codes() -> None
             assert f"{code} {meaning}" in each.epilog
 
 
+def test_help_is_whole_in_eighty_columns() -> None:
+    shell = CliRunner(env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"})
+    commands = get_command(app).commands  # type: ignore[attr-defined]
+    overview = " ".join(shell.invoke(app, ["--help"]).output.split())
+    for name, each in commands.items():
+        shown = shell.invoke(app, [name, "--help"]).output
+        assert max(map(len, shown.splitlines())) <= 80
+        words = " ".join(shown.split())
+        for parameter in each.params:
+            assert all(option in words.split() for option in parameter.opts[:1]), parameter.name
+            assert " ".join((parameter.help or "").split()) in words, parameter.name
+        assert f"{name} {each.help.partition(chr(10) * 2)[0]}" in overview
+
+
+def test_init_says_a_command_that_can_be_typed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(folder)
+    typed = CliRunner().invoke(app, ["init", "m.pt2"]).output.splitlines()[-1].split()
+    assert typed[:2] == ["graphopt", "compress"]
+    typed[typed.index("-o") + 1] = "o.pt2"
+    assert CliRunner().invoke(app, typed[1:]).exit_code == 0
+    assert (folder / "o.pt2").exists()
+
+
 def test_init_writes_a_config_that_can_be_uncommented(folder: Path) -> None:
     done = command(folder, "init", "m.pt2", "-o", "c.yaml", "--preset", "w6")
     assert done.returncode == 0, done.stderr

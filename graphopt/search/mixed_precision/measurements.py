@@ -24,7 +24,7 @@ from graphopt.run.content import tensors_hash
 from graphopt.search.mixed_precision.candidates import Candidate
 from graphopt.search.mixed_precision.cross_terms import Matrix, cross_terms
 from graphopt.search.mixed_precision.layers import Layer
-from graphopt.search.mixed_precision.metrics import METRICS, Metric, as_metric
+from graphopt.search.mixed_precision.metrics import METRICS, Metric, as_metric, shown
 from graphopt.search.mixed_precision.reach import Reach
 from graphopt.search.mixed_precision.records import Header, Records
 from graphopt.search.mixed_precision.solvers import Problem
@@ -367,11 +367,11 @@ class Measurements(ShownAsTable):
         for heading, side in (
             ("layer", "left"),
             ("config", "left"),
-            ("size (KB)", "right"),
+            ("KiB", "right"),
             (metric, "right"),
         ):
             table.add_column(heading, justify=side, overflow="fold")  # type: ignore[arg-type]
         for row in self.to_rows():
             size = f"{row['bytes'] / 1024:.2f}"
-            table.add_row(row["layer"], row["candidate"], size, f"{row[metric]:.4g}")
+            table.add_row(row["layer"], row["candidate"], size, shown(metric, row[metric]))
         return table

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from graphopt.errors import InputError
 
-__all__ = ["METRICS", "Metric", "as_metric", "measure"]
+__all__ = ["METRICS", "Metric", "as_metric", "measure", "shown"]
 
 Compare = Callable[[Tensor, Tensor], float]
 
@@ -124,6 +124,13 @@ METRICS: dict[str, Metric] = {
     "cosine": Metric("cosine", _cosine, True, _across, _along),
     "top1": Metric("top1", _top1, True, _rest, _rest),
 }
+
+
+def shown(name: str, value: float) -> str:
+    """A value of a metric for people: decibels with one digit, others with four."""
+    if name != "psnr":
+        return f"{value:.4g}"
+    return "exact" if value == math.inf else f"{value:.1f} dB"
 
 
 def as_metric(given: str | Compare | Metric) -> Metric:

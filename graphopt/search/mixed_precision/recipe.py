@@ -21,6 +21,7 @@ from graphopt.schemes.registry import scheme_of
 from graphopt.search.mixed_precision.candidates import KEEP, Candidate
 from graphopt.search.mixed_precision.configs import AnyConfig, config_for
 from graphopt.search.mixed_precision.layers import Layer
+from graphopt.search.mixed_precision.metrics import shown
 from graphopt.specs.artifact import ArtifactSpec
 
 __all__ = ["Recipe"]
@@ -249,10 +250,11 @@ class Recipe(ShownAsTable):
     # --- output ---------------------------------------------------------------------------------
     def __rich__(self) -> Table:
         gap = "" if self.gap is None else f", at most {100 * self.gap:.2g} % above the optimum"
-        real = "" if self.measured is None else f", measured {self.measured:.4g}"
+        gap = ", optimal" if self.gap == 0 else gap
+        real = "" if self.measured is None else f", measured {shown(self.metric, self.measured)}"
         table = Table(
             title=f"{self.bits_per_weight:.3f} bits per weight, {self.bytes:,} bytes;"
-            f" predicted {self.metric} {self.value:.4g}{real} ({self.solver}{gap})"
+            f" predicted {self.metric} {shown(self.metric, self.value)}{real} ({self.solver}{gap})"
         )
         for heading in ("config", "layers", "weights", ""):
             table.add_column(heading, justify="left" if heading in ("config", "") else "right")

@@ -24,6 +24,7 @@ from graphopt.run.content import content_hash
 from graphopt.run.record_file import RecordFile
 from graphopt.search.mixed_precision.choose import uniform
 from graphopt.search.mixed_precision.measurements import Measurements
+from graphopt.search.mixed_precision.metrics import shown
 from graphopt.search.mixed_precision.options import SweepOptions
 from graphopt.search.mixed_precision.plots import chart_of_sweep, plot_sweep
 from graphopt.search.mixed_precision.recipe import Recipe
@@ -142,7 +143,7 @@ class Sweep(ShownAsTable):
                 target,
                 f"{point.bits_per_weight:.3f}",
                 f"{point.bytes:,}",
-                f"{point.score:.4g}",
+                shown(self.score, point.score),
                 label + knee,
             )
         return table

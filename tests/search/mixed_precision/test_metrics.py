@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from graphopt.errors import InputError
-from graphopt.search.mixed_precision.metrics import METRICS, as_metric, measure
+from graphopt.search.mixed_precision.metrics import METRICS, as_metric, measure, shown
 
 A = torch.randn(6, 5, generator=torch.Generator().manual_seed(0))
 B = A + 0.1 * torch.randn(6, 5, generator=torch.Generator().manual_seed(1))
@@ -82,3 +82,13 @@ def test_a_function_of_ones_own_is_a_metric() -> None:
     assert as_metric(distance).loss(0.75) == pytest.approx(0.75)
     with pytest.raises(InputError, match="no metric 'snr'"):
         as_metric("snr")
+
+
+def test_decibels_have_their_unit_and_the_same_digits_in_every_row() -> None:
+    assert [shown("psnr", value) for value in (61.2, 70.711, 8, math.inf)] == [
+        "61.2 dB",
+        "70.7 dB",
+        "8.0 dB",
+        "exact",
+    ]
+    assert shown("cosine", 0.998877) == "0.9989"
