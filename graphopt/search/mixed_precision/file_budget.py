@@ -15,8 +15,9 @@ from graphopt.backends.lowering import lower
 from graphopt.compressors.joint import compress
 from graphopt.errors import InfeasibleError, InputError
 from graphopt.ir.program import Program
+from graphopt.schemes.registry import scheme_of
 from graphopt.search.mixed_precision.artifacts import artifact_for
-from graphopt.search.mixed_precision.candidates import KEEP
+from graphopt.search.mixed_precision.candidates import KEEP, Candidate
 from graphopt.search.mixed_precision.choose import choose
 from graphopt.search.mixed_precision.configs import config_for
 from graphopt.search.mixed_precision.layers import (
@@ -190,7 +191,7 @@ def file_size(table: Measurements, recipe: Recipe, lowering: Mapping[str, Any] |
     """Bytes of the artifact of a recipe on the table's target.
 
     The program's own example stands for calibration data, so that what corrections add counts;
-    which ranges and tables come of it has no bearing on sizes.
+    which ranges and tables come of it has no bearing on sizes, so weights are not fitted to it.
 
     Args:
         table: Measurements with their program.
@@ -201,7 +202,8 @@ def file_size(table: Measurements, recipe: Recipe, lowering: Mapping[str, Any] |
     assert artifact is not None
     options = {**artifact.lowering, **(lowering or {})}
     chosen = {
-        layer.name: table.candidates.get(recipe.choice[layer.name], KEEP) for layer in table.layers
+        layer.name: _unfitted(table.candidates.get(recipe.choice[layer.name], KEEP))
+        for layer in table.layers
     }
     config = config_for(chosen, {layer.name: layer.nodes for layer in table.layers})
     made = compress(
@@ -217,6 +219,14 @@ def file_size(table: Measurements, recipe: Recipe, lowering: Mapping[str, Any] |
         emitted = lower(made, artifact.backend, **options)
         emitted.save(Path(folder) / f"model{emitted.suffix}", verify=False)
         return int(emitted.size)
+
+
+def _unfitted(candidate: Candidate) -> Candidate:
+    """A candidate whose weights take the form that it gives them, from the weights alone."""
+    if candidate.weight is None:
+        return candidate
+    weight = scheme_of(candidate.weight).with_algorithm(candidate.weight, "kmeans")
+    return replace(candidate, weight=weight)
 
 
 def _example_calls(program: Program) -> list[Any] | None:
