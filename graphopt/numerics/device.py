@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -10,7 +11,7 @@ import torch
 
 from graphopt.errors import InputError
 
-__all__ = ["chosen_device", "computing_on", "device_of", "for_doubles"]
+__all__ = ["chosen_device", "computing_on", "device_of", "for_doubles", "lacks"]
 
 _chosen: ContextVar[torch.device | None] = ContextVar("device", default=None)
 
@@ -50,6 +51,18 @@ def computing_on(device: torch.device | str | None) -> Iterator[None]:
         _chosen.reset(token)
 
 
+@functools.cache
 def for_doubles(device: torch.device) -> torch.device:
-    """Where float64 is computed: Apple's GPUs have none."""
-    return torch.device("cpu") if device.type == "mps" else device
+    """Where float64 is computed: there, or on the CPU for a device without, such as Apple's GPUs."""
+    try:
+        torch.zeros(1, dtype=torch.float64, device=device)
+    except (RuntimeError, TypeError):
+        return torch.device("cpu")
+    return device
+
+
+def lacks(device: torch.device, error: Exception) -> bool:
+    """Whether an error says that a device has no kernel, or no type, for what it was asked."""
+    return isinstance(error, NotImplementedError) or (
+        isinstance(error, TypeError) and device.type in str(error).lower()
+    )

@@ -17,6 +17,7 @@ from torch import Tensor
 from typing_extensions import Unpack
 
 from graphopt.extras import deferred
+from graphopt.numerics.device import chosen_device, for_doubles
 from graphopt.numerics.feedback import (
     Feedback,
     FitSteps,
@@ -26,6 +27,7 @@ from graphopt.numerics.feedback import (
     feedback_factor,
     fitted_in_rounds,
 )
+from graphopt.numerics.feedback_columns_device import ColumnSteps
 from graphopt.numerics.parallel import map_tasks
 from graphopt.numerics.table_map import TableMap
 from graphopt.numerics.table_solve import row_tasks
@@ -158,20 +160,36 @@ def fit_column_tables(
     problem = _Problem.of(hessian, how.damping, where)
     w = weight.float()[:, problem.order].T.contiguous()  # columns × rows
     rows_weight = torch.ones(w.shape[1]) if importance is None else importance.float()
+
+    def improve(codes: Tensor, slope: Tensor, now: Tensor) -> Tensor:
+        return _better_tables(codes, slope, now, problem, rows_weight)
+
     steps = FitSteps(
         lambda now: _pass(w, now, problem),
         lambda q, codes, slope, now: _descend(q, codes, slope, now, problem),
-        lambda codes, slope, now: _better_tables(codes, slope, now, problem, rows_weight),
+        improve,
     )
-    reached, current, q, codes = fitted_in_rounds(
-        w, problem.hessian, rows_weight, tables, how, steps
-    )
+    hessian, device = problem.hessian, chosen_device()
+    if device is not None:
+        w, hessian = w.to(device), hessian.to(device)
+        there = _on_device(problem, w, hessian)
+        steps = FitSteps(there.choose, there.descend, improve)
+    reached, *found = fitted_in_rounds(w, hessian, rows_weight, tables.to(w.device), how, steps)
+    current, q, codes = (part.cpu() for part in found)
     return Feedback(
         current,
         codes[torch.argsort(problem.units)].T.contiguous(),
         q[torch.argsort(problem.order)].T.contiguous(),
         reached,
     )
+
+
+def _on_device(problem: _Problem, w: Tensor, hessian: Tensor) -> ColumnSteps:
+    turned = (problem.factor, problem.own, problem.lower, problem.upper)
+    factor, own, lower, upper = (each.to(w.device) for each in turned)
+    rows = torch.from_numpy(problem.rows).to(w.device)
+    places = (rows, problem.offsets.tolist(), problem.slices())
+    return ColumnSteps(w, hessian, factor, own, lower, upper, *places)
 
 
 def _row_slices(rows: int) -> list[slice]:
@@ -245,27 +263,30 @@ def _better_tables(
 ) -> Tensor:
     """Entries after a few steps of conjugate gradients on the loss for given codes."""
     (count, k, size), (units, rows) = tables.shape, codes.shape
+    place, home = tables.device, for_doubles(tables.device)
+    codes, slope, tables, weight = (each.to(home) for each in (codes, slope, tables, weight))
+    hessian = problem.hessian.to(home)
     own = torch.from_numpy(problem.offsets)[:, None] + torch.from_numpy(problem.rows)[None]
-    place = (own * k + codes.long()).reshape(-1)
+    taken = (own.to(home) * k + codes.long()).reshape(-1)
 
     def spread(entries: Tensor) -> Tensor:
         """Values of all weights, [columns, rows]."""
-        values = entries.reshape(-1, size)[place].reshape(units, rows, size)
+        values = entries.reshape(-1, size)[taken].reshape(units, rows, size)
         return values.transpose(1, 2).reshape(units * size, rows)
 
     def gathered(values: Tensor) -> Tensor:
         """Sums of what an entry serves, [tables, k, d]."""
         split = (values * weight).reshape(units, size, rows).transpose(1, 2).reshape(-1, size)
-        sums = torch.zeros(count * k, size, dtype=torch.float64)
-        return sums.index_add_(0, place, split.double()).reshape(count, k, size)
+        sums = torch.zeros(count * k, size, dtype=torch.float64, device=home)
+        return sums.index_add_(0, taken, split.double()).reshape(count, k, size)
 
-    level = problem.hessian.diagonal()[:, None].expand(units * size, rows)
+    level = hessian.diagonal()[:, None].expand(units * size, rows)
     diagonal = gathered(level).clamp_min(1e-30)
     entries, rest = tables.double(), gathered(slope)
     turned = rest / diagonal
     step, product = turned, (rest * turned).sum()
     for _ in range(_STEPS):
-        moved = gathered(problem.hessian @ spread(step.float()))
+        moved = gathered(hessian @ spread(step.float()))
         bent = (step * moved).sum()
         if not float(bent) > 0:
             break
@@ -274,4 +295,4 @@ def _better_tables(
         turned = rest / diagonal
         after = (rest * turned).sum()
         step, product = turned + after / product * step, after
-    return entries.float()
+    return entries.float().to(place)

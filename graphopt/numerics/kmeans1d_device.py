@@ -13,6 +13,7 @@ from torch import Tensor
 
 from graphopt.errors import CompressionError
 from graphopt.extras import deferred
+from graphopt.numerics.device import for_doubles
 
 if TYPE_CHECKING:
     from graphopt.numerics import kernels
@@ -50,8 +51,8 @@ def cluster_on_device(
     if weights is not None and not (torch.isfinite(weights).all() and (weights >= 0).all()):
         raise CompressionError("sensitivities must be finite and not negative")
     x, order = values.detach().float().sort(dim=1)
-    # float64 sums; a device without float64 (Apple's MPS) leaves them to the CPU
-    home = x.device if x.device.type != "mps" else torch.device("cpu")
+    # float64 sums; a device without float64 leaves them to the CPU
+    home = for_doubles(x.device)
     points = x.to(home, torch.float64)
     if weights is None:
         mass = torch.ones_like(points)

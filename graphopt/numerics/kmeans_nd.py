@@ -3,21 +3,28 @@
 Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007) on a small importance sample (lightweight
 coreset: Bachem, Lucic and Krause, KDD 2018), over-relaxed Lloyd steps whose centroids are shaken
 by fading noise (stochastic relaxation: Zeger, Vaisey and Gersho, IEEE T-SP 1992), then plain steps
-until the error settles. Deterministic for a seed, whatever the number of threads.
+until the error settles. Deterministic for a seed, whatever the number of threads. On a torch device
+(`graphopt.numerics.kmeans_nd_device`) each step assigns all vectors there; drawing and seeding stay on
+the CPU.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from typing_extensions import override
 
 from graphopt.errors import CompressionError
 from graphopt.extras import deferred
+from graphopt.numerics.device import chosen_device
+from graphopt.numerics.kmeans_nd_device import CHUNK, Assigned, DevicePoints, Points
 from graphopt.numerics.parallel import map_tasks
 
 if TYPE_CHECKING:
@@ -29,7 +36,6 @@ __all__ = ["VectorSearch", "cluster_vectors"]
 
 _SEEDING_SAMPLE = 4_096
 _SAMPLE = 131_072  # larger groups are annealed on a sample
-_CHUNK = 65_536  # vectors per task; fixes the order of summation
 _RELAXATION = 1.8  # step length relative to Lloyd's
 _NOISE = 0.3  # initial noise relative to the spread of a cluster
 
@@ -77,7 +83,7 @@ def cluster_vectors(
     Raises:
         CompressionError: A value is NaN or infinite, or a weight is that or negative.
     """
-    how = VectorSearch() if search is None else search
+    how, device = VectorSearch() if search is None else search, chosen_device()
     if not torch.isfinite(vectors).all():
         raise CompressionError("values contain NaN or Inf")
     if weights is not None and not bool((torch.isfinite(weights) & (weights >= 0)).all()):
@@ -94,21 +100,28 @@ def cluster_vectors(
         given = torch.ones(len(raw)) if weights is None else weights[number].detach().cpu()
         mass = given.double() / given.amax() if given.amax() > 0 else torch.ones(len(raw)).double()
         w = mass.float().numpy()
+        points = _points_on(device)
         random = np.random.default_rng([seed, number, attempt] if attempt else [seed, number])
         xs, ws = _sample(x, w, _SAMPLE, random)
         start = _initial(xs, ws, k, how.trials, random)
-        table = _anneal(xs, ws, start, how.max_steps, how.max_steps, how.tolerance, random)
+        few = points(xs, ws)
+        table = _anneal(few, start, how.max_steps, how.max_steps, how.tolerance, random)
+        every = few if xs is x else points(x, w)
         if xs is not x:
-            table = _anneal(x, w, table, 0, how.max_steps // 8, how.tolerance, random)
+            table = _anneal(every, table, 0, how.max_steps // 8, how.tolerance, random)
         stored = (torch.from_numpy(table).double() * unit).to(vectors.dtype)
-        index = torch.from_numpy(_nearest(x, w, (stored.double() / unit).float().numpy())[0])
+        index = every.nearest((stored.double() / unit).float().numpy()).codes()
         distance = (raw - stored.double()[index]).square().sum(1)
         error = (distance * given.double()).numpy().sum()  # torch's sum depends on the threads
         return stored, index.to(torch.uint8), torch.tensor(error)
 
     tables, indices, errors = zip(*map_tasks(cluster, range(len(vectors))), strict=True)
-    device = vectors.device
-    return torch.stack(tables).to(device), torch.stack(indices).to(device), torch.stack(errors)
+    home = vectors.device
+    return torch.stack(tables).to(home), torch.stack(indices).to(home), torch.stack(errors)
+
+
+def _points_on(device: torch.device | None) -> Callable[[_Array, _Array], Points]:
+    return _HostPoints if device is None else partial(DevicePoints, device)
 
 
 def _sample(x: _Array, w: _Array, size: int, random: np.random.Generator) -> tuple[_Array, _Array]:
@@ -130,27 +143,44 @@ def _initial(x: _Array, w: _Array, k: int, trials: int, random: np.random.Genera
     return xs[:, kernels.seed_vectors((0,) * len(x), xs, ws, k, random.random((k, trials)))].T
 
 
-def _nearest(
-    x: _Array, w: _Array, table: _Array
-) -> tuple[NDArray[np.int32], _Array, NDArray[np.float64]]:
-    """Index and squared distance of each vector's nearest centroid, and the clusters' moments."""
-    (d, n), k = x.shape, len(table)
-    padded = np.full((-(-k // 4) * 4, d), np.inf, np.float32)
-    padded[:k] = table
-    index, distance = np.empty(n, np.int32), np.empty(n, np.float32)
+class _HostPoints(Points):
+    """Vectors that compiled code assigns."""
 
-    def run(low: int) -> NDArray[np.float64]:
-        moments = np.zeros((k, d + 2))
-        high = min(low + _CHUNK, n)
-        kernels.assign_vectors((0,) * d, x, w, padded, low, high, index, distance, moments)
-        return moments
+    @override
+    def nearest(self, table: _Array) -> Assigned:
+        x, w = self.x, self.w
+        (d, n), k = x.shape, len(table)
+        padded = np.full((-(-k // 4) * 4, d), np.inf, np.float32)
+        padded[:k] = table
+        index, distance = np.empty(n, np.int32), np.empty(n, np.float32)
 
-    return index, distance, sum(map_tasks(run, range(0, n, _CHUNK)), np.zeros((k, d + 2)))
+        def run(low: int) -> NDArray[np.float64]:
+            moments = np.zeros((k, d + 2))
+            high = min(low + CHUNK, n)
+            kernels.assign_vectors((0,) * d, x, w, padded, low, high, index, distance, moments)
+            return moments
+
+        moments = sum(map_tasks(run, range(0, n, CHUNK)), np.zeros((k, d + 2)))
+        return _HostAssigned(moments, index, distance, w)
+
+
+@dataclass(frozen=True)
+class _HostAssigned(Assigned):
+    index: NDArray[np.int32]
+    distance: _Array
+    w: _Array
+
+    @override
+    def codes(self) -> Tensor:
+        return torch.from_numpy(self.index)
+
+    @override
+    def worst(self, count: int) -> NDArray[np.int64]:
+        return np.argsort(-self.distance * self.w, kind="stable")[:count]
 
 
 def _anneal(
-    x: _Array,
-    w: _Array,
+    points: Points,
     table: _Array,
     noisy: int,
     plain: int,
@@ -158,10 +188,11 @@ def _anneal(
     random: np.random.Generator,
 ) -> _Array:
     """The best table after `noisy` steps with fading noise and up to `plain` without."""
-    d = len(x)
+    d = len(points.x)
     best, lowest, before = table, np.inf, np.inf
     for step in range(noisy + plain):
-        _, distance, moments = _nearest(x, w, table)
+        assigned = points.nearest(table)
+        moments = assigned.moments
         mass, error = moments[:, d], moments[:, d + 1].sum()
         safe = np.maximum(mass, 1e-300)[:, None]
         mean = np.where(mass[:, None] > 0, moments[:, :d] / safe, table)
@@ -177,7 +208,7 @@ def _anneal(
             moved += fade * spread * random.standard_normal(moved.shape)
         empty = np.flatnonzero(mass <= 0)
         if empty.size:  # an empty cluster takes over the worst-fitted vectors
-            worst = np.argsort(-distance * w, kind="stable")[: empty.size]
-            moved[empty[: worst.size]] = x[:, worst].T
+            worst = assigned.worst(empty.size)
+            moved[empty[: worst.size]] = points.x[:, worst].T
         table, before = moved.astype(np.float32), error
     return best

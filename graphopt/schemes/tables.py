@@ -123,7 +123,12 @@ def _stored_scale(scale: Tensor, dtype: torch.dtype) -> Tensor:
 def nearest_codes(vectors: Tensor, tables: Tensor, weights: Tensor | None) -> Tensor:
     """Codes of the nearest entries; scalar tables must be increasing."""
     if vectors.shape[-1] == 1:
-        clustering: Clustering = assign_1d(vectors[..., 0], tables[..., 0], weights)
+        values, entries = vectors[..., 0], tables[..., 0]
+        if values.device.type != "cpu":
+            middle = 0.5 * (entries[:, :-1].float() + entries[:, 1:].float())
+            wanted = values.detach().float().contiguous()
+            return torch.searchsorted(middle.contiguous(), wanted).to(torch.uint8)
+        clustering: Clustering = assign_1d(values, entries, weights)
         return clustering.indices
     codes = [
         torch.cdist(group.float(), table.float()).argmin(1)

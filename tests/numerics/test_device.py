@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from helpers.devices import DEVICES
 from helpers.feedback_problems import damped, maps, objective, second_moment, uniform_tables
 from torch import Tensor, nn
 
@@ -13,7 +14,9 @@ import graphopt
 from graphopt.errors import InputError
 from graphopt.numerics.device import chosen_device, computing_on, device_of
 from graphopt.numerics.feedback import OrderedHessian, feedback_factor, fit_tables
+from graphopt.numerics.feedback_columns import ColumnMap, fit_column_tables
 from graphopt.numerics.kmeans1d import cluster_1d
+from graphopt.numerics.kmeans_nd import VectorSearch, cluster_vectors
 from graphopt.palettization import (
     KMeansPalettizerConfig,
     ModuleKMeansPalettizerConfig,
@@ -22,19 +25,6 @@ from graphopt.palettization import (
 from graphopt.quantization import QuantizerConfig
 
 ROWS, COLUMNS = 32, 160  # more than a block of columns
-
-
-def accelerators() -> list[Any]:
-    """The CPU by torch, and every kind of accelerator, skipped where there is none."""
-    here = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    marks = {
-        name: pytest.mark.skipif(not there, reason=f"there is no device {name!r} here")
-        for name, there in here.items()
-    }
-    return ["cpu", *(pytest.param(name, marks=mark) for name, mark in marks.items())]
-
-
-DEVICES = pytest.mark.parametrize("device", accelerators())
 
 
 @DEVICES
@@ -92,6 +82,60 @@ def test_clustering_comes_as_close_as_the_compiled_one(device: str) -> None:
     for k, found in there.items():
         assert found.tables.device.type == "cpu"
         torch.testing.assert_close(found.sse, here[k].sse, rtol=0.02, atol=0)
+
+
+@DEVICES
+@pytest.mark.parametrize("weighted", [False, True])
+def test_vectors_are_clustered_as_well_as_by_the_compiled_code(weighted: bool, device: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    vectors = torch.randn(2, 300, 2, generator=generator)
+    weights = torch.rand(2, 300, generator=generator) if weighted else None
+    how: dict[str, Any] = {"weights": weights, "search": VectorSearch(max_steps=8)}
+    here = cluster_vectors(vectors, 8, **how)
+    with computing_on(device):
+        tables, codes, errors = cluster_vectors(vectors, 8, **how)
+    assert {each.device.type for each in (tables, codes, errors)} == {"cpu"}
+    torch.testing.assert_close(errors, here[2], rtol=0.02, atol=0)
+    # codes are those of the nearest entries, and errors theirs
+    distance = (vectors[:, :, None] - tables[:, None]).square().sum(3)
+    assert torch.equal(distance.argmin(2), codes.long())
+    least = distance.amin(2).double() * (1 if weights is None else weights)
+    torch.testing.assert_close(errors, least.sum(1), rtol=1e-5, atol=0)
+
+
+@DEVICES
+def test_entries_that_serve_nothing_take_over_the_worst_vectors(device: str) -> None:
+    vectors = torch.tensor([[0.0, 0.0]] * 20 + [[1.0, 1.0], [2.0, 0.0], [3.0, 3.0]])[None]
+    with computing_on(device):
+        tables, codes, errors = cluster_vectors(vectors, 4, search=VectorSearch(max_steps=8))
+    assert float(errors) == 0
+    assert torch.equal(tables[0, codes[0].long()], vectors[0])
+
+
+@DEVICES
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("size", [2, 4])
+def test_feedback_of_vectors_along_columns_reaches_the_same_error(
+    size: int, groups: int, device: str
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    rows = 8
+    weight = torch.randn(rows, COLUMNS, generator=generator)
+    tables = torch.randn(groups, 16, size, generator=generator)
+    numbers = torch.arange(rows * COLUMNS // size).reshape(rows, -1).repeat_interleave(size, 1)
+    where = ColumnMap.of(numbers, rows // groups * (COLUMNS // size), size)
+    assert where is not None
+    hessian = second_moment(COLUMNS)
+    here = fit_column_tables(weight, hessian, tables, where, rounds=2, cycles=1)
+    with computing_on(device):
+        there = fit_column_tables(weight, hessian, tables, where, rounds=2, cycles=1)
+    assert there.dense.device.type == "cpu"
+    wide = damped(hessian, 0.01)
+    found, expected = (objective(weight, fit.dense, wide) for fit in (there, here))
+    assert found == pytest.approx(expected, rel=0.02)
+    assert there.error == pytest.approx(found / objective(weight, 0 * weight, wide), rel=1e-3)
+    looked_up = there.tables[torch.from_numpy(where.rows)[:, None], there.codes.long()]
+    torch.testing.assert_close(there.dense, looked_up.reshape(rows, COLUMNS), rtol=0, atol=0)
 
 
 class Net(nn.Module):
