@@ -12,6 +12,7 @@ from graphopt.analysis.weights import find_weights
 from graphopt.errors import CompressionError
 from graphopt.ir.annotations import palette_annotation
 from graphopt.ir.editor import Editor
+from graphopt.numerics.device import device_of
 from graphopt.passes.pass_base import Pass
 from graphopt.prepared import QUANTIZERS, Origin, WeightPalettizer
 from graphopt.prepared.state import is_read_by
@@ -37,6 +38,7 @@ class InsertPalettizers(Pass):
     Attributes:
         palettes: Name of the weight → clustering to start from.
         default: What a spec's default strategy stands for; None is the straight-through estimator.
+        device: Torch device that soft palettes are computed on; None is where the weights are.
 
     Raises:
         CompressionError: A weight is to keep sparse outliers.
@@ -56,6 +58,7 @@ class InsertPalettizers(Pass):
     tolerance: ClassVar[float | None] = None
     palettes: Mapping[str, PalettizedWeight]
     default: DKMTrainingSpec | None = None
+    device: str | None = None
 
     @override
     def run(self, edit: Editor) -> None:
@@ -76,6 +79,7 @@ class InsertPalettizers(Pass):
                 annotation.output_axis,
                 strategy,
             )
+            palettizer.device = device_of(self.device)
             frames = weight.uses[0].frames
             owner = frames[-1].name if frames else ""
             palettizer.origin = Origin(weight.name, owner, annotation.path)

@@ -102,6 +102,7 @@ class KMeansPalettizer(Compressor):
         on_unmatched: Literal["error", "warn"] = "error",
         num_workers: int = 1,
         executor: Any = None,
+        device: str | None = None,
         progress: bool | None = None,
         seed: int = 0,
         state_dict: Mapping[str, Tensor] | None = None,
@@ -120,6 +121,7 @@ class KMeansPalettizer(Compressor):
             on_unmatched: Whether a config key that matches no module, op or state raises or warns.
             num_workers: Accepted for compatibility; clustering uses torch's threads, or `executor`.
             executor: Where weights are clustered and calibrated, as in `CompressOptions`.
+            device: Torch device of that, and of soft palettes in training; see `CompressOptions`.
             progress: Show a bar; None shows it on a terminal.
             seed: Seed of vector tables.
             state_dict: State dict of a model that was prepared with the same config: its weights,
@@ -154,8 +156,10 @@ class KMeansPalettizer(Compressor):
             correct_statistics=False,
             seed=seed,
             progress=progress,
+            executor=executor,
+            device=device,
         )
-        resources = Resources(executor=executor)
+        resources = how.resources
         cluster = FitPalettes(
             seed=seed,
             progress=progress,
@@ -314,9 +318,8 @@ class KMeansPalettizer(Compressor):
     def _train(self) -> PaletteTraining:
         source = self._fitted or self._waiting().program
         if self._training is None:
-            self._training = PaletteTraining(
-                source, self._ready(), self._palettes, self._config, self._strategy
-            )
+            parts = (self._ready(), self._palettes, self._config, self._strategy)
+            self._training = PaletteTraining(source, *parts, self._resources.device)
         return self._training
 
     def save_sensitivities(self, path: str | Path) -> Path:

@@ -44,10 +44,10 @@ class CompressOptions(Options):
             the cores that torch may use. Results do not depend on it.
         mmap_dir: Folder that the codes of palettes move to as soon as they are found without data; the
             program reads them from there as long as it lives. None keeps them in memory.
-        device: Torch device on which weights are clustered and layers are fitted, such as "cuda" or
-            "mps"; the model's own passes stay where its tensors are. Squared errors are those of the
-            CPU's compiled code within 2 %; "cpu" takes torch's operations there, to compare. None is
-            the compiled code.
+        device: Torch device on which weights are clustered, layers are fitted and programs are tuned,
+            such as "cuda" or "mps"; other passes of the model stay where its tensors are. Squared
+            errors are those of the CPU's compiled code within 2 %, tuned ones within 5 %; "cpu" takes
+            torch's operations there, to compare. None is the compiled code.
         activation_memory: What inputs and outputs of layers may take in memory while layers are fitted
             to data, in bytes or as a text such as "2GB"; those beyond lie in files. None keeps all in
             memory. Results do not depend on it.
@@ -126,6 +126,7 @@ class PrepareKeywords(TypedDict, total=False):
     on_unmatched: Literal["error", "warn"]
     num_workers: int
     executor: Any
+    device: str | None
     progress: bool | None
     seed: int
     state_dict: Mapping[str, Tensor] | None

@@ -13,6 +13,7 @@ from graphopt.passes import InsertPalettizers, RestoreTraining
 from graphopt.passes.pass_manager import run_passes
 from graphopt.prepared import QUANTIZERS, WeightPalettizer
 from graphopt.prepared.state import parts_of, take_state
+from graphopt.run.placing import device_of_graph
 from graphopt.schemes.palettize import PalettizedWeight
 from graphopt.specs import DKMTrainingSpec
 
@@ -29,6 +30,7 @@ class PaletteTraining:
         palettes: Clusterings to start from.
         config: Where the schedules are.
         default: What a spec's default strategy stands for.
+        device: Where soft palettes are computed; None is where the weights are.
     """
 
     def __init__(
@@ -38,18 +40,20 @@ class PaletteTraining:
         palettes: dict[str, PalettizedWeight],
         config: KMeansPalettizerConfig,
         default: DKMTrainingSpec | None,
+        device: str | None = None,
     ) -> None:
         self.annotated = annotated
         self.prepared = prepared
         self.config = config
         self.steps = 0
         form = share_graph(annotated.graph_module)
-        run_passes(form, [InsertPalettizers(palettes, default), RestoreTraining()])
+        run_passes(form, [InsertPalettizers(palettes, default, device), RestoreTraining()])
         for name in palettes:
             holder, attribute = holder_of(annotated.graph_module, name)
             target, attribute = holder_of(prepared, name)
-            settle(getattr(target, attribute), getattr(holder, attribute).detach().clone())
-        prepared.add_module(QUANTIZERS, getattr(form, QUANTIZERS))
+            held, exact = getattr(target, attribute), getattr(holder, attribute).detach()
+            settle(held, exact.clone() if exact.device == held.device else exact.to(held.device))
+        prepared.add_module(QUANTIZERS, getattr(form, QUANTIZERS).to(device_of_graph(prepared)))
         prepared.graph = form.graph
         self.follow()
 

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from graphopt.numerics.device import for_doubles
+
 __all__ = ["soft_palette"]
 
 _CHUNK = 1 << 21  # elements of an attention matrix that exist at a time
@@ -76,7 +78,7 @@ class _SoftPalette(torch.autograd.Function):
                     result[part] = near + far
                     continue
                 total = _sums(inverse, gradient[part].reshape(-1), points.shape[1])
-                weighted = (mixed[0, :, 0] * total.to(mixed.dtype)).sum()
+                weighted = (mixed[0, :, 0] * total.to(mixed.dtype).to(mixed.device)).sum()
                 (slopes,) = torch.autograd.grad(mixed.sum(), own, retain_graph=True)
                 (far,) = torch.autograd.grad(weighted, moving)
             assert mass is not None
@@ -117,7 +119,7 @@ def _distinct(vectors: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
         inverse[where] = number[inverse[where]]
     mass = count[used].to(vectors.dtype)
     total = _sums(inverse, flat, len(mass))
-    points = (total / mass.double()).to(vectors.dtype)
+    points = (total / mass.to(total.device).double()).to(vectors.dtype).to(vectors.device)
     return points[None, :, None], mass[None], inverse
 
 
@@ -128,10 +130,12 @@ def _pieces(count: int) -> Iterator[slice]:
 
 
 def _sums(index: Tensor, values: Tensor, length: int) -> Tensor:
-    """Σ of the values of each index, float64 [length]."""
-    total = torch.zeros(length, dtype=torch.float64, device=values.device)
+    """Σ of the values of each index, float64 [length], where there is float64."""
+    home = for_doubles(values.device)
+    total = torch.zeros(length, dtype=torch.float64, device=home)
     for where in _pieces(len(index)):
-        total += torch.bincount(index[where], values[where].double(), minlength=length)
+        part = values[where].to(home).double()
+        total += torch.bincount(index[where].to(home), part, minlength=length)
     return total
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from graphopt.numerics.device import lacks
 from graphopt.numerics.soft_palette import soft_palette
 from graphopt.prepared.origin import Origin
 from graphopt.schemes.palettize import Arranged, PalettizedWeight, arrange, assemble
@@ -14,6 +16,8 @@ from graphopt.schemes.tables import StoredTables, nearest_codes, round_tables
 from graphopt.specs import DKMTrainingSpec, PalettizationSpec
 
 __all__ = ["WeightPalettizer"]
+
+_log = logging.getLogger(__name__)
 
 
 class WeightPalettizer(nn.Module):
@@ -30,6 +34,7 @@ class WeightPalettizer(nn.Module):
         strategy: How it trains: DKM, or None for the straight-through estimator.
         palettizing: Whether it does anything.
         frozen: Whether codes stay.
+        device: Where soft mixtures are computed; None is where the weight is.
         tables: [groups, k, cluster_dim].
         temperature: τ of each group, [groups], in squared units of the weight.
     """
@@ -52,6 +57,7 @@ class WeightPalettizer(nn.Module):
         self.strategy = strategy
         self.palettizing = True
         self.frozen = False
+        self.device: torch.device | None = None
         self._cache: tuple[tuple[int, int], Tensor] | None = None
         self._codes: Tensor | None = None
         shape = (start.layout.n_groups, spec.n_entries, spec.cluster_dim)
@@ -96,9 +102,21 @@ class WeightPalettizer(nn.Module):
 
     def _soft(self, parts: Arranged) -> Tensor:
         assert self.strategy is not None
-        mixed, tables = soft_palette(
-            parts.vectors.float(), self.tables.float(), self.temperature, self.strategy.iterations
-        )
+        own = parts.vectors.float(), self.tables.float(), self.temperature
+        if self.device is not None:
+            try:
+                vectors, tables, temperature = (tensor.to(self.device) for tensor in own)
+                steps = self.strategy.iterations
+                mixed, tables = soft_palette(vectors, tables, temperature, steps)
+                self._keep(tables.to(self.tables.device))
+                return mixed.to(parts.vectors.device)
+            except (NotImplementedError, TypeError) as error:
+                if not lacks(self.device, error):
+                    raise
+                why = "%s: %s has no kernel for its soft palette (%s); trained where the weight is"
+                _log.warning(why, self.origin.name, self.device, error)
+                self.device = None
+        mixed, tables = soft_palette(*own, self.strategy.iterations)
         self._keep(tables)
         return mixed
 
