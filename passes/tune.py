@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, TypeVar
@@ -12,9 +13,11 @@ from typing_extensions import Unpack, override
 from graphopt.errors import CalibrationError
 from graphopt.fitting.tuning import TuningKeywords, TuningOptions, tune_graph
 from graphopt.ir import op_info
+from graphopt.ir.annotations import record
 from graphopt.ir.captured_module import callable_graph
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
+from graphopt.numerics.device import device_of, lacks
 from graphopt.passes.correct_statistics import KeepReference, reference_of
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
 from graphopt.passes.pass_base import Pass
@@ -23,6 +26,7 @@ from graphopt.run.calibration_data import read_calls
 
 __all__ = ["Tune", "tune"]
 
+_log = logging.getLogger(__name__)
 ProgramT = TypeVar("ProgramT", bound=Program)
 
 
@@ -36,6 +40,7 @@ class Tune(Pass):
         seed: Seed of the order of the data.
         progress: Show a bar; None shows it on a terminal.
         held_out: Inputs that decide which step was best; without any, some of `data` do.
+        device: Torch device that every pass of it runs on; None is where the tensors are.
 
     Examples:
         >>> from graphopt.palettization import KMeansPalettizerConfig
@@ -56,6 +61,7 @@ class Tune(Pass):
     seed: int = 0
     progress: bool | None = None
     held_out: Sequence[Any] = ()
+    device: str | None = None
 
     @override
     def run(self, edit: Editor) -> None:
@@ -65,6 +71,7 @@ class Tune(Pass):
             "steps": self.steps,
             "seed": self.seed,
             "progress": self.progress,
+            "device": self.device,
         }
         tuned = tune(*programs, self.data, self.held_out, **options)
         edit.adopt(tuned.graph_module)
@@ -110,12 +117,31 @@ def tune(
     if not data:
         raise CalibrationError("no data: there is nothing to tune on")
     gm, exact = tuned.graph_module, reference.graph_module
-    batches = list(read_calls(gm, data))
+    if how.device is not None:
+        exact = reference.copy().graph_module
+    batches, held = (list(read_calls(gm, calls)) for calls in (data, held_out))
     if len(list(Editor(gm).calls(op_info.BATCH_NORM))) < len(
         list(Editor(exact).calls(op_info.BATCH_NORM))
     ):
         # the program's convolutions stand for the norms behind them, too
         exact = reference.copy().graph_module
         run_passes(exact, [FoldBatchNorm()])
-    tune_graph(gm, exact, batches, how, held_out=list(read_calls(gm, held_out)))
+    device = device_of(how.device)
+    try:
+        tune_graph(gm, exact, batches, how, held_out=held)
+    except (NotImplementedError, TypeError) as error:
+        if device is None or not lacks(device, error):
+            raise
+        why = f"{how.device} cannot tune it ({_first_line(error)}); tuned where its tensors are"
+        _log.warning(why)
+        here = replace(how, device=None)
+        tuned = replace(program, graph_module=copy.deepcopy(program.graph_module))
+        tune_graph(tuned.graph_module, exact, batches, here, held_out=held)
+        record(tuned.graph_module, remarks=[why])
     return tuned
+
+
+def _first_line(error: Exception) -> str:
+    return (
+        str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else "no reason given"
+    )

@@ -93,7 +93,9 @@ def joint_pipeline(
     integers = [] if quantization is None else _integers(quantization, calls, how)
     if calls is not None and how.tune_steps > 0:
         # ranges, tables, norms and biases move together
-        tuned = Tune(calls.learned, how.tune_steps, how.seed, how.progress, calls.held_out)
+        tuned = Tune(
+            calls.learned, how.tune_steps, how.seed, how.progress, calls.held_out, how.device
+        )
         changes, integers = [*changes, *integers, tuned], []
     if any(KeepReference in step.after for step in changes):
         changes = [KeepReference(), *changes, ForgetReference()]

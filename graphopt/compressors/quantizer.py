@@ -307,6 +307,7 @@ class Quantizer(Switches, Compressor):
         mmap_dir: str | Path | None = None,
         on_unobserved: Literal["error", "skip"] = "error",
         tune_steps: int = 0,
+        device: str | None = None,
     ) -> CapturedModule:
         """Turn quantizers into the quantize and dequantize ops of a backend.
 
@@ -318,6 +319,7 @@ class Quantizer(Switches, Compressor):
             on_unobserved: "skip" leaves activations without a usable range in float.
             tune_steps: Steps of `graphopt.tune` on the calls of the last calibration, one in eight of
                 which is held out from then on; 0 leaves it out.
+            device: Where that tuning runs, as in `CompressOptions`.
 
         Returns:
             A callable module, ready for `torch.export.export`.
@@ -329,7 +331,9 @@ class Quantizer(Switches, Compressor):
             InputError: There are steps of tuning behind a training.
             LoweringError: The backend cannot hold the program.
         """
-        program = self.program(model, on_unobserved=on_unobserved, tune_steps=tune_steps)
+        program = self.program(
+            model, on_unobserved=on_unobserved, tune_steps=tune_steps, device=device
+        )
         return finalized(program, backend, weights, mmap_dir)
 
     @override
@@ -339,6 +343,7 @@ class Quantizer(Switches, Compressor):
         *,
         on_unobserved: Literal["error", "skip"] = "error",
         tune_steps: int = 0,
+        device: str | None = None,
     ) -> CompressedProgram:
         """The quantized program in our neutral vocabulary.
 
@@ -346,6 +351,7 @@ class Quantizer(Switches, Compressor):
             model: See `finalize`.
             on_unobserved: See `finalize`.
             tune_steps: See `finalize`.
+            device: See `finalize`.
 
         Raises:
             StateError: `prepare` was not called.
@@ -360,7 +366,7 @@ class Quantizer(Switches, Compressor):
                 )
             captured = run.program
             exact = as_program(self._model, captured.example_args, captured.example_kwargs)
-            how = CompressOptions(on_unobserved=on_unobserved, tune_steps=tune_steps)
+            how = CompressOptions(on_unobserved=on_unobserved, tune_steps=tune_steps, device=device)
             return finished_with_tuning(run, exact, self._config, self._calls, how)
         source = run.program.copy()
         take_state(source.graph_module, prepared)

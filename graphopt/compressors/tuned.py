@@ -12,6 +12,7 @@ from graphopt.compressors.flow import after_annotation
 from graphopt.compressors.options import CompressOptions
 from graphopt.compressors.pipeline import PausedRun
 from graphopt.config.quantization import QuantizerConfig
+from graphopt.fitting.tuning import TuningKeywords
 from graphopt.ir.program import Program
 from graphopt.passes import RemoveUnused
 from graphopt.passes.tune import tune
@@ -33,7 +34,7 @@ def finished_with_tuning(
         model: What its outputs are to be.
         config: What becomes of what.
         calls: Those of the calibration.
-        how: Steps of tuning, seed and bars.
+        how: Steps of tuning, seed, bars and device.
 
     Raises:
         CalibrationError: There was no calibration.
@@ -42,6 +43,10 @@ def finished_with_tuning(
     passes = (*after_annotation(config, parts, how), RemoveUnused(keep_tied=True))
     done = run.pipeline.passes[: run.place]
     waiting = replace(run, pipeline=replace(run.pipeline, passes=(*done, *passes)))
-    steps, seed, progress = how.tune_steps, how.seed, how.progress
-    made, (learned, held_out) = waiting.finish(), (parts.learned, parts.held_out)
-    return tune(made, model, learned, held_out, steps=steps, seed=seed, progress=progress)
+    options: TuningKeywords = {
+        "steps": how.tune_steps,
+        "seed": how.seed,
+        "progress": how.progress,
+        "device": how.device,
+    }
+    return tune(waiting.finish(), model, parts.learned, parts.held_out, **options)

@@ -22,6 +22,7 @@ from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.ir.editor import Editor
 from graphopt.ir.torch_private import learnable_per_channel, learnable_per_tensor
 from graphopt.numerics.affine import SMALLEST_SCALE, has_whole_offsets
+from graphopt.run.placing import device_of_graph
 from graphopt.specs import QuantizationScheme
 
 __all__ = ["Moving", "Rounding", "find_roundings", "straight_through"]
@@ -172,7 +173,7 @@ def _rounding(
 
 def _value(gm: CapturedModule, held: Any) -> Tensor:
     if not isinstance(held, fx.Node):
-        return torch.tensor(float(held))
+        return torch.tensor(float(held)).to(device_of_graph(gm))
     holder, name = holder_of(gm, str(held.target))
     tensor: Tensor = getattr(holder, name)
     return tensor.detach().float()

@@ -217,10 +217,11 @@ def _element_numbers(run: LayerwiseRun, node: fx.Node) -> Tensor:
         shape[axis] //= lut.shape[-1]
     codes = unpack(indices, n_bits, math.prod(shape)).reshape(shape).int()
     counts = lut.shape[:-2]
-    offset = torch.zeros([1] * len(shape), dtype=torch.int32)
+    offset = torch.zeros([1] * len(shape), dtype=torch.int32, device=codes.device)
     stride = 1
     for place in reversed(range(len(shape))):
-        number = torch.arange(shape[place], dtype=torch.int32) // (shape[place] // counts[place])
+        number = torch.arange(shape[place], dtype=torch.int32, device=codes.device)
+        number = number // (shape[place] // counts[place])
         offset = offset + stride * number.reshape(
             [-1 if i == place else 1 for i in range(len(shape))]
         )
