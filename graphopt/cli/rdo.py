@@ -42,7 +42,10 @@ def rdo(
     settings: Annotated[
         Given, Fields(RDOConfig, "target_bits", "candidates", "family", "backend", "seed")
     ],
-    run: Annotated[Given, Fields(RunOptions, "out", "overwrite", "resume")],
+    run: Annotated[
+        Given,
+        Fields(RunOptions, "out", "overwrite", "resume", "activation_memory", "work_dir"),
+    ],
     config: Annotated[
         Path | None,
         typer.Option("--config", "-c", help="RDOConfig as YAML.", exists=True, dir_okay=False),

@@ -84,12 +84,13 @@ class BlockForward:
             call: What computes one node from the values before it; None runs it.
         """
         values = dict(constants)
-        for node, known in self._known.items():
-            values[node] = known[number]
+        known = {node: each[number] for node, each in self._known.items()}
+        values |= known
         nodes = [
             node
             for node in self.block.nodes
             if node not in values and not self.run.is_constant(node)
         ]
         self.run.interpreter.walk(nodes, values, call=call)
+        self.run.store.rest(known.values())
         return [values[node] for node in self.block.outputs]

@@ -33,6 +33,7 @@ class LayerwiseRun:
 
     Attributes:
         interpreter: What computes its nodes.
+        count: Number of batches.
     """
 
     def __init__(
@@ -45,7 +46,7 @@ class LayerwiseRun:
         self.gm = gm
         self.interpreter = Interpreter(gm)
         self._batches = batches
-        self._count = len(batches)
+        self.count = len(batches)
         self._done: set[fx.Node] = set()
         self._unread = {node: len(node.users) for node in gm.graph.nodes}
         given = [self.interpreter.inputs(batch) for batch in batches]
@@ -65,7 +66,7 @@ class LayerwiseRun:
     def values(self, node: fx.Node) -> list[Any]:
         """A node's value for each batch; the node must have run and still have readers."""
         if self.is_constant(node):
-            return [self.constant(node)] * self._count
+            return [self.constant(node)] * self.count
         return self._values[node]
 
     def has_values(self, node: fx.Node) -> bool:
@@ -95,7 +96,7 @@ class LayerwiseRun:
         used = set(operands(node))
         fixed = {operand: self.constant(operand) for operand in used if self.is_constant(operand)}
         results = []
-        for number in range(self._count):
+        for number in range(self.count):
             given = {
                 operand: self._values[operand][number] for operand in used if operand not in fixed
             }

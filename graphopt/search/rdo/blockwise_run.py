@@ -15,16 +15,19 @@ from graphopt.fitting.moments import missing_beside
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.correspondence import Correspondence
 from graphopt.ir.editor import Editor
+from graphopt.ir.program import Program
 from graphopt.prepared import ActivationQuantizer
+from graphopt.run.activation_store import ActivationStore
 from graphopt.run.batches import Batch
 from graphopt.run.block_forward import BlockForward
 from graphopt.run.layerwise import LayerwiseRun
+from graphopt.search.mixed_precision.layers import Layer
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.curvature import Curvature
-from graphopt.search.rdo.graph_layers import GraphLayer
+from graphopt.search.rdo.graph_layers import GraphLayer, find_layer_blocks, layers_by_node
 from graphopt.search.rdo.layer_fit import LayerFit, take_target
 
-__all__ = ["BlockwiseRun", "GraphBlock", "partners_of"]
+__all__ = ["BlockwiseRun", "GraphBlock", "partners_of", "run_from_exact"]
 
 
 def partners_of(work: CapturedModule, exact: CapturedModule) -> Correspondence:
@@ -59,22 +62,46 @@ class GraphBlock:
     changed: bool = False
 
 
+def run_from_exact(
+    programs: tuple[Program, Program],
+    layers: Sequence[Layer],
+    batches: Sequence[Batch],
+    curvature: Curvature,
+    config: RDOConfig,
+    store: ActivationStore,
+) -> BlockwiseRun:
+    """A pass over the blocks that begins with exact weights.
+
+    Args:
+        programs: The exact one, and the one to compress, which is copied.
+        layers: Its layers.
+        batches: Calibration inputs.
+        curvature: Gradients at the blocks' outputs.
+        config: Options.
+        store: What holds the values of both.
+    """
+    exact, work = programs[0].graph_module, programs[1].copy().graph_module
+    by_node = layers_by_node(work, layers, config)
+    blocks = find_layer_blocks(work, by_node, partners_of(work, exact), config)
+    compressed, reference = (LayerwiseRun(graph, batches, store) for graph in (work, exact))
+    return BlockwiseRun(compressed, reference, blocks, by_node, curvature, config)
+
+
 class BlockwiseRun:
     """One pass over the blocks of a graph, beside the exact graph.
 
     Args:
-        exact: The exact graph.
-        work: The graph whose weights are replaced; its activations may be rounded.
-        blocks: Blocks of `work`.
-        layers: The layers of `work` by node.
-        batches: Calibration inputs.
+        compressed: A run of the graph whose weights are replaced; its activations may be rounded.
+        reference: A run of the exact graph on the same batches.
+        blocks: Blocks of the former.
+        layers: Its layers by node.
         curvature: Gradients at the blocks' outputs.
         config: Options.
 
     Attributes:
-        compressed: Values of `work` up to where the pass has come.
-        reference: Values of `exact`.
-        partners: Nodes of `work` → nodes of `exact`.
+        compressed: Values of the former up to where the pass has come.
+        reference: Values of the exact graph.
+        partners: Nodes of the former → nodes of the exact graph.
         count: Number of batches.
         fitting: Numbers of the batches that layers are fitted to.
         held_out: Numbers of those that decide whether a step has helped.
@@ -82,21 +109,20 @@ class BlockwiseRun:
 
     def __init__(
         self,
-        exact: CapturedModule,
-        work: CapturedModule,
+        compressed: LayerwiseRun,
+        reference: LayerwiseRun,
         blocks: Sequence[Block],
         layers: Mapping[fx.Node, GraphLayer],
-        batches: Sequence[Batch],
         curvature: Curvature,
         config: RDOConfig,
     ) -> None:
+        work, exact = compressed.gm, reference.gm
         self.edit = Editor(work)
-        self.compressed = LayerwiseRun(work, batches)
-        self.reference = LayerwiseRun(exact, batches)
+        self.compressed, self.reference = compressed, reference
         self.partners = partners_of(work, exact)
         self.subgraphs, self.layers = blocks, layers
         self.curvature, self.config = curvature, config
-        self.count = len(batches)
+        self.count = compressed.count
         fitting = self.count - round(config.held_out * self.count)
         self.fitting = list(range(fitting))
         self.held_out = list(range(fitting, self.count))

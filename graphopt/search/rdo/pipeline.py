@@ -100,7 +100,8 @@ def optimize(
         evaluation_data: Inputs on which outputs are compared; the calibration data when None.
         options: The fields of `RunOptions`: `out` (folder for report.json, config.yaml, bits.json,
             comparison.png and quantized.pt2), `overwrite`, `resume` (go on with an unfinished run;
-            True), `executor` (where candidates are fitted) and `progress` (show bars).
+            True), `executor` (where candidates are fitted), `progress` (show bars),
+            `activation_memory` (bytes of values in memory) and `work_dir` (where others lie).
 
     Returns:
         The program and the report.
@@ -184,6 +185,7 @@ def _optimized(
             config,
             example_kwargs=example[1],
             progress=progress,
+            resources=run.resources,
         )
     partial = None if target is None else beside(target, "partial")
     state = RunState(partial, key_of(session) if partial is not None else "", resume=run.resume)

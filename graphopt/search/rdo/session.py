@@ -18,6 +18,7 @@ from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.pipeline import PausedRun
 from graphopt.errors import CompressionError, ConfigError
 from graphopt.exclusive import exclusively
+from graphopt.fitting.evidence import Resources
 from graphopt.ir.editor import Editor
 from graphopt.ir.program import Program
 from graphopt.progress import track
@@ -39,7 +40,7 @@ from graphopt.search.rdo.activations import refuse_hidden, with_rounded_activati
 from graphopt.search.rdo.adaptive_rounding import Rounded, round_block
 from graphopt.search.rdo.allocation import Rates
 from graphopt.search.rdo.block_fit import BlockFit, fits_of, sensitive_blocks
-from graphopt.search.rdo.blockwise_run import BlockwiseRun, GraphBlock, partners_of
+from graphopt.search.rdo.blockwise_run import BlockwiseRun, GraphBlock, partners_of, run_from_exact
 from graphopt.search.rdo.config import RDOConfig
 from graphopt.search.rdo.curvature import Curvature, GradientOptions
 from graphopt.search.rdo.flow import pipeline_of
@@ -78,6 +79,7 @@ class Session:
         work: The program with rounded activations, if any; every block-wise run has a copy.
         blocks: Names of the layers of each block.
         curvature: Gradients of the exact program.
+        resources: What values of layers may take in memory, and where the others go.
     """
 
     run: PausedRun
@@ -89,6 +91,7 @@ class Session:
     work: Program
     blocks: tuple[tuple[str, ...], ...]
     curvature: Curvature
+    resources: Resources
 
     @classmethod
     @exclusively
@@ -101,6 +104,7 @@ class Session:
         *,
         example_kwargs: Mapping[str, Any] | None = None,
         progress: bool | None = None,
+        resources: Resources | None = None,
     ) -> Session:
         """Capture a model, cut it into blocks and measure what the loss feels at their outputs.
 
@@ -113,6 +117,7 @@ class Session:
             config: Options.
             example_kwargs: Keyword inputs of the example call.
             progress: Show bars; None shows them on a terminal.
+            resources: Its `activation_memory` and `work_dir` hold for every pass over the blocks.
 
         Raises:
             CaptureError: The model cannot be exported.
@@ -166,7 +171,8 @@ class Session:
         named = tuple(
             tuple(dict.fromkeys(by_node[node].name for node in block.targets)) for block in blocks
         )
-        return cls(run, tuple(layers), candidates, batches, config, sizes, work, named, curvature)
+        known = (run, tuple(layers), candidates, batches, config, sizes, work, named, curvature)
+        return cls(*known, resources or Resources())
 
     @property
     def exact(self) -> Program:
@@ -389,9 +395,5 @@ class Session:
 
     def _blockwise_run(self) -> BlockwiseRun:
         """A pass over the blocks that begins with exact weights."""
-        gm = self.work.copy().graph_module
-        by_node = layers_by_node(gm, self.layers, self.config)
-        partners = partners_of(gm, self.exact.graph_module)
-        blocks = find_layer_blocks(gm, by_node, partners, self.config)
-        exact = self.exact.graph_module
-        return BlockwiseRun(exact, gm, blocks, by_node, self.batches, self.curvature, self.config)
+        known = (self.layers, self.batches, self.curvature, self.config)
+        return run_from_exact((self.exact, self.work), *known, self.resources.store())

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from concurrent.futures import Executor
+from pathlib import Path
 
 import pytest
 import torch
 from helpers.pools import POOLS
 from search.rdo.nets import calibration, trained
 from search.rdo.runs import EXAMPLE, QUICK, plain, right, run
+from torch import Tensor
 
 from graphopt import rdo
 from graphopt.errors import (
     ConfigError,
     InputError,
 )
+from graphopt.passes import Resources
 from graphopt.rdo import RDOConfig, Session
+from graphopt.run.activation_store import ActivationStore
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -45,6 +49,36 @@ def test_stages_alone_give_what_the_whole_gives() -> None:
     expected = plain().program.module().state_dict()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in found)
+
+
+def test_a_limit_of_memory_changes_no_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"rate_weight": 1e-6, "candidates": [4, 8], "activations": "int8", "draws": 1}
+    rounding = {"blocks": "all", "steps": 3}
+    config = RDOConfig.from_dict({**settings, "rounding": rounding})
+    moved, real = [], ActivationStore._moved
+
+    def counted(store: ActivationStore, leaf: Tensor) -> Tensor:
+        moved.append(leaf.numel())
+        return real(store, leaf)
+
+    monkeypatch.setattr(ActivationStore, "_moved", counted)
+    found = []
+    for resources in (None, Resources(activation_memory=1_000, work_dir=tmp_path)):
+        session = Session.open(
+            trained(), EXAMPLE, calibration(), config, progress=False, resources=resources
+        )
+        costs = session.search(1e-6, progress=False)
+        blocks = range(len(session.blocks))
+        fits = session.fit(costs.choice, rounded=list(blocks), progress=False)
+        found.append((costs, session.program(fits).graph_module.state_dict()))
+        assert bool(moved) == (resources is not None)
+    assert found[0][0] == found[1][0]
+    assert found[0][1].keys() == found[1][1].keys()
+    assert all(torch.equal(value, found[1][1][name]) for name, value in found[0][1].items())
+    with pytest.raises(ConfigError, match="no size"):
+        run({"target_bits": 5.0}, activation_memory="plenty")
 
 
 def test_costs_fall_with_bits_and_the_choice_minimises_loss_and_rate() -> None:
