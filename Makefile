@@ -102,7 +102,7 @@ bench-encoder: $(STAMP)
 bench-memory: $(STAMP)
 	$(BIN)/python tests/benchmarks/low_memory.py $(ARGS)
 
-# clustering and error feedback by torch on every device here, beside the compiled code
+# clustering, error feedback, soft palettes and tuning on every device here, beside what runs without one
 bench-device: $(STAMP)
 	$(BIN)/python tests/benchmarks/device.py $(ARGS)
 

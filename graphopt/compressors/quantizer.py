@@ -221,7 +221,7 @@ class Quantizer(Switches, Compressor):
         return moved is not None
 
     def calibrate(self, data: Iterable[Any], *, progress: bool | None = None) -> CapturedModule:
-        """Run the prepared module on `data` in `calibration_mode`.
+        """Run the prepared module on `data` in `calibration_mode`, one call after the other.
 
         Args:
             data: Inputs of one call each: a tensor, a tuple or list of positional inputs, or a

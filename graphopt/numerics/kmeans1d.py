@@ -21,7 +21,7 @@ from torch import Tensor
 
 from graphopt.errors import CompressionError
 from graphopt.extras import deferred
-from graphopt.numerics.device import chosen_device
+from graphopt.numerics.device import chosen_device, for_doubles
 from graphopt.numerics.kmeans1d_device import cluster_on_device
 from graphopt.numerics.parallel import map_tasks
 
@@ -172,6 +172,7 @@ def look_up(codes: Tensor, tables: Tensor) -> Tensor:
 def sum_of_squares(tensor: Tensor) -> float:
     """Σ x² in float64."""
     flat = tensor.detach().reshape(-1)
+    flat = flat.to(for_doubles(flat.device))
     if flat.device.type != "cpu" or flat.dtype is not torch.float32:
         return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
     return float(kernels_points.sum_of_squares(flat.numpy()))

@@ -14,6 +14,7 @@ from torch import Tensor
 from graphopt.config.palettization import KMeansPalettizerConfig, ModuleKMeansPalettizerConfig
 from graphopt.errors import CompressionError
 from graphopt.numerics.affine import has_offset
+from graphopt.numerics.device import for_doubles
 from graphopt.numerics.finite import all_finite
 from graphopt.numerics.kmeans1d import cluster_1d, sum_of_squares
 from graphopt.numerics.kmeans_nd import VectorSearch, cluster_vectors
@@ -149,8 +150,9 @@ def arrange(
         channel_scale = torch.where(largest > 0, largest, torch.ones_like(largest))
         scaled = weight / channel_scale
         # errors count in the weight's own units
-        relative = channel_scale.double() / channel_scale.double().max()
-        mass = relative.square().float().expand_as(weight)
+        wide = channel_scale.to(for_doubles(channel_scale.device)).double()
+        relative = (wide / wide.max()).square().float().to(weight.device)
+        mass = relative.expand_as(weight)
         mass = mass if importance is None else mass * importance
     weights = None if mass is None else layout.split(mass).mean(-1)
     return Arranged(layout, scaled, channel_scale, layout.split(scaled), weights)
@@ -222,6 +224,7 @@ def assemble(
 
 def _squared_error(weight: Tensor, palettized: PalettizedWeight) -> Tensor:
     error = weight.float() - palettized.dense().float()
+    error = error.to(for_doubles(error.device))
     return torch.linalg.vector_norm(error, dtype=torch.float64).square()
 
 

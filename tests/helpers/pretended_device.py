@@ -72,6 +72,17 @@ class _There(Tensor):
     def __repr__(self) -> str:
         return f"_There({self.raw})"
 
+    @property
+    def data(self) -> Tensor:
+        """The same values without gradients, for tensors of the same sizes to be set."""
+        return _There(self.raw.detach())
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        assert isinstance(values, _There)
+        assert values.shape == self.shape
+        self.raw = values.raw
+
     @classmethod
     def __torch_dispatch__(cls, op: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _run(op, args, kwargs or {})
