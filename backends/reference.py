@@ -14,7 +14,7 @@ from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.backends.narrow_sums import NarrowSums
 from graphopt.capture.exporting import run_on_copies
 from graphopt.errors import InputError
-from graphopt.ir.op_info import info_of
+from graphopt.ir.op_info import info_of, takes_sizes_alone
 from graphopt.ir.program import Program
 from graphopt.ir.state import carried_state, state_nodes, state_of, state_values, with_state
 from graphopt.run.batches import Batch
@@ -31,6 +31,7 @@ _DITHERED_RUNS = 6  # a choice, of experts for instance, may change in some of t
 _WITHIN = 0.999
 _LEVELS = 255
 _NOISE = 2.0**-20  # relative; a few roundings of float32
+_WHOLE = 2**24  # whole numbers below it are exact in float32
 _MASK = 1e4  # what is larger hides something rather than measures it
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -181,7 +182,7 @@ class Reference:
     def _runs(self) -> list[_Run]:
         """Outputs of the program with rounding behind each op, of 16 bits or in the last bits."""
         if not self._rounded:
-            noise = [_noisy(seed) for seed in (0, 1)]
+            noise: list[Callable[[Tensor], Tensor]] = [_Noise(seed) for seed in (0, 1)]
             kind = self.half or torch.float16
             behind = [*noise, _to_and_back(kind)] if self.is_half else noise
             self._rounded = [self._run(rule) for rule in behind]
@@ -213,13 +214,23 @@ class Reference:
         """Values with what is done to each float value, computed in float32 or wider.
 
         Args:
-            behind: What becomes of a float value.
+            behind: What becomes of a float value; noise spares whole numbers that are computed
+                from such, which are the same everywhere.
             dithered: Nodes that round; before them noise of a step is added.
             generator: Of the noise.
             sums: What adding up in 16 bits does to the results.
         """
         gm = self.program.graph_module
         interpreter = Interpreter(gm, copies=True)
+        spares = isinstance(behind, _Noise)
+        moved: set[fx.Node] = set()
+
+        def changed(node: fx.Node, value: Any) -> Any:
+            read = () if takes_sizes_alone(node) else node.all_input_nodes
+            if spares and moved.isdisjoint((node, *read)) and _is_whole(value):
+                return value
+            moved.add(node)
+            return pytree.tree_map_only(Tensor, lambda x: _changed(x, behind), value)
 
         def compute(node: fx.Node, value: Callable[[fx.Node], Any]) -> Any:
             info = info_of(node)
@@ -236,15 +247,17 @@ class Reference:
             result = interpreter.call(node, read)
             if sums is not None and sums.concerns(node):
                 result = sums.behind(node, result, read)
-            return pytree.tree_map_only(Tensor, lambda x: _changed(x, behind), result)
+            return changed(node, result)
 
         wanted, writers = interpreter.results(), state_nodes(gm)
         kept, results = {*wanted, *writers.values()}, []
+        written: set[fx.Node] = set()
         with torch.no_grad(), carried_state(gm):
             for call in self.calls:
+                moved.clear()
+                moved.update(written)
                 values = {
-                    node: _changed(given, behind) if isinstance(given, Tensor) else given
-                    for node, given in interpreter.inputs(call).items()
+                    node: changed(node, given) for node, given in interpreter.inputs(call).items()
                 }
                 interpreter.walk(
                     interpreter.computed, values, last=interpreter.last, kept=kept, call=compute
@@ -255,6 +268,7 @@ class Reference:
                     for node, writer in writers.items()
                     if node.op == "get_attr"
                 }
+                written |= {node for node, writer in writers.items() if writer in moved}
                 results.append([*outputs, *self._moved(state)])
         return results
 
@@ -278,12 +292,24 @@ def _to_and_back(kind: torch.dtype) -> Callable[[Tensor], Tensor]:
     return lambda x: x.to(kind).to(torch.float32)
 
 
-def _noisy(seed: int) -> Callable[[Tensor], Tensor]:
-    generator = torch.Generator().manual_seed(seed)
+def _is_whole(value: Any) -> bool:
+    """Whether all numbers of a value are whole, so that arithmetic that made them was exact."""
+    floats = [
+        x for x in pytree.tree_leaves(value) if isinstance(x, Tensor) and x.is_floating_point()
+    ]
+    return all(bool((x == x.round()).all()) and bool((x.abs() < _WHOLE).all()) for x in floats)
 
-    def noisy(x: Tensor) -> Tensor:
+
+class _Noise:
+    """Noise of a few roundings."""
+
+    def __init__(self, seed: int) -> None:
+        self._generator = torch.Generator().manual_seed(seed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The value with some."""
         wide = x.float() if x.dtype in _HALVES else x
-        unit = _NOISE * (torch.rand(x.shape, generator=generator) * 2 - 1)
+        unit = _NOISE * (torch.rand(x.shape, generator=self._generator) * 2 - 1)
         sizes = wide.abs()
         used = sizes[(sizes > 0) & (sizes < _MASK)]
         typical = float(used.median()) if used.numel() else 0.0
@@ -291,8 +317,6 @@ def _noisy(seed: int) -> Callable[[Tensor], Tensor]:
         moved = wide * (1 + unit) + unit * typical
         largest = torch.finfo(wide.dtype).max
         return torch.where(wide.isfinite(), moved.clamp(-largest, largest), wide)
-
-    return noisy
 
 
 def _distance(output: Tensor, want: Tensor) -> float:

@@ -26,6 +26,7 @@ from graphopt.backends.decompositions import (
     scalars,
     sorting,
     special,
+    types,
     views,
 )
 from graphopt.backends.decompositions.foreign import foreign_ops
@@ -234,5 +235,6 @@ _MISCOMPUTED: Table = {
     _aten.native_group_norm.default: forms.group_norm,
     _aten.expand.default: plain(forms.expand),
     _aten.masked_scatter.default: plain(forms.masked_scatter),
+    _aten.atan2.default: plain(types.operands_of_one_type(torch.atan2, floats=True)),
     **_REDUCTIONS,
 }

@@ -29,6 +29,7 @@ from graphopt.backends.decompositions import (
     scalars,
     sorting,
     special,
+    types,
     views,
 )
 from graphopt.backends.decompositions.whole import Around, plain
@@ -208,6 +209,7 @@ _BY_OVERLOAD: Rules = {
     _aten.where.Scalar: pointwise.where_with_numbers,
     _aten.where.ScalarSelf: pointwise.where_with_numbers,
     _aten.where.ScalarOther: pointwise.where_with_numbers,
+    _aten.atan2.default: pointwise.atan2,
     _aten.clamp.default: pointwise.clamp_ordered,
     _aten.clamp.Tensor: pointwise.clamp_by_tensors,
     _aten.mean.default: lambda x, *, dtype=None: reductions.mean(x, dtype=dtype),
@@ -267,7 +269,13 @@ def _all_rules() -> Rules:
         rules |= {op: composite(op) or decomposition_table.get(op) for op in _overloads(name)}
     for name, rule in _BY_OP.items():
         rules |= dict.fromkeys(_overloads(name), rule)
-    rules |= _BY_OVERLOAD | _unbatched() | _by_scale_factors() | _quantized_forms()
+    rules |= (
+        _BY_OVERLOAD
+        | types.joins_of_one_type(_aten, ["stack", "hstack"])
+        | _unbatched()
+        | _by_scale_factors()
+        | _quantized_forms()
+    )
     return rules | _of_scalars(rules)
 
 

@@ -13,6 +13,7 @@ __all__ = [
     "acosh",
     "add_scaled",
     "asinh",
+    "atan2",
     "bitwise_and",
     "bitwise_not",
     "bitwise_or",
@@ -308,3 +309,15 @@ def where_with_numbers(condition: Tensor, a: Any, b: Any) -> Tensor:
     )
     result = torch.where(condition, a, b)
     return result if condition.dim() or result.dim() != 1 else result.reshape([])
+
+
+def atan2(y: Tensor, x: Tensor) -> Tensor:
+    """The angle of a point; on the negative axis π, which converters' own forms turn into −π."""
+    kind = torch.result_type(y, x)
+    kind = kind if kind.is_floating_point else torch.get_default_dtype()
+    y, x = y.to(kind), x.to(kind)
+    of_ratio = torch.atan(y / torch.where(x == 0, torch.ones_like(x), x))
+    upright = torch.where(y > 0, math.pi / 2, torch.where(y < 0, -math.pi / 2, 0.0)).to(kind)
+    turned = of_ratio + torch.where(y < 0, -math.pi, math.pi).to(kind)
+    angle = torch.where(x > 0, of_ratio, torch.where(x < 0, turned, upright))
+    return torch.where(torch.isnan(x) | torch.isnan(y), x + y, angle)

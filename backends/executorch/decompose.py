@@ -23,6 +23,7 @@ from graphopt.backends.decompositions import (
     scalars,
     sorting,
     special,
+    types,
     views,
 )
 from graphopt.backends.decompositions.foreign import foreign_ops
@@ -230,6 +231,7 @@ _MISCOMPUTED: Table = {
     _aten.avg_pool2d.default: exact_ops.of_a_batch,
     _aten.max_pool2d.default: exact_ops.of_a_batch,
     _aten.constant_pad_nd.default: plain(views.pad_or_cut),
+    **{op: plain(rule) for op, rule in types.joins_of_one_type(_aten, ["cat"]).items()},
 }
 # kernels that add up or multiply in 16 bits
 for _op in (

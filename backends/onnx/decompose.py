@@ -25,6 +25,7 @@ from graphopt.backends.decompositions import (
     sampling,
     sorting,
     special,
+    types,
     views,
 )
 from graphopt.backends.decompositions.foreign import foreign_ops
@@ -97,7 +98,10 @@ def _lacking() -> Table:
 def _mistranslated() -> Table:
     """Rules of ops whose translation is wrong, or takes some arguments only."""
     losses = (_aten.cross_entropy_loss.default, _aten.nll_loss.default, _aten.nll_loss_nd.default)
-    return {op: decomposition_of_composite(op) for op in losses} | {
+    table = {op: decomposition_of_composite(op) for op in losses} | types.joins_of_one_type(_aten)
+    return table | {
+        _aten.atan2.default: pointwise.atan2,
+        _aten.pow.Tensor_Tensor: types.operands_of_one_type(torch.pow),
         _ATTENTION: attention_of_four_axes,
         _aten.nll_loss_forward.default: decomposition_table[_aten.nll_loss_forward.default],
         _aten.repeat_interleave.Tensor: indexing.repeated_places,

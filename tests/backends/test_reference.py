@@ -40,3 +40,27 @@ def test_an_error_of_that_size_everywhere_does_not_hold(rounded: Reference) -> N
     (want, *_), *_ = rounded.values
     largest = float((rounded._dithered()[0][0][0] - want).abs().max())
     assert not held(rounded, want + 1.5 * largest)
+
+
+class Chosen(nn.Module):
+    """Takes a row where a label says so, or where a value crosses a threshold."""
+
+    def __init__(self, *, by_label: bool) -> None:
+        super().__init__()
+        self.by_label = by_label
+
+    def forward(self, x: Tensor) -> Tensor:
+        labels = torch.cat([torch.ones_like(x[:1, 0]), -torch.ones(x.shape[0] - 1)])
+        # on the threshold itself: rounding decides
+        near = x[:, 0] / 3 * 3 >= x[:, 0]
+        return torch.where(((labels == -1) if self.by_label else near)[:, None], x, -x)
+
+
+@pytest.mark.parametrize("by_label", [True, False])
+def test_what_whole_numbers_decide_is_not_left_to_rounding(by_label: bool) -> None:
+    x = torch.randn(64, 4, generator=torch.Generator().manual_seed(0))
+    model = Chosen(by_label=by_label).eval()
+    reference = Reference(graphopt.capture(model, (x,)), [((x,), {})], "float32")
+    other = torch.where((torch.arange(64) == 1)[:, None], -model(x), model(x))
+    assert held(reference, model(x))
+    assert held(reference, other) is not by_label

@@ -75,3 +75,29 @@ def test_other_float_types_are_right_or_refused_with_the_way_out(
     assert artifact.verification.complete
     casts = kind == "double" and target in ("coreai", "coreml")
     assert ("float64 is cast to float32" in caplog.text) == casts
+
+
+class Mixed(nn.Module):
+    """Integers, truth values and floats side by side, and as the sides of an angle."""
+
+    def forward(self, i: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        above = x > 0
+        return (
+            torch.cat([i, x, above], -1),
+            torch.stack([i, x]),
+            torch.hstack([above, i]),
+            torch.atan2(i, x),
+            torch.atan2(x, i),
+            (i.abs() + 1) ** x,
+        )
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("target", [*TARGETS, "onnx"])
+def test_operands_of_several_types_have_the_type_of_the_result(target: str, tmp_path: Path) -> None:
+    i = torch.tensor([[0, -1, 2], [3, 0, -2]], dtype=torch.int32)
+    x = torch.tensor([[-1.0, 0.0, 0.5], [-0.7, 2.0, -3.0]])
+    precision: dict[str, Any] = {"precision": "float32"} if target == "coreml" else {}
+    artifact: Any = graphopt.lower(graphopt.capture(Mixed(), (i, x)), target, **precision)
+    artifact.save(tmp_path / f"net{artifact.suffix}")
+    assert artifact.verification.max_error < 1e-6

@@ -52,6 +52,7 @@ from graphopt.ir.op_info.questions import (
     momentum_of,
     noise_range,
     op_names,
+    takes_sizes_alone,
     view_of,
 )
 from graphopt.ir.op_info.registry import (
@@ -94,6 +95,7 @@ __all__ = [
     "noise_range",
     "op_names",
     "register",
+    "takes_sizes_alone",
     "targets",
     "view_of",
     "without_memory_order",

@@ -20,9 +20,18 @@ __all__ = [
     "momentum_of",
     "noise_range",
     "op_names",
+    "takes_sizes_alone",
     "view_of",
 ]
 
+# of the sizes of their operand, whatever its values are
+_OF_SIZES = frozenset(
+    f"aten::{name}"
+    for name in (
+        *("zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full"),
+        *("sym_size", "size", "sym_numel"),
+    )
+)
 _TURNING = (View.REVERSE, View.TRANSPOSE, View.PERMUTE)
 
 
@@ -36,6 +45,18 @@ def view_of(node: object) -> View | None:
     """
     info = info_of(node) if isinstance(node, fx.Node) else None
     return None if info is None else info.view
+
+
+def takes_sizes_alone(node: fx.Node) -> bool:
+    """Whether a node's result does not depend on the values of its operand.
+
+    Examples:
+        >>> gm = torch.fx.symbolic_trace(lambda x: torch.ops.aten.ones_like.default(x))
+        >>> [takes_sizes_alone(node) for node in gm.graph.nodes if node.op == "call_function"]
+        [True]
+    """
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.name in _OF_SIZES
 
 
 def is_batch_norm(node: object) -> bool:
