@@ -193,7 +193,9 @@ def view(context: Any, node: Any) -> None:
     x, shape = _inputs(context, node)[:2]
     empty = not shape if isinstance(shape, list) else shape.shape == (0,)
     if x.rank and empty:
-        context.add(Builder.squeeze(x=x, axes=list(range(x.rank)), name=node.name))
+        # coremltools infers the value of one axis alone
+        x = x if x.rank == 1 else Builder.reshape(x=x, shape=[1])
+        context.add(Builder.squeeze(x=x, axes=[0], name=node.name))
     else:
         ops.view(context, node)
 

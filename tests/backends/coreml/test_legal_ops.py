@@ -127,7 +127,10 @@ KINDS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         (of(3, 8), torch.tensor([[0, 2], [1, 1], [2, 0]]), of(3, 2)),
     ),
     "loss of one row": (
-        lambda x, i: F.cross_entropy(x[0], i) * torch.ones(()) + F.nll_loss(x[1], i),
+        lambda x, i: (
+            F.cross_entropy(x[0], i) * torch.ones(()) + F.nll_loss(x[1], i),
+            *torch.var_mean(x),
+        ),
         (of(3, 8), torch.tensor(5)),
     ),
     "counts given": (
