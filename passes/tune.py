@@ -117,16 +117,14 @@ def tune(
     if not data:
         raise CalibrationError("no data: there is nothing to tune on")
     gm, exact = tuned.graph_module, reference.graph_module
-    if how.device is not None:
-        exact = reference.copy().graph_module
-    batches, held = (list(read_calls(gm, calls)) for calls in (data, held_out))
-    if len(list(Editor(gm).calls(op_info.BATCH_NORM))) < len(
-        list(Editor(exact).calls(op_info.BATCH_NORM))
-    ):
-        # the program's convolutions stand for the norms behind them, too
-        exact = reference.copy().graph_module
-        run_passes(exact, [FoldBatchNorm()])
     device = device_of(how.device)
+    batches, held = (list(read_calls(gm, calls)) for calls in (data, held_out))
+    # the program's convolutions may stand for the norms behind them, too
+    norms = [len(list(Editor(graph).calls(op_info.BATCH_NORM))) for graph in (gm, exact)]
+    if device is not None or norms[0] < norms[1]:
+        exact = reference.copy().graph_module
+    if norms[0] < norms[1]:
+        run_passes(exact, [FoldBatchNorm()])
     try:
         tune_graph(gm, exact, batches, how, held_out=held)
     except (NotImplementedError, TypeError) as error:

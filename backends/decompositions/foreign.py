@@ -35,11 +35,11 @@ def _loss_in_pieces(
 ) -> tuple[Tensor, ...]:
     """The loss of a linear layer's logits; its gradients, which only training reads, are zeros."""
     ignored, smoothing, _, _, dtype, _, *differentiated = options
-    logits = _logits(x, linear_weight, linear_bias, dtype)
-    loss = F.cross_entropy(
-        logits,
+    loss = _loss(
+        (x, linear_weight, linear_bias),
         target,
-        None if weight is None else weight.to(dtype),
+        weight,
+        dtype,
         ignore_index=ignored,
         reduction=reduction,
         label_smoothing=smoothing,
@@ -51,7 +51,7 @@ def _loss_in_pieces(
         rows if of_weight else [0, 0],
         rows[:-1] if of_bias else [0],
     )
-    return loss.to(x.dtype), *(torch.zeros(shape, dtype=x.dtype) for shape in shapes)
+    return loss, *(torch.zeros(shape, dtype=x.dtype) for shape in shapes)
 
 
 def _losses_in_pieces(
@@ -64,20 +64,22 @@ def _losses_in_pieces(
     *options: Any,
 ) -> Tensor:
     """The loss of each row of a linear layer's logits."""
-    dtype = options[-1]
-    logits = _logits(x, linear_weight, linear_bias, dtype)
-    losses = F.cross_entropy(
-        logits,
-        target,
-        None if weight is None else weight.to(dtype),
-        ignore_index=ignored,
-        reduction="none",
-    )
-    return losses.to(x.dtype)
+    layer = (x, linear_weight, linear_bias)
+    return _loss(layer, target, weight, options[-1], ignore_index=ignored, reduction="none")
 
 
-def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
-    return F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+def _loss(
+    layer: tuple[Tensor, Tensor, Tensor | None],
+    target: Tensor,
+    weight: Tensor | None,
+    dtype: torch.dtype,
+    **how: Any,
+) -> Tensor:
+    """The loss of the logits of rows, a matrix and a bias, computed in a type."""
+    x, matrix, bias = layer
+    bias, weight = (None if each is None else each.to(dtype) for each in (bias, weight))
+    logits = F.linear(x.to(dtype), matrix.to(dtype), bias)
+    return F.cross_entropy(logits, target, weight, **how).to(x.dtype)
 
 
 _RULES: dict[tuple[str, str], Callable[..., Any]] = {
