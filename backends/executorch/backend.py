@@ -29,6 +29,7 @@ from graphopt.backends.executorch.check import (
 )
 from graphopt.backends.executorch.delegation import Delegation, delegation_of
 from graphopt.backends.executorch.kernels import FLOAT_OPS, FUSED_ACTIVATIONS
+from graphopt.backends.executorch.legalize import DuplicateDequantize
 from graphopt.backends.executorch.lower import legal_export, legal_passes
 from graphopt.backends.executorch.options import (
     ExecuTorchOptions,
@@ -322,7 +323,11 @@ def _emit(form: _Form) -> _Emitted:
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower
 
         chosen = _partitioners(form.name) if target is None else [target.partitioner()]
-        options: dict[str, Any] = {"compile_config": EdgeCompileConfig(_check_ir_validity=False)}
+        options: dict[str, Any] = {
+            "compile_config": EdgeCompileConfig(_check_ir_validity=False),
+            # behind ExecuTorch's decompositions, which may have made several readers of one
+            "transform_passes": [DuplicateDequantize()],
+        }
         if target is not None:
             options |= target.edge_options()
         try:

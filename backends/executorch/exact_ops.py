@@ -145,7 +145,8 @@ def convolution(
         made = whole(images, weight[:, :, layer], bias if layer == 0 else None, *behind)
         total = made if total is None else total + made
     assert total is not None
-    return total.reshape(batch, depth, *total.shape[1:]).transpose(1, 2)
+    # as the whole one lies in memory: views behind it were traced of that
+    return total.reshape(batch, depth, *total.shape[1:]).transpose(1, 2).contiguous()
 
 
 def _thrice(value: Any) -> list[int]:

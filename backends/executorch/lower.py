@@ -25,10 +25,7 @@ from graphopt.backends.executorch.integer_kernels import (
     is_packed,
     why_not_integers,
 )
-from graphopt.backends.executorch.legalize import (
-    DuplicateDequantize,
-    LegalizeForXNNPACK,
-)
+from graphopt.backends.executorch.legalize import LegalizeForXNNPACK
 from graphopt.backends.executorch.options import Tables
 from graphopt.backends.executorch.partition import partition_configs
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_interface
@@ -99,7 +96,6 @@ def legal_passes(tables: Tables, *, kernels: bool = True) -> tuple[Pass, ...]:
         OwnNormState(),
         Conv1dAsConv2d(),
         RemoveUnused(),
-        DuplicateDequantize(),
     )
 
 

@@ -73,10 +73,12 @@ def cut_circles(
     unit_of = {node: frozenset(group) for group in groups for node in group}
     left = list(parts)
     while circle := _circle(graph, left):
+        rounds = _rounds(graph, circle, unit_of)
         # the smallest that can be cut
         for part in sorted(circle, key=len):
-            late = _late(graph, left, part, circle, unit_of)
-            if late and late != part:
+            first = min((rounds[node] for node in part if node in rounds), default=0)
+            late = frozenset(node for node in part if rounds.get(node, first) > first)
+            if late:
                 place = left.index(part)
                 left[place : place + 1] = [part - late, late]
                 break
@@ -86,9 +88,11 @@ def cut_circles(
 
 
 def _joined(graph: fx.Graph, owner: dict[fx.Node, Any]) -> nx.DiGraph[Any]:
-    """The graph with the nodes of each part as one."""
+    """The graph with the nodes of each part as one; nothing waits for inputs and constants of a part."""
     joined = nx.DiGraph()
     for node in graph.nodes:
+        if node.op in ("placeholder", "get_attr"):
+            continue
         for user in node.users:
             source, target = owner.get(node, node), owner.get(user, user)
             if source != target:
@@ -106,18 +110,29 @@ def _circle(graph: fx.Graph, parts: Sequence[Nodes]) -> list[Nodes]:
     return []
 
 
-def _late(
-    graph: fx.Graph,
-    parts: Sequence[Nodes],
-    part: Nodes,
-    circle: Sequence[Nodes],
-    unit_of: dict[fx.Node, Nodes],
-) -> Nodes:
-    """What of a part waits for the others of its circle."""
-    owner: dict[fx.Node, Any] = {node: other for other in parts for node in other}
-    owner |= {node: unit_of.get(node, frozenset({node})) for node in part}
-    joined = _joined(graph, owner)
-    behind = set().union(
-        *(nx.descendants(joined, other) for other in circle if other != part and other in joined)
-    )
-    return frozenset(node for node in part if owner[node] in behind)
+def _rounds(
+    graph: fx.Graph, circle: Sequence[Nodes], unit_of: dict[fx.Node, Nodes]
+) -> dict[fx.Node, int]:
+    """How many times a value has come out of a part of the circle on its longest way to each node.
+
+    Where a part has one number alone, all of it waits for the same others: in a circle some part has
+    several, unless the groups themselves wait for one another; then nothing is returned.
+    """
+    part_of = {node: part for part in circle for node in part}
+    unit_with = {node: unit_of.get(node, frozenset({node})) for node in part_of}
+    units = _joined(graph, unit_with)
+    try:
+        order = list(nx.topological_sort(units))
+    except nx.NetworkXUnfeasible:
+        return {}
+    part_with = {unit_with[node]: part for node, part in part_of.items()}
+    rounds: dict[Any, int] = {}
+    for unit in order:
+        rounds[unit] = max(
+            (
+                rounds[source] + (part_with.get(source, part_with.get(unit)) != part_with.get(unit))
+                for source in units.predecessors(unit)
+            ),
+            default=0,
+        )
+    return {node: rounds[unit] for node, unit in unit_with.items() if unit in rounds}

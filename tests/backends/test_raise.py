@@ -9,7 +9,9 @@ import sys
 
 import pytest
 import torch
+from helpers.tables_on_targets import ARGS, SPECS, UINT8, palettized
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from graphopt import passes
 from graphopt.backends.lowering import as_program
@@ -22,7 +24,12 @@ from graphopt.palettization import (
     ModuleKMeansPalettizerConfig,
     PalettizationSpec,
 )
+from graphopt.quantization import ModuleQuantizerConfig, Quantizer, QuantizerConfig
 from graphopt.report.bits import bits_per_weight
+
+PRESETS = QuantizerConfig.presets
+# targets whose finalized modules hold ops of theirs
+OWN_OPS = [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("coreai", "coreml")]
 
 X = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
 
@@ -161,3 +168,56 @@ def test_raising_imports_no_toolchain() -> None:
     words = [sys.executable, "-W", "ignore", "-c", code]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+QUANTIZED = {
+    "w8": PRESETS.w8(),
+    "w8a8": PRESETS.w8a8(),
+    "w8a8_affine": PRESETS.w8a8_affine(),
+    "w4_per_block": PRESETS.w4_per_block(),
+    "fp8": PRESETS.fp8(),
+    "mxfp4": PRESETS.mxfp4(),
+    "unsigned rows": QuantizerConfig(
+        global_config=ModuleQuantizerConfig(op_state_spec={"weight": UINT8})
+    ),
+}
+
+
+def raised_again(finalized: CapturedModule, example: tuple[Tensor, ...]) -> CapturedModule:
+    """A finalized module as it is read from a file, in our vocabulary by rules alone."""
+    raised = as_program(torch.export.export(finalized, example)).graph_module
+    assert namespaces(raised) <= {"aten", "graphopt", "quantized_decomposed"}
+    want, got = finalized(*example), raised(*example)
+    for one, other in zip(pytree.tree_leaves(want), pytree.tree_leaves(got), strict=True):
+        torch.testing.assert_close(other, one, rtol=0, atol=1e-6)
+    return raised
+
+
+@pytest.mark.parametrize("target", OWN_OPS)
+@pytest.mark.parametrize("name", SPECS)
+def test_every_form_of_table_is_raised_from_a_file(target: str, name: str) -> None:
+    palettizer = palettized(SPECS[name])
+    raised = raised_again(palettizer.finalize(backend=target), ARGS)
+    want = bits_per_weight(palettizer.program()).total_bits
+    # Core AI holds one factor for each channel of each table where ours are in two places
+    assert bits_per_weight(raised).total_bits <= want * 1.2
+
+
+@pytest.mark.parametrize(
+    ("target", "name"),
+    [
+        pytest.param(target, name, marks=getattr(pytest.mark, target))
+        for target in ("coreai", "coreml")
+        for name in QUANTIZED
+        if target == "coreai" or name not in ("fp8", "mxfp4")  # which Core ML has not
+    ],
+)
+def test_every_form_of_integer_is_raised_from_a_file(target: str, name: str) -> None:
+    torch.manual_seed(0)
+    quantizer = Quantizer(
+        nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 8)).eval(), QUANTIZED[name]
+    )
+    example = torch.randn(4, 64)
+    quantizer.prepare((example,))
+    quantizer.calibrate([example])
+    raised_again(quantizer.finalize(backend=target), (example,))

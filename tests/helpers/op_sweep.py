@@ -169,9 +169,10 @@ def together_call(calls: Sequence[OpCall]) -> OpCall:
 def _serve(pipe: Any) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    while True:
-        function, *args = pipe.recv()
-        pipe.send(function(*args))
+    with contextlib.suppress(EOFError):  # the other end is closed
+        while True:
+            function, *args = pipe.recv()
+            pipe.send(function(*args))
 
 
 class _Worker:
@@ -228,8 +229,10 @@ class Sweeper:
                 groups += [group[half:], group[:half]]
 
     def close(self) -> None:
-        """End the process."""
+        """End the process, by itself where it can."""
         with contextlib.suppress(Exception):
+            self._worker.pipe.close()
+            self._worker.process.join(10)
             self._worker.process.kill()
 
 

@@ -149,3 +149,25 @@ def test_notes_say_which_option_lets_convolutions_compute_with_integers() -> Non
         program = graphopt.compress(model, x, {"quantization": {}}, [x], backend=backend)
         notes = graphopt.lower(program, "executorch").delegation.notes
         assert any('backend="executorch"' in note for note in notes) == hinted
+
+
+@pytest.mark.integration
+@pytest.mark.executorch
+@pytest.mark.parametrize("activation", [nn.Mish, nn.Softplus, nn.LogSigmoid, nn.Tanhshrink])
+def test_activations_in_pieces_behind_convolutions_are_right(
+    activation: type[nn.Module], tmp_path: Path
+) -> None:
+    """XNNPACK keeps the results of convolutions with channels last, and turns them once per reader."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), activation()).eval()
+    image = torch.randn(1, 3, 8, 8)
+    small = graphopt.compress(
+        model,
+        (image,),
+        QuantizerConfig.presets.w8a8_affine(),
+        calibration_data=[image],
+        backend="executorch",
+    )
+    artifact = graphopt.lower(small, "executorch")
+    artifact.save(tmp_path / "net.pte")
+    assert artifact.verification.max_error < 1e-6

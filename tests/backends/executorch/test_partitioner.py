@@ -72,6 +72,18 @@ def test_parts_can_be_computed_in_turn(seed: int) -> None:
     for group in groups:
         assert all(group <= part or not group & part for part in cut)
     assert all(any(part <= whole for whole in parts) for part in cut)
+    if has_order(graph, [frozenset(group) for group in groups]):
+        assert frozenset().union(*cut) == frozenset().union(*parts)
+
+
+def test_nothing_waits_for_weights_in_a_part() -> None:
+    graph = fx.Graph()
+    x, weight = graph.placeholder("x"), graph.placeholder("weight")
+    words = graph.call_function(torch.embedding, (weight, x))
+    scores = graph.call_function(torch.matmul, (words, weight))
+    graph.output(scores)
+    parts = [frozenset({weight, scores})]
+    assert cut_circles(graph, parts, [parts[0]]) == parts
 
 
 class Crossed(nn.Module):
@@ -104,5 +116,25 @@ def test_chains_that_cross_are_saved_and_right(
     monkeypatch.setattr(merged, crossed_partitions)
     call = (torch.randn(4, 8), torch.randn(4, 8))
     artifact = graphopt.lower(graphopt.capture(Crossed().eval(), call), "executorch")
+    artifact.save(tmp_path / "net.pte")
+    assert artifact.verification.max_error < 1e-6
+
+
+@pytest.mark.integration
+@pytest.mark.executorch
+def test_weights_that_words_and_scores_share_are_saved_and_right(tmp_path: Path) -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.words = nn.Embedding(32, 16)
+            self.hidden = nn.Linear(16, 16)
+            self.scores = nn.Linear(16, 32, bias=False)
+            self.scores.weight = self.words.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.scores(torch.relu(self.hidden(self.words(ids))))
+
+    call = (torch.randint(0, 32, (2, 5)),)
+    artifact = graphopt.lower(graphopt.capture(Tied().eval(), call), "executorch")
     artifact.save(tmp_path / "net.pte")
     assert artifact.verification.max_error < 1e-6
