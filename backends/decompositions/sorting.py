@@ -112,7 +112,8 @@ def searchsorted(
         sequence = sequence.unsqueeze(-2)
     each = values.unsqueeze(-1)
     before = sequence <= each if right or side == "right" else sequence < each
-    return before.to(torch.int32 if out_int32 else torch.int64).sum(-1)
+    kind = torch.int32 if out_int32 else torch.int64
+    return before.to(kind).sum(-1).to(kind)
 
 
 def topk_of_scalar(x: Tensor, k: int, *args: Any, **kwargs: Any) -> Any:

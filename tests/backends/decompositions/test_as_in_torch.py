@@ -9,13 +9,14 @@ import torch
 from helpers.op_calls import calls_of
 from torch.utils import _pytree as pytree
 
-pytest.importorskip("coremltools")
+from graphopt.backends.coreai.decompose import decompositions as for_coreai
 from graphopt.backends.coreml.decompose import decompose_for_coreml
+from graphopt.backends.executorch.decompose import decompositions as for_executorch
 
 OPS = [
     *("acosh", "asinh", "copysign", "erfinv", "fmax", "fmin", "hypot", "logaddexp"),
     *("nan_to_num", "clamp", "add", "sub", "isinf", "isclose", "signbit", "sinc", "trunc"),
-    *("round.decimals_3", "fmod", "bitwise_or", "nn.functional.celu", "nn.functional.softplus"),
+    *("round.decimals_3", "fmod", "nn.functional.celu", "nn.functional.softplus"),
     *("var", "std_mean", "mean", "sum", "any", "all", "argmax", "count_nonzero", "norm"),
     *("cummax", "cummin", "cumprod", "cumsum", "logcumsumexp"),
     *("gather", "index_add", "index_copy", "index_fill", "index_put", "index_select", "put"),
@@ -35,30 +36,32 @@ OPS = [
     *("nn.functional.max_unpool2d", "nn.functional.grid_sample", "grid_sampler_3d"),
     *("nn.functional.instance_norm", "nn.functional.scaled_dot_product_attention"),
 ]
-# one of each family runs by default
-FEW = {
-    *("nan_to_num", "clamp", "var", "cumprod", "index_put", "scatter_reduce.mean", "diagonal"),
-    *("median", "nn.functional.interpolate.bicubic", "nn.functional.avg_pool2d"),
-}
 
 
 def tensors(value: Any) -> list[torch.Tensor]:
     return [x for x in pytree.tree_leaves(value) if isinstance(x, torch.Tensor)]
 
 
-@pytest.mark.slow
-@pytest.mark.coreml
+REWRITE = {
+    "coreml": decompose_for_coreml,
+    "coreai": lambda exported: exported.run_decompositions(for_coreai()),
+    "executorch": lambda exported: exported.run_decompositions(for_executorch([])),
+}
+
+
+@pytest.mark.integration
 @pytest.mark.parametrize(
-    "op", [pytest.param(op, marks=[] if op in FEW else [pytest.mark.slow]) for op in OPS]
+    "target", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in REWRITE]
 )
-def test_op_in_simpler_ops_gives_what_it_gives(op: str) -> None:
+@pytest.mark.parametrize("op", OPS)
+def test_op_in_simpler_ops_gives_what_it_gives(op: str, target: str) -> None:
     calls = calls_of(op)
     assert calls
-    for call in calls:
+    for call in calls if target == "coreml" else calls[::2]:
         with torch.no_grad():
             want = tensors(call.module(*(x.clone() for x in call.inputs)))
             exported = torch.export.export(call.module, call.inputs, strict=False)
-            rewritten = decompose_for_coreml(exported.run_decompositions({}))
+            rewritten = REWRITE[target](exported.run_decompositions({}))
             got = tensors(rewritten.module()(*(x.clone() for x in call.inputs)))
         assert len(got) == len(want)
         for a, b in zip(got, want, strict=True):
