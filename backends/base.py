@@ -15,6 +15,7 @@ from typing_extensions import Unpack
 from graphopt.audited import own_module
 from graphopt.backends.artifact import Artifact, stored_weights
 from graphopt.backends.capabilities import Capabilities
+from graphopt.backends.complex_numbers import in_real_parts
 from graphopt.backends.delegate import Delegate
 from graphopt.backends.double_precision import as_float32, has_doubles
 from graphopt.backends.options import LoweringKeywords, TargetOptions, read_options
@@ -300,6 +301,7 @@ class Backend(ABC):
             LoweringError: There is something.
         """
         del options
+        program = in_real_parts(program, self.capabilities.complex_numbers)
         if not self.capabilities.doubles and has_doubles(program):
             program = as_float32(program.copy(), quiet=True)
         reasons = self.unsupported(program)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, fx
@@ -12,7 +13,9 @@ from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.analysis.stored_values import find_quantized_weights
 from graphopt.specs.storage import PowerScales, StorageRules
 
-__all__ = ["Capabilities", "bfloat16_values", "quantization_refusals"]
+__all__ = ["Capabilities", "ComplexNumbers", "bfloat16_values", "quantization_refusals"]
+
+ComplexNumbers = Literal["all", "transforms", "none"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,8 @@ class Capabilities:
         float_ops: Names of ops that are computed in float, whatever they read, unless that is a
             stored weight.
         doubles: Whether the target computes in float64; else float32 takes its place.
+        complex_numbers: Which ones it computes with: all, those that come from Fourier transforms of real
+            values, or none; real and imaginary parts take the place of others.
         power_scales: Weights whose e8m0 scales are stored in a byte: all, narrow floats, or none.
         bfloat16_scales: Whether scales in bfloat16 are stored as such.
 
@@ -69,6 +74,7 @@ class Capabilities:
     integer_results: bool = False
     float_ops: frozenset[str] = frozenset()
     doubles: bool = True
+    complex_numbers: ComplexNumbers = "all"
     power_scales: PowerScales = "none"
     bfloat16_scales: bool = True
 

@@ -97,6 +97,9 @@ class Reference:
         self.narrow_sums, self.state_type = narrow_sums, state_type
         self.half = next(iter(_half_types(program)), None)
         self.is_half = precision == "float16" or self.half is not None
+        self._starts = {
+            name: x.detach().clone() for name, x in state_values(program.graph_module).items()
+        }
         if self.half is None:
             with torch.no_grad():
                 self.values = self._plain()
@@ -120,10 +123,16 @@ class Reference:
         """What the next call finds, the types being as the target keeps them."""
         gm = self.program.graph_module
         if self.state_type is not None:
-            state = {name: _changed(x, _to_and_back(self.state_type)) for name, x in state.items()}
+            state = {name: self._stored(x, self._starts[name]) for name, x in state.items()}
         kinds = {name: held.dtype for name, held in state_values(gm).items()}
         with_state(gm, {name: x.to(kinds[name]) for name, x in state.items()})
         return [x.detach().clone() for x in state.values()]
+
+    def _stored(self, value: Tensor, start: Tensor) -> Tensor:
+        """A state as it is kept: how far it is from its initial value."""
+        if self.state_type is None or not value.is_floating_point():
+            return value
+        return start + (value - start).to(self.state_type).to(value.dtype)
 
     def holds(self, call: int, place: int, output: Tensor, error: float) -> bool:
         """Whether one value is as near as it can be asked to be.

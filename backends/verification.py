@@ -40,7 +40,8 @@ class Evaluation:
             in 16 bits.
         state: The program's buffers that are state, in its order, as the call left them; () where
             the target does not show them.
-        state_type: Float type in which the target keeps state from call to call; None for its own.
+        state_type: Float type in which the target keeps from call to call how far state is from its
+            initial value; None for state in its own type.
     """
 
     outputs: tuple[Tensor, ...]

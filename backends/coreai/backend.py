@@ -18,7 +18,7 @@ from graphopt.backends.coreai.asset import without_date
 from graphopt.backends.coreai.check import Running, run_asset, run_calls
 from graphopt.backends.coreai.delegate import CoreAIDelegate
 from graphopt.backends.coreai.limits import explain_failure, refuse_impossible
-from graphopt.backends.coreai.lower import TABLE_TYPES, legal_export, legal_passes
+from graphopt.backends.coreai.lower import COMPLEX_NUMBERS, TABLE_TYPES, legal_export, legal_passes
 from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.coreai.plan import plan_of
 from graphopt.backends.coreai.raise_ import RaiseFromCoreAI
@@ -96,6 +96,7 @@ class CoreAIBackend(Backend):
         table_types=TABLE_TYPES,
         power_scales="floats",
         doubles=False,
+        complex_numbers=COMPLEX_NUMBERS,
         activation_types=("int8", "uint8", "fp8_e4m3", "fp8_e5m2"),
     )
     options: ClassVar[type[TargetOptions]] = CoreAIOptions

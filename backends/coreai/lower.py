@@ -9,7 +9,9 @@ import torch
 from torch import fx
 from torch.export import ExportedProgram
 
+from graphopt.backends.capabilities import ComplexNumbers
 from graphopt.backends.casting import cast_to_16_bit_precision, op_predicate
+from graphopt.backends.complex_numbers import in_real_parts
 from graphopt.backends.coreai.decompose import RUNNING_SUMS, decompositions
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
@@ -25,9 +27,10 @@ from graphopt.passes import ExpandRangeRounding, IntegersToTables, RemoveUnused,
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
-__all__ = ["TABLE_TYPES", "legal_export", "legal_passes"]
+__all__ = ["COMPLEX_NUMBERS", "TABLE_TYPES", "legal_export", "legal_passes"]
 
 _INTERFACE = Interface()
+COMPLEX_NUMBERS: ComplexNumbers = "none"
 TABLE_TYPES = ("uint2", "int3", "uint3", "int6", "uint6")
 
 
@@ -52,7 +55,7 @@ def legal_export(
         options: What to compute in.
         plan: Sizes of the inputs.
     """
-    legal = as_float32(flat_interface(program, _INTERFACE))
+    legal = as_float32(flat_interface(in_real_parts(program, COMPLEX_NUMBERS), _INTERFACE))
     run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), StatesWithAxes()])
     with torch.no_grad(), decomposing_for("Core AI", legal.graph_module):
         exported = export_graph(

@@ -22,6 +22,7 @@ from graphopt.backends.coreml.flexible import input_types
 from graphopt.backends.coreml.left_out import LEFT_OUT
 from graphopt.backends.coreml.limits import Progress, explain_failure, following
 from graphopt.backends.coreml.lower import (
+    COMPLEX_NUMBERS,
     INTERFACE,
     TABLE_TYPES,
     legal_export,
@@ -97,6 +98,7 @@ class CoreMLBackend(Backend):
         table_types=TABLE_TYPES,
         minimum=False,
         doubles=False,
+        complex_numbers=COMPLEX_NUMBERS,
         bfloat16_scales=False,
         activation_types=("int8", "uint8"),
         activation_channels=False,

@@ -9,6 +9,8 @@ import torch
 from torch.export import ExportedProgram
 
 from graphopt.analysis.quantized import quantized_ops
+from graphopt.backends.capabilities import ComplexNumbers
+from graphopt.backends.complex_numbers import in_real_parts
 from graphopt.backends.coreml.decompose import decompose_for_coreml
 from graphopt.backends.coreml.lowerings import register_lowerings
 from graphopt.backends.coreml.names import leave_names
@@ -31,8 +33,16 @@ from graphopt.passes import (
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
-__all__ = ["INTERFACE", "TABLE_TYPES", "legal_export", "legal_passes", "small_constants_once"]
+__all__ = [
+    "COMPLEX_NUMBERS",
+    "INTERFACE",
+    "TABLE_TYPES",
+    "legal_export",
+    "legal_passes",
+    "small_constants_once",
+]
 
+COMPLEX_NUMBERS: ComplexNumbers = "none"
 INTERFACE = Interface(
     types={
         torch.uint8: torch.int32,
@@ -79,7 +89,7 @@ def legal_export(
             raise LoweringError("Core ML cannot hold this program:\n" + "\n".join(reasons))
     quantized_ops()
     register_lowerings()
-    legal = as_float32(flat_interface(program, INTERFACE))
+    legal = as_float32(flat_interface(in_real_parts(program, COMPLEX_NUMBERS), INTERFACE))
     run_passes(
         legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused(), HalfStates(), *last]
     )

@@ -30,7 +30,7 @@ from graphopt.backends.executorch.check import (
 from graphopt.backends.executorch.delegation import Delegation, delegation_of
 from graphopt.backends.executorch.kernels import FLOAT_OPS, FUSED_ACTIVATIONS
 from graphopt.backends.executorch.legalize import DuplicateDequantize
-from graphopt.backends.executorch.lower import legal_export, legal_passes
+from graphopt.backends.executorch.lower import COMPLEX_NUMBERS, legal_export, legal_passes
 from graphopt.backends.executorch.options import (
     ExecuTorchOptions,
     Tables,
@@ -155,6 +155,7 @@ class ExecuTorchBackend(Backend):
         # XNNPACK's rules for linear layers and convolutions look for a quantize op behind them
         integer_results=True,
         float_ops=FLOAT_OPS,
+        complex_numbers=COMPLEX_NUMBERS,
     )
     options: ClassVar[type[TargetOptions]] = ExecuTorchOptions
 

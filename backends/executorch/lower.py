@@ -9,6 +9,8 @@ import torch
 from torch import fx, nn
 from torch.export import ExportedProgram
 
+from graphopt.backends.capabilities import ComplexNumbers
+from graphopt.backends.complex_numbers import in_real_parts
 from graphopt.backends.data_sizes import decomposing_for
 from graphopt.backends.executorch.compress_tables import DECODED, CompressTables
 from graphopt.backends.executorch.constant_operands import (
@@ -48,7 +50,10 @@ from graphopt.passes import (
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
-__all__ = ["legal_export", "legal_passes"]
+__all__ = ["COMPLEX_NUMBERS", "legal_export", "legal_passes"]
+
+
+COMPLEX_NUMBERS: ComplexNumbers = "transforms"
 
 
 def _as_integers(weight: fx.Node, reader: fx.Node) -> bool:
@@ -120,7 +125,8 @@ def legal_export(
         delegate: "xnnpack" or "portable".
         plan: Sizes of the inputs.
     """
-    legal = flat_interface(program, Interface(scalars=True, keeps_copies=False))
+    real = in_real_parts(program, COMPLEX_NUMBERS)
+    legal = flat_interface(real, Interface(scalars=True, keeps_copies=False))
     gm = legal.graph_module
     clear_notes(gm)
     run_passes(gm, [RemoveUnused(), *legal_passes(tables, kernels=delegate == "xnnpack")])

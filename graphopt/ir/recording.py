@@ -69,8 +69,10 @@ def recorded(call: fx.Node, table: Table) -> Body | None:
     values = [operand.meta["val"] for operand in operands] or [call.meta["val"]]
     fake = next(leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, FakeTensor))
     recorder = _Recorder(table)
-    given = [recorder.placeholder(operand.meta["val"]) for operand in operands]
-    args, kwargs = fx.map_arg((call.args, call.kwargs), lambda node: node.meta["val"])
+    # tensors of their own, as they are told apart by identity: nodes of one kind may share theirs
+    own = {node: pytree.tree_map_only(Tensor, Tensor.detach, node.meta["val"]) for node in operands}
+    given = [recorder.placeholder(own[operand]) for operand in operands]
+    args, kwargs = fx.map_arg((call.args, call.kwargs), own.__getitem__)
     try:
         with torch.no_grad(), torch_private.below_autograd(), _portable(), fake.fake_mode:
             results = recorder.broken_up(call.target, args, kwargs)

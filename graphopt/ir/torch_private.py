@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from torch._export.utils import _is_cia_op as is_composite
     from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
     from torch._prims_common import is_contiguous_for_memory_format_or_false as contiguous_for_sure
+    from torch._subclasses.complex_tensor import ComplexTensor
     from torch._subclasses.fake_impls import get_fast_op_impls as shape_rules
     from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
     from torch._subclasses.fake_tensor import in_kernel_invocation_manager as in_kernel
@@ -51,6 +52,7 @@ __all__ = [
     "TESTED",
     "AnyBatchNorm",
     "ArchiveReader",
+    "ComplexTensor",
     "DispatchKey",
     "FakeTensor",
     "FakeTensorMode",
@@ -95,6 +97,7 @@ TESTED = (
 _PARTS = {
     "AnyBatchNorm": ("torch.nn.modules.batchnorm", "_BatchNorm"),
     "ArchiveReader": ("torch._C", "PyTorchFileReader"),
+    "ComplexTensor": ("torch._subclasses.complex_tensor", "ComplexTensor"),
     "DispatchKey": ("torch._C", "DispatchKey"),
     "FakeTensor": ("torch._subclasses.fake_tensor", "FakeTensor"),
     "FakeTensorMode": ("torch._subclasses.fake_tensor", "FakeTensorMode"),

@@ -23,6 +23,8 @@ ALLOWED = {
     "passes/expand_range_rounding.py": "emits the arithmetic of scales that are found at run time",
     "backends/casting.py": "emits casts",
     "backends/interface.py": "emits casts and shapes of inputs and outputs, and copies of outputs",
+    "backends/complex_parts.py": "emits what complex numbers become",
+    "backends/fourier.py": "emits products for transforms",
     "backends/scalar_states.py": "emits reshapes of state",
     "backends/coreml/states.py": "emits what state is encoded by",
     "passes/migrate_scales.py": "emits the products and sums that give a scaled value back",

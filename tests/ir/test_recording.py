@@ -52,6 +52,22 @@ def test_values_of_a_body_have_the_sizes_of_the_call() -> None:
     assert [tuple(node.meta["val"].shape) for node in body.calls()] == [(2, 3)]
 
 
+def test_operands_that_are_described_by_one_tensor_are_two() -> None:
+    class Difference(nn.Module):
+        def forward(self, x: Tensor, y: Tensor) -> Tensor:
+            return x - y
+
+    exported = graphopt.capture(Difference(), (X, X + 1), dynamic_shapes=None).export()
+    (call,) = (node for node in exported.graph.nodes if node.op == "call_function")
+    first, second = call.all_input_nodes
+    second.meta["val"] = first.meta["val"]
+    body = recorded(call, {call.target: lambda x, y: x + (-y)})
+    assert body is not None
+    negated, added = body.calls()
+    assert negated.args == (body.given[1],)
+    assert added.args == (body.given[0], negated)
+
+
 @pytest.mark.parametrize(
     "rule",
     [lambda x: x.clone().add_(1.0), lambda x: x + torch.tensor([1.0, 2.0, 3.0])],
