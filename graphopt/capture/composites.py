@@ -149,15 +149,22 @@ class _Recorder(TorchDispatchMode):
 
 @dataclass
 class _Piece:
-    """What a call becomes: steps, and the fake tensors among their values that are its results."""
+    """What a call becomes: steps, and the fake tensors among their values that are its results.
 
-    operands: Sequence[fx.Node]
+    Each operand has a fake tensor of its own, as nodes may share theirs.
+    """
+
+    operands: Mapping[fx.Node, Any]
     steps: Sequence[_Step]
     results: Sequence[Any]
 
 
 def _recorded(call: fx.Node, sizes: _Sizes) -> _Piece:
-    args, kwargs = fx.map_arg((call.args, call.kwargs), lambda node: node.meta.get("val"))
+    own = {
+        node: pytree.tree_map_only(Tensor, Tensor.detach, node.meta.get("val"))
+        for node in call.all_input_nodes
+    }
+    args, kwargs = fx.map_arg((call.args, call.kwargs), own.__getitem__)
     fakes = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
     if not fakes or not _reads_items_only(call):
         raise _NotRecordedError
@@ -177,7 +184,7 @@ def _recorded(call: fx.Node, sizes: _Sizes) -> _Piece:
         known |= {id(leaf) for leaf in pytree.tree_leaves(step.value)}
     if not all(id(result) in known for result in results):
         raise _NotRecordedError
-    return _Piece(call.all_input_nodes, recorder.steps, results)
+    return _Piece(own, recorder.steps, results)
 
 
 def _reads_items_only(call: fx.Node) -> bool:
@@ -213,7 +220,7 @@ def _with_nodes(step: _Step, call: fx.Node, sizes: _Sizes) -> Any:
 def _put(call: fx.Node, piece: _Piece, stands: dict[fx.Node, fx.Node]) -> None:
     """Let a call give way to what it runs; `stands` says what others have given way to."""
     graph = call.graph
-    nodes = {id(node.meta["val"]): stands.get(node, node) for node in piece.operands}
+    nodes = {id(value): stands.get(node, node) for node, value in piece.operands.items()}
 
     def node_of(leaf: Any) -> Any:
         if isinstance(leaf, _Extent):
