@@ -189,6 +189,8 @@ _REDUCTIONS: Table = {
 }
 # what it drops, miscomputes or refuses for some arguments
 _MISCOMPUTED: Table = {
+    # a number beside no float is taken as float16
+    _aten.scalar_tensor.default: plain(numbers.scalar_tensor),
     _aten.add.Tensor: plain(numbers.logical_sum),
     _aten.add.Scalar: plain(numbers.scaled_add),
     _aten.sub.Tensor: plain(numbers.scaled_sub),

@@ -19,6 +19,7 @@ from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.data_sizes import decomposing_for
 from graphopt.backends.double_precision import as_float32
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_call, flat_interface
+from graphopt.backends.promotion import promote_operands
 from graphopt.backends.scalar_states import StatesWithAxes
 from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
 from graphopt.ir.decomposing import decomposed
@@ -66,6 +67,7 @@ def legal_export(
         )
         _free_views(exported.graph)
         exported = decomposed(exported, decompositions())
+    promote_operands(exported)
     drop_written_inputs(exported)
     refuse_fixed(exported, plan, "Core AI")
     if options.precision == "float32":

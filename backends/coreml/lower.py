@@ -19,6 +19,7 @@ from graphopt.backends.coreml.states import HalfStates, state_refusals
 from graphopt.backends.data_sizes import decomposing_for
 from graphopt.backends.double_precision import as_float32
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_interface
+from graphopt.backends.promotion import promote_operands
 from graphopt.backends.quiet import quiet
 from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
 from graphopt.errors import LoweringError
@@ -102,6 +103,7 @@ def legal_export(
                 limits=plan.limits(legal),
             )
         )
+    promote_operands(exported)
     drop_written_inputs(exported)
     refuse_fixed(exported, plan, "Core ML")
     leave_names(exported)

@@ -27,6 +27,7 @@ from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.registry import OPSET, read_once
 from graphopt.backends.onnx.rotations import repeat_angles
 from graphopt.backends.onnx.state import add_state, outputs_of_state
+from graphopt.backends.promotion import promote_operands
 from graphopt.backends.quiet import quiet
 from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
 from graphopt.errors import LoweringError
@@ -118,6 +119,7 @@ def _converted(
                 dynamic=options.dynamic or plan.is_open,
                 decompositions=decompositions(legal.graph_module),
             )
+            promote_operands(exported)
             refuse_fixed(exported, plan, "ONNX")
             drop_written_inputs(exported)
             state = outputs_of_state(exported)

@@ -23,6 +23,7 @@ ALLOWED = {
     "passes/expand_range_rounding.py": "emits the arithmetic of scales that are found at run time",
     "backends/casting.py": "emits casts",
     "backends/interface.py": "emits casts and shapes of inputs and outputs, and copies of outputs",
+    "backends/promotion.py": "emits casts of operands",
     "backends/complex_parts.py": "emits what complex numbers become",
     "backends/fourier.py": "emits products for transforms",
     "backends/scalar_states.py": "emits reshapes of state",

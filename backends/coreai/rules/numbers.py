@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -16,12 +18,25 @@ __all__ = [
     "logical_product",
     "logical_sum",
     "of_booleans",
+    "scalar_tensor",
     "scaled_add",
     "scaled_sub",
     "without_equality",
 ]
 
 Number = bool | int | float
+
+
+def scalar_tensor(value: Number, *, dtype: torch.dtype | None = None, **_: Any) -> Any:
+    """A float that float16 does not hold, as a tensor of one axis; coreai-torch would round it."""
+    if not isinstance(value, float) or math.isnan(value) or _is_half(value):
+        return NotImplemented
+    return torch.full((1,), value, dtype=dtype or torch.get_default_dtype()).reshape(())
+
+
+def _is_half(value: float) -> bool:
+    with np.errstate(over="ignore"):
+        return float(np.float16(value)) == value
 
 
 def scaled_add(x: Tensor, y: Tensor | Number, *, alpha: Number = 1) -> Tensor:
