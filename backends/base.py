@@ -17,7 +17,7 @@ from graphopt.backends.artifact import Artifact, stored_weights
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.complex_numbers import in_real_parts
 from graphopt.backends.delegate import Delegate
-from graphopt.backends.double_precision import as_float32, has_doubles
+from graphopt.backends.float_types import as_float32, lacking
 from graphopt.backends.options import LoweringKeywords, TargetOptions, read_options
 from graphopt.backends.registry import Target, target_of_class
 from graphopt.backends.sets import SetArtifact, own_options
@@ -266,7 +266,8 @@ class Backend(ABC):
             LoweringError: There is no such option.
         """
         chosen = read_options(self.options, self.name, options)
-        kind = torch.float16 if chosen.float_type == "float16" else floats
+        wide = torch.float32 if floats in self.capabilities.lacks else floats
+        kind = torch.float16 if chosen.float_type == "float16" else wide
         return replace(self.capabilities.storage, float_dtype=kind)
 
     def stored_bits(
@@ -302,8 +303,8 @@ class Backend(ABC):
         """
         del options
         program = in_real_parts(program, self.capabilities.complex_numbers)
-        if not self.capabilities.doubles and has_doubles(program):
-            program = as_float32(program.copy(), quiet=True)
+        if lacking(program, self.capabilities.lacks):
+            program = as_float32(program.copy(), self.capabilities.lacks, quiet=True)
         reasons = self.unsupported(program)
         if reasons:
             raise LoweringError(f"{self.name} cannot hold this program:\n" + "\n".join(reasons))

@@ -6,14 +6,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from torch import Tensor, fx
-from torch.utils import _pytree as pytree
+from torch import fx
 
 from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.analysis.stored_values import find_quantized_weights
 from graphopt.specs.storage import PowerScales, StorageRules
 
-__all__ = ["Capabilities", "ComplexNumbers", "bfloat16_values", "quantization_refusals"]
+__all__ = ["Capabilities", "ComplexNumbers", "quantization_refusals"]
 
 ComplexNumbers = Literal["all", "transforms", "none"]
 
@@ -44,7 +43,7 @@ class Capabilities:
             rounded as well.
         float_ops: Names of ops that are computed in float, whatever they read, unless that is a
             stored weight.
-        doubles: Whether the target computes in float64; else float32 takes its place.
+        lacks: Float types that the target does not compute in; float32 takes their place.
         complex_numbers: Which ones it computes with: all, those that come from Fourier transforms of real
             values, or none; real and imaginary parts take the place of others.
         power_scales: Weights whose e8m0 scales are stored in a byte: all, narrow floats, or none.
@@ -73,7 +72,7 @@ class Capabilities:
     fused_activations: frozenset[str] | None = None
     integer_results: bool = False
     float_ops: frozenset[str] = frozenset()
-    doubles: bool = True
+    lacks: frozenset[torch.dtype] = frozenset()
     complex_numbers: ComplexNumbers = "all"
     power_scales: PowerScales = "none"
     bfloat16_scales: bool = True
@@ -132,22 +131,3 @@ def quantization_refusals(gm: fx.GraphModule, allowed: Capabilities) -> list[str
                 f"{activation.name}: one scale per channel; use PerTensorGranularity() for activations"
             )
     return reasons
-
-
-def bfloat16_values(gm: fx.GraphModule) -> list[str]:
-    """Names of values in bfloat16, weights before others; scales that a target can widen apart."""
-    scales = {str(weight.node.args[1]) for weight in find_quantized_weights(gm)}
-    inside = {
-        str(node.target)
-        for node in gm.graph.find_nodes(op="get_attr")
-        if node.name in scales and all(str(user.args[1]) == node.name for user in node.users)
-    }
-    state = [*gm.named_parameters(), *gm.named_buffers()]
-    names = [name for name, x in state if x.dtype is torch.bfloat16 and name not in inside]
-    names += [
-        node.name
-        for node in gm.graph.nodes
-        for leaf in pytree.tree_leaves(node.meta.get("val"))
-        if isinstance(leaf, Tensor) and leaf.dtype is torch.bfloat16 and node.name not in scales
-    ]
-    return names

@@ -23,6 +23,7 @@ from graphopt.run.batches import as_batch
 
 __all__ = [
     "Interface",
+    "as_array",
     "drop_written_inputs",
     "flat_call",
     "flat_interface",
@@ -121,6 +122,16 @@ def flat_call(inputs: Any, target: Interface) -> tuple[Tensor, ...]:
     """
     leaves = [leaf for leaf in pytree.tree_leaves(as_batch(inputs)) if isinstance(leaf, Tensor)]
     return tuple(_as_target_has(leaf, target) for leaf in leaves)
+
+
+def as_array(tensor: Tensor) -> Any:
+    """A tensor for numpy, which has no bfloat16: float32 holds each of its numbers.
+
+    Args:
+        tensor: On any device.
+    """
+    held = tensor.detach().cpu().contiguous()
+    return (held.to(torch.float32) if held.dtype is torch.bfloat16 else held).numpy()
 
 
 def output_names(program: Program) -> list[str] | None:

@@ -18,7 +18,13 @@ from graphopt.backends.coreai.asset import without_date
 from graphopt.backends.coreai.check import Running, run_asset, run_calls
 from graphopt.backends.coreai.delegate import CoreAIDelegate
 from graphopt.backends.coreai.limits import explain_failure, refuse_impossible
-from graphopt.backends.coreai.lower import COMPLEX_NUMBERS, TABLE_TYPES, legal_export, legal_passes
+from graphopt.backends.coreai.lower import (
+    COMPLEX_NUMBERS,
+    LACKS,
+    TABLE_TYPES,
+    legal_export,
+    legal_passes,
+)
 from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.coreai.plan import plan_of
 from graphopt.backends.coreai.raise_ import RaiseFromCoreAI
@@ -95,7 +101,7 @@ class CoreAIBackend(Backend):
         weight_types=("int2", "int4", "uint4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"),
         table_types=TABLE_TYPES,
         power_scales="floats",
-        doubles=False,
+        lacks=LACKS,
         complex_numbers=COMPLEX_NUMBERS,
         activation_types=("int8", "uint8", "fp8_e4m3", "fp8_e5m2"),
     )

@@ -17,7 +17,7 @@ from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
 from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.data_sizes import decomposing_for
-from graphopt.backends.double_precision import as_float32
+from graphopt.backends.float_types import as_float32
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_call, flat_interface
 from graphopt.backends.promotion import promote_operands
 from graphopt.backends.scalar_states import StatesWithAxes
@@ -28,9 +28,10 @@ from graphopt.passes import ExpandRangeRounding, IntegersToTables, RemoveUnused,
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
-__all__ = ["COMPLEX_NUMBERS", "TABLE_TYPES", "legal_export", "legal_passes"]
+__all__ = ["COMPLEX_NUMBERS", "LACKS", "TABLE_TYPES", "legal_export", "legal_passes"]
 
 _INTERFACE = Interface()
+LACKS = frozenset({torch.float64})
 COMPLEX_NUMBERS: ComplexNumbers = "none"
 TABLE_TYPES = ("uint2", "int3", "uint3", "int6", "uint6")
 
@@ -56,7 +57,7 @@ def legal_export(
         options: What to compute in.
         plan: Sizes of the inputs.
     """
-    legal = as_float32(flat_interface(in_real_parts(program, COMPLEX_NUMBERS), _INTERFACE))
+    legal = as_float32(flat_interface(in_real_parts(program, COMPLEX_NUMBERS), _INTERFACE), LACKS)
     run_passes(legal.graph_module, [RemoveUnused(), *legal_passes(), StatesWithAxes()])
     with torch.no_grad(), decomposing_for("Core AI", legal.graph_module):
         exported = export_graph(

@@ -24,6 +24,7 @@ from graphopt.backends.coreml.limits import Progress, explain_failure, following
 from graphopt.backends.coreml.lower import (
     COMPLEX_NUMBERS,
     INTERFACE,
+    LACKS,
     TABLE_TYPES,
     legal_export,
     legal_passes,
@@ -97,7 +98,7 @@ class CoreMLBackend(Backend):
         weight_types=("int4", "uint4", "int8", "uint8"),
         table_types=TABLE_TYPES,
         minimum=False,
-        doubles=False,
+        lacks=LACKS,
         complex_numbers=COMPLEX_NUMBERS,
         bfloat16_scales=False,
         activation_types=("int8", "uint8"),

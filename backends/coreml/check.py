@@ -14,7 +14,7 @@ from torch import Tensor
 from graphopt.backends.compute_plan import on_macos
 from graphopt.backends.coreml.evaluate import ProgramRun, load_program
 from graphopt.backends.coreml.states import decoded_state
-from graphopt.backends.interface import match_inputs, named_inputs
+from graphopt.backends.interface import as_array, match_inputs, named_inputs
 from graphopt.backends.quiet import quiet
 from graphopt.backends.verification import Evaluation, compare_outputs
 from graphopt.errors import VerificationError
@@ -46,7 +46,7 @@ def evaluate_calls(
         evaluations, feeds = [], []
         for call in calls:
             given = match_inputs(run.inputs, named_inputs(program, *call))
-            feeds.append({name: tensor.detach().cpu().numpy() for name, tensor in given.items()})
+            feeds.append({name: as_array(tensor) for name, tensor in given.items()})
             result = run(feeds[-1])
             if result.unevaluated:
                 notes = tuple(f"no rule for MIL op {op}" for op in result.unevaluated)
@@ -98,7 +98,7 @@ def evaluate_functions(
         runs = {name: ProgramRun(loaded, name, state) for name in programs}
         for name, call in calls:
             given = match_inputs(runs[name].inputs, named_inputs(programs[name], *call))
-            result = runs[name]({key: x.detach().cpu().numpy() for key, x in given.items()})
+            result = runs[name]({key: as_array(x) for key, x in given.items()})
             if result.unevaluated:
                 raise VerificationError(f"no rule for MIL ops {list(result.unevaluated)}")
             outputs = [torch.from_numpy(np.ascontiguousarray(x)) for x in result.outputs.values()]
@@ -128,7 +128,7 @@ def runner_of(path: Path, program: Program, call: Batch) -> Callable[[], object]
             raise VerificationError(f"{path.name} does not load in Core ML: {error}") from error
     names = [each.name for each in model.get_spec().description.input]
     given = match_inputs(names, named_inputs(program, *call))
-    feeds = {name: tensor.detach().cpu().numpy() for name, tensor in given.items()}
+    feeds = {name: as_array(tensor) for name, tensor in given.items()}
     state = model.make_state() if program.state else None
     return lambda: model.predict(feeds, state)
 

@@ -20,6 +20,7 @@ from graphopt.backends.coreml.left_out import LEFT_OUT
 from graphopt.backends.coreml.lower import legal_export
 from graphopt.backends.coreml.options import CoreMLOptions
 from graphopt.backends.delegate import Delegate, Payload
+from graphopt.backends.interface import as_array
 from graphopt.backends.quiet import quiet
 from graphopt.errors import VerificationError
 from graphopt.extras import require
@@ -117,7 +118,7 @@ class CoreMLDelegate(Delegate):
         with quiet("coremltools"):
             program = load_program(root / _PACKAGE)
             pairs = zip(described["inputNames"], inputs, strict=True)
-            feeds = {name: tensor.detach().cpu().numpy() for name, tensor in pairs}
+            feeds = {name: as_array(tensor) for name, tensor in pairs}
             result = evaluate(program, feeds)
         if result.unevaluated:
             raise VerificationError(f"no rule for MIL ops {list(result.unevaluated)}")

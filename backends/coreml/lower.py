@@ -17,7 +17,7 @@ from graphopt.backends.coreml.names import leave_names
 from graphopt.backends.coreml.refusals import PACKED, refusals
 from graphopt.backends.coreml.states import HalfStates, state_refusals
 from graphopt.backends.data_sizes import decomposing_for
-from graphopt.backends.double_precision import as_float32
+from graphopt.backends.float_types import as_float32
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_interface
 from graphopt.backends.promotion import promote_operands
 from graphopt.backends.quiet import quiet
@@ -37,12 +37,14 @@ from graphopt.passes.pass_manager import run_passes
 __all__ = [
     "COMPLEX_NUMBERS",
     "INTERFACE",
+    "LACKS",
     "TABLE_TYPES",
     "legal_export",
     "legal_passes",
     "small_constants_once",
 ]
 
+LACKS = frozenset({torch.float64, torch.bfloat16})
 COMPLEX_NUMBERS: ComplexNumbers = "none"
 INTERFACE = Interface(
     types={
@@ -90,7 +92,7 @@ def legal_export(
             raise LoweringError("Core ML cannot hold this program:\n" + "\n".join(reasons))
     quantized_ops()
     register_lowerings()
-    legal = as_float32(flat_interface(in_real_parts(program, COMPLEX_NUMBERS), INTERFACE))
+    legal = as_float32(flat_interface(in_real_parts(program, COMPLEX_NUMBERS), INTERFACE), LACKS)
     run_passes(
         legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused(), HalfStates(), *last]
     )

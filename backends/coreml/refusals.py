@@ -8,7 +8,6 @@ from graphopt.analysis.quantized import find_quantized_activations
 from graphopt.analysis.stored_values import Lookup, find_lookups, find_sparse
 from graphopt.backends.capabilities import (
     Capabilities,
-    bfloat16_values,
     quantization_refusals,
 )
 from graphopt.ir.program import Program
@@ -51,19 +50,7 @@ def refusals(program: Program, allowed: Capabilities, where: str = "") -> list[s
             " raise minimum_deployment_target to iOS18"
             for weight in find_sparse(program.graph_module)
         ]
-    reasons += _values_of_no_type(program)
     return [*reasons, *quantization_refusals(program.graph_module, allowed)]
-
-
-def _values_of_no_type(program: Program) -> list[str]:
-    """A line for the first value in bfloat16."""
-    names = bfloat16_values(program.graph_module)
-    if not names:
-        return []
-    return [
-        f"{names[0]}: bfloat16 values, which Core ML has not; call .float() or .half() on the model"
-        " before it is captured"
-    ]
 
 
 def _reasons(lookup: Lookup, allowed: Capabilities, where: str) -> Iterator[str]:

@@ -15,7 +15,7 @@ from graphopt.backends.base import Artifact, Backend, stored_size, stored_weight
 from graphopt.backends.capabilities import Capabilities
 from graphopt.backends.onnx.check import check_model, run_calls, runner_of
 from graphopt.backends.onnx.external_data import data_of, settle_data
-from graphopt.backends.onnx.lower import COMPLEX_NUMBERS, TABLE_TYPES, legal_passes, to_model
+from graphopt.backends.onnx.lower import COMPLEX_NUMBERS, LACKS, TABLE_TYPES, legal_passes, to_model
 from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.refusals import refusals
 from graphopt.backends.onnx.state import initial_state
@@ -111,7 +111,7 @@ class ONNXBackend(Backend):
         lut_dtypes=("float32", "float16", "int8", "uint8", "fp8_e4m3", "fp8_e5m2"),
         weight_types=("int4", "uint4", "int8", "uint8", "fp8_e4m3", "fp8_e5m2", "fp4_e2m1"),
         table_types=TABLE_TYPES,
-        doubles=False,
+        lacks=LACKS,
         complex_numbers=COMPLEX_NUMBERS,
         bfloat16_scales=False,
         activation_types=("int8", "uint8", "int4", "uint4", "fp8_e4m3", "fp8_e5m2"),

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from graphopt.backends.interface import as_array
 from graphopt.backends.onnx.state import PAST, PRESENT
 from graphopt.errors import VerificationError
 from graphopt.extras import require
@@ -114,7 +115,7 @@ def runner_of(
 def _feeds(
     session: Any, path: Path, inputs: Sequence[Tensor], state: Mapping[str, Tensor]
 ) -> dict[str, Any]:
-    feeds = {name: tensor.numpy() for name, tensor in state.items()}
+    feeds = {name: as_array(tensor) for name, tensor in state.items()}
     places = [place for place in session.get_inputs() if place.name not in feeds]
     if len(places) != len(inputs):
         names = [place.name for place in places]
@@ -122,8 +123,7 @@ def _feeds(
     for place, tensor in zip(places, inputs, strict=True):
         # a program in float64 is computed in float32
         narrow = place.type == "tensor(float)" and tensor.dtype is torch.float64
-        held = tensor.detach().cpu().contiguous()
-        feeds[place.name] = (held.to(torch.float32) if narrow else held).numpy()
+        feeds[place.name] = as_array(tensor.to(torch.float32) if narrow else tensor)
     return feeds
 
 

@@ -12,7 +12,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.backends.capabilities import ComplexNumbers
 from graphopt.backends.complex_numbers import in_real_parts
-from graphopt.backends.double_precision import as_float32
+from graphopt.backends.float_types import as_float32
 from graphopt.backends.interface import (
     Interface,
     drop_written_inputs,
@@ -43,10 +43,11 @@ from graphopt.passes import (
 from graphopt.passes.pass_base import Pass
 from graphopt.passes.pass_manager import run_passes
 
-__all__ = ["COMPLEX_NUMBERS", "TABLE_TYPES", "legal_passes", "to_model"]
+__all__ = ["COMPLEX_NUMBERS", "LACKS", "TABLE_TYPES", "legal_passes", "to_model"]
 
 _log = logging.getLogger(__name__)
 _INTERFACE = Interface(scalars=True)
+LACKS = frozenset({torch.float64, torch.bfloat16})
 COMPLEX_NUMBERS: ComplexNumbers = "transforms"
 TABLE_TYPES = tuple(f"{sign}int{bits}" for bits in (2, 3, 5, 6, 7) for sign in ("", "u"))
 
@@ -74,7 +75,7 @@ def to_model(program: Program, options: ONNXOptions, plan: ShapePlan = EXAMPLE_S
     """
     require("onnx", "onnx")
     require("onnxscript", "onnx")
-    legal = as_float32(flat_interface(in_real_parts(program, COMPLEX_NUMBERS), _INTERFACE))
+    legal = as_float32(flat_interface(in_real_parts(program, COMPLEX_NUMBERS), _INTERFACE), LACKS)
     gm = legal.graph_module
     tables = [integers_of_tables(gm)] if options.matmul == "nbits" else []
     run_passes(gm, [RemoveUnused(), *tables, *legal_passes(), RemoveUnused()])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from graphopt.analysis.stored_values import find_lookups
 from graphopt.backends.capabilities import (
     Capabilities,
-    bfloat16_values,
     quantization_refusals,
 )
 from graphopt.ir.program import Program
@@ -31,15 +30,4 @@ def refusals(program: Program, allowed: Capabilities) -> list[str]:
             reasons.append(
                 f"{lookup.name}: tables of {lookup.lut_dtype}; use one of {allowed.lut_dtypes}"
             )
-    return [*reasons, *quantization_refusals(gm, allowed), *_bfloat16(program)]
-
-
-def _bfloat16(program: Program) -> list[str]:
-    """A line for the first value in bfloat16, of which the runtime's CPU kernels know nothing."""
-    names = bfloat16_values(program.graph_module)
-    if not names:
-        return []
-    return [
-        f"{names[0]}: bfloat16 values, for which ONNX Runtime has no kernels on the CPU; call"
-        " .float() or .half() on the model before it is captured"
-    ]
+    return [*reasons, *quantization_refusals(gm, allowed)]

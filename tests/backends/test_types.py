@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.errors import LoweringError
+from graphopt.specs.dtypes import dtype_name
 
 INT4 = {
     "op_state_spec": {"weight": {"dtype": "int4"}},
@@ -25,15 +26,11 @@ CONFIGS: dict[str, Any] = {
     "int4": {"quantization": {"global_config": INT4}},
 }
 TYPES = {"half": torch.float16, "bfloat16": torch.bfloat16, "double": torch.float64}
-TARGETS = ("coreai", "coreml", "executorch", "torch")
+TARGETS = ("coreai", "coreml", "executorch", "onnx", "torch")
 # what a target has no form of: type, config, target → what the refusal says
 NO_FORM: dict[tuple[str, str, str], str] = {
-    ("bfloat16", "tables", "coreai"): r"fc\.weight: tables of bfloat16; use one of",
     ("half", "W8A8", "executorch"): r"conv: 8-bit activations beside float16.*model\.float\(\)",
     ("bfloat16", "W8A8", "executorch"): r"conv: 8-bit .* beside bfloat16.*model\.float\(\)",
-    **{
-        ("bfloat16", config, "coreml"): r"bfloat16.*\.float\(\) or \.half\(\)" for config in CONFIGS
-    },
 }
 
 
@@ -50,7 +47,11 @@ class Net(nn.Module):
 
 
 def by_default(kind: str, config: str, target: str) -> bool:
-    return (kind, config, target) in (("half", "tables", "coreai"), ("double", "W8A8", "torch"))
+    return (kind, config, target) in (
+        ("half", "tables", "coreai"),
+        ("bfloat16", "int4", "coreml"),
+        ("double", "W8A8", "torch"),
+    )
 
 
 @pytest.mark.parametrize(
@@ -73,8 +74,12 @@ def test_other_float_types_are_right_or_refused_with_the_way_out(
         artifact.save(tmp_path / f"net{artifact.suffix}")
     assert artifact.verification is not None
     assert artifact.verification.complete
-    casts = kind == "double" and target in ("coreai", "coreml")
-    assert ("float64 is cast to float32" in caplog.text) == casts
+    lacking = {
+        "double": ("coreai", "coreml", "onnx"),
+        "bfloat16": ("coreml", "onnx", *(["coreai"] if config == "tables" else [])),
+    }
+    said = f"{dtype_name(TYPES[kind])} is cast to float32"
+    assert (said in caplog.text) == (target in lacking.get(kind, ()))
 
 
 class Mixed(nn.Module):
@@ -93,7 +98,7 @@ class Mixed(nn.Module):
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("target", [*TARGETS, "onnx"])
+@pytest.mark.parametrize("target", TARGETS)
 def test_operands_of_several_types_have_the_type_of_the_result(target: str, tmp_path: Path) -> None:
     i = torch.tensor([[0, -1, 2], [3, 0, -2]], dtype=torch.int32)
     x = torch.tensor([[-1.0, 0.0, 0.5], [-0.7, 2.0, -3.0]])

@@ -219,14 +219,6 @@ def test_other_calls_than_the_example_say_what_stays_in_float32(
         graphopt.lower(program, "coreml").save(tmp_path / "narrow.mlpackage", verify=[large])
 
 
-@pytest.mark.coreml
-def test_bfloat16_is_refused_with_the_layer_and_the_way_out() -> None:
-    net = nn.Sequential(nn.Linear(8, 8)).bfloat16()
-    program = graphopt.capture(net, (of(3, 8).bfloat16(),))
-    with pytest.raises(LoweringError, match=r"0\.weight: bfloat16.*\.float\(\)"):
-        graphopt.lower(program, "coreml")
-
-
 @pytest.mark.integration
 @pytest.mark.coreml
 def test_op_that_nothing_can_be_written_in_is_named_with_its_module() -> None:
