@@ -146,7 +146,10 @@ class Reference:
         want = self.values[call][place]
         if not want.is_floating_point():
             return error == 0 or self._decided_by_rounding(call, place, output)
-        limit = _HALF if self.is_half else _EXACT
+        limit = _EXACT
+        if self.is_half:
+            # at least what rounding one value may do
+            limit = max(_HALF, torch.finfo(self.half or torch.float16).eps / 2)
         if error <= limit:
             return True
         if not math.isfinite(error):
@@ -283,9 +286,11 @@ class Reference:
 
 
 def _half_types(program: Program) -> set[torch.dtype]:
-    tensors = (*program.graph_module.parameters(), *program.graph_module.buffers())
+    gm = program.graph_module
+    tensors = (*gm.parameters(), *gm.buffers())
     given = pytree.tree_leaves((program.example_args, program.example_kwargs))
-    floats = [x.dtype for x in (*tensors, *given) if isinstance(x, Tensor)]
+    values = pytree.tree_leaves([node.meta.get("val") for node in gm.graph.nodes])
+    floats = [x.dtype for x in (*tensors, *given, *values) if isinstance(x, Tensor)]
     return {dtype for dtype in floats if dtype in _HALVES}
 
 

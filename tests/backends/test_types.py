@@ -82,6 +82,19 @@ def test_other_float_types_are_right_or_refused_with_the_way_out(
     assert (said in caplog.text) == (target in lacking.get(kind, ()))
 
 
+@pytest.mark.parametrize(
+    "target", [pytest.param(name, marks=getattr(pytest.mark, name)) for name in ("coreml", "onnx")]
+)
+def test_values_in_bfloat16_inside_a_model_are_wider_and_right(target: str, tmp_path: Path) -> None:
+    class Inside(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return (x.bfloat16() * 3).float()
+
+    artifact = graphopt.lower(Inside(), target, (torch.randn(4, 8),))
+    artifact.save(tmp_path / f"net{artifact.suffix}")
+    assert artifact.verification.holds
+
+
 class Mixed(nn.Module):
     """Integers, truth values and floats side by side, and as the sides of an angle."""
 
