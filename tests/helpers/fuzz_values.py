@@ -120,7 +120,7 @@ def broken(draw: Any, template: dict[str, Any]) -> Any:
             holder = holder[part]
         what = draw(st.sampled_from(["value", "value", "key", "add", "drop", "elsewhere"]))
         if what == "value" or not path:
-            holder[key] = draw(odd_values())
+            holder[key] = copy.deepcopy(draw(odd_values()))  # those of a list are one for all
         elif what == "drop":
             del holder[key]
         elif what == "elsewhere":
@@ -130,5 +130,5 @@ def broken(draw: Any, template: dict[str, Any]) -> Any:
             holder[key] = copy.deepcopy(source)
         elif isinstance(holder, dict):
             new = draw(_KEYS)
-            holder[new] = holder.pop(key) if what == "key" else draw(odd_values())
+            holder[new] = holder.pop(key) if what == "key" else copy.deepcopy(draw(odd_values()))
     return value["root"]
