@@ -270,7 +270,9 @@ class _Parting:
             NoPartsError: It fails.
         """
         try:
-            body = torch_private.tracing.make_fx(called)(*(x.meta["val"] for x in given))
+            # kernels in C++ would fix an open size, or fail of it
+            with torch_private.open_size_kernels():
+                body = torch_private.tracing.make_fx(called)(*(x.meta["val"] for x in given))
         except Exception as error:
             raise NoPartsError(f"{node.target} on complex numbers: {error}") from error
         standing: dict[fx.Node, Any] = dict(

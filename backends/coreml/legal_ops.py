@@ -182,6 +182,7 @@ _BY_OP: dict[str, Callable[..., Any]] = {
     "adaptive_max_pool1d": partial(pooling.adaptive_max_pool, 1),
     "adaptive_max_pool2d": partial(pooling.adaptive_max_pool, 2),
     "adaptive_max_pool3d": partial(pooling.adaptive_max_pool, 3),
+    "group_norm": normalization.group_norm,
     "instance_norm": normalization.instance_norm,
     "scaled_dot_product_attention": attention.attention_of_equal_heads,
 }

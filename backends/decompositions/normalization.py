@@ -7,7 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["instance_norm", "norm_of_batch"]
+__all__ = ["group_norm", "instance_norm", "norm_of_batch"]
+
+
+def group_norm(
+    x: Tensor,
+    num_groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    cudnn_enabled: bool = True,
+) -> Any:
+    """By the statistics of groups, where the number of samples is open; else left alone."""
+    if isinstance(x.shape[0], int):
+        return NotImplemented
+    groups = x.unflatten(1, (num_groups, x.shape[1] // num_groups))
+    axes = list(range(2, groups.dim()))
+    gap = groups - groups.mean(axes, keepdim=True)
+    scaled = gap * torch.rsqrt((gap * gap).mean(axes, keepdim=True) + eps)
+    return _with_parameters(scaled.flatten(1, 2), weight, bias)
 
 
 def instance_norm(
@@ -50,6 +68,10 @@ def _normalized(
 ) -> Tensor:
     gap = x - x.mean(axes, keepdim=True)
     result = gap * torch.rsqrt((gap * gap).mean(axes, keepdim=True) + eps)
-    shape = [1, -1, *[1] * (x.dim() - 2)]
+    return _with_parameters(result, weight, bias)
+
+
+def _with_parameters(result: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    shape = [1, -1, *[1] * (result.dim() - 2)]
     result = result if weight is None else result * weight.reshape(shape)
     return result if bias is None else result + bias.reshape(shape)

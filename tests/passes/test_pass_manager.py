@@ -120,3 +120,31 @@ def test_graphs_can_be_dumped_between_passes(tmp_path: Path) -> None:
 )
 def test_passes_are_values_that_leave_an_empty_graph_alone(each: Pass) -> None:
     assert not each(graphopt.capture(nn.ReLU(), (torch.randn(2, 3),)).graph_module).modified
+
+
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16, torch.float32])
+def test_rewrites_in_16_bits_may_round_as_these_do_and_wrong_ones_are_seen(
+    kind: torch.dtype,
+) -> None:
+    @dataclass(frozen=True)
+    class Scales(Pass):
+        name: ClassVar[str] = "scales"
+        by: float = 1.0
+
+        def run(self, edit: Editor) -> None:
+            (output,) = edit.gm.graph.find_nodes(op="output")
+            (value,) = output.all_input_nodes
+            scaled = edit.call(torch.ops.aten.mul.Tensor, value, self.by, like=output)
+            edit.substitute(output, value, scaled)
+
+    rounding = torch.finfo(kind).eps
+    x = X.to(kind)
+
+    def run(by: float) -> None:
+        gm = graphopt.capture(Net().to(kind).eval(), (x,)).graph_module
+        pass_manager.PassManager([Scales(by)], verify=True, example_inputs=(x,)).run(gm)
+
+    if kind is not torch.float32:
+        run(1 + rounding)
+    with pytest.raises(PassError, match="changes what the graph computes"):
+        run(1 + 8 * max(rounding, 1e-5))

@@ -135,7 +135,7 @@ def group_norm(
     whole: Op, x: Tensor, weight: Any, bias: Any, n: int, c: int, hw: int, groups: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The op, and the moments, which it does not give."""
-    parts = x.reshape(int(n), groups, -1)
+    parts = x.reshape(n, groups, -1)
     mean, rstd = (torch.squeeze(value, 2) for value in _moments(parts, [2], eps))
     return whole(x, weight, bias, n, c, hw, groups, eps)[0], mean, rstd
 
