@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch.export import ExportedProgram
 
 from graphopt.backends.coreml.legal_ops import Rules, composite, legal_ops, rules_by_use
@@ -15,6 +15,7 @@ from graphopt.backends.coreml.limits import explain_failure
 from graphopt.backends.coreml.numbers import numbers_as_floats
 from graphopt.backends.coreml.translations import TRANSLATED
 from graphopt.backends.data_sizes import makes_data_size
+from graphopt.backends.decompositions import pointwise
 from graphopt.backends.decompositions.foreign import foreign_ops
 from graphopt.errors import LoweringError
 from graphopt.ir.decomposing import decomposed
@@ -56,7 +57,7 @@ def rewritten_ops() -> frozenset[Any]:
 
 
 def _rules() -> Rules:
-    return legal_ops() | {_aten.gelu.default: _tanh_gelu}
+    return legal_ops() | {_aten.gelu.default: pointwise.tanh_gelu}
 
 
 def _refuse_unknown(exported: ExportedProgram) -> None:
@@ -94,13 +95,6 @@ def _torchs_rules() -> Rules:
 def _unknown(exported: ExportedProgram) -> list[Any]:
     targets = {node.target for node in exported.graph.nodes if node.op == "call_function"}
     return [target for target in targets if not _known(target)]
-
-
-def _tanh_gelu(x: Tensor, *, approximate: str = "none") -> Tensor:
-    if approximate != "tanh":
-        return NotImplemented
-    inner = 0.7978845608028654 * (x + 0.044715 * x * x * x)
-    return 0.5 * x * (1.0 + torch.tanh(inner))
 
 
 def _known(target: Any) -> bool:

@@ -40,6 +40,7 @@ __all__ = [
     "signbit",
     "softplus_with_threshold",
     "sub_scaled",
+    "tanh_gelu",
     "trunc",
     "where_with_numbers",
 ]
@@ -181,6 +182,14 @@ def elu_with_scales(x: Tensor, alpha: Any = 1, scale: Any = 1, input_scale: Any 
         return NotImplemented
     below = torch.expm1(torch.clamp_max(x, 0) * input_scale) * (alpha * scale)
     return torch.where(x > 0, x * scale, below)
+
+
+def tanh_gelu(x: Tensor, *, approximate: str = "none") -> Any:
+    """The form with tanh, in its arithmetic; the exact one is left alone."""
+    if approximate != "tanh":
+        return NotImplemented
+    inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x * x * x)
+    return 0.5 * x * (1.0 + torch.tanh(inner))
 
 
 def softplus_with_threshold(x: Tensor, beta: Any = 1, threshold: Any = 20) -> Any:

@@ -208,6 +208,8 @@ _LACKING: Table = {
 }
 # what a kernel or the delegate computes otherwise for some arguments
 _MISCOMPUTED: Table = {
+    # XNNPACK computes the exact form in its place
+    _aten.gelu.default: plain(pointwise.tanh_gelu),
     _aten.remainder.Tensor: exact_ops.remainder,
     _aten.remainder.Scalar: exact_ops.remainder,
     _aten.upsample_bilinear2d.vec: exact_ops.bilinear,

@@ -100,7 +100,7 @@ FAMILIES: dict[str, dict[str, Function]] = {
 }
 
 
-@pytest.mark.slow
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "family", cases(FAMILIES, default=lambda name: name not in ("images", "functions"))
 )
@@ -120,3 +120,17 @@ def test_what_xnnpack_takes_whole_stays_whole() -> None:
     artifact: Any = graphopt.lower(graphopt.capture(model, (torch.randn(2, 8),)), "executorch")
     assert artifact.delegation.outside == {}
     assert artifact.delegation.inside["aten.linear.default"] == 2
+
+
+@pytest.mark.integration
+def test_both_forms_of_gelu_are_themselves(tmp_path: Path) -> None:
+    class Both(nn.Module):
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return F.gelu(x), F.gelu(x, approximate="tanh")
+
+    # they differ by 5e-4 here, which a comparison of outputs up to 5 would not see
+    artifact: Any = graphopt.lower(
+        Both().eval(), "executorch", (torch.linspace(-5, 5, 2001)[None],)
+    )
+    artifact.save(tmp_path / "net.pte")
+    assert artifact.verification.max_error < 1e-6
