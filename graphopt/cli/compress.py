@@ -224,6 +224,9 @@ def _contents(output: Path, artifact: Artifact, table: CompressionTable) -> Iter
     stored = sum(-(-row.stored_bits // 8) for row in done)
     tensors = "1 compressed tensor" if len(done) == 1 else f"{len(done)} compressed tensors"
     yield f"{output}: {size:,} bytes for {artifact.backend.name}"
+    if not done:
+        yield "  no tensor is compressed"
+        return
     # the target may have a form of its own, or pack the file
     packed = ", before it is packed" if stored > size else ""
     yield f"  {stored:,} bytes of {tensors}{packed}, {table.bits_per_weight:.3f} bits per weight"

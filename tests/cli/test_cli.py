@@ -60,6 +60,9 @@ def test_tables_are_for_people(folder: Path) -> None:
     assert "1 of 2 tensors palettized" in done.stdout
     assert re.search(r"\d bytes of 1 compressed tensor, [\d.]+ bits per weight", done.stdout)
     assert "bytes of other tensors and the program" in done.stdout
+    (folder / "none.yaml").write_text("palettization: {global_config: null}")
+    none = command(folder, "compress", "m.pt2", "--config", "none.yaml", "-o", "none.pt2")
+    assert "no tensor is compressed" in none.stdout
     tree = command(folder, "inspect", "m.pt2").stdout
     assert "torch.nn.modules.linear.Linear" in tree
     assert "linear_1" in tree
