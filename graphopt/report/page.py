@@ -134,10 +134,10 @@ def _text(value: Any) -> str:
     """A config or recipe as people write it."""
     if isinstance(value, str):
         return value
-    for name in ("to_dict", "model_dump"):
-        if hasattr(value, name):
-            value = getattr(value, name)()
-            break
+    if hasattr(value, "to_dict"):
+        value = value.to_dict()
+    elif hasattr(value, "model_dump"):
+        value = value.model_dump(mode="json")  # types and schemes by their names
     return str(yaml.safe_dump(value, sort_keys=False, allow_unicode=True, default_flow_style=None))
 
 

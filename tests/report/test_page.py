@@ -10,6 +10,7 @@ from typing import Any
 
 import networkx as nx
 import pytest
+import yaml
 from helpers.browser import evaluated, needs_browser
 from helpers.reported_nets import X
 from torch import nn
@@ -17,12 +18,15 @@ from torch import nn
 import graphopt
 from graphopt import mixed_precision
 from graphopt.compressors.compressed_program import CompressedProgram
+from graphopt.config.joint import JointConfig
 from graphopt.errors import ArtifactExistsError, InputError, StateError
 from graphopt.inspection import (
     diff,
     save_graph,
     write_page,
 )
+from graphopt.palettization import KMeansPalettizerConfig
+from graphopt.quantization import QuantizerConfig
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +108,25 @@ def test_page_of_a_recipe_shows_what_was_predicted(net: nn.Module, tmp_path: Pat
     tiles = {what: value for what, value, _ in data_of(page)["tiles"]}
     assert tiles["predicted psnr"] == f"{recipe.value:.4g}"
     assert "measured psnr" not in tiles
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        JointConfig.model_validate({"palettization": {}, "quantization": {}}),
+        KMeansPalettizerConfig.presets.w4(),
+        QuantizerConfig.presets.w8a8_affine(),
+    ],
+    ids=["joint", "tables", "integers"],
+)
+def test_page_shows_a_config_as_one_that_can_be_read(
+    config: Any, compressed: CompressedProgram, tmp_path: Path
+) -> None:
+    page = compressed.report().to_html(tmp_path / "page.html", config=config)
+    ((_, text),) = data_of(page)["texts"]
+    read = yaml.safe_load(text)
+    again = type(config).from_dict(read) if hasattr(config, "from_dict") else None
+    assert (again or JointConfig.model_validate(read)) == config
 
 
 def test_page_loads_nothing_and_escapes_its_title(page: Path) -> None:
