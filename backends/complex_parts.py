@@ -269,18 +269,19 @@ class _Parting:
         Raises:
             NoPartsError: It fails.
         """
+        # tensors of their own, as they are told apart by identity
+        own = [pytree.tree_map_only(Tensor, Tensor.detach, x.meta["val"]) for x in given]
         try:
             # kernels in C++ would fix an open size, or fail of it
             with torch_private.open_size_kernels():
-                body = torch_private.tracing.make_fx(called)(*(x.meta["val"] for x in given))
+                body = torch_private.tracing.make_fx(called)(*own)
         except Exception as error:
             raise NoPartsError(f"{node.target} on complex numbers: {error}") from error
         standing: dict[fx.Node, Any] = dict(
             zip(body.graph.find_nodes(op="placeholder"), given, strict=True)
         )
-        known: dict[
-            fx.Node, Any
-        ] = {}  # values of constants, and of what is computed from them alone
+        # values of constants, and of what is computed from them alone
+        known: dict[fx.Node, Any] = {}
 
         def stood_in(inner: fx.Node) -> Any:
             if inner not in standing:
