@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor, fx
 from torch.utils import _pytree as pytree
-from typing_extensions import override
 
 from graphopt.backends.capabilities import ComplexNumbers
 from graphopt.backends.complex_parts import ComplexAsParts, is_complex
@@ -17,6 +15,7 @@ from graphopt.ir import torch_private
 from graphopt.ir.program import Program
 from graphopt.ir.state import state_nodes
 from graphopt.passes.pass_manager import run_passes
+from graphopt.run.interpreter import Interpreter, Value
 
 __all__ = ["in_real_parts"]
 
@@ -42,11 +41,11 @@ def in_real_parts(program: Program, held: ComplexNumbers) -> Program:
     states = {*state_nodes(program.graph_module), *graph.output_node().all_input_nodes}
     if any(node.op == "placeholder" or node in states for node in nodes):
         return program
-    for sizes in (None, (*program.example_args, *program.example_kwargs.values())):
+    for is_open in (True, False):
         legal = program.copy()
         try:
-            if sizes is not None:
-                _with_sizes(legal.graph_module, pytree.tree_leaves(sizes))
+            if not is_open:
+                _with_sizes(legal)
             run_passes(legal.graph_module, [ComplexAsParts()])
         except NoPartsError as error:
             _log.debug("%s", error)
@@ -55,37 +54,32 @@ def in_real_parts(program: Program, held: ComplexNumbers) -> Program:
     return program
 
 
-def _with_sizes(gm: fx.GraphModule, leaves: Sequence[Any]) -> None:
+def _with_sizes(program: Program) -> None:
+    """Give every value the sizes that it has in the example, where they are open.
+
+    Raises:
+        NoPartsError: They depend on data.
+    """
+    walk = Interpreter(program.graph_module, copies=True)
+    mode = torch_private.FakeTensorMode(allow_non_fake_inputs=True)
+
+    def faked(value: Any) -> Any:
+        is_real = isinstance(value, Tensor) and not isinstance(value, torch_private.FakeTensor)
+        return mode.from_tensor(value) if is_real else value
+
+    def computed(node: fx.Node, value: Value) -> Any:
+        with mode:
+            result = walk.call(node, value)
+        return pytree.tree_map(faked, result)
+
+    inputs = walk.inputs((program.example_args, program.example_kwargs))
+    values = {node: faked(value) for node, value in inputs.items()}
     try:
-        _Sizes(gm).give(leaves)
+        walk.walk(walk.computed, values, call=computed)
     except Exception as error:
         raise NoPartsError(f"sizes of the example: {error}") from error
-
-
-class _Sizes(fx.Interpreter):
-    """Gives every value the sizes that it has in the example, where they are open."""
-
-    def __init__(self, gm: fx.GraphModule) -> None:
-        super().__init__(gm)
-        self._mode = torch_private.FakeTensorMode(allow_non_fake_inputs=True)
-
-    def give(self, leaves: Sequence[Any]) -> None:
-        """Take these as inputs.
-
-        Args:
-            leaves: The example's.
-        """
-        given = [self._mode.from_tensor(x) if isinstance(x, Tensor) else x for x in leaves]
-        with self._mode:
-            self.run(*given, enable_io_processing=False)
-
-    @override
-    def run_node(self, n: fx.Node) -> Any:
-        value = super().run_node(n)
-        if n.op == "get_attr" and isinstance(value, Tensor):
-            value = self._mode.from_tensor(value)
-        n.meta["val"] = value
-        return value
+    for node, value in values.items():
+        node.meta["val"] = value
 
 
 def _is_made(node: fx.Node) -> bool:
