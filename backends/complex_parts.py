@@ -17,6 +17,7 @@ from typing_extensions import override
 from graphopt.backends.fourier import NoPartsError, Parts, Transforms
 from graphopt.ir import torch_private
 from graphopt.ir.editor import Editor
+from graphopt.ir.recording import own_value
 from graphopt.passes.pass_base import Pass
 
 __all__ = ["ComplexAsParts", "is_complex"]
@@ -269,8 +270,7 @@ class _Parting:
         Raises:
             NoPartsError: It fails.
         """
-        # tensors of their own, as they are told apart by identity
-        own = [pytree.tree_map_only(Tensor, Tensor.detach, x.meta["val"]) for x in given]
+        own = [own_value(x) for x in given]
         try:
             # kernels in C++ would fix an open size, or fail of it
             with torch_private.open_size_kernels():

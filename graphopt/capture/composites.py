@@ -21,6 +21,7 @@ from typing_extensions import override
 from graphopt.ir import op_info
 from graphopt.ir.decomposing import is_functional, name_outputs, never_whole
 from graphopt.ir.editor import ORIGIN
+from graphopt.ir.recording import own_value
 from graphopt.ir.torch_private import FakeTensor, TorchDispatchMode
 
 __all__ = ["break_up_composites"]
@@ -149,10 +150,7 @@ class _Recorder(TorchDispatchMode):
 
 @dataclass
 class _Piece:
-    """What a call becomes: steps, and the fake tensors among their values that are its results.
-
-    Each operand has a fake tensor of its own, as nodes may share theirs.
-    """
+    """What a call becomes: steps, and the fake tensors among their values that are its results."""
 
     operands: Mapping[fx.Node, Any]
     steps: Sequence[_Step]
@@ -160,10 +158,7 @@ class _Piece:
 
 
 def _recorded(call: fx.Node, sizes: _Sizes) -> _Piece:
-    own = {
-        node: pytree.tree_map_only(Tensor, Tensor.detach, node.meta.get("val"))
-        for node in call.all_input_nodes
-    }
+    own = {node: own_value(node) for node in call.all_input_nodes}
     args, kwargs = fx.map_arg((call.args, call.kwargs), own.__getitem__)
     fakes = [leaf for leaf in pytree.tree_leaves((args, kwargs)) if isinstance(leaf, FakeTensor)]
     if not fakes or not _reads_items_only(call):

@@ -16,7 +16,7 @@ from typing_extensions import override
 from graphopt.ir import torch_private
 from graphopt.ir.torch_private import DispatchKey, FakeTensor, OpOverload, TorchDispatchMode
 
-__all__ = ["Body", "NotRecordableError", "never_whole", "recorded"]
+__all__ = ["Body", "NotRecordableError", "never_whole", "own_value", "recorded"]
 
 Table = Mapping[Any, Callable[..., Any]]
 _COMPOSED = DispatchKey.CompositeImplicitAutograd
@@ -69,8 +69,7 @@ def recorded(call: fx.Node, table: Table) -> Body | None:
     values = [operand.meta["val"] for operand in operands] or [call.meta["val"]]
     fake = next(leaf for leaf in pytree.tree_leaves(values) if isinstance(leaf, FakeTensor))
     recorder = _Recorder(table)
-    # tensors of their own, as they are told apart by identity: nodes of one kind may share theirs
-    own = {node: pytree.tree_map_only(Tensor, Tensor.detach, node.meta["val"]) for node in operands}
+    own = {node: own_value(node) for node in operands}
     given = [recorder.placeholder(own[operand]) for operand in operands]
     args, kwargs = fx.map_arg((call.args, call.kwargs), own.__getitem__)
     try:
@@ -89,6 +88,17 @@ def recorded(call: fx.Node, table: Table) -> Body | None:
         if isinstance(leaf, Tensor)
     }
     return Body(given, found)
+
+
+def own_value(node: fx.Node) -> Any:
+    """What describes a node's value, in tensors of its own.
+
+    Those that record tell tensors apart by identity, and nodes of one kind may share theirs.
+
+    Args:
+        node: With fake values in `meta["val"]`, if it has any.
+    """
+    return pytree.tree_map_only(Tensor, Tensor.detach, node.meta.get("val"))
 
 
 def never_whole(op: Any) -> bool:

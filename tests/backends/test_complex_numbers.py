@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from helpers.function_nets import Part
 from torch import Tensor, nn
 
 import graphopt
@@ -62,15 +63,6 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "zeros": lambda x: real(torch.zeros(8, dtype=torch.complex64) + z(x)),
     "norm": lambda x: torch.linalg.vector_norm(z(x), dim=-1),
 }
-
-
-class Part(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Any]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, x: Tensor) -> Any:
-        return self.function(x)
 
 
 class Rotary(nn.Module):

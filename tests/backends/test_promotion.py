@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.function_nets import Part
 from torch import Tensor, nn
 
 import graphopt
@@ -33,15 +34,6 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "sine": torch.sin,
     "sigmoid": lambda n: torch.sigmoid(n - 4),
 }
-
-
-class Part(nn.Module):
-    def __init__(self, function: Callable[[Tensor], Tensor]) -> None:
-        super().__init__()
-        self.function = function
-
-    def forward(self, n: Tensor) -> Tensor:
-        return self.function(n)
 
 
 def test_whole_numbers_are_cast_where_floats_are_computed_alone() -> None:
