@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from graphopt.audited import read_exported
+from graphopt.capture.quick_loading import quick_loading
 from graphopt.exclusive import exclusive
 from graphopt.ir import torch_private
 from graphopt.ir.mapped import map_tensor
@@ -68,9 +69,10 @@ def _read(path: Path) -> dict[str, ExportedProgram]:
     with zipfile.ZipFile(path) as archive:
         members = map(_MODELS.fullmatch, archive.namelist())
         names = [member[1] for member in members if member is not None]
-    if names in ([], [ALONE]):
-        return {ALONE: read_exported(path)}
-    loaded = torch_private.load_pt2(str(path)).exported_programs
+    with exclusive(), quick_loading():
+        if names in ([], [ALONE]):
+            return {ALONE: read_exported(path)}
+        loaded = torch_private.load_pt2(str(path)).exported_programs
     return {name: loaded[name] for name in names}
 
 

@@ -147,7 +147,10 @@ def part_of_torch(name: str, module: str, attribute: str) -> Any:
         MissingDependencyError: This torch has no such part.
     """
     try:
-        return getattr(module_of(module), attribute)
+        owner = module_of(module)
+        if not hasattr(owner, attribute) and hasattr(owner, "__path__"):
+            return module_of(f"{module}.{attribute}")  # a module that nothing has imported yet
+        return getattr(owner, attribute)
     except (ImportError, AttributeError) as error:
         raise MissingDependencyError(
             f"torch {torch.__version__} has no {module}.{attribute} ({name}), which graphopt needs;"

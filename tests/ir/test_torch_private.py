@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -55,6 +57,12 @@ def test_private_parts_are_imported_in_one_module() -> None:
 
 def test_every_part_is_there() -> None:
     assert all(hasattr(torch_private, name) for name in torch_private.__all__)
+
+
+@pytest.mark.parametrize("name", ["serializing", "archive_package"])
+def test_modules_are_parts_before_anybody_has_imported_them(name: str) -> None:
+    code = "import sys; from graphopt.ir import torch_private; getattr(torch_private, sys.argv[1])"
+    subprocess.run([sys.executable, "-c", code, name], check=True)
 
 
 def test_a_part_that_is_gone_is_named_with_the_versions() -> None:
