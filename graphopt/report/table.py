@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
+from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 from torch import nn
 from torch.export import ExportedProgram
-from typing_extensions import Unpack
+from typing_extensions import Unpack, override
 
 from graphopt.errors import StateError
 from graphopt.ir.annotations import record_of
@@ -21,6 +23,10 @@ from graphopt.report.notebook import ShownAsTable
 from graphopt.report.page import PageKeywords, write_page
 
 __all__ = ["CompressionTable", "table_of"]
+
+_WIDE = 110
+_LEFT_OUT = ("op", "shape")  # where a line has fewer characters than that
+_NUMBERS = ("bits/weight", "KiB", "SNR dB")
 
 
 @dataclass(frozen=True)
@@ -102,18 +108,11 @@ class CompressionTable(CompressionRecord, ShownAsTable):
         return table
 
     def __rich__(self) -> Table:
-        table = Table(title=self._title())
-        for heading in (
-            "tensor",
-            "op",
-            "shape",
-            "bits/weight",
-            "KiB",
-            "SNR dB",
-            "what, or why not",
-        ):
-            right = heading in ("bits/weight", "KiB", "SNR dB")
-            table.add_column(heading, justify="right" if right else "left", overflow="fold")
+        table = _Fitting(title=self._title())
+        for heading in ("tensor", *_LEFT_OUT, *_NUMBERS, "what, or why not"):
+            right = heading in _NUMBERS
+            side: Literal["left", "right"] = "right" if right else "left"
+            table.add_column(heading, justify=side, no_wrap=right, overflow="fold")
         for row in self.rows:
             snr = "" if row.snr_db is None else f"{row.snr_db:.1f}"
             about = f"{row.detail}; {row.note}" if row.note else row.detail
@@ -126,6 +125,18 @@ class CompressionTable(CompressionRecord, ShownAsTable):
         for warning in self.warnings:
             table.add_row("", "", "", "", "", "", warning)
         return table
+
+
+class _Fitting(Table):
+    """A table that a narrow terminal shows without some columns, so that names stay whole."""
+
+    @override
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        shown = self
+        if options.max_width < _WIDE:
+            shown = copy.copy(self)
+            shown.columns = [each for each in self.columns if each.header not in _LEFT_OUT]
+        yield from Table.__rich_console__(shown, console, options)
 
 
 def table_of(program: Program) -> CompressionTable:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import pickle
@@ -45,6 +46,22 @@ def test_print_and_rich_show_the_same_rows(program: graphopt.CompressedProgram) 
     console.print(report)
     assert console.export_text() == str(report) == str(program.table)
     assert all(line.name in str(report) for line in report)
+
+
+def test_a_narrow_terminal_shows_names_and_figures_whole() -> None:
+    name = "blocks.12.conv2.weight"
+    table = CompressionTable((row(name, 4 * 8 * 1024**2, ops=("conv2d",), snr_db=24.1),), ())
+    shown = {}
+    for width in (80, 140):
+        console = Console(width=width, no_color=True, record=True, file=io.StringIO())
+        console.print(table)
+        shown[width] = console.export_text()
+        assert name in shown[width]
+        assert "4096.00" in shown[width]
+        assert max(map(len, shown[width].splitlines())) <= width
+    assert "conv2d" in shown[140]
+    assert "conv2d" not in shown[80]
+    assert "4×2" not in shown[80]
 
 
 def test_json_has_every_row_and_no_infinity() -> None:
