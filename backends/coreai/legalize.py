@@ -13,7 +13,8 @@ from typing_extensions import override
 from graphopt.backends.quiet import quiet
 from graphopt.extras import require
 from graphopt.ir.editor import Editor
-from graphopt.numerics.packing import unpack, unpack_shared
+from graphopt.ir.packed_codes import unpacked
+from graphopt.numerics.packing import unpack
 from graphopt.passes.pass_base import Pass
 
 __all__ = ["LegalizeForCoreAI"]
@@ -78,7 +79,7 @@ def _legalize(edit: Editor, lookup: fx.Node) -> None:
         int(size) // length if i == axis and length > 1 else int(size)
         for i, size in enumerate(shape)
     ]
-    codes = unpack_shared(edit.value(indices), n_bits, index_shape)
+    codes = unpacked(edit.value(indices), n_bits, tuple(index_shape))
     indices = _restate(edit, indices, codes, "_indices")
     table_node = _restate(edit, table_node, _padded(table, n_bits), "_lut")
     coreai: Any = torch.ops.coreai

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from graphopt.backends.coreai.raise_quantization import raise_activation, raise_weight
 from graphopt.ir.editor import Editor
+from graphopt.ir.packed_codes import packed_of
 from graphopt.numerics.packing import pack
 from graphopt.passes.pass_base import Pass
 
@@ -103,7 +104,7 @@ def _raise_lookup(edit: Editor, node: fx.Node) -> None:
     length = int(lut.shape[-1])
     shape = [size * length if i == axis else size for i, size in enumerate(codes.shape)]
     base = str(indices_node.target).removesuffix("_indices")
-    packed = edit.constant(f"{base}_indices", pack(codes, n_bits), like=node)
+    packed = edit.constant(f"{base}_indices", packed_of(codes, n_bits), like=node)
     lookup = _Lookup(base, packed, lut, n_bits, shape, (axis,) if length > 1 else ())
     scaling = _dequantize_behind(node) if lut.dtype in _STORAGE else None
     if scaling is None:

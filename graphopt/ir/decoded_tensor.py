@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from typing_extensions import override
 
-from graphopt.ir.torch_private import without_torch_function
+from graphopt.ir.torch_private import FakeTensorMode, without_torch_function
 
 _Module = TypeVar("_Module", bound=nn.Module)
 
-__all__ = ["Decodable", "DecodedTensor", "settle", "settled", "with_plain_tensors"]
+__all__ = ["Decodable", "DecodedTensor", "fake_of", "settle", "settled", "with_plain_tensors"]
 
 
 class Decodable(Protocol):
@@ -28,8 +28,9 @@ class Decodable(Protocol):
 class _Values:
     """What a tensor and its aliases hold: a stored form, or the values once they were written to."""
 
-    def __init__(self, source: Decodable | Tensor) -> None:
+    def __init__(self, source: Decodable | Tensor, *, fixed: bool = False) -> None:
         self.source = source
+        self.fixed = fixed
 
     def read(self) -> Tensor:
         source = self.source
@@ -52,13 +53,16 @@ class DecodedTensor(Tensor):
     Args:
         source: The stored form.
         like: A tensor of the size, type and device that the values have, which are contiguous.
+        fixed: Nothing writes through arrays of it: `x.numpy()` gives a copy, and no values stay.
     """
 
     _held: _Values
 
     @staticmethod
-    def __new__(cls, source: Decodable, like: Tensor) -> Self:  # noqa: D102 - see the class
-        return cls._of(_Values(source), like, None)
+    def __new__(  # noqa: D102 - see the class
+        cls, source: Decodable, like: Tensor, *, fixed: bool = False
+    ) -> Self:
+        return cls._of(_Values(source, fixed=fixed), like, None)
 
     @classmethod
     def _of(cls, held: _Values, like: Tensor, strides: tuple[int, ...] | None) -> Self:
@@ -75,6 +79,11 @@ class DecodedTensor(Tensor):
     def is_decoded(self) -> bool:
         """Whether the values have stayed."""
         return isinstance(self._held.source, Tensor)
+
+    @property
+    def source(self) -> Decodable | Tensor:
+        """The stored form, or the values once they have stayed."""
+        return self._held.source
 
     @property
     @override
@@ -94,7 +103,8 @@ class DecodedTensor(Tensor):
         if id(self) not in memo:
             source = self._held.source
             values = source.clone() if isinstance(source, Tensor) else source
-            copied = self._alias(_Values(values)).requires_grad_(self.requires_grad)
+            held = _Values(values, fixed=self._held.fixed)
+            copied = self._alias(held).requires_grad_(self.requires_grad)
             if isinstance(self, nn.Parameter):
                 copied._is_param = True
             memo[id(self)] = copied
@@ -117,7 +127,9 @@ class DecodedTensor(Tensor):
     ) -> Any:
         given = list(args)
         if given and isinstance(given[0], DecodedTensor):
-            if func in _MEMORY:
+            if func in _ARRAYS and given[0]._held.fixed:
+                given[0] = given[0]._held.read()
+            elif func in _MEMORY:
                 given[0] = given[0]._held.keep()
             elif func in _VIEWS:
                 given[0]._held.keep()
@@ -150,9 +162,10 @@ class DecodedTensor(Tensor):
 
 
 _DETACH = "aten::detach"
+_ARRAYS: set[Any] = {Tensor.numpy, Tensor.__array__}
 # what hands out the memory itself
 _MEMORY = {
-    *(Tensor.numpy, Tensor.__array__, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage),
+    *(*_ARRAYS, Tensor.data_ptr, Tensor.untyped_storage, Tensor.storage),
     *(Tensor.is_shared, Tensor.share_memory_, Tensor.pin_memory, Tensor.__dlpack__),
 }
 # what a later write may go through
@@ -172,6 +185,16 @@ def settled(tensor: Tensor) -> Tensor:
     if isinstance(tensor, nn.Parameter):
         return nn.Parameter(values, tensor.requires_grad)
     return values
+
+
+def fake_of(tensor: Tensor, mode: FakeTensorMode) -> Any:
+    """A fake tensor of the size, type and place of one, which is not read for it."""
+    if not isinstance(tensor, DecodedTensor):
+        return mode.from_tensor(tensor.detach(), static_shapes=True)
+    with mode:
+        return torch.empty_strided(
+            tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
+        )
 
 
 def settle(parameter: Tensor, values: Tensor) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, fx, nn
 from graphopt.ir import op_info
 from graphopt.ir.annotations import note, record
 from graphopt.ir.captured_module import holder_of
+from graphopt.ir.decoded_tensor import fake_of
 from graphopt.ir.records import ActivationRecord, TensorRecord
 from graphopt.ir.torch_private import FakeTensor, FakeTensorMode, open_size_kernels
 
@@ -316,7 +317,7 @@ class Editor:
         """The value as `meta["val"]` holds it."""
         if self._fake_mode is None:
             return value.detach()
-        return self._fake_mode.from_tensor(value.detach(), static_shapes=True)
+        return fake_of(value, self._fake_mode)
 
 
 def _fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:

@@ -28,6 +28,7 @@ from torch.utils import _pytree as pytree
 from typing_extensions import override
 
 from graphopt.ir.captured_module import CapturedModule, holder_of
+from graphopt.ir.decoded_tensor import fake_of
 from graphopt.ir.editor import ORIGIN
 from graphopt.ir.state import writes
 from graphopt.ir.torch_private import FakeTensor, FakeTensorMode, OpOverload
@@ -179,7 +180,7 @@ class _Lift:
         with self._graph.inserting_before(self._first):
             made = self._graph.create_node("placeholder", name, name=name)
         made.target = made.name
-        made.meta["val"] = self._mode.from_tensor(value.detach(), static_shapes=True)
+        made.meta["val"] = fake_of(value, self._mode)
         self._inputs[kind].append(InputSpec(kind, TensorArgument(made.name), path, persistent))
         self._targets[made] = (OutputKind.BUFFER_MUTATION, path)
         self._lifted[path] = self._first_of.setdefault(id(value), made)

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import math
-import weakref
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from graphopt.extras import deferred
 
@@ -19,10 +15,7 @@ if TYPE_CHECKING:
 else:
     kernels = deferred("graphopt.numerics.kernels_packing")
 
-__all__ = ["pack", "packed_size", "unpack", "unpack_shared"]
-
-# packed codes → their number of bits and version, and the codes for as long as somebody holds them
-_alive: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+__all__ = ["pack", "packed_size", "unpack"]
 
 
 def packed_size(numel: int, n_bits: int) -> int:
@@ -62,28 +55,3 @@ def unpack(packed: Tensor, n_bits: int, numel: int) -> Tensor:
     window = packed[at].to(torch.int32)
     window |= packed[(at + 1).clamp_max(packed.numel() - 1)].to(torch.int32) << 8
     return ((window >> (first % 8)) & (2**n_bits - 1)).to(torch.uint8)
-
-
-def unpack_shared(packed: Tensor, n_bits: int, shape: Sequence[int]) -> Tensor:
-    """Codes as constants: those that another program holds already, where one does.
-
-    A module that was finalized for a target and what is lowered from it have the same codes, which are a byte
-    each: they are held once.
-
-    Args:
-        packed: What `pack` gave.
-        n_bits: 1 … 8.
-        shape: Of the codes.
-
-    Returns:
-        uint8 of that shape, in memory of its own; not to be written into.
-    """
-    state = (n_bits, tuple(shape), packed._version)
-    known = _alive.get(packed)
-    codes = known[1]() if known is not None and known[0] == state else None
-    if codes is None:
-        codes = unpack(packed, n_bits, math.prod(shape)).reshape(list(shape))
-        codes = codes.clone() if n_bits == 8 else codes
-        _alive[packed] = state, weakref.ref(codes)
-    assert isinstance(codes, Tensor)
-    return codes
