@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import keyword
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.capture.composites import break_up_composites
 from graphopt.capture.export_errors import explain_export_error, quiet_failure
+from graphopt.capture.free_names import with_free_names
 from graphopt.capture.in_place import make_functional
 from graphopt.capture.inference_form import dropout_kept, is_plain
 from graphopt.capture.input_sizes import settle_sizes
@@ -132,24 +132,7 @@ def exported_open(
 
 
 def as_module(exported: ExportedProgram) -> fx.GraphModule:
-    """The program as a module that can be called.
-
-    Raises:
-        CaptureError: A path to a tensor has a keyword of Python, which torch's own code of it cannot.
-    """
-    signature = exported.graph_signature
-    for held in (
-        signature.inputs_to_parameters,
-        signature.inputs_to_buffers,
-        signature.inputs_to_lifted_tensor_constants,
-    ):
-        for path in held.values():
-            for part in path.split("."):
-                if keyword.iskeyword(part):
-                    raise CaptureError(
-                        f"{path}: {part!r} is a keyword of Python, in which torch writes the graph down;"
-                        " give that module or key another name"
-                    )
+    """The program as a module that can be called."""
     return exported.module(check_guards=False)
 
 
@@ -203,7 +186,12 @@ def copied(exported: ExportedProgram) -> ExportedProgram:
 
 
 def flat(exported: ExportedProgram) -> ExportedProgram:
-    """The program in functional ops, none of which hides a weight; it may be changed."""
+    """The program in functional ops, none of which hides a weight, with names that a module can have.
+
+    Args:
+        exported: A program of one's own, which may be changed.
+    """
+    with_free_names(exported)
     make_functional(exported.graph)
     if is_plain(exported.graph):
         return exported

@@ -214,14 +214,45 @@ def test_wrong_inputs_are_refused(tmp_path: Path) -> None:
         graphopt.capture(tmp_path / "broken.pt2")
 
 
-def test_a_path_with_a_keyword_is_refused_by_name() -> None:
-    class Heads(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.heads = nn.ModuleDict({"box": nn.Linear(3, 4), "class": nn.Linear(3, 2)})
+class _Named(nn.Module):
+    """Names that graph modules or Python have taken, beside the ones that they could be given."""
 
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {name: head(x) for name, head in self.heads.items()}
+    def __init__(self) -> None:
+        super().__init__()
+        self.graph, self.meta, self.code = (
+            nn.Linear(3, 3),
+            nn.Linear(3, 3),
+            nn.Parameter(torch.randn(3)),
+        )
+        self.heads = nn.ModuleDict({"class": nn.Linear(3, 2), "class_": nn.Linear(3, 2)})
+        self.heads["graph"] = nn.Linear(3, 2)
+        self.register_buffer("recompile", torch.zeros(3))
 
-    with pytest.raises(CaptureError, match=r"heads\.class\.weight: 'class' is a keyword"):
-        graphopt.capture(Heads(), (torch.randn(2, 3),))
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        self.recompile.add_(1)
+        x = self.meta(self.graph(x)) + self.code + self.recompile
+        return {name: head(x) for name, head in self.heads.items()}
+
+
+def test_tensors_whose_names_graphs_cannot_have_get_others(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model, x = _Named().eval(), torch.randn(2, 3)
+    before = list(model.state_dict())
+    exported = torch.export.export(model, (x,), strict=False)
+    torch.export.save(exported, tmp_path / "m.pt2")
+    fresh = copy.deepcopy(model)
+    wanted = fresh(x)
+    for source, given in ((model, (x,)), (exported, None), (tmp_path / "m.pt2", None)):
+        program = graphopt.capture(source, given)
+        names = set(program.graph_module.state_dict())
+        expected = {"graph_.weight", "meta_.weight", "code_", "recompile_", "heads.graph.weight"}
+        assert expected | {"heads.class__.weight", "heads.class_.weight"} <= names
+        got = graphopt.compress(program, config={"palettization": {}}).module()(x)
+        assert all(torch.allclose(got[name], wanted[name], atol=0.5) for name in wanted)
+        assert not torch.equal(got["class"], got["class_"])
+        assert torch.equal(graphopt.capture(source, given).module()(x)["class"], wanted["class"])
+    assert "graph.weight is called graph_.weight in the program" in caplog.text
+    assert list(model.state_dict()) == before
+    assert "graph.weight" in exported.state_dict
+    assert not model.recompile.any()
