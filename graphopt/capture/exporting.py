@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 from graphopt.capture.composites import break_up_composites
 from graphopt.capture.export_errors import explain_export_error, quiet_failure
 from graphopt.capture.free_names import with_free_names
+from graphopt.capture.given_masks import masks_as_given
 from graphopt.capture.in_place import make_functional
 from graphopt.capture.inference_form import dropout_kept, is_plain
 from graphopt.capture.input_sizes import settle_sizes
@@ -157,6 +158,7 @@ def _attempt(
             ),
             quick_shapes(),
             quick_sizes(),
+            masks_as_given(),
             quiet_failure(),
         ):
             exported = torch.export.export(model, args, kwargs, dynamic_shapes=shapes, strict=False)

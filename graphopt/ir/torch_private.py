@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from torch.fx.experimental import _config as symbolic_config
     from torch.fx.experimental import proxy_tensor as tracing
     from torch.fx.experimental.sym_node import SymNode
+    from torch.nn.modules import transformer
     from torch.nn.modules.batchnorm import _BatchNorm as AnyBatchNorm
     from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -85,6 +86,7 @@ __all__ = [
     "shape_rules",
     "symbolic_config",
     "tracing",
+    "transformer",
     "warn_of_untested",
     "without_torch_function",
 ]
@@ -128,6 +130,7 @@ _PARTS = {
     "may_stay_whole": ("torch._export.utils", "_check_valid_to_preserve"),
     "decomposition_table": ("torch._decomp", "decomposition_table"),
     "symbolic_config": ("torch.fx.experimental", "_config"),
+    "transformer": ("torch.nn.modules", "transformer"),
     "tracing": ("torch.fx.experimental", "proxy_tensor"),
     "without_torch_function": ("torch._C", "DisableTorchFunctionSubclass"),
     "learnable_per_channel": ("torch", "_fake_quantize_learnable_per_channel_affine"),
