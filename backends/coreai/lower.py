@@ -15,6 +15,7 @@ from graphopt.backends.complex_numbers import in_real_parts
 from graphopt.backends.coreai.decompose import RUNNING_SUMS, decompositions
 from graphopt.backends.coreai.legalize import LegalizeForCoreAI
 from graphopt.backends.coreai.legalize_quantization import LegalizeQuantizationForCoreAI
+from graphopt.backends.coreai.merged_axes import keep_merged_axes
 from graphopt.backends.coreai.options import CoreAIOptions
 from graphopt.backends.data_sizes import decomposing_for
 from graphopt.backends.float_types import as_float32
@@ -69,6 +70,7 @@ def legal_export(
         _free_views(exported.graph)
         exported = decomposed(exported, decompositions())
     promote_operands(exported)
+    keep_merged_axes(exported)
     drop_written_inputs(exported)
     refuse_fixed(exported, plan, "Core AI")
     if options.precision == "float32":
