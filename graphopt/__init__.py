@@ -11,7 +11,15 @@ with uncollected():
     from graphopt.capture import capture
 
 if TYPE_CHECKING:
-    from graphopt import casting, mixed_precision, pipelines, rdo
+    from graphopt import (
+        casting,
+        mixed_precision,
+        palettization,
+        pipelines,
+        pruning,
+        quantization,
+        rdo,
+    )
     from graphopt.api import compress, fit, lower, tune
     from graphopt.backends.registry import ExportBackend
     from graphopt.compressors.compressed_program import CompressedProgram
@@ -48,7 +56,10 @@ __all__ = [
     "mapped_weights",
     "mixed_precision",
     "ops",
+    "palettization",
     "pipelines",
+    "pruning",
+    "quantization",
     "rdo",
     "tune",
 ]
@@ -75,7 +86,15 @@ _MEMBERS = {
     "mapped_weights": "graphopt.ir.mapped",
     "tune": "graphopt.passes.tune",
 }
-_PACKAGES = ("casting", "mixed_precision", "pipelines", "rdo")
+_PACKAGES = (
+    "casting",
+    "mixed_precision",
+    "palettization",
+    "pipelines",
+    "pruning",
+    "quantization",
+    "rdo",
+)
 
 moved.register(__name__)
 

@@ -97,6 +97,15 @@ def test_commands_load_nothing_that_only_some_of_them_need() -> None:
     assert done.stdout.strip() == "[]"
 
 
+def test_packages_of_compressors_need_no_import_of_their_own() -> None:
+    code = (
+        "import graphopt; print(graphopt.quantization.QuantizerConfig.__name__,"
+        " graphopt.palettization.KMeansPalettizer.__name__, graphopt.pruning.__name__)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["QuantizerConfig", "KMeansPalettizer", "graphopt.pruning"]
+
+
 def test_old_module_names_give_the_new_ones_names_with_a_warning() -> None:
     import graphopt.editor
 

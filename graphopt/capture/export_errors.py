@@ -95,6 +95,7 @@ def quiet_failure() -> Iterator[None]:
     said = io.StringIO()
     with (
         without_warnings("torch.fx.experimental.symbolic_shapes"),
+        without_warnings("torch._subclasses.fake_tensor", logging.CRITICAL),
         contextlib.redirect_stderr(said),
     ):
         yield
@@ -103,11 +104,11 @@ def quiet_failure() -> Iterator[None]:
 
 
 @contextmanager
-def without_warnings(name: str) -> Iterator[None]:
-    """Keep a library's logger from warning of what our own error says."""
+def without_warnings(name: str, least: int = logging.ERROR) -> Iterator[None]:
+    """Keep a library's logger from saying what our own error says, below a level."""
     logger = logging.getLogger(name)
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(least)
     try:
         yield
     finally:

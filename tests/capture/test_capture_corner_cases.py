@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import subprocess
 import sys
 import warnings
 
@@ -221,6 +222,25 @@ class Talking(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         print("a word", file=sys.stderr)
         return -x if self.branches and bool((x < 0).any()) else x + 1
+
+
+_FIXED_BATCH = """
+import torch, graphopt
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(1, 16, 8))
+    def forward(self, x):
+        return torch.bmm(x, self.weight)  # no other batch than 1
+graphopt.capture(Net().eval(), (torch.randn(1, 5, 16),))
+"""
+
+
+def test_console_shows_nothing_of_a_size_that_cannot_be_open() -> None:
+    # in a process of its own, since torch's handler of logs keeps the stream of its start
+    words = [sys.executable, "-W", "ignore", "-c", _FIXED_BATCH]
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
+    assert "meta" not in done.stderr
 
 
 def test_console_shows_what_the_model_says_and_no_failed_export(
