@@ -22,23 +22,29 @@ class CalibrationCalls:
     """Calls of a calibration.
 
     Attributes:
-        learned: Those that are tuned on.
-        held_out: Those that decide when tuning was best.
+        every: All of them, in their order.
+        held: Places of those that decide when tuning was best.
     """
 
-    learned: list[Any]
-    held_out: list[Any]
+    every: list[Any]
+    held: frozenset[int] = frozenset()
 
     @property
-    def every(self) -> list[Any]:
-        """All of them."""
-        return [*self.learned, *self.held_out]
+    def learned(self) -> list[Any]:
+        """Those that are tuned on."""
+        return [call for place, call in enumerate(self.every) if place not in self.held]
+
+    @property
+    def held_out(self) -> list[Any]:
+        """Those that decide when tuning was best."""
+        return [call for place, call in enumerate(self.every) if place in self.held]
 
     @property
     def fitted(self) -> list[Any]:
         """Those that weights are fitted to: all where they are few, else those that are tuned on.
 
-        Few calls are dear, and a fit that has seen what decides makes it harder for tuning to count.
+        Few calls are dear, and a fit that has seen what decides makes it harder for tuning to count. Where
+        tuning does not, the program is then the one that there is without it.
         """
         return self.every if len(self.every) < FEW else self.learned
 
@@ -46,7 +52,7 @@ class CalibrationCalls:
         """Without the targets that a loss needs."""
         if loss_fn is None:
             return self
-        return CalibrationCalls(*map(inputs_of_pairs, (self.learned, self.held_out)))
+        return CalibrationCalls(inputs_of_pairs(self.every), self.held)
 
     @classmethod
     def of(cls, data: Sequence[Any], how: CompressOptions) -> CalibrationCalls:
@@ -56,15 +62,11 @@ class CalibrationCalls:
             CalibrationError: There is tuning and no call.
         """
         if how.tune_steps < 1:
-            return cls(list(data), [])
+            return cls(list(data))
         if not data:
             raise CalibrationError(
                 f"tune_steps={how.tune_steps} needs calibration data, to tune on and to hold out"
             )
         count = held_out_of(len(data))
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(how.seed))
-        held = set(order[:count].tolist())
-        return cls(
-            [call for number, call in enumerate(data) if number not in held],
-            [call for number, call in enumerate(data) if number in held],
-        )
+        return cls(list(data), frozenset(order[:count].tolist()))
