@@ -254,7 +254,7 @@ _TORCHS = (
     *("mse_loss", "nll_loss", "nll_loss_forward", "nll_loss2d_forward", "huber_loss"),
     *("smooth_l1_loss", "addmv", "addr", "renorm", "lerp", "log_sigmoid_forward"),
     *("im2col", "col2im", "nll_loss_nd", "cosine_similarity", "norm", "frobenius_norm"),
-    *("cross", "broadcast_tensors", "affine_grid_generator"),
+    *("cross", "triu", "tril", "broadcast_tensors", "affine_grid_generator"),
 )
 
 

@@ -144,6 +144,13 @@ KINDS: dict[str, tuple[Callable[..., Any], tuple[Tensor, ...]]] = {
         lambda x: (F.pad(x, (8, 1), mode="circular"), F.pad(x, (2, 2), mode="reflect")),
         (of(1, 3, 8),),
     ),
+    "triangles of infinities": (
+        lambda x: (
+            torch.triu(torch.full((8, 8), -torch.inf), diagonal=1) + x,
+            x.masked_fill(x > 0, torch.inf).tril(-1),
+        ),
+        (of(8, 8),),
+    ),
     "smaller image": (
         lambda x: F.interpolate(x, (3, 5), mode="bilinear", antialias=True),
         (of(1, 2, 8, 8),),
