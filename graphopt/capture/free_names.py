@@ -6,6 +6,7 @@ import keyword
 import logging
 from collections.abc import Iterable
 
+from torch import nn
 from torch.export import ExportedProgram
 
 from graphopt.ir.captured_module import CapturedModule
@@ -13,8 +14,8 @@ from graphopt.ir.captured_module import CapturedModule
 __all__ = ["with_free_names"]
 
 _log = logging.getLogger(__name__)
-# what a graph module has of its own, also as attributes of its instances
-_TAKEN = frozenset({*dir(CapturedModule), "graph", "meta", "shape_env"})
+# what a graph module has beside a module, also as attributes of its instances
+_TAKEN = frozenset({*dir(CapturedModule), "graph", "meta", "shape_env"} - {*dir(nn.Module)})
 
 
 def with_free_names(exported: ExportedProgram) -> None:
