@@ -34,6 +34,7 @@ def main() -> int:
     parser.add_argument("--counts", type=Path, default=ROOT / "out" / "fuzz-counts.jsonl")
     given = parser.parse_args()
     given.counts.parent.mkdir(parents=True, exist_ok=True)
+    last = given.counts.with_suffix(".last")
     ends, failed = time.monotonic() + given.time, False
     while time.monotonic() < ends:
         for kind in given.kinds:
@@ -44,7 +45,9 @@ def main() -> int:
                 **os.environ,
                 "GRAPHOPT_FUZZ": str(given.examples),
                 "GRAPHOPT_FUZZ_COUNTS": str(given.counts),
+                "GRAPHOPT_FUZZ_LAST": str(last),
                 "GRAPHOPT_FUZZ_TARGETS": given.targets,
+                "PYTHONFAULTHANDLER": "1",
             }
             try:
                 done = subprocess.run(
@@ -62,6 +65,8 @@ def main() -> int:
             if done.returncode:
                 failed = True
                 print(f"{kind}, seed {seed}:\n{done.stdout[-8_000:]}\n{done.stderr[-2_000:]}")
+                if done.returncode < 0 and last.exists():
+                    print(f"signal {-done.returncode} while trying {last.read_text('utf-8')}")
     print(table(given.counts))
     return int(failed)
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.fuzzing import budget, counted
+from helpers.fuzzing import budget, counted, remembered
 from helpers.random_nets import TABLES, Plan, RandomNet, compression, nets
 from hypothesis import given
 from hypothesis import strategies as st
@@ -80,6 +80,7 @@ def cases(draw: Any) -> tuple[Plan, str, tuple[str, ...]]:
 @given(case=cases())
 def test_artifacts_compute_what_their_programs_do(case: tuple[Plan, str, tuple[str, ...]]) -> None:
     plan, target, kinds = case
+    remembered(case)
     if importlib.util.find_spec(TARGETS[target][1]) is None:
         pytest.skip(f"{TARGETS[target][1]} is not installed")
     torch.manual_seed(plan.seed)

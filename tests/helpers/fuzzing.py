@@ -1,7 +1,8 @@
 """How fuzzers count, how long they run, and what every one of them takes for right.
 
 `GRAPHOPT_FUZZ` is the number of examples of a test (a small fixed set where it is not given),
-`GRAPHOPT_FUZZ_COUNTS` a file to which counts are appended: kind, tried, held, wrong.
+`GRAPHOPT_FUZZ_COUNTS` a file to which counts are appended: kind, tried, held, wrong; `GRAPHOPT_FUZZ_LAST` a
+file that holds the example that is being tried, for where the process dies of it.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from hypothesis import HealthCheck, settings
 
 from graphopt.errors import GraphOptError
 
-__all__ = ["LONG", "budget", "counted"]
+__all__ = ["LONG", "budget", "counted", "remembered"]
 
 LONG = int(os.environ.get("GRAPHOPT_FUZZ", "0"))
 
@@ -63,6 +64,13 @@ def counted(kind: str, *, whole: bool = False) -> Iterator[None]:
         raise
     finally:
         _write(kind, outcome)
+
+
+def remembered(example: object) -> None:
+    """Write down what is tried next: a process that dies says nothing, and hypothesis has no smaller one."""
+    path = os.environ.get("GRAPHOPT_FUZZ_LAST")
+    if path:
+        Path(path).write_text(repr(example), encoding="utf-8")
 
 
 def _write(kind: str, what: str) -> None:
