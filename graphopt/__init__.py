@@ -3,7 +3,7 @@
 import sys
 from typing import TYPE_CHECKING
 
-from graphopt.extras import uncollected
+from graphopt.loading import uncollected
 
 with uncollected():
     from graphopt import errors, moved, ops

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import gc
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from types import ModuleType
 
 from graphopt.audited import module_of
 from graphopt.errors import MissingDependencyError
 from graphopt.exclusive import silent
 
-__all__ = ["deferred", "require", "uncollected"]
+__all__ = ["deferred", "require"]
 
 
 def require(module: str, extra: str) -> ModuleType:
@@ -65,15 +62,3 @@ def deferred(module: str) -> ModuleType:
         module: Dotted module name.
     """
     return _Deferred(module)
-
-
-@contextmanager
-def uncollected() -> Iterator[None]:
-    """Imports without collections of garbage: what they load stays, and full ones walk all of torch."""
-    collects = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if collects:
-            gc.enable()

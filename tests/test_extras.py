@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from graphopt.errors import MissingDependencyError
-from graphopt.extras import require, uncollected
+from graphopt.extras import require
+from graphopt.loading import uncollected
 
 NOISY = """
 import logging, os, sys, warnings

@@ -197,11 +197,19 @@ def flat(exported: ExportedProgram) -> ExportedProgram:
     make_functional(exported.graph)
     if is_plain(exported.graph):
         return exported
+    whole = {node.target for node in exported.graph.nodes} & set(_composites())
+    if not whole and break_up_composites(exported, {}):
+        return exported
     table = _decompositions()
-    if break_up_composites(exported, table):
+    if whole and break_up_composites(exported, table):
         return exported
     with dropout_kept(exported):
         return exported.run_decompositions(table)
+
+
+def _composites() -> list[Any]:
+    """Ops that hide a weight."""
+    return list(op_info.targets(lambda info: info.composite))
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:
@@ -211,7 +219,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     """
     # looking an op up would have torch list every composite op of every library; taking it out does not
     known = torch.export.default_decompositions()
-    rules = {op: known.pop(op, None) for op in op_info.targets(lambda info: info.composite)}
+    rules = {op: known.pop(op, None) for op in _composites()}
     return {op: rule for op, rule in rules.items() if rule is not None}
 
 

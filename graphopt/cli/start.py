@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 
 from graphopt.extras import deferred
+from graphopt.loading import uncollected
 
 __all__ = ["run"]
 
@@ -15,9 +17,11 @@ def run() -> None:
     """Load the commands and run the one that was asked for.
 
     Modules that are loaded stay; full collections while they are would walk all of them again and again.
+    What works on programs then sets them aside itself (`graphopt.exclusive`), which it could not tell
+    from what the caller had set aside. What is left at the end goes with the process, and is not looked
+    through once more.
     """
-    gc.disable()
-    command = _main.run
-    gc.freeze()
-    gc.enable()
+    atexit.register(gc.freeze)
+    with uncollected():
+        command = _main.run
     command()

@@ -1,7 +1,7 @@
 """Palettization of weights: table lookups instead of floats."""
 
 from graphopt import moved
-from graphopt.extras import uncollected
+from graphopt.loading import uncollected
 
 with uncollected():
     from graphopt.compressors.dkm import DKMPalettizer

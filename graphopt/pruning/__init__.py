@@ -1,7 +1,7 @@
 """Pruning: weights with zeros, stored as values and masks."""
 
 from graphopt import moved
-from graphopt.extras import uncollected
+from graphopt.loading import uncollected
 
 with uncollected():
     from graphopt.compressors.pruner import MagnitudePruner

@@ -1,7 +1,7 @@
 """Quantization: the compressor class, its configs and specs."""
 
 from graphopt import moved
-from graphopt.extras import uncollected
+from graphopt.loading import uncollected
 
 with uncollected():
     from graphopt.compressors.quantizer import Quantizer
