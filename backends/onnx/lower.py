@@ -27,6 +27,7 @@ from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.registry import OPSET, read_once
 from graphopt.backends.onnx.rotations import repeat_angles
 from graphopt.backends.onnx.state import add_state, outputs_of_state
+from graphopt.backends.onnx.turned_batches import turn_results
 from graphopt.backends.promotion import promote_operands
 from graphopt.backends.quiet import quiet
 from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
@@ -138,6 +139,7 @@ def _converted(
             made.optimize()
             repeat_angles(made.model)
             expand(made.model, options)
+            turn_results(made.model)
     except LoweringError:
         raise
     except Exception as error:
