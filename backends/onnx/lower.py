@@ -23,6 +23,7 @@ from graphopt.backends.onnx.decompose import decompositions
 from graphopt.backends.onnx.expand import expand
 from graphopt.backends.onnx.known_sizes import sizes_kept
 from graphopt.backends.onnx.matmul_nbits import integers_of_tables
+from graphopt.backends.onnx.norms import in_one_type
 from graphopt.backends.onnx.options import ONNXOptions
 from graphopt.backends.onnx.registry import OPSET, read_once
 from graphopt.backends.onnx.rotations import repeat_angles
@@ -138,6 +139,7 @@ def _converted(
             add_state(made.model, state)
             made.optimize()
             repeat_angles(made.model)
+            in_one_type(made.model)
             expand(made.model, options)
             turn_results(made.model)
     except LoweringError:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from graphopt.audited import read_exported
+from graphopt.capture.export_errors import without_warnings
 from graphopt.capture.quick_loading import quick_loading
 from graphopt.exclusive import exclusive
 from graphopt.ir import torch_private
@@ -69,7 +70,8 @@ def _read(path: Path) -> dict[str, ExportedProgram]:
     with zipfile.ZipFile(path) as archive:
         members = map(_MODELS.fullmatch, archive.namelist())
         names = [member[1] for member in members if member is not None]
-    with exclusive(), quick_loading():
+    # torch warns of sizes that are in no value, such as those of inputs that nothing reads
+    with exclusive(), quick_loading(), without_warnings("torch._export.serde"):
         if names in ([], [ALONE]):
             return {ALONE: read_exported(path)}
         loaded = torch_private.load_pt2(str(path)).exported_programs

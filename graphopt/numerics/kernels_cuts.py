@@ -15,6 +15,8 @@ __all__ = ["optimal_cuts", "refine_cuts", "table_cuts"]
 
 _jit = compiled()
 
+# a written number has a type of its own, for which all that takes it is compiled once more
+_int = np.int64
 # with m points and k parts, m / 2k² cuts of a point on the mean lie between its bounds
 _ORDERED = 10
 _STEPS = 16  # places on each side of a cut that a program chooses among
@@ -77,7 +79,7 @@ def optimal_cuts(w, wx, k_max, grid, q_min, q_max):
     gain = np.zeros(k_max)
     best = np.empty(m + 1)
     for j in range(m + 1):
-        best[j] = _gain(w, wx, 0, j, grid, q_min, q_max)
+        best[j] = _gain(w, wx, _int(0), j, grid, q_min, q_max)
     gain[0] = best[m]
     following = np.empty(m + 1)
     stack = np.empty((64, 4), dtype=np.int64)
@@ -90,7 +92,7 @@ def optimal_cuts(w, wx, k_max, grid, q_min, q_max):
             for j in range(m, m - 1 if k == k_max - 1 else k, -1):
                 first = min(max(k, cut[k - 1, j]), j - 1)
                 last = max(min(last, j - 1), first)
-                value, last = _best_start(best, 0, w, wx, first, last, j, grid, q_min, q_max)
+                value, last = _best_start(best, _int(0), w, wx, first, last, j, grid, q_min, q_max)
                 following[j] = value
                 cut[k, j] = last
         elif m > k:
@@ -145,7 +147,7 @@ def _halve(best, w, wx, k, cut, following, stack, grid, q_min, q_max):
         middle = (left + right) // 2
         end = min(last, middle - 1)
         start = min(max(first, cut[k - 1, middle]), end)
-        value, at = _best_start(best, 0, w, wx, start, end, middle, grid, q_min, q_max)
+        value, at = _best_start(best, _int(0), w, wx, start, end, middle, grid, q_min, q_max)
         following[middle] = value
         cut[k, middle] = at
         top = _push_halves(stack, top, middle, at)
@@ -175,7 +177,7 @@ def refine_cuts(w, wx, bounds, reach, grid, q_min, q_max):
     stride = max(reach // _STEPS, 1)
     if stride > 1:
         _move_cuts(w, wx, bounds, reach, stride, grid, q_min, q_max)
-    _move_cuts(w, wx, bounds, min(reach, max(2 * stride, _STEPS)), 1, grid, q_min, q_max)
+    _move_cuts(w, wx, bounds, min(reach, max(2 * stride, _STEPS)), _int(1), grid, q_min, q_max)
 
 
 @_jit
