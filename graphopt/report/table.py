@@ -18,13 +18,14 @@ from graphopt.ir.program import Program
 from graphopt.ir.records import CompressionRecord
 from graphopt.report.bits import stored_tensors
 from graphopt.report.notebook import ShownAsTable
-from graphopt.report.page import PageKeywords, write_page
 
 if TYPE_CHECKING:
     from rich.table import Table
 
-    from graphopt.report import table_view
+    from graphopt.report import page, table_view
+    from graphopt.report.page import PageKeywords
 else:
+    page = deferred("graphopt.report.page")
     table_view = deferred("graphopt.report.table_view")
 
 __all__ = ["CompressionTable", "table_of"]
@@ -69,7 +70,7 @@ class CompressionTable(CompressionRecord, ShownAsTable):
         """
         if self.program is None:
             raise StateError("call to_html() on program.report(); a table alone has no weights")
-        return write_page(self.program, path, before=before, data=data, **options)
+        return page.write_page(self.program, path, before=before, data=data, **options)
 
     def activation_table(self) -> Table:
         """The activations, for printing."""

@@ -146,6 +146,7 @@ def exported_of(target: str, model: nn.Module, example: tuple[torch.Tensor, ...]
 def run_side(side: str, name: str, target: str, folder: Path) -> dict[str, Any]:
     """One process: CPU seconds from its start, and of its stages."""
     warnings.filterwarnings("ignore")
+    sys.modules["coverage"] = None  # type: ignore[assignment]  # numba loads it where tests have it
     marks = [("torch", time.process_time())]
     out = folder / f"{side.replace(' ', '_')}{SUFFIXES[target]}"
 
