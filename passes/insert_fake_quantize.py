@@ -22,6 +22,7 @@ from graphopt.ir.annotations import (
 )
 from graphopt.ir.editor import Editor
 from graphopt.ir.module_frames import module_frames
+from graphopt.numerics.affine import grid_of, has_whole_offsets
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.fold_batchnorm import conv_state
 from graphopt.passes.pass_base import Pass
@@ -76,7 +77,7 @@ class InsertFakeQuantize(Pass):
     def run(self, edit: Editor) -> None:
         weights = _weight_quantizers(edit)
         for point, operand, users in places_of(edit.gm):
-            if point.derived:
+            if point.derived and not _leaves_steps(operand, point):
                 continue
             path = f"{QUANTIZERS}.at_{point.group}"
             path = edit.module(path, _activation_quantizer(edit, path, point, operand))
@@ -88,6 +89,14 @@ class InsertFakeQuantize(Pass):
         for node, quantizer in weights.items():
             _insert_weight(edit, node, quantizer)
         RestoreTraining().run(edit)
+
+
+def _leaves_steps(operand: fx.Node, point: ActivationPoint) -> bool:
+    """Whether an op that hands on rounded values bounds them between two steps, as `clamp` does."""
+    info = op_info.info_of(operand)
+    bounds = None if info is None else info.activation
+    whole = has_whole_offsets(point.spec) and not grid_of(point.spec).is_float
+    return bounds is not None and not point.spec.dynamic and not (bounds.homogeneous and whole)
 
 
 def redirect(

@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 from helpers.linear_nets import X, captured, ops
+from torch import nn
 
+import graphopt
 from graphopt.config.quantization import QuantizerConfig
 from graphopt.errors import InputError
 from graphopt.ir.annotations import record_of
@@ -24,6 +26,7 @@ from graphopt.passes import (
 from graphopt.prepared import ActivationQuantizer, WeightQuantizer
 from graphopt.prepared.findings import findings_of
 from graphopt.prepared.state import parts_of
+from graphopt.quantization import Quantizer
 
 CHANNELS: dict[str, Any] = {"dtype": "int8", "granularity": {"type": "per_channel", "axis": 0}}
 
@@ -138,3 +141,31 @@ def test_activations_without_data_are_refused(gm: CapturedModule) -> None:
     annotate(activations=True)(gm)
     with pytest.raises(InputError, match="there are no data"):
         CalibrateActivations([])(gm)
+
+
+class Bounded(nn.Module):
+    """Gives a value and what bounds it, which share a scale."""
+
+    def __init__(self, high: float) -> None:
+        super().__init__()
+        self.first, self.second, self.high = nn.Linear(8, 8), nn.Linear(8, 8), high
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        y = self.first(x)
+        return y, self.second(y.clamp(-0.3, self.high))
+
+
+@pytest.mark.parametrize("high", [0.4, 0.7])
+def test_bounds_between_two_steps_are_rounded_before_conversion_as_after_it(high: float) -> None:
+    torch.manual_seed(0)
+    model, x = Bounded(high).eval(), torch.randn(16, 8) * 3
+    quantizer = Quantizer(model, QuantizerConfig())
+    prepared = quantizer.prepare((x,))
+    with quantizer.calibration_mode():
+        prepared(x)
+    before = prepared(x)
+    after = quantizer.finalize()(x)
+    assert all(
+        torch.allclose(one, other, atol=1e-6) for one, other in zip(before, after, strict=True)
+    )
+    graphopt.pipelines.quantize(data=[x]).run(model, (x,), verify=True)
