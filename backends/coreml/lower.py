@@ -12,6 +12,7 @@ from graphopt.analysis.quantized import quantized_ops
 from graphopt.backends.capabilities import ComplexNumbers
 from graphopt.backends.complex_numbers import in_real_parts
 from graphopt.backends.coreml.decompose import decompose_for_coreml
+from graphopt.backends.coreml.halves import HalvesToSingle
 from graphopt.backends.coreml.lowerings import register_lowerings
 from graphopt.backends.coreml.names import leave_names
 from graphopt.backends.coreml.refusals import PACKED, refusals
@@ -93,9 +94,15 @@ def legal_export(
     quantized_ops()
     register_lowerings()
     legal = as_float32(flat_interface(in_real_parts(program, COMPLEX_NUMBERS), INTERFACE), LACKS)
-    run_passes(
-        legal.graph_module, [RemoveUnused(), *legal_passes(), RemoveUnused(), HalfStates(), *last]
-    )
+    passes = [
+        RemoveUnused(),
+        *legal_passes(),
+        RemoveUnused(),
+        HalvesToSingle(),
+        HalfStates(),
+        *last,
+    ]
+    run_passes(legal.graph_module, passes)
     with torch.no_grad(), decomposing_for("Core ML", legal.graph_module):
         exported = decompose_for_coreml(
             export_graph(
