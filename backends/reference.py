@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -198,6 +199,10 @@ class Reference:
             kind = self.half or torch.float16
             behind = [*noise, _to_and_back(kind)] if self.is_half else noise
             self._rounded = [self._run(rule) for rule in behind]
+            if self.half is not None:
+                # inside of recurrent layers and the like, which targets break up, rounding is theirs too
+                with torch.no_grad(), suppress(RuntimeError):  # some have no kernel in 16 bits
+                    self._rounded.append(self._plain())
             if self.is_half and self.narrow_sums:
                 self._rounded.append(
                     self._run(_to_and_back(kind), sums=NarrowSums(self.narrow_sums, kind))

@@ -64,3 +64,20 @@ def test_what_whole_numbers_decide_is_not_left_to_rounding(by_label: bool) -> No
     other = torch.where((torch.arange(64) == 1)[:, None], -model(x), model(x))
     assert held(reference, model(x))
     assert held(reference, other) is not by_label
+
+
+def test_rounding_inside_of_a_recurrent_layer_in_16_bits_is_allowed_for() -> None:
+    layer = nn.RNN(1, 1, nonlinearity="relu", bias=False, batch_first=True).half().eval()
+    with torch.no_grad():
+        for weight in layer.parameters():
+            weight.fill_(1.0)
+    x = torch.rand(1, 1500, 1, generator=torch.Generator().manual_seed(0)).half()
+    reference = Reference(graphopt.capture(layer, (x,)), [((x,), {})], "float16")
+    with torch.no_grad():
+        found = layer(x)[0].double()
+    ((want, *_),) = reference.values
+    (error,) = compare_outputs([found], [want])
+    assert error > 2e-3
+    assert reference.holds(0, 0, found, error)
+    farther = want.double() + 5 * (found - want.double())
+    assert not reference.holds(0, 0, farther, 5 * error)
