@@ -6,10 +6,10 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-__all__ = ["grown_old", "uncollected"]
+__all__ = ["uncollected"]
 
 
-def grown_old() -> None:
+def _grow_old() -> None:
     """Let the collector take all that there is for old, without looking through it, as it would at its next turn."""
     if not gc.get_freeze_count():  # of the caller's own, which would be released
         gc.freeze()
@@ -25,5 +25,5 @@ def uncollected() -> Iterator[None]:
         yield
     finally:
         if collects:
-            grown_old()
+            _grow_old()
             gc.enable()

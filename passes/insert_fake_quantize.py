@@ -22,7 +22,7 @@ from graphopt.ir.annotations import (
 )
 from graphopt.ir.editor import Editor
 from graphopt.ir.module_frames import module_frames
-from graphopt.numerics.affine import grid_of, has_whole_offsets
+from graphopt.numerics.affine import has_whole_offsets
 from graphopt.passes.annotate_quantization import AnnotateQuantization
 from graphopt.passes.fold_batchnorm import conv_state
 from graphopt.passes.pass_base import Pass
@@ -95,8 +95,9 @@ def _leaves_steps(operand: fx.Node, point: ActivationPoint) -> bool:
     """Whether an op that hands on rounded values bounds them between two steps, as `clamp` does."""
     info = op_info.info_of(operand)
     bounds = None if info is None else info.activation
-    whole = has_whole_offsets(point.spec) and not grid_of(point.spec).is_float
-    return bounds is not None and not point.spec.dynamic and not (bounds.homogeneous and whole)
+    if bounds is None or point.spec.dynamic:
+        return False
+    return not (bounds.homogeneous and has_whole_offsets(point.spec))
 
 
 def redirect(

@@ -45,6 +45,8 @@ class HalvesToSingle(Pass):
     @override
     def run(self, edit: Editor) -> None:
         graph = edit.gm.graph
+        if not any(map(_is_half, graph.nodes)):
+            return
         inputs = [node for node in graph.find_nodes(op="placeholder") if _is_half(node)]
         (output,) = graph.find_nodes(op="output")
         given, spec = pytree.tree_flatten(output.args[0])

@@ -19,21 +19,19 @@ def in_one_type(model: Any) -> None:
     """
     emit = Emitter(model.graph)
     for node in [node for node in model.graph if node.op_type == "RMSNormalization"]:
+        types = {value.dtype for value in node.inputs}
+        if len(types) == 1:
+            continue
         emit.place = node
-        types = [value.dtype for value in node.inputs]
-        wider = max(types, key=lambda each: int(each.bitwidth))
-        if len(set(types)) == 1:
-            continue
         (result,) = node.outputs
-        wanted = result.dtype
-        for place, value in enumerate(node.inputs):
-            if value.dtype != wider:
-                cast = emit.call("Cast", [value], value, kind=wider.name, to=int(wider))
-                node.replace_input_with(place, cast)
-        if wanted == wider:
-            continue
+        wider = max(types, key=lambda each: int(each.bitwidth))
+        inputs = [_as(emit, value, wider) for value in node.inputs]
         attributes = {key: value.value for key, value in node.attributes.items()}
-        made = emit.call(
-            "RMSNormalization", list(node.inputs), result, kind=wider.name, **attributes
-        )
-        emit.replace(emit.call("Cast", [made], result, kind=wanted.name, to=int(wanted)))
+        made = emit.call("RMSNormalization", inputs, result, kind=wider.name, **attributes)
+        emit.replace(_as(emit, made, result.dtype))
+
+
+def _as(emit: Emitter, value: Any, kind: Any) -> Any:
+    if value.dtype == kind:
+        return value
+    return emit.call("Cast", [value], value, kind=kind.name, to=int(kind))

@@ -24,18 +24,17 @@ def turn_results(model: Any) -> None:
     for node in [node for node in model.graph if node.op_type == "MatMul"]:
         left, right = node.inputs
         turned, matrix = (left, right) if _rank(right) == 2 else (right, left)
-        order = _order(turned)
-        if order is None or _rank(matrix) != 2 or turned.dtype.name != "FLOAT16":
+        x, order = _untransposed(turned)
+        if _rank(matrix) != 2 or not _is_turned(x, order):
             continue
         emit.place = node
         if turned is left:
-            emit.replace(_product(emit, node, turned, order, matrix))
+            emit.replace(_product(emit, node, x, order, matrix))
             continue
         # W·X is the transposed product of both transposed
         last = len(order) - 1
         across = [*order[:-2], order[-1], order[-2]]
-        other = _turn(emit, matrix, [1, 0])
-        made = _product(emit, node, turned, across, other)
+        made = _product(emit, node, x, across, _turn(emit, matrix, [1, 0]))
         emit.replace(_turn(emit, made, [*range(last - 1), last, last - 1]))
 
 
@@ -43,21 +42,31 @@ def _rank(value: Any) -> int | None:
     return None if value.shape is None else len(value.shape)
 
 
-def _order(value: Any) -> list[int] | None:
-    """The axes that a value has of another one, where it is that with the batch turned inwards."""
-    node = value.producer()
-    if node is None or node.op_type != "Transpose" or "perm" not in node.attributes:
-        return None
-    order = list(node.attributes["perm"].as_ints())
+def _untransposed(value: Any) -> tuple[Any, list[int]]:
+    """What a value is the transpose of, which runtimes read through several nodes, and its axes there."""
+    order = list(range(_rank(value) or 0))
+    while (node := value.producer()) is not None and node.op_type == "Transpose":
+        if "perm" not in node.attributes:
+            break
+        axes = list(node.attributes["perm"].as_ints())
+        value, order = node.inputs[0], [axes[axis] for axis in order]
+    return value, order
+
+
+def _is_turned(value: Any, order: Sequence[int]) -> bool:
+    """Whether the axes of a value in float16 are taken in an order that the runtime cannot compute."""
     inner = len(order) - 2
-    known = inner > 0 and node.inputs[0].shape is not None
-    found = known and order[:inner] == list(range(1, inner + 1)) and 0 in order[inner:]
-    return order if found else None
+    known = inner > 0 and value.shape is not None and value.dtype is not None
+    return (
+        known
+        and value.dtype.name == "FLOAT16"
+        and list(order[:inner]) == list(range(1, inner + 1))
+        and 0 in order[inner:]
+    )
 
 
-def _product(emit: Emitter, node: Any, turned: Any, order: Sequence[int], matrix: Any) -> Any:
-    """`turned` in the order of axes, times the matrix: its leading axes are turned afterwards."""
-    x = turned.producer().inputs[0]
+def _product(emit: Emitter, node: Any, x: Any, order: Sequence[int], matrix: Any) -> Any:
+    """`x` in the order of axes, times the matrix: the leading axes are turned afterwards."""
     *lead, summed = order
     taken = [*reversed(lead), summed]
     if taken != sorted(taken):

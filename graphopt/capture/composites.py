@@ -8,7 +8,7 @@ record what these calls run.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,12 +38,12 @@ class _NotRecordedError(Exception):
     """Only torch's own tracer can say what a call becomes."""
 
 
-def break_up_composites(exported: ExportedProgram, table: Mapping[Any, Callable[..., Any]]) -> bool:
-    """Change a program to what `exported.run_decompositions(table)` gives, or leave it as it is.
+def break_up_composites(exported: ExportedProgram, rules: Set[Any]) -> bool:
+    """Change a program to what `exported.run_decompositions` gives, or leave it as it is.
 
     Args:
         exported: What is changed.
-        table: Op → what replaces it; a program that holds one of these is left.
+        rules: Ops that torch's own rules replace; a program that holds one of these is left.
 
     Returns:
         Whether it was changed; a program that writes into tensors, holds control flow or
@@ -51,7 +51,7 @@ def break_up_composites(exported: ExportedProgram, table: Mapping[Any, Callable[
     """
     calls = [node for node in exported.graph.nodes if node.op not in ("placeholder", "output")]
     try:
-        if not all(_is_plain(call) and call.target not in table for call in calls):
+        if not all(_is_plain(call) and call.target not in rules for call in calls):
             raise _NotRecordedError
         sizes = _Sizes(exported.graph)
         broken_up = [call for call in calls if never_whole(call.target) and not _has_own_form(call)]

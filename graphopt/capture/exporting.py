@@ -197,19 +197,15 @@ def flat(exported: ExportedProgram) -> ExportedProgram:
     make_functional(exported.graph)
     if is_plain(exported.graph):
         return exported
-    whole = {node.target for node in exported.graph.nodes} & set(_composites())
-    if not whole and break_up_composites(exported, {}):
-        return exported
-    table = _decompositions()
-    if whole and break_up_composites(exported, table):
+    if break_up_composites(exported, _composites()):
         return exported
     with dropout_kept(exported):
-        return exported.run_decompositions(table)
+        return exported.run_decompositions(_decompositions())
 
 
-def _composites() -> list[Any]:
+def _composites() -> frozenset[Any]:
     """Ops that hide a weight."""
-    return list(op_info.targets(lambda info: info.composite))
+    return frozenset(op_info.targets(lambda info: info.composite))
 
 
 def _decompositions() -> dict[Any, Callable[..., Any]]:

@@ -49,6 +49,7 @@ def main() -> int:
                 "GRAPHOPT_FUZZ_TARGETS": given.targets,
                 "PYTHONFAULTHANDLER": "1",
             }
+            last.unlink(missing_ok=True)
             try:
                 done = subprocess.run(
                     [*words, f"tests/fuzz/test_{kind}.py"],

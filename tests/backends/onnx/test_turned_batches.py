@@ -41,7 +41,25 @@ def test_a_batch_turned_inwards_is_right(order: tuple[int, ...], side: str, tmp_
     x = torch.randn((5, 6, 7, 8)[: len(order)]).half()
     artifact = graphopt.lower(model, "onnx", (x,))
     artifact.save(tmp_path / "net.onnx")
-    assert artifact.verify(torch.cat([x, x * 0.5])[:5]).max_error < 0.1
+    assert artifact.verify(x.flip(0)).max_error < 4e-3
+
+
+class Mixer(nn.Module):
+    """Two products, turned in front of each: the second turn follows what is turned behind the first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = (nn.Linear(7, 4, bias=False), nn.Linear(5, 3, bias=False))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.second(self.first(x.transpose(0, 1)).transpose(1, 2))
+
+
+def test_turns_of_turned_results_are_right(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    artifact = graphopt.lower(Mixer().half().eval(), "onnx", (torch.randn(5, 6, 7).half(),))
+    artifact.save(tmp_path / "net.onnx")
+    assert artifact.verification.max_error < 4e-3
 
 
 @pytest.mark.parametrize("tables", [False, True])
