@@ -43,7 +43,7 @@ def _rank(value: Any) -> int | None:
 
 
 def _untransposed(value: Any) -> tuple[Any, list[int]]:
-    """What a value is the transpose of, which runtimes read through several nodes, and its axes there."""
+    """What a value is the transpose of, through one node or several, and its axes there."""
     order = list(range(_rank(value) or 0))
     while (node := value.producer()) is not None and node.op_type == "Transpose":
         if "perm" not in node.attributes:
