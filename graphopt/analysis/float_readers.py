@@ -4,7 +4,9 @@ Layers and products of matrices round what they read, whatever it is. Arithmetic
 products, joins, averages) is computed with integers only where all its operands come as integers, and
 its result is read as such. Where the target is not known, linear layers may give floats, as those of
 ONNX Runtime do, convolutions give integers, as both its own and XNNPACK's do, activation functions
-belong to the op before, and what leaves the program is rounded, as XNNPACK's last layer needs it.
+belong to the op before, and what leaves the program leaves it in float: its reader gets floats in any
+case, and steps of eight bits there often cost more than all those before. XNNPACK's last layer computes
+with integers only where its result is rounded, so it is for that target.
 """
 
 from __future__ import annotations
@@ -20,8 +22,9 @@ from graphopt.ir import op_info
 from graphopt.ir.editor import operands
 from graphopt.ir.op_info import OpInfo, Scales
 
-__all__ = ["FloatReaders", "lacking"]
+__all__ = ["LEAVES", "FloatReaders", "lacking"]
 
+LEAVES = "it leaves the program, whose results are floats"
 _ATEN = "aten."  # ops of torch that the table does not know have no kernels with integers
 
 
@@ -35,6 +38,7 @@ class FloatReaders:
         scores: From `attention_scores`.
         fused: Activation functions that the target computes with the op before; None for all.
         float_ops: Names of ops that the target computes in float, as it has no other kernel.
+        integer_results: Whether the target rounds what leaves the program.
     """
 
     gm: fx.GraphModule
@@ -42,6 +46,7 @@ class FloatReaders:
     scores: set[fx.Node]
     fused: frozenset[str] | None = None
     float_ops: frozenset[str] = frozenset()
+    integer_results: bool = False
 
     def is_product(self, node: fx.Node, info: OpInfo) -> bool:
         """Whether an op is a layer or a product of matrices, on whose account values are rounded."""
@@ -123,12 +128,12 @@ class FloatReaders:
         for node in reversed(self.gm.graph.nodes):
             reasons = [self._in_float(node, user, found) for user in node.users if not _asks(user)]
             if reasons and all(reasons):
-                found[node] = reasons[0]
+                found[node] = next((reason for reason in reasons if reason != LEAVES), LEAVES)
         return found
 
     def _in_float(self, node: fx.Node, user: fx.Node, ends: dict[fx.Node, str]) -> str:
         if user.op == "output":
-            return ""
+            return "" if self.integer_results else LEAVES
         if user.target is operator.getitem:
             return ends.get(user, "")
         info = op_info.info_of(user)

@@ -22,7 +22,7 @@ from graphopt.analysis.activation_plan import (
     Request,
     overruled,
 )
-from graphopt.analysis.float_readers import FloatReaders, lacking
+from graphopt.analysis.float_readers import LEAVES, FloatReaders, lacking
 from graphopt.analysis.value_facts import (
     attention_scores,
     data_values,
@@ -102,7 +102,7 @@ class _Planner:
         self.data = data_values(gm)
         self.scores = attention_scores(gm)
         self.normed = read_by_norms(gm, self.data)
-        self.in_float = FloatReaders(gm, self.data, self.scores, fused, float_ops)
+        self.in_float = FloatReaders(gm, self.data, self.scores, fused, float_ops, integer_results)
         self.values: dict[fx.Node, PlannedValue] = {}
         self.sharing: list[list[fx.Node]] = []  # values that have one scale
         self.floats: list[tuple[str, str, str]] = []
@@ -227,7 +227,8 @@ class _Planner:
         """Whether the target has to round a result that it could leave in float."""
         weights = (op_info.argument(match.node, slot.position) for slot in match.info.weights)
         stored = any(isinstance(w, fx.Node) and w not in self.data for w in weights)
-        convolved = match.info.convolution is not None and match.output not in self.normed
+        loose = match.output in self.normed or self._only_float(match) == LEAVES
+        convolved = match.info.convolution is not None and not loose
         return stored and (self.integer_results or convolved)
 
     def _only_float(self, match: Match) -> str:
@@ -386,7 +387,7 @@ class _Planner:
     def _why_float_op(self, node: fx.Node, rounded: bool) -> str:
         if rounded:
             return "computed in float, and rounded for the readers that are listed with its scale"
-        if node in self.in_float.ends:
+        if self.in_float.ends.get(node, LEAVES) != LEAVES:
             return self.in_float.ends[node]
         return "left in float unless a config names it"
 

@@ -8,7 +8,9 @@ arXiv 2304.09145, section 4.1); s is `max|x − δ|^α / max|W|^(1 − α)` (Xia
 quantization, arXiv 1906.04721, equation 11). α is that of the least error at the outputs of all
 readers, with rounded values and rounded weights, none among the candidates. Ranges are of one half
 of the samples there and errors of the other: equal ranges put every channel at its limit, where
-values that were not seen are cut off.
+values that were not seen are cut off. Narrower values and wider weights trade noise, which later averages
+take out, for errors that all positions share; where weights are rounded to nearest, nothing makes up for
+those, and they count more.
 """
 
 from __future__ import annotations
@@ -40,6 +42,7 @@ _ROWS = 1024  # positions of a linear layer's inputs that errors are measured on
 _ELEMENTS = 1 << 20  # elements of a convolution's inputs that errors are measured on
 _FLOOR = 1e-2  # of the mean range: what a channel that was hardly seen counts
 _GAIN = 0.9  # a change must take this share off the error
+_SHARED = 4.0  # times that an error which all positions share counts where no bias makes up for it
 ENOUGH = 16  # samples from which on the data are trusted in full
 
 
@@ -232,6 +235,19 @@ def _floored(reach: Tensor) -> Tensor:
     return reach.clamp_min(_FLOOR * float(reach.mean())).clamp_min(1e-12)
 
 
+def _counted(reader: Reader, error: Tensor) -> float:
+    """The squared error at a reader's outputs, what all positions share of it counted as it harms."""
+    annotation = quantization_annotation(reader.weight.nodes[0])
+    squares = sum_of_squares(error)
+    if annotation is None or annotation.spec.algorithm != "nearest":
+        return squares  # error feedback fits the bias as well
+    form = reader.use.form
+    axis = error.ndim - 1 - (len(form.kernel) if form.kind == "conv" else 0)
+    means = error.movedim(axis, 0).flatten(1).double().mean(1)
+    shared = float(means.square().sum()) * (error.numel() // error.shape[axis])
+    return squares + (_SHARED - 1) * shared
+
+
 class _Judge:
     """Errors at the outputs of its readers."""
 
@@ -271,7 +287,7 @@ class _Judge:
             wanted = self._exact(reader, moved, shift is not None)
             got = self._run(reader, rounded[key], self._weight(reader, scale))
             energy = self._energy(reader, wanted, shift is not None)
-            total += sum_of_squares(got - wanted) / max(energy, 1e-30)
+            total += _counted(reader, got - wanted) / max(energy, 1e-30)
         return total
 
     def _exact(self, reader: Reader, moved: Tensor, shifted: bool) -> Tensor:

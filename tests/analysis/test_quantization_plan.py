@@ -43,10 +43,19 @@ X, IMAGE = torch.randn(2, 4), torch.randn(2, 3, 8, 8)
 
 
 def plan(
-    function: Callable[..., object], *args: Tensor, fused: frozenset[str] | None = None
+    function: Callable[..., object],
+    *args: Tensor,
+    fused: frozenset[str] | None = None,
+    integer_results: bool = True,
 ) -> ActivationPlan:
+    """The plan for a target that rounds results, so that what gives them is read as integers."""
     program = graphopt.capture(Function(function).eval(), args)
-    return plan_activations(program.graph_module, Selector(QuantizerConfig()), fused)
+    return plan_activations(
+        program.graph_module,
+        Selector(QuantizerConfig()),
+        fused,
+        integer_results=integer_results,
+    )
 
 
 def groups(found: ActivationPlan) -> dict[str, set[str]]:
@@ -65,7 +74,7 @@ def groups(found: ActivationPlan) -> dict[str, set[str]]:
 def test_activation_is_rounded_behind_what_is_computed_with_it() -> None:
     found = groups(plan(lambda m, x: F.relu(m.fc(x)), X))
     assert set(found) == {"args_0", "relu"}
-    alone = plan(lambda m, x: F.gelu(m.fc(x)), X, fused=frozenset({"relu"}))
+    alone = plan(lambda m, x: F.gelu(m.fc(x)), X, fused=frozenset({"relu"}), integer_results=False)
     assert set(groups(alone)) == {"args_0"}
     assert "only gelu reads it" in {name: why for name, _, why in alone.floats}["linear"]
 
@@ -107,6 +116,46 @@ def test_views_and_pools_hand_the_scale_on() -> None:
 def test_averages_have_a_scale_of_their_own() -> None:
     found = groups(plan(lambda m, x: F.adaptive_avg_pool2d(m.conv(x), 1), IMAGE))
     assert {"conv2d"} in found.values()
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: m.fc2(m.fc(x)),
+        lambda m, x: F.relu(m.fc2(m.fc(x))),
+        lambda m, x: m.fc2(m.fc(x)).reshape(4, 2).t(),
+        lambda m, x: (m.fc2(m.fc(x)), m.fc2(m.fc(x)).argmax(-1)),
+        lambda m, x: m.fc2(m.fc(x)) + m.fc2(x),
+        lambda m, x: torch.cat([m.fc2(m.fc(x)), m.fc2(x)]),
+    ],
+)
+def test_results_leave_the_program_in_float(function: Callable[..., object]) -> None:
+    found = plan(function, X, integer_results=False)
+    assert {node.name for node in found.outputs} <= {"linear", "linear_2"}
+    assert all(n.target is aten.linear.default for n, _ in found.inputs)
+    assert "leaves the program" in " ".join(why for _, _, why in found.floats)
+
+
+def test_result_that_a_layer_reads_too_is_rounded_for_both() -> None:
+    def both(m: Function, x: Tensor) -> object:
+        y = m.fc(x)
+        return y, m.fc2(y)
+
+    assert {"linear"} in groups(plan(both, X, integer_results=False)).values()
+
+
+def test_convolution_that_gives_a_result_leaves_it_in_float() -> None:
+    two = groups(plan(lambda m, x: m.conv(F.relu(m.conv(x))), IMAGE, integer_results=False))
+    assert set(two) == {"args_0", "relu"}
+
+
+def test_config_can_round_results() -> None:
+    gm = graphopt.capture(Function(lambda m, x: m.fc(x)).eval(), (X,)).graph_module
+    config = QuantizerConfig(
+        global_config=ModuleQuantizerConfig(module_output_spec={"*": QuantizationSpec()})
+    )
+    found = plan_activations(gm, Selector(config))
+    assert {node.name for node in found.outputs} == {"linear"}
 
 
 def test_views_of_float_values_stay_float() -> None:
@@ -154,15 +203,15 @@ def test_attention_rounds_its_operands_and_not_its_scores() -> None:
 
 
 def test_masks_scalars_and_positions_stay_float() -> None:
-    found = groups(plan(lambda m, x: (m.fc(x) + m.mask) * 2.0, X))
-    assert set(found) == {"args_0"}
+    found = groups(plan(lambda m, x: m.fc2((m.fc(x) + m.mask) * 2.0), X, integer_results=False))
+    assert set(found) == {"args_0", "mul"}
 
     def angles(m: Function, x: Tensor) -> Tensor:
         positions = torch.arange(2).float()[:, None] * torch.ones(4)
-        return m.fc(x) * positions.cos()
+        return m.fc2(m.fc(x) * positions.cos())
 
-    found = groups(plan(angles, X))
-    assert set(found) == {"args_0"}
+    found = groups(plan(angles, X, integer_results=False))
+    assert set(found) == {"args_0", "mul_1"}
 
 
 def test_arithmetic_of_hand_written_norms_stays_float() -> None:
@@ -180,7 +229,8 @@ def test_arithmetic_of_hand_written_norms_stays_float() -> None:
 
     program = graphopt.capture(Net(), (X,))
     found = plan_activations(program.graph_module, Selector(QuantizerConfig()))
-    assert len(found.outputs) == 1
+    assert not found.outputs
+    assert len(found.inputs) == 1
     assert any("part of RMSNorm" in why for _, _, why in found.floats)
 
 
@@ -241,7 +291,7 @@ def test_converting_twice_changes_nothing_more() -> None:
 
 def test_convert_writes_the_ecosystems_ops() -> None:
     gm = graphopt.capture(nn.Linear(4, 4), (X,)).graph_module
-    run_passes(gm, [AnnotateQuantization(QuantizerConfig())])
+    run_passes(gm, [AnnotateQuantization(QuantizerConfig(), integer_results=True)])
     scale = {name: (torch.tensor([0.05]), None) for name in ("input_1", "linear", "x")}
     run_passes(gm, [ConvertQuantization(scale)])
     targets = [str(node.target) for node in gm.graph.nodes if node.op == "call_function"]
@@ -272,5 +322,5 @@ def test_linear_in_configs_means_products_by_a_turned_matrix(op: str, turned: bo
     config = QuantizerConfig(
         global_config=ModuleQuantizerConfig(op_type_config={"linear": None}),
     )
-    found = plan_activations(gm, Selector(config), None)
+    found = plan_activations(gm, Selector(config), None, integer_results=True)
     assert ((node, 0) not in found.inputs and node not in found.outputs) is turned

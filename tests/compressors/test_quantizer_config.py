@@ -39,13 +39,19 @@ def test_none_switches_off_by_type_name_and_op() -> None:
 
 def test_slots_by_position_and_by_name() -> None:
     class Add(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.fc = nn.Linear(3, 3)
+
         def forward(self, a: Tensor, b: Tensor) -> Tensor:
-            return a + b
+            return self.fc(a + b)
 
     inputs = (torch.randn(2, 3), torch.randn(2, 3))
     for slots, wanted in (({0: ACT}, {"a"}), ({"other": ACT}, {"b"}), ({"*": ACT, 1: None}, {"a"})):
         config = QuantizerConfig(
-            global_config=ModuleQuantizerConfig(op_input_spec=slots, op_output_spec=None)
+            global_config=ModuleQuantizerConfig(
+                op_input_spec=slots, op_output_spec=None, op_type_config={"linear": None}
+            )
         )
         records = calibrated(Add(), config, inputs).summary().activations
         assert {r.name for r in records if r.status == "quantized"} == wanted

@@ -212,3 +212,29 @@ def test_rescaled_network_is_as_good_as_it_was() -> None:
         found[name] = psnr(program.module()(data), want)
     assert found["scaled"] < found["plain"] - 3.0
     assert found["back"] > found["plain"] - 0.5
+
+
+def test_errors_that_positions_share_count_more_where_no_bias_makes_up_for_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def shared_error(seed: int) -> float:
+        torch.manual_seed(seed)
+        net = nn.Sequential(
+            nn.Conv2d(3, 16, 3, padding=1), nn.ReLU(), nn.Conv2d(16, 16, 3, padding=1)
+        ).eval()
+        with torch.no_grad():
+            net[0].weight.mul_(torch.randn(16, 1, 1, 1).div(2).exp())
+        data, x = [torch.randn(4, 3, 12, 12) for _ in range(8)], torch.randn(32, 3, 12, 12)
+        config = QuantizerConfig.presets.w8a8_affine()
+        state = config.global_config.op_state_spec
+        state["weight"] = state["weight"].model_copy(update={"algorithm": "nearest"})
+        made = graphopt.compress(net, (data[0],), config, data).module()
+        with torch.no_grad():
+            wanted = net(x)
+            shared = (made(x) - wanted).mean((0, 2, 3))
+        return float(shared.square().sum() / wanted.square().mean((0, 2, 3)).sum())
+
+    seeds = (1, 5, 7)
+    found = sum(map(shared_error, seeds))
+    monkeypatch.setattr("graphopt.fitting.migration._SHARED", 1.0)
+    assert found < 0.8 * sum(map(shared_error, seeds))
