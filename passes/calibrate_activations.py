@@ -109,7 +109,7 @@ class CalibrateActivations(Pass):
         ...     _ = step(gm)
         >>> rounded = torch.ops.quantized_decomposed.quantize_per_tensor.default
         >>> len(gm.graph.find_nodes(op="call_function", target=rounded))
-        3
+        2
     """
 
     name: ClassVar[str] = "calibrate-activations"

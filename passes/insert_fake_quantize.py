@@ -65,8 +65,7 @@ class InsertFakeQuantize(Pass):
         >>> gm = program.graph_module
         >>> _ = AnnotateQuantization(QuantizerConfig())(gm), InsertFakeQuantize()(gm)
         >>> [node.target for node in gm.graph.nodes if node.op == "call_module"]
-        ['_quantizers.of_0_weight', '_quantizers.of_2_weight', '_quantizers.at_input_1',
-         '_quantizers.at_relu', '_quantizers.at_linear_1']
+        ['_quantizers.of_0_weight', '_quantizers.of_2_weight', '_quantizers.at_input_1', '_quantizers.at_relu']
     """
 
     name: ClassVar[str] = "insert-fake-quantize"

@@ -74,9 +74,8 @@ def plan_activations(
         gm: The graph.
         selector: The config.
         fused: Activation functions that the target computes with the op before; None for all.
-        integer_results: Whether the target computes an op with a weight with integers only where its
-            result is rounded as well; a result that only a norm reads is then rounded, too, with its
-            channels balanced.
+        integer_results: Whether the target computes layers with integers only where their results are
+            rounded; those of the program then are, and what only a norm reads, its channels balanced.
         float_ops: Names of ops that the target computes in float, unless they read a stored weight.
 
     Raises:

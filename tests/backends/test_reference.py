@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 import graphopt
 from graphopt.backends.reference import Reference, compare_outputs
-from graphopt.quantization import QuantizerConfig
+from graphopt.quantization import QuantizationSpec, QuantizerConfig
 
 
 @pytest.fixture(scope="module")
@@ -14,10 +14,12 @@ def rounded() -> Reference:
     torch.manual_seed(0)
     layers = [layer for _ in range(6) for layer in (nn.Linear(16, 16), nn.Tanh())]
     data = [torch.randn(8, 16) for _ in range(4)]
+    config = QuantizerConfig.presets.w8a8()
+    config.global_config.module_output_spec["*"] = QuantizationSpec()
     program = graphopt.compress(
         nn.Sequential(*layers, nn.Linear(16, 64)),
         (data[0],),
-        QuantizerConfig.presets.w8a8(),
+        config,
         calibration_data=data,
     )
     return Reference(program, [((data[1],), {})], "float32")
