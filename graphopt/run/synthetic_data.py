@@ -25,7 +25,7 @@ __all__ = ["SYNTHETIC", "synthetic_calls", "varied_calls"]
 
 SYNTHETIC = "synthetic"  # what people write in place of calibration data
 _SEQUENCES = 64
-_ADDED = 16  # random tokens for each column of embeddings beside narrow data, at least
+_ADDED = 24  # random tokens for each column of embeddings beside narrow data, at least
 _MOST_KEPT = 0.5  # share of tokens that are in every sequence; above, they say nothing
 _ENDED = 8  # tokens of a sequence that has a beginning and an end
 _SMALLEST = 16  # rows of a table that holds tokens; types and positions have fewer, or are given
@@ -108,7 +108,7 @@ def varied_calls(
         seed: Seed of the tokens.
 
     Returns:
-        As many sequences as there are, or a multiple that holds 16 tokens for each column, and a remark
+        As many sequences as there are, or a multiple that holds 24 tokens for each column, and a remark
         that says why; none, and "", where the data hold tokens enough, or no tokens.
     """
     nodes = gm.graph.find_nodes(op="placeholder")
