@@ -80,6 +80,11 @@ class Backend(ABC):
     def legalize(self) -> tuple[Pass, ...]:
         """Passes that turn our vocabulary into the target's."""
 
+    def remarks_on(self, gm: fx.GraphModule) -> list[str]:
+        """What people should know who lower a module of `legalize`'s ops by the toolchain's own calls."""
+        del gm
+        return []
+
     def raise_(self) -> tuple[Pass, ...]:
         """Passes that turn the target's ops back into our vocabulary, by the ops' names alone.
 

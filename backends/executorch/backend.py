@@ -28,6 +28,7 @@ from graphopt.backends.executorch.check import (
     runner_of,
 )
 from graphopt.backends.executorch.delegation import Delegation, delegation_of
+from graphopt.backends.executorch.integer_kernels import with_float_results
 from graphopt.backends.executorch.kernels import FLOAT_OPS, FUSED_ACTIVATIONS
 from graphopt.backends.executorch.legalize import DuplicateDequantize
 from graphopt.backends.executorch.lower import COMPLEX_NUMBERS, legal_export, legal_passes
@@ -63,6 +64,11 @@ from graphopt.specs.storage import StorageRules
 __all__ = ["Delegation", "ExecuTorchArtifact", "ExecuTorchBackend", "run_program"]
 
 # kernels, and XNNPACK in float16, add up the terms of these in 16 bits where they are given in 16 bits
+_OWN_PARTITIONER = (
+    "ExecuTorch's own XnnpackPartitioner loses the scales of linear layers whose results stay in float"
+    ' ({}); give backend="executorch" to prepare or compress, which then rounds them, or lower with'
+    " graphopt.lower"
+)
 _NARROW_SUMS = (
     *("linear", "matmul", "addmm", "baddbmm", "conv1d", "conv2d", "conv3d"),
     *("conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "scaled_dot_product_attention"),
@@ -166,6 +172,11 @@ class ExecuTorchBackend(Backend):
     @override
     def legalize(self, tables: Tables = "auto") -> tuple[Pass, ...]:
         return legal_passes(tables)
+
+    @override
+    def remarks_on(self, gm: fx.GraphModule) -> list[str]:
+        names = ", ".join(with_float_results(gm))
+        return [_OWN_PARTITIONER.format(names)] if names else []
 
     @override
     def refuse_unsupported(self, program: Program, **options: Unpack[LoweringKeywords]) -> None:

@@ -34,6 +34,7 @@ __all__ = [
     "weight_slot",
     "why_no_kernel",
     "why_not_integers",
+    "with_float_results",
 ]
 
 _ours = torch.ops.graphopt
@@ -82,6 +83,25 @@ def is_rounded(node: object) -> bool:
         return False
     source = node.args[0]
     return isinstance(source, fx.Node) and source.op != "get_attr"
+
+
+def with_float_results(gm: fx.GraphModule) -> list[str]:
+    """Linear layers with integer weights that read rounded values and give floats."""
+    return [
+        node.name
+        for node in gm.graph.nodes
+        if node.target in LINEAR
+        and is_rounded(node.args[0])
+        and "dequantize_per_" in str(getattr(node.args[1], "target", ""))
+        and not _is_rounded_behind(node)
+    ]
+
+
+def _is_rounded_behind(node: fx.Node) -> bool:
+    return any(
+        str(user.target) == QUANTIZE or (is_fused_activation(user) and _is_rounded_behind(user))
+        for user in node.users
+    )
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

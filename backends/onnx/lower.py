@@ -21,6 +21,7 @@ from graphopt.backends.interface import (
 )
 from graphopt.backends.onnx.decompose import decompositions
 from graphopt.backends.onnx.expand import expand
+from graphopt.backends.onnx.float_results import add_biases_behind
 from graphopt.backends.onnx.known_sizes import sizes_kept
 from graphopt.backends.onnx.matmul_nbits import integers_of_tables
 from graphopt.backends.onnx.norms import in_one_type
@@ -141,6 +142,7 @@ def _converted(
             repeat_angles(made.model)
             in_one_type(made.model)
             expand(made.model, options)
+            add_biases_behind(made.model)
             turn_results(made.model)
     except LoweringError:
         raise

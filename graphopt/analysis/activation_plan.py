@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 from torch import fx
 
 from graphopt.config.selection import OpUse
+from graphopt.extras import deferred
 from graphopt.ir.annotations import ActivationPoint
 from graphopt.ir.op_info import OpInfo
 from graphopt.specs import QuantizationSpec
 
-__all__ = ["ActivationPlan", "Match", "PlannedValue", "Request", "overruled"]
+if TYPE_CHECKING:
+    import networkx as nx
+else:
+    nx = deferred("networkx")
+
+__all__ = ["ActivationPlan", "Match", "PlannedValue", "Request", "connected", "overruled"]
 
 
 @dataclass(frozen=True)
@@ -93,3 +100,12 @@ def overruled(name: str, chosen: Request, requests: list[Request]) -> Iterator[s
 def _short(spec: QuantizationSpec) -> str:
     dtype = str(spec.dtype).removeprefix("torch.")
     return f"{dtype} {spec.qscheme.value} {spec.granularity.type}"
+
+
+def connected(values: Iterable[fx.Node], paths: Iterable[list[fx.Node]]) -> Iterator[set[fx.Node]]:
+    """Values that chains of shared scales connect."""
+    sharing: Any = nx.Graph()
+    sharing.add_nodes_from(values)
+    for path in paths:
+        nx.add_path(sharing, path)
+    yield from nx.connected_components(sharing)

@@ -9,9 +9,9 @@ equals the earliest in the graph; every other is reported.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator, Set
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from torch import Tensor, fx
 
@@ -20,6 +20,7 @@ from graphopt.analysis.activation_plan import (
     Match,
     PlannedValue,
     Request,
+    connected,
     overruled,
 )
 from graphopt.analysis.float_readers import LEAVES, FloatReaders, lacking
@@ -38,7 +39,6 @@ from graphopt.analysis.value_facts import (
 )
 from graphopt.config.selection import ModuleFrame, OpUse, Selection, Selector
 from graphopt.errors import ConfigError
-from graphopt.extras import deferred
 from graphopt.ir import op_info
 from graphopt.ir.annotations import ActivationPoint
 from graphopt.ir.editor import nodes_in, operands
@@ -51,11 +51,6 @@ from graphopt.specs import (
     PerTensorGranularity,
     QuantizationSpec,
 )
-
-if TYPE_CHECKING:
-    import networkx as nx
-else:
-    nx = deferred("networkx")
 
 __all__ = ["ActivationPlan", "Match", "plan_activations"]
 
@@ -345,7 +340,7 @@ class _Planner:
         remarks: list[str] = []
         groups = [
             sorted(group & wanted.keys(), key=self.order.__getitem__)
-            for group in _connected(wanted, self.sharing)
+            for group in connected(wanted, self.sharing)
         ]
         for group in sorted((g for g in groups if g), key=lambda g: self.order[g[0]]):
             requests = [request for node in group for request in wanted[node].requests()]
@@ -363,7 +358,10 @@ class _Planner:
                 else:
                     inputs.update(dict.fromkeys(value.inputs, point))
         rounded = outputs.keys() | {operands(node)[place] for node, place in inputs}
-        floats = tuple(dict.fromkeys((*self.floats, *self._left_over(outputs.keys(), rounded))))
+        # a module's own slots come last, and may round what leaves the program
+        given = {(m.node.name, f"result: {LEAVES}") for m in self.matches if m.output in outputs}
+        noted = [row for row in self.floats if (row[0], row[2]) not in given]
+        floats = tuple(dict.fromkeys((*noted, *self._left_over(outputs.keys(), rounded))))
         return ActivationPlan(outputs, inputs, tuple(self.matches), floats, tuple(remarks))
 
     def _left_over(
@@ -389,12 +387,3 @@ class _Planner:
         if self.in_float.ends.get(node, LEAVES) != LEAVES:
             return self.in_float.ends[node]
         return "left in float unless a config names it"
-
-
-def _connected(values: Iterable[fx.Node], paths: Iterable[list[fx.Node]]) -> Iterator[set[fx.Node]]:
-    """Values that chains of shared scales connect."""
-    sharing: Any = nx.Graph()
-    sharing.add_nodes_from(values)
-    for path in paths:
-        nx.add_path(sharing, path)
-    yield from nx.connected_components(sharing)

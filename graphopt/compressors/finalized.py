@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import defaultdict
 from pathlib import Path
 from typing import Literal
@@ -10,10 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from graphopt.backends import load_backend
 from graphopt.backends.lowering import convert_for
 from graphopt.backends.registry import NEUTRAL, ExportBackend, target_of
 from graphopt.compressors.compressed_program import CompressedProgram
-from graphopt.errors import InputError
+from graphopt.errors import ConfigWarning, InputError
 from graphopt.files import replaced
 from graphopt.ir.captured_module import CapturedModule, holder_of
 from graphopt.passes import DecodeWeights
@@ -50,6 +52,8 @@ def finalized(
         raise InputError(f"dense weights are for evaluation in PyTorch; {backend} stores codes")
     folder = None if mmap_dir is None else _empty(Path(mmap_dir))
     module = convert_for(program, backend)
+    for remark in load_backend(backend).remarks_on(module):
+        warnings.warn(remark, ConfigWarning, stacklevel=3)
     if weights == "dense":
         run_passes(module, [DecodeWeights()])
     if folder is not None:

@@ -184,9 +184,9 @@ def test_every_form_of_activation_is_executed_or_refused(
     torch.manual_seed(0)
     spec = ACTIVATIONS[name]
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 3)).eval()
-    config = QuantizerConfig(
-        global_config=ModuleQuantizerConfig(op_input_spec={"*": spec}, op_output_spec={"*": spec})
-    )
+    names = "op_input_spec", "op_output_spec", "module_output_spec"
+    slots = {name: {"*": spec} for name in names}
+    config = QuantizerConfig(global_config=ModuleQuantizerConfig(**slots))
     x = torch.randn(2, 3, 10, 10)
     quantizer = Quantizer(model, config)
     quantizer.prepare((x,))

@@ -41,10 +41,10 @@ def test_digits_cnn_runs_in_eight_bits(target: str, tmp_path: Path) -> None:
     assert (logits.argmax(1) == labels[:128]).float().mean() > 0.9
     artifact = saved(program, target, tmp_path)
     records = quantizer.summary().activations
-    steps = [r.scale for r in records if r.status == "quantized" and "linear" in r.name]
-    assert steps
-    error = artifact.verification.max_error * float(logits.abs().max())
-    assert error <= 1.01 * max(steps)
+    # no value that the last layer reads lies more than a step apart
+    (step,) = [r.scale for r in records if r.name == "relu_3"]
+    moved = step * float(model.out.weight.abs().sum(1).max())
+    assert artifact.verification.max_error * float(logits.abs().max()) <= moved
 
 
 def outside(artifact: Artifact) -> set[str]:

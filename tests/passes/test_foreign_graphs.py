@@ -104,7 +104,9 @@ def test_compressed_program_goes_through_executorchs_own_lowering() -> None:
     from executorch.exir import to_edge_transform_and_lower
     from executorch.runtime import Runtime
 
-    quantized = graphopt.compress(net(), (X,), QuantizerConfig(), calibration_data=[X])
+    quantized = graphopt.compress(
+        net(), (X,), QuantizerConfig(), calibration_data=[X], backend="executorch"
+    )
     tables = graphopt.palettization.KMeansPalettizer(net(), palettes("kmeans"))
     tables.prepare((X,))
     finalized = tables.finalize(backend=graphopt.ExportBackend.ExecuTorch)

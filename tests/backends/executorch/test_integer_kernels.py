@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 from pathlib import Path
 
 import pytest
@@ -13,9 +14,10 @@ import graphopt
 from graphopt.backends.executorch.dynamic import RowsByRange
 from graphopt.backends.executorch.integer_kernels import is_packed
 from graphopt.backends.executorch.lower import legal_passes
+from graphopt.errors import ConfigWarning
 from graphopt.passes import DequantizeToShiftScale
 from graphopt.passes.pass_manager import run_passes
-from graphopt.quantization import ModuleQuantizerConfig, QuantizerConfig
+from graphopt.quantization import ModuleQuantizerConfig, Quantizer, QuantizerConfig
 from graphopt.quantization.spec import PerBlockGranularity
 from graphopt.specs import QuantizationScheme, QuantizationSpec
 
@@ -138,6 +140,20 @@ def test_convolution_between_integers_stays_one_with_integers() -> None:
     assert "aten.conv2d.default" in targets
     assert "aten.linear.default" not in targets
     assert "quantized_decomposed.dequantize_per_channel.default" in targets
+
+
+@pytest.mark.parametrize("told", [True, False])
+def test_finalizing_says_which_layers_executorchs_own_partitioner_takes_wrong(told: bool) -> None:
+    x = (torch.randn(4, 8),)
+    backend = "executorch" if told else None
+    quantizer = Quantizer(nn.Sequential(nn.Linear(8, 4)).eval())
+    quantizer.prepare(x, backend=backend)
+    quantizer.calibrate([x])
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        quantizer.finalize(backend="executorch")
+    texts = [str(each.message) for each in caught if each.category is ConfigWarning]
+    assert any("linear" in text and 'backend="executorch"' in text for text in texts) is not told
 
 
 @pytest.mark.integration

@@ -61,6 +61,18 @@ class Mixed(nn.Module):
         return self.head((y @ y.mT).mean(-1).mean(1, keepdim=True) * y.mean(1))
 
 
+def test_layers_of_integers_in_front_of_floats_are_computed_with_integers(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(8, 8), nn.LayerNorm(8), nn.Linear(8, 4))
+    x = torch.randn(6, 8)
+    artifact = saved(net, x, {}, tmp_path)
+    ran = executed(artifact, x, tmp_path)
+    assert ran["QGemm"] == 2
+    assert "Gemm" not in ran
+    assert artifact.verification is not None
+    assert artifact.verification.max_error < 1e-5
+
+
 def test_the_runtime_fuses_pairs_into_kernels_of_integers(tmp_path: Path) -> None:
     torch.manual_seed(0)
     x = torch.randn(2, 3, 6, 6)
