@@ -239,7 +239,7 @@ def _counted(reader: Reader, error: Tensor) -> float:
     """The squared error at a reader's outputs, what all positions share of it counted as it harms."""
     annotation = quantization_annotation(reader.weight.nodes[0])
     squares = sum_of_squares(error)
-    if annotation is None or annotation.spec.algorithm != "nearest":
+    if annotation is None or annotation.spec.algorithm != "nearest" or not squares:
         return squares  # error feedback fits the bias as well
     form = reader.use.form
     axis = error.ndim - 1 - (len(form.kernel) if form.kind == "conv" else 0)
