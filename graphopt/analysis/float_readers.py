@@ -4,9 +4,10 @@ Layers and products of matrices round what they read, whatever it is. Arithmetic
 products, joins, averages) is computed with integers only where all its operands come as integers, and
 its result is read as such. Where the target is not known, linear layers may give floats, as those of
 ONNX Runtime do, convolutions give integers, as both its own and XNNPACK's do, activation functions
-belong to the op before, and what leaves the program leaves it in float: its reader gets floats in any
-case, and steps of eight bits there often cost more than all those before. XNNPACK's last layer computes
-with integers only where its result is rounded, so it is for that target.
+belong to the op before. What leaves the program leaves it in float, and so do the convolutions that
+lead to nothing else: who reads it gets floats in any case, and steps of eight bits there often cost more
+than all those before. XNNPACK's last layer computes with integers only where its result is rounded, so
+for that target it is.
 """
 
 from __future__ import annotations
@@ -130,6 +131,24 @@ class FloatReaders:
             if reasons and all(reasons):
                 found[node] = next((reason for reason in reasons if reason != LEAVES), LEAVES)
         return found
+
+    @cached_property
+    def tail(self) -> set[fx.Node]:
+        """Values that lead to results and to no layer or product of matrices."""
+        found: set[fx.Node] = set()
+        if self.integer_results:
+            return found
+        for node in reversed(self.gm.graph.nodes):
+            users = [user for user in node.users if not _asks(user)]
+            if users and all(
+                user.op == "output" or self._is_in_tail(user, found) for user in users
+            ):
+                found.add(node)
+        return found
+
+    def _is_in_tail(self, user: fx.Node, tail: set[fx.Node]) -> bool:
+        info = op_info.info_of(user)
+        return user in tail and not (info is not None and self._computes(user, info))
 
     def _in_float(self, node: fx.Node, user: fx.Node, ends: dict[fx.Node, str]) -> str:
         if user.op == "output":

@@ -221,7 +221,7 @@ class _Planner:
         """Whether the target has to round a result that it could leave in float."""
         weights = (op_info.argument(match.node, slot.position) for slot in match.info.weights)
         stored = any(isinstance(w, fx.Node) and w not in self.data for w in weights)
-        loose = match.output in self.normed or self._only_float(match) == LEAVES
+        loose = match.output in self.normed or match.output in self.in_float.tail
         convolved = match.info.convolution is not None and not loose
         return stored and (self.integer_results or convolved)
 

@@ -144,9 +144,28 @@ def test_result_that_a_layer_reads_too_is_rounded_for_both() -> None:
     assert {"linear"} in groups(plan(both, X, integer_results=False)).values()
 
 
-def test_convolution_that_gives_a_result_leaves_it_in_float() -> None:
-    two = groups(plan(lambda m, x: m.conv(F.relu(m.conv(x))), IMAGE, integer_results=False))
-    assert set(two) == {"args_0", "relu"}
+@pytest.mark.parametrize(
+    "behind",
+    [
+        lambda m, y: y,
+        lambda m, y: y.softmax(1),
+        lambda m, y: torch.cat([y.flatten(1).sigmoid() * 4.0, y.flatten(1).exp()], 1),
+        lambda m, y: F.interpolate(y, scale_factor=2.0, mode="bilinear"),
+    ],
+)
+def test_convolution_that_leads_to_results_alone_gives_floats(
+    behind: Callable[..., object],
+) -> None:
+    def net(m: Function, x: Tensor) -> object:
+        return behind(m, m.conv(F.relu(m.conv(x))))
+
+    assert set(groups(plan(net, IMAGE, integer_results=False))) == {"args_0", "relu"}
+    assert len(groups(plan(net, IMAGE))) > 2
+
+
+def test_convolution_gives_integers_where_a_layer_follows() -> None:
+    found = groups(plan(lambda m, x: m.conv(m.conv(x).softmax(1)), IMAGE, integer_results=False))
+    assert {"conv2d"} in found.values()
 
 
 def test_config_can_round_results() -> None:
