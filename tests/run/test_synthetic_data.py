@@ -124,7 +124,7 @@ def test_few_tokens_are_joined_by_random_ones(tagger: graphopt.Program) -> None:
     gm = callable_graph(tagger.graph_module)
     calls: list[Batch] = [(each, {}) for each in sentences(9)]
     made, remark = varied_calls(gm, calls)
-    assert len(made) == 8  # 320 tokens are the first multiple of 160 above 16 × 16
+    assert len(made) == 12  # 480 tokens are the first multiple of 160 above 24 × 16
     assert "9 distinct tokens for 16 columns" in remark
     assert torch.cat([ids for (ids, _), _ in made]).unique().numel() > 120
     assert all(torch.equal(mask, torch.ones(4, 10)) for (_, mask), _ in made)
