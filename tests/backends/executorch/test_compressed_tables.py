@@ -141,7 +141,7 @@ def test_passes_run_inside_executorch() -> None:
             return torch.relu(y) + torch.sigmoid(y)
 
     quantizer = Quantizer(Twice().eval(), QuantizerConfig.presets.w8a8_affine())
-    quantizer.prepare((IMAGE,))
+    quantizer.prepare((IMAGE,), backend="executorch")
     quantizer.calibrate([IMAGE])
     program = quantizer.program()
 
