@@ -93,15 +93,8 @@ def with_float_results(gm: fx.GraphModule) -> list[str]:
         if node.target in LINEAR
         and is_rounded(node.args[0])
         and "dequantize_per_" in str(getattr(node.args[1], "target", ""))
-        and not _is_rounded_behind(node)
+        and not computes_with_integers(node)
     ]
-
-
-def _is_rounded_behind(node: fx.Node) -> bool:
-    return any(
-        str(user.target) == QUANTIZE or (is_fused_activation(user) and _is_rounded_behind(user))
-        for user in node.users
-    )
 
 
 def only_user(node: fx.Node) -> fx.Node | None:

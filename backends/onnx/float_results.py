@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from graphopt.backends.onnx.emitter import Emitter
+from graphopt.backends.onnx.matmul_nbits import is_plain
 
 __all__ = ["add_biases_behind"]
 
@@ -26,7 +27,7 @@ def add_biases_behind(model: Any) -> None:
         (result,) = node.outputs
         x, weight, bias = (*node.inputs, None)[:3]
         decoded = _is_decoded(x) and _is_decoded(weight)
-        if bias is None or not decoded or not _is_plain(node) or _is_rounded(result):
+        if bias is None or not decoded or not is_plain(node) or _is_rounded(result):
             continue
         emit.place = node
         whole = {key: node.attributes[key].value for key in node.attributes}
@@ -37,15 +38,6 @@ def add_biases_behind(model: Any) -> None:
 def _is_decoded(value: Any) -> bool:
     producer = value.producer()
     return producer is not None and producer.op_type == _DEQUANTIZE
-
-
-def _is_plain(node: Any) -> bool:
-    wanted = {"alpha": 1.0, "beta": 1.0, "transA": 0}
-    return all(
-        node.attributes[key].value == value
-        for key, value in wanted.items()
-        if key in node.attributes
-    )
 
 
 def _is_rounded(value: Any) -> bool:

@@ -15,7 +15,7 @@ from graphopt.backends.onnx.scales import elements_of
 from graphopt.ir import op_info
 from graphopt.passes import TablesToIntegers
 
-__all__ = ["MICROSOFT", "as_matmul_nbits", "integers_of_tables"]
+__all__ = ["MICROSOFT", "as_matmul_nbits", "integers_of_tables", "is_plain"]
 
 MICROSOFT = "com.microsoft"
 Array = NDArray[Any]
@@ -143,7 +143,7 @@ def _products(value: Any) -> tuple[list[_Product], bool]:
         if node.op_type == "MatMul":
             found.append(_Product(node))
             turns.add(False)
-        elif node.op_type == "Gemm" and _plain(node):
+        elif node.op_type == "Gemm" and is_plain(node):
             found.append(_Product(node, node.inputs[2] if len(node.inputs) > 2 else None))
             turns.add(bool(_int(node, "transB")))
         else:
@@ -156,7 +156,8 @@ def _turns(node: Any) -> bool:
     return order is None or list(order.as_ints()) == [1, 0]
 
 
-def _plain(node: Any) -> bool:
+def is_plain(node: Any) -> bool:
+    """Whether a `Gemm` scales nothing and takes its first operand as it is."""
     scales = [
         node.attributes[key].as_float() for key in ("alpha", "beta") if key in node.attributes
     ]
