@@ -55,6 +55,7 @@ from graphopt.ir.annotations import notes_of
 from graphopt.ir.captured_module import CapturedModule
 from graphopt.ir.program import Program
 from graphopt.ir.program_set import ProgramSet
+from graphopt.ir.quick_graphs import quick_graphs
 from graphopt.ir.state import state_of
 from graphopt.passes.pass_base import Pass
 from graphopt.run.batches import Batch
@@ -329,7 +330,7 @@ class ExecuTorchBackend(Backend):
 
 def _emit(form: _Form) -> _Emitted:
     target = form.target
-    with silent() as said:
+    with silent() as said, quick_graphs():
         require("executorch.exir", "executorch")
         require("executorch.kernels.quantized", "executorch")
         from executorch.exir import EdgeCompileConfig, to_edge_transform_and_lower

@@ -20,7 +20,7 @@ from graphopt.backends.options import LoweringKeywords, TargetOptions, read_opti
 from graphopt.backends.shapes import EXAMPLE_SHAPES, plan_shapes
 from graphopt.backends.torch_export.archive import Sink, deflate_texts
 from graphopt.backends.torch_export.options import TorchOptions
-from graphopt.backends.torch_export.size_texts import sizes_printed_once
+from graphopt.backends.torch_export.quick_saving import quick_saving
 from graphopt.backends.verification import Evaluation
 from graphopt.capture.archive_check import check_archive, is_trusted
 from graphopt.capture.exporting import run_on_copies
@@ -68,7 +68,7 @@ def _write_archive(path: Path, write: Callable[[Any], object]) -> None:
     try:
         with plain.open("wb") as file:
             sink = Sink(file)
-            with sizes_printed_once():
+            with quick_saving():
                 write(sink)
             sink.check()
         deflate_texts(plain, path)

@@ -36,6 +36,7 @@ from graphopt.ir.decoded_tensor import with_plain_tensors
 from graphopt.ir.guards import by_signature, input_places
 from graphopt.ir.program import Program, Provenance, share_graph
 from graphopt.ir.program_set import ProgramSet
+from graphopt.ir.quick_graphs import quick_graphs
 from graphopt.ir.torch_private import symbolic_config, warn_of_untested
 
 __all__ = ["capture"]
@@ -61,6 +62,7 @@ def capture(model: Mapping[str, Any], *, dynamic_shapes: Any = "auto") -> Progra
 
 
 @exclusively
+@quick_graphs()
 def capture(
     model: nn.Module | ExportedProgram | Mapping[str, Any] | str | Path,
     example_inputs: _Args | Tensor | None = None,

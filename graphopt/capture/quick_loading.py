@@ -6,11 +6,11 @@ and looks up the annotations of its schema's classes for each of their instances
 
 from __future__ import annotations
 
-import typing
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from graphopt.capture.quick_schema import SchemaReader, quick_unions
 from graphopt.ir import torch_private
 
 __all__ = ["quick_loading"]
@@ -18,19 +18,20 @@ __all__ = ["quick_loading"]
 
 @contextmanager
 def quick_loading() -> Iterator[None]:
-    """Remember the sizes of a program by how they are written, and annotations by their class.
+    """Remember the sizes of a program by how they are written, and how the classes of its schema are read.
 
     It patches torch for all threads, so it belongs inside `exclusive`.
     """
     module: Any = torch_private.serializing
-    reader, kept_typing = module.GraphModuleDeserializer, module.typing
+    reader, kept = module.GraphModuleDeserializer, module._dict_to_dataclass
     parse = reader._parse_sym_expr
     reader._parse_sym_expr = _once_for_each_program(parse)
-    module.typing = _Typing()
+    module._dict_to_dataclass = SchemaReader()
     try:
-        yield
+        with quick_unions():
+            yield
     finally:
-        reader._parse_sym_expr, module.typing = parse, kept_typing
+        reader._parse_sym_expr, module._dict_to_dataclass = parse, kept
 
 
 def _once_for_each_program(parse: Callable[..., Any]) -> Callable[..., Any]:
@@ -45,18 +46,3 @@ def _once_for_each_program(parse: Callable[..., Any]) -> Callable[..., Any]:
         return own[key]
 
     return parsed
-
-
-class _Typing:
-    """`typing`, whose annotations of a class are looked up once."""
-
-    def __init__(self) -> None:
-        self._known: dict[Any, Any] = {}
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(typing, name)
-
-    def get_type_hints(self, owner: Any, **options: Any) -> Any:
-        if owner not in self._known:
-            self._known[owner] = typing.get_type_hints(owner, **options)
-        return self._known[owner]

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import copy
-import inspect
-import threading
 import warnings
-import weakref
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, fx, nn
-from typing_extensions import override
 
 from graphopt.errors import InputError
 from graphopt.exclusive import exclusive
 from graphopt.ir.conditions import condition_code, holds, is_shape_condition
+from graphopt.ir.quick_graphs import compile_now, compile_when_called
 from graphopt.ir.torch_private import HigherOrderOperator, OpOverload
 
 __all__ = [
@@ -82,23 +79,6 @@ class InputGuards:
             )
 
 
-@dataclass(frozen=True)
-class _AtFirstUse:
-    """`forward` of a module's class until somebody wants it; each graph module has a class of its own."""
-
-    module: weakref.ref[CapturedModule]
-
-    def __get__(self, instance: Any, owner: Any) -> Any:
-        module = self.module()
-        if module is None:
-            raise AttributeError("the module of this class is gone")
-        module.compiled()
-        return (owner if instance is None else instance).forward
-
-
-_compiling = threading.RLock()
-
-
 class CapturedModule(fx.GraphModule):
     """A graph with its weights under the model's own names.
 
@@ -114,30 +94,12 @@ class CapturedModule(fx.GraphModule):
 
     def recompile(self) -> None:  # type: ignore[override]
         """Let the graph become code at the next use."""
-        codegen = self.graph._codegen
-        if hasattr(codegen, "pytree_info"):
-            self._in_spec = codegen.pytree_info.in_spec
-            self._out_spec = codegen.pytree_info.out_spec
-        cls: Any = type(self)
-        cls.forward = _AtFirstUse(weakref.ref(self))
+        compile_when_called(self)
 
     def compiled(self) -> Self:
         """The module, its graph as code."""
-        cls: Any = type(self)
-        with _compiling:
-            if isinstance(inspect.getattr_static(cls, "forward"), _AtFirstUse):
-                super().recompile()
+        compile_now(self)
         return self
-
-    @property
-    @override
-    def code(self) -> str:
-        return str(fx.GraphModule.code.fget(self.compiled()))  # type: ignore[attr-defined]
-
-    @override
-    def __str__(self) -> str:
-        self.compiled()
-        return super().__str__()
 
     def __reduce__(self) -> tuple[Any, ...]:
         tree = nn.Module()

@@ -23,6 +23,7 @@ from graphopt.ir.decomposing import decomposed
 from graphopt.ir.guards import by_signature, input_places
 from graphopt.ir.lifting import lifted
 from graphopt.ir.open_sizes import Limits, open_shapes, raised_ones
+from graphopt.ir.quick_graphs import quick_graphs
 from graphopt.ir.records import CompressionRecord
 from graphopt.ir.state import StateTensor, state_tensors
 from graphopt.ir.torch_private import symbolic_config
@@ -50,6 +51,7 @@ class Provenance:
 
 
 @exclusively
+@quick_graphs()
 def export_graph(
     module: CapturedModule,
     args: tuple[Any, ...],

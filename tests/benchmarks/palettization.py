@@ -1,4 +1,4 @@
-"""Clustering time and error against coreai-opt 0.3.0, on the same weights in the same run.
+"""Clustering time and error against coreai-opt 0.4.0, on the same weights in the same run.
 
     make bench-peer     # once: an environment of its own for the peer, .venv-peer
     make bench
@@ -8,6 +8,10 @@ compiling (numba here, a C++ extension there) is left out on both sides; it is r
 peer is called as its users call it, with its default (fast) mode, and is timed on `prepare` alone,
 which clusters without exporting and leaves tables and indices. Ours is timed on the same job without
 its export: annotate, cluster all weights, pack the indices.
+
+`--prepare` times the whole of `prepare` instead, in processes that have done nothing before: CPU seconds, the
+least of three, with what the libraries import and load meanwhile and, of ours, the export. The peer has
+imported PyTorch's compiler by then, so the whole process stands beside it.
 """
 
 from __future__ import annotations
@@ -98,8 +102,8 @@ def case_weights(case: str) -> dict[str, Tensor]:
     return encoder_weights()
 
 
-def run_one(library: str, case: str, weights: dict[str, Tensor]) -> dict[str, Any]:
-    """Time one case in this process."""
+def _config(library: str, case: str) -> tuple[Any, Any]:
+    """The library's module of palettization, and its config of a case."""
     groups = {"resnet50": None, "linear2048": 1, "encoder": 16}[case]
     if library == "graphopt":
         from graphopt import palettization as module
@@ -116,6 +120,12 @@ def run_one(library: str, case: str, weights: dict[str, Tensor]) -> dict[str, An
     config = module.KMeansPalettizerConfig(
         global_config=module.ModuleKMeansPalettizerConfig(op_state_spec={"weight": spec})
     )
+    return module, config
+
+
+def run_one(library: str, case: str, weights: dict[str, Tensor]) -> dict[str, Any]:
+    """Time one case in this process."""
+    module, config = _config(library, case)
     x = (torch.ones(()),)
 
     def once(values: dict[str, Tensor]) -> tuple[float, Any]:
@@ -150,8 +160,43 @@ def run_one(library: str, case: str, weights: dict[str, Tensor]) -> dict[str, An
     return {"seconds": seconds, "warm_up": warm_up, "sse": errors}
 
 
-def measure(python: str, library: str, case: str, file: Path) -> dict[str, Any]:
-    words = [python, "-W", "ignore", __file__, "--one", library, case, str(file)]
+def prepared_cold(library: str, case: str, weights: dict[str, Tensor]) -> dict[str, float]:
+    """CPU seconds of `prepare` on a model of such weights, and of the process until it is done."""
+    sys.modules["coverage"] = None  # type: ignore[assignment]  # numba loads it where tests have it
+    module, config = _config(library, case)
+    model, example = _model(case, weights)
+    started = time.process_time()
+    module.KMeansPalettizer(model, config).prepare(example)
+    done = time.process_time()
+    return {"prepare": done - started, "process": done}
+
+
+def _model(case: str, weights: dict[str, Tensor]) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """The network that has the weights, and its example."""
+    if case == "linear2048":
+        linear = nn.Linear(2048, 2048, bias=False)
+        linear.weight = nn.Parameter(weights["fc"])
+        return nn.Sequential(linear).eval(), (torch.randn(1, 2048),)
+    from end_to_end import Called, model_of
+
+    if case == "resnet50":
+        return model_of("resnet50")
+    import transformers
+
+    config = transformers.BertConfig(
+        hidden_size=384, num_hidden_layers=6, num_attention_heads=12, intermediate_size=1536
+    )
+    bert = transformers.BertModel(config, add_pooling_layer=False)
+    for name, parameter in bert.named_parameters():
+        stored = weights.get(name.removesuffix(".weight").replace(".", "_"))
+        if stored is not None:
+            parameter.data = stored
+    example = torch.randint(0, 30000, (1, 32)), torch.ones(1, 32, dtype=torch.long)
+    return Called(bert, ("input_ids", "attention_mask")).eval(), example
+
+
+def measure(python: str, library: str, case: str, file: Path, how: str = "--one") -> dict[str, Any]:
+    words = [python, "-W", "ignore", __file__, how, library, case, str(file)]
     done = subprocess.run(words, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{library} on {case} failed:\n{done.stderr[-3000:]}")
@@ -160,7 +205,9 @@ def measure(python: str, library: str, case: str, file: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--one", nargs=3, metavar=("LIBRARY", "CASE", "WEIGHTS"))
+    for how in ("--one", "--cold"):
+        parser.add_argument(how, nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--prepare", action="store_true", help="time `prepare`, in new processes")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     args = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -168,9 +215,17 @@ def main() -> None:
         library, case, file = args.one
         print(json.dumps(run_one(library, case, torch.load(file))))
         return
+    if args.cold:
+        library, case, file = args.cold
+        print(json.dumps(prepared_cold(library, case, torch.load(file))))
+        return
     if not PEER.exists():
         print(f"{PEER} is absent, so only our own times follow; run `make bench-peer` first")
     print(f"threads: {torch.get_num_threads()}, torch {torch.__version__}")
+    if args.prepare:
+        for case in args.cases:
+            _print_prepare(case)
+        return
     print(
         f"{'case':12} {'layers':>6} {'ours s':>8} {'peer s':>8} {'ratio':>6}  errors (ours / peer)"
     )
@@ -191,6 +246,27 @@ def main() -> None:
                     f"  (one-time builds {ours['warm_up']:.1f} s / {peer['warm_up']:.1f} s)"
                 )
             print(line, flush=True)
+
+
+def _print_prepare(case: str) -> None:
+    """CPU seconds of both libraries, which take turns."""
+    sides = {"ours": (sys.executable, "graphopt")}
+    if PEER.exists():
+        sides["peer"] = (str(PEER), "coreai_opt")
+    found: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "weights.pt"
+        torch.save(case_weights(case), file)
+        for _ in range(REPEATS):
+            for side, (python, library) in sides.items():
+                found[side].append(measure(python, library, case, file, "--cold"))
+    line = f"{case:12}"
+    for what in ("prepare", "process"):
+        least = {side: min(each[what] for each in runs) for side, runs in found.items()}
+        line += f"  {what}: " + ", ".join(f"{side} {value:.2f} s" for side, value in least.items())
+        if "peer" in least:
+            line += f", {least['peer'] / least['ours']:.2f} ×"
+    print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch._export.serde import serialize
 from torch.export import Dim, ExportedProgram
 
-from graphopt.backends.torch_export.size_texts import sizes_printed_once
+from graphopt.backends.torch_export.quick_saving import quick_saving
 
 
 class _Net(nn.Module):
@@ -41,14 +41,26 @@ def test_what_is_saved_is_what_torch_saves(
     monkeypatch.setattr(serialize, "_print_sympy", lambda size: printed.append(1) or printer(size))
     _texts(exported)
     every, before = len(printed), len(printed)
-    with sizes_printed_once():
+    with quick_saving():
         assert _texts(exported) == expected
     assert len(printed) - before < every / 2
 
 
+def test_the_canonical_form_that_torch_throws_away_is_not_made(
+    exported: ExportedProgram, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+    monkeypatch.setattr(serialize, "canonicalize", lambda *given: made.append(given))
+    _texts(exported)
+    assert len(made) == 1
+    with quick_saving():
+        _texts(exported)
+    assert len(made) == 1
+
+
 def test_torch_prints_as_before_afterwards() -> None:
-    before = serialize._print_sympy
-    failing = sizes_printed_once()
+    before = serialize._print_sympy, serialize.canonicalize
+    failing = quick_saving()
     with pytest.raises(RuntimeError, match="in between"), failing:
         raise RuntimeError("in between")
-    assert serialize._print_sympy is before
+    assert (serialize._print_sympy, serialize.canonicalize) == before
