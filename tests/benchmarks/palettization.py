@@ -223,6 +223,9 @@ def main() -> None:
         print(f"{PEER} is absent, so only our own times follow; run `make bench-peer` first")
     print(f"threads: {torch.get_num_threads()}, torch {torch.__version__}")
     if args.prepare:
+        from end_to_end import compile_packages
+
+        compile_packages()
         for case in args.cases:
             _print_prepare(case)
         return
