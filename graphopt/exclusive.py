@@ -2,8 +2,8 @@
 
 torch.export, decompositions and the converters set flags, configs, filters of warnings and streams that
 all threads share. Whatever does so runs inside `exclusive`, which also gives the caller back what is
-the process's: random states, environment variables and warnings filters. `silent` keeps what libraries write
-to the process's own streams from the terminal.
+the process's: random states, environment variables and warnings filters. `patched` lets parts of a library be
+others inside, and `silent` keeps what libraries write to the process's own streams from the terminal.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 import torch
 
-__all__ = ["exclusive", "exclusively", "silent"]
+__all__ = ["exclusive", "exclusively", "patched", "silent"]
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -60,6 +60,29 @@ def exclusively(function: Callable[_P, _R]) -> Callable[_P, _R]:
             return function(*args, **kwargs)
 
     return alone
+
+
+@contextmanager
+def patched(owner: Any, **parts: Any) -> Iterator[None]:
+    """Let attributes of a module or class be others inside.
+
+    They are so for all threads, so it belongs inside `exclusive`.
+
+    Args:
+        owner: The module or class itself, not one that inherits them.
+        parts: Name of an attribute → what it is inside.
+
+    Raises:
+        KeyError: It has no such attribute; nothing is changed then.
+    """
+    before = {name: vars(owner)[name] for name in parts}
+    try:
+        for name, part in parts.items():
+            setattr(owner, name, part)
+        yield
+    finally:
+        for name, part in before.items():
+            setattr(owner, name, part)
 
 
 @contextmanager

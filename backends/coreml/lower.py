@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from contextlib import AbstractContextManager
 
 import torch
 from torch.export import ExportedProgram
@@ -24,6 +23,7 @@ from graphopt.backends.promotion import promote_operands
 from graphopt.backends.quiet import quiet
 from graphopt.backends.shapes import EXAMPLE_SHAPES, ShapePlan, refuse_fixed
 from graphopt.errors import LoweringError
+from graphopt.exclusive import patched
 from graphopt.ir.program import Program, export_graph
 from graphopt.passes import (
     DequantizeToShiftScale,
@@ -119,8 +119,7 @@ def legal_export(
     return exported
 
 
-@contextlib.contextmanager
-def small_constants_once() -> Iterator[None]:
+def small_constants_once() -> AbstractContextManager[None]:
     """Let coremltools keep one copy of equal strides, paddings and the like.
 
     They are a third of a program's text. Its pass has the threshold as a class attribute, which is
@@ -130,9 +129,4 @@ def small_constants_once() -> Iterator[None]:
         const_deduplication,
     )
 
-    before = const_deduplication._const_threshold
-    const_deduplication._const_threshold = 1
-    try:
-        yield
-    finally:
-        const_deduplication._const_threshold = before
+    return patched(const_deduplication, _const_threshold=1)

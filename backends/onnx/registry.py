@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from graphopt.backends.quiet import quiet
+from graphopt.exclusive import patched
 from graphopt.extras import require
 from graphopt.ir.torch_private import part_of_torch
 
@@ -36,7 +37,6 @@ def read_once() -> Iterator[None]:
     """Inside, torch's exporter takes copies of what has been read."""
     whole = translations()
     kind = type(whole)
-    before = kind.__dict__["from_torchlib"]
 
     def copied(opset_version: int = OPSET) -> Any:
         made = kind()
@@ -44,8 +44,5 @@ def read_once() -> Iterator[None]:
         made.functions = {op: list(forms) for op, forms in whole.functions.items()}
         return made
 
-    kind.from_torchlib = staticmethod(copied)
-    try:
+    with patched(kind, from_torchlib=staticmethod(copied)):
         yield
-    finally:
-        kind.from_torchlib = before

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from graphopt.capture.quick_schema import quick_unions
+from graphopt.exclusive import patched
 from graphopt.ir import torch_private
 
 __all__ = ["quick_saving"]
@@ -24,7 +25,7 @@ def quick_saving() -> Iterator[None]:
     It patches torch for all threads, so it belongs inside `exclusive`.
     """
     serializing: Any = torch_private.serializing
-    printed, sorted_form = serializing._print_sympy, serializing.canonicalize
+    printed = serializing._print_sympy
     texts: dict[Any, str] = {}
 
     def once(size: Any) -> str:
@@ -33,10 +34,9 @@ def quick_saving() -> Iterator[None]:
             texts[expression] = printed(size)
         return texts[expression]
 
-    serializing._print_sympy = once
-    serializing.canonicalize = lambda program, constants=None: program
-    try:
-        with quick_unions():
-            yield
-    finally:
-        serializing._print_sympy, serializing.canonicalize = printed, sorted_form
+    def as_it_is(program: Any, constants: Any = None) -> Any:
+        del constants
+        return program
+
+    with quick_unions(), patched(serializing, _print_sympy=once, canonicalize=as_it_is):
+        yield

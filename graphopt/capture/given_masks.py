@@ -2,29 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
+from graphopt.exclusive import patched
 from graphopt.ir import torch_private
 
 __all__ = ["masks_as_given"]
 
 
-@contextmanager
-def masks_as_given() -> Iterator[None]:
+def masks_as_given() -> AbstractContextManager[None]:
     """Let torch's transformers not look into a mask to find out whether it is the causal one.
 
     `TransformerEncoder` and `TransformerDecoder` do, to pick a faster kernel, and so nothing with a mask can be
     exported. The mask is applied either way. It patches torch for all threads, so it belongs inside `exclusive`.
     """
-    module: Any = torch_private.transformer
-    before = module._detect_is_causal_mask
-    module._detect_is_causal_mask = _as_told
-    try:
-        yield
-    finally:
-        module._detect_is_causal_mask = before
+    return patched(torch_private.transformer, _detect_is_causal_mask=_as_told)
 
 
 def _as_told(mask: Any, is_causal: bool | None = None, size: int | None = None) -> bool:

@@ -17,7 +17,7 @@ from torch.export import ExportedProgram
 from graphopt.audited import read_exported
 from graphopt.capture.export_errors import without_warnings
 from graphopt.capture.quick_loading import quick_loading
-from graphopt.exclusive import exclusive
+from graphopt.exclusive import exclusive, patched
 from graphopt.ir import torch_private
 from graphopt.ir.mapped import map_tensor
 
@@ -49,7 +49,6 @@ def read_programs(path: Path) -> dict[str, ExportedProgram]:
     if not _mapping.get():
         return _read(path)
     package: Any = torch_private.archive_package
-    build = package._build_file_map
 
     def mapped(reader: Any, config: Any, folder: str) -> dict[str, Tensor]:
         return {
@@ -58,12 +57,8 @@ def read_programs(path: Path) -> dict[str, ExportedProgram]:
             if not meta.use_pickle
         }
 
-    with exclusive():
-        package._build_file_map = mapped
-        try:
-            return _read(path)
-        finally:
-            package._build_file_map = build
+    with exclusive(), patched(package, _build_file_map=mapped):
+        return _read(path)
 
 
 def _read(path: Path) -> dict[str, ExportedProgram]:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from graphopt.capture.quick_schema import SchemaReader, quick_unions
+from graphopt.exclusive import patched
 from graphopt.ir import torch_private
 
 __all__ = ["quick_loading"]
@@ -23,15 +24,13 @@ def quick_loading() -> Iterator[None]:
     It patches torch for all threads, so it belongs inside `exclusive`.
     """
     module: Any = torch_private.serializing
-    reader, kept = module.GraphModuleDeserializer, module._dict_to_dataclass
-    parse = reader._parse_sym_expr
-    reader._parse_sym_expr = _once_for_each_program(parse)
-    module._dict_to_dataclass = SchemaReader()
-    try:
-        with quick_unions():
-            yield
-    finally:
-        reader._parse_sym_expr, module._dict_to_dataclass = parse, kept
+    reader = module.GraphModuleDeserializer
+    with (
+        quick_unions(),
+        patched(reader, _parse_sym_expr=_once_for_each_program(reader._parse_sym_expr)),
+        patched(module, _dict_to_dataclass=SchemaReader()),
+    ):
+        yield
 
 
 def _once_for_each_program(parse: Callable[..., Any]) -> Callable[..., Any]:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Annotated, Any
 
+from graphopt.exclusive import patched
 from graphopt.ir import torch_private
 
 __all__ = ["SchemaReader", "quick_unions"]
@@ -44,11 +45,8 @@ def quick_unions() -> Iterator[None]:
         made.__dict__.update({name: value, "_type": tags[cls, name]})
         return made
 
-    union.create = classmethod(create)
-    try:
+    with patched(union, create=classmethod(create)):
         yield
-    finally:
-        union.create = before
 
 
 class SchemaReader:

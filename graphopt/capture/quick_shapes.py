@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from graphopt.exclusive import patched
 from graphopt.ir import op_info, torch_private
 
 __all__ = ["quick_shapes"]
@@ -27,12 +28,11 @@ def quick_shapes() -> Iterator[None]:
     added = {op: rule for op, rule in _rules() if op not in rules}
     rules.update(added)
     tracing: Any = torch_private.tracing
-    described = tracing._extract_tensor_metadata
-    tracing._extract_tensor_metadata = _without_layouts(described)
+    quick = _without_layouts(tracing._extract_tensor_metadata)
     try:
-        yield
+        with patched(tracing, _extract_tensor_metadata=quick):
+            yield
     finally:
-        tracing._extract_tensor_metadata = described
         for op in added:
             del rules[op]
 

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from types import NoneType
 from typing import Any
 
+from graphopt.exclusive import patched
 from graphopt.ir import torch_private
 
 __all__ = ["quick_sizes"]
@@ -42,16 +43,14 @@ def quick_sizes() -> Iterator[None]:
     """
     node: Any = torch_private.SymNode
     names = ["expr", *(f"_{method}" for method in _METHODS)]
-    before = {name: node.__dict__[name] for name in names if name in node.__dict__}
+    there = {name: vars(node)[name] for name in names if name in vars(node)}
     known: dict[Any, Any] = {}
-    for name, original in before.items():
-        quick: Any = _expression(original) if name == "expr" else _once(name, original, known)
-        setattr(node, name, quick)
-    try:
+    quick: dict[str, Any] = {
+        name: _expression(original) if name == "expr" else _once(name, original, known)
+        for name, original in there.items()
+    }
+    with patched(node, **quick):
         yield
-    finally:
-        for name, original in before.items():
-            setattr(node, name, original)
 
 
 def _expression(original: Any) -> property:

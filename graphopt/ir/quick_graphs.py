@@ -18,6 +18,8 @@ from typing import Any
 from torch import fx
 from torch.fx import traceback
 
+from graphopt.exclusive import patched
+
 __all__ = ["compile_now", "compile_when_called", "quick_graphs"]
 
 _compile = fx.GraphModule.recompile
@@ -83,8 +85,7 @@ def quick_graphs() -> Iterator[None]:
     It patches torch for all threads, so it belongs inside `exclusive`.
     """
     own, compiled = threading.get_ident(), fx.GraphModule.recompile
-    module_of_origins: Any = traceback
-    copier = module_of_origins.copy
+    copier: Any = vars(traceback)["copy"]
 
     def recompile(module: fx.GraphModule) -> Any:
         if threading.get_ident() != own:
@@ -94,11 +95,7 @@ def quick_graphs() -> Iterator[None]:
         cls.__reduce__ = _compiled_and_reduced
         return _LateCode(module)
 
-    fx.GraphModule.recompile = recompile  # type: ignore[method-assign, assignment]
     # nothing ever changes the origins of a node, which it has in a list of its own
-    module_of_origins.copy = SimpleNamespace(copy=copier.copy, deepcopy=list)
-    try:
+    origins = SimpleNamespace(copy=copier.copy, deepcopy=list)
+    with patched(fx.GraphModule, recompile=recompile), patched(traceback, copy=origins):
         yield
-    finally:
-        fx.GraphModule.recompile = compiled  # type: ignore[method-assign]
-        module_of_origins.copy = copier
