@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from graphopt.backends.lowering import as_program
 from graphopt.backends.registry import DEFAULT, ExportBackend
-from graphopt.capture import capture
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.finalized import Weights, finalized
 from graphopt.compressors.pipeline import PausedRun, Pipeline
@@ -151,7 +151,7 @@ class Compressor(ABC):
         """
         model = self._model
         if dynamic_shapes != "auto" and not isinstance(model, Program):
-            model = capture(model, example_inputs, example_kwargs, dynamic_shapes)
+            model = as_program(model, example_inputs, example_kwargs, dynamic_shapes)
             example_inputs = example_kwargs = None
         return pipeline.pause(before, model, example_inputs, example_kwargs)
 

@@ -39,6 +39,7 @@ def compress(
     loss_fn: LossFn | None = None,
     *,
     example_kwargs: Mapping[str, Any] | None = None,
+    dynamic_shapes: Any = "auto",
     **options: Unpack[CompressKeywords],
 ) -> Any:
     """Compress a model in one capture and one calibration.
@@ -65,6 +66,9 @@ def compress(
             "synthetic" draws random tokens for models that look tokens up; the report says so.
         loss_fn: `loss_fn(output, target)`, the mean over a batch; None needs no labels.
         example_kwargs: Keyword inputs of the example call.
+        dynamic_shapes: As for `graphopt.capture`, where the model is a module: "auto" leaves sizes open,
+            as calls on other data need; None fixes those of the example, which takes half as long and
+            is enough for an artifact of one size.
         options: How it runs, the fields of `graphopt.compressors.options.CompressOptions`:
             `backend` (target whose fusions decide where activations are rounded and whose tables
             decide the form of weights with a `max_table_share`; none in particular), `lowering`
@@ -99,6 +103,9 @@ def compress(
         return CompressedSet(model.split(made).methods, made)
     how = CompressOptions.of("compress", options)
     whole = joint_config(config)
+    if dynamic_shapes != "auto" and isinstance(model, nn.Module):
+        model = as_program(model, example_inputs, example_kwargs, dynamic_shapes)
+        example_inputs = example_kwargs = None
     data: Iterable[Any] | None
     if isinstance(calibration_data, str):
         if calibration_data != SYNTHETIC:

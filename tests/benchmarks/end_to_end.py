@@ -8,13 +8,15 @@ run in turn, none is warmed up, and nothing is taken off; modules are compiled t
 where it installs. The floor exports, converts and saves the uncompressed model with the target's own tools; for
 a program in a .pt2 file it loads, converts and saves. Ours compresses weights to tables of 4 bits for 16 channels
 each, by the classes, by `graphopt.compress` and by `graphopt compress`, without the comparison on save, which is
-reported beside it. The peer has no route but its classes' to Core AI.
+reported beside it; "fixed" asks the first two for the example's sizes alone, as the floor has them, where the
+target takes no others. The peer has no route but its classes' to Core AI.
 """
 
 from __future__ import annotations
 
 import argparse
 import compileall
+import functools
 import json
 import shutil
 import subprocess
@@ -33,7 +35,10 @@ ROOT = Path(__file__).parent.parent.parent
 PEER = ROOT / ".venv-peer" / "bin" / "python"
 MODELS = ("resnet50", "encoder", "vit", "llama")
 SUFFIXES = {"coreai": ".aimodel", "coreml": ".mlpackage", "executorch": ".pte", "torch": ".pt2"}
-SIDES = ("floor", "classes", "compress", "file floor", "shell", "peer")
+SIDES = (
+    *("floor", "classes", "classes fixed", "compress", "compress fixed"),
+    *("file floor", "shell", "peer"),
+)
 REPEATS = 3
 
 
@@ -165,7 +170,7 @@ def run_side(side: str, name: str, target: str, folder: Path) -> dict[str, Any]:
             artifact = _SIDES[side](target, model, example, out, done)
     done("save")
     total, compared = time.process_time(), 0.0
-    if side == "classes" and artifact is not None:
+    if artifact is not None:
         artifact.verify()
         compared = time.process_time() - total
     stages = {
@@ -181,13 +186,15 @@ def _floor_side(target: str, model: nn.Module, example: Any, out: Path, done: An
     floor(target, exported, out)
 
 
-def _classes(target: str, model: nn.Module, example: Any, out: Path, done: Any) -> Any:
+def _classes(
+    target: str, model: nn.Module, example: Any, out: Path, done: Any, shapes: Any = "auto"
+) -> Any:
     import graphopt
     from graphopt.palettization import KMeansPalettizer, KMeansPalettizerConfig
 
     done("import")
     palettizer = KMeansPalettizer(model, KMeansPalettizerConfig.presets.w4(group_size=16))
-    palettizer.prepare(example)
+    palettizer.prepare(example, dynamic_shapes=shapes)
     done("prepare")
     finalized = palettizer.finalize(backend=graphopt.ExportBackend(target))
     done("finalize")
@@ -197,14 +204,16 @@ def _classes(target: str, model: nn.Module, example: Any, out: Path, done: Any) 
     return artifact
 
 
-def _compress(target: str, model: nn.Module, example: Any, out: Path, done: Any) -> None:
+def _compress(
+    target: str, model: nn.Module, example: Any, out: Path, done: Any, shapes: Any = "auto"
+) -> None:
     import graphopt
     from graphopt.palettization import KMeansPalettizerConfig
 
     del target
     done("import")
     config = KMeansPalettizerConfig.presets.w4(group_size=16)
-    program = graphopt.compress(model, example, config)
+    program = graphopt.compress(model, example, config, dynamic_shapes=shapes)
     done("compress")
     program.save(out, verify=False)
 
@@ -225,7 +234,9 @@ def _peer(target: str, model: nn.Module, example: Any, out: Path, done: Any) -> 
 _SIDES: dict[str, Callable[..., Any]] = {
     "floor": _floor_side,
     "classes": _classes,
+    "classes fixed": functools.partial(_classes, shapes=None),
     "compress": _compress,
+    "compress fixed": functools.partial(_compress, shapes=None),
     "peer": _peer,
 }
 
@@ -330,7 +341,8 @@ def main() -> None:
             sides = [
                 side
                 for side in given.sides
-                if side != "peer" or (target == "coreai" and PEER.exists())
+                if (side != "peer" or (target == "coreai" and PEER.exists()))
+                and not (side.endswith(" fixed") and target == "torch")
             ]
             _print(name, target, row(name, target, sides, given.repeats))
 
@@ -340,7 +352,7 @@ def _print(name: str, target: str, found: dict[str, dict[str, Any]]) -> None:
     write(f"{name} {target}: CPU seconds\n")
     for side, result in found.items():
         if "error" in result:
-            write(f"  {side:10} {result['error']}\n")
+            write(f"  {side:14} {result['error']}\n")
             continue
         base = found.get("file floor" if side in ("file floor", "shell") else "floor", {})
         whole = side == "shell" or not base.get("stages")
@@ -348,7 +360,7 @@ def _print(name: str, target: str, found: dict[str, dict[str, Any]]) -> None:
         ratio = f" {times[0] / times[1]:5.2f} × floor" if len(times) > 1 else ""
         stages = ", ".join(f"{stage} {value:.2f}" for stage, value in result["stages"].items())
         compared = f"; compared {result['compared']:.2f}" if result["compared"] else ""
-        write(f"  {side:10} {times[0]:6.2f}{ratio}  {stages}{compared}\n")
+        write(f"  {side:14} {times[0]:6.2f}{ratio}  {stages}{compared}\n")
     sys.stdout.flush()
 
 
