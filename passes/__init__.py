@@ -32,6 +32,7 @@ from graphopt.passes.fit_integers import FitIntegers
 from graphopt.passes.fit_palettes import FitPalettes
 from graphopt.passes.fold_batchnorm import FoldBatchNorm
 from graphopt.passes.fold_computed_weights import FoldComputedWeights
+from graphopt.passes.fold_padding import FoldPadding
 from graphopt.passes.insert_fake_quantize import InsertFakeQuantize
 from graphopt.passes.insert_palettizers import InsertPalettizers
 from graphopt.passes.insert_pruners import InsertPruners
@@ -70,6 +71,7 @@ __all__ = [
     "FitPalettes",
     "FoldBatchNorm",
     "FoldComputedWeights",
+    "FoldPadding",
     "ForgetReference",
     "InsertFakeQuantize",
     "InsertPalettizers",

@@ -25,6 +25,7 @@ from graphopt.passes import (
     FitIntegers,
     FoldBatchNorm,
     FoldComputedWeights,
+    FoldPadding,
     ForgetReference,
     KeepReference,
     MigrateScales,
@@ -159,6 +160,7 @@ def _integers(
     seen = None if calls is None else calls.every
     migrated = [MigrateScales(seen)] if config.migrate_scales else []
     return [
+        FoldPadding(),
         annotate,
         *migrated,
         *after_annotation(config, calls, how),

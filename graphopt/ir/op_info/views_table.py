@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import fx
+
 from graphopt.ir.op_info.model import OpInfo, Scales, View
 from graphopt.ir.op_info.overloads import aten
 
@@ -12,6 +14,22 @@ __all__ = ["VIEW_OPS", "without_memory_order"]
 _PASS = Scales.PASS
 _RESHAPE = aten("reshape")[0]
 _STRICT = aten("view")[0]
+
+_PADS_WITH_VALUES = OpInfo(
+    ("pad",),
+    aten(
+        "reflection_pad1d reflection_pad2d reflection_pad3d"
+        " replication_pad1d replication_pad2d replication_pad3d"
+    ),
+    scales=_PASS,
+)
+_PLAIN_PADDING = OpInfo(("pad",), aten("constant_pad_nd"), scales=_PASS, fill=3)
+
+
+def _which_padding(node: fx.Node) -> OpInfo:
+    mode = node.args[2] if len(node.args) > 2 else "constant"
+    return _PLAIN_PADDING if mode == "constant" else _PADS_WITH_VALUES
+
 
 VIEW_OPS: tuple[OpInfo, ...] = (
     OpInfo(("reshape",), (_STRICT,), scales=_PASS, view=View.RESHAPE, attention="between"),
@@ -59,20 +77,33 @@ VIEW_OPS: tuple[OpInfo, ...] = (
     OpInfo(("_to_copy",), aten("_to_copy"), view=View.KEEP, cast=True, attention="between"),
     OpInfo(("to",), aten("to.dtype to.dtype_layout to.device to.other"), view=View.KEEP, cast=True),
     OpInfo(("pad",), aten("constant_pad_nd"), scales=_PASS, fill=2),
-    OpInfo(("pad",), aten("reflection_pad2d replication_pad2d"), scales=_PASS),
+    OpInfo(("pad",), aten("pad"), scales=_PASS, fill=3, by_node=_which_padding),
+    _PADS_WITH_VALUES,
     OpInfo(("max_pool",), aten("max_pool2d"), scales=_PASS, kept_whole=True),
-    OpInfo(("max_pool",), aten("max_pool1d max_pool3d adaptive_max_pool2d"), scales=_PASS),
+    OpInfo(
+        ("max_pool",),
+        aten(
+            "max_pool1d max_pool3d max_pool1d_with_indices max_pool2d_with_indices"
+            " max_pool3d_with_indices adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d"
+        ),
+        scales=_PASS,
+    ),
     OpInfo(("pixel_shuffle",), aten("pixel_shuffle"), scales=_PASS, kept_whole=True),
     OpInfo(("pixel_shuffle",), aten("pixel_unshuffle channel_shuffle"), scales=_PASS),
     OpInfo(
         ("upsample_nearest",),
         aten(
             "upsample_nearest1d.vec upsample_nearest2d.vec"
-            " upsample_nearest2d upsample_nearest3d.vec"
+            " upsample_nearest2d upsample_nearest3d.vec _upsample_nearest_exact1d.vec"
+            " _upsample_nearest_exact2d.vec _upsample_nearest_exact2d _upsample_nearest_exact3d.vec"
         ),
         scales=_PASS,
     ),
-    OpInfo(("flip",), aten("flip roll repeat"), scales=_PASS),
+    OpInfo(
+        ("flip",),
+        aten("flip fliplr flipud rot90 roll repeat tile repeat_interleave.self_int"),
+        scales=_PASS,
+    ),
     OpInfo(("assert",), aten("_assert_tensor_metadata"), check="type"),
     OpInfo(
         ("assert",),
