@@ -7,6 +7,7 @@ from torch import Tensor, fx
 
 from graphopt.backends.capabilities import Capabilities, quantization_refusals
 from graphopt.ir.module_frames import module_frames
+from graphopt.ir.op_info import info_of
 from graphopt.ir.program import Program
 
 __all__ = ["refusals"]
@@ -30,12 +31,15 @@ def refusals(program: Program, allowed: Capabilities) -> list[str]:
             continue
         if "dequantize_per" in str(node.target) and value.dtype != torch.float32:
             for reader in node.users:
+                info = info_of(reader)
+                if info is not None and info.check is not None:
+                    continue
                 frames = module_frames(reader)
                 layer = frames[-1].name if frames and frames[-1].name else reader.name
                 halves.setdefault(layer, str(value.dtype).removeprefix("torch."))
     reasons += [
         f"{layer}: 8-bit activations beside {kind}; XNNPACK computes with integers beside float32"
-        " only: quantize a float32 model, as `model.float()` is"
+        " only: quantize a float32 model, as `model.float()` is, without torch.autocast inside"
         for layer, kind in halves.items()
     ]
     return reasons + _made_complex(gm)

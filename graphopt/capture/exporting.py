@@ -23,6 +23,7 @@ from graphopt.capture.inference_form import dropout_kept, is_plain
 from graphopt.capture.input_sizes import settle_sizes
 from graphopt.capture.quick_shapes import quick_shapes
 from graphopt.capture.quick_sizes import quick_sizes
+from graphopt.capture.regions import regions_by_op
 from graphopt.capture.tied_constants import tie_constants
 from graphopt.errors import CaptureError, InputError
 from graphopt.ir import op_info
@@ -199,7 +200,7 @@ def flat(exported: ExportedProgram) -> ExportedProgram:
         return exported
     if break_up_composites(exported, _composites()):
         return exported
-    with dropout_kept(exported):
+    with dropout_kept(exported), regions_by_op():
         return exported.run_decompositions(_decompositions())
 
 

@@ -119,3 +119,22 @@ def test_operands_of_several_types_have_the_type_of_the_result(target: str, tmp_
     artifact: Any = graphopt.lower(graphopt.capture(Mixed(), (i, x)), target, **precision)
     artifact.save(tmp_path / f"net{artifact.suffix}")
     assert artifact.verification.max_error < 1e-6
+
+
+class _Mixed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(32, 64), nn.Linear(64, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.first(x)
+        return self.second(torch.relu(y.float()))
+
+
+def test_a_refusal_of_autocast_names_the_layer_and_the_way_out() -> None:
+    x = torch.randn(4, 32)
+    program = graphopt.compress(_Mixed().eval(), x, CONFIGS["W8A8"], calibration_data=[x])
+    with pytest.raises(LoweringError, match=r"first: .* without torch\.autocast inside") as refused:
+        graphopt.lower(program, "executorch")
+    assert "assert" not in str(refused.value)
