@@ -26,9 +26,11 @@ def sweeper() -> Iterator[Sweeper]:
 
 @pytest.mark.integration
 @pytest.mark.parametrize("target", TARGETS[:3])
-def test_every_tenth_op_is_right_or_refused(target: str, sweeper: Sweeper) -> None:
-    outcomes = list(sweeper.sweep(target, counted_ops()[3::10]))
-    assert len(outcomes) > 45
+def test_some_ops_are_right_or_refused(target: str, sweeper: Sweeper) -> None:
+    # ExecuTorch takes three times as long
+    tried = counted_ops()[3 :: 25 if target == "executorch" else 10]
+    outcomes = list(sweeper.sweep(target, tried))
+    assert len(outcomes) > len(counted_ops()) / 30
     check_share(outcomes, SHARES[target])
 
 

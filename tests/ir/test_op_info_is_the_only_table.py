@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -104,6 +105,7 @@ def compared_ops(tree: ast.AST) -> list[str]:
     return [ast.unparse(place) for place in places if any(is_op(part) for part in ast.walk(place))]
 
 
+@functools.cache
 def sources() -> dict[str, ast.AST]:
     return {
         path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(encoding="utf-8"))

@@ -18,10 +18,18 @@ FILES = (
 
 
 @pytest.mark.integration
-@pytest.mark.parametrize("double", [True, False], ids=["float64", "no float64"])
-def test_a_device_of_its_own_kind_computes_the_same(double: bool) -> None:
+@pytest.mark.parametrize(
+    ("double", "which"),
+    [
+        pytest.param(True, "pretended", id="float64", marks=pytest.mark.slow),
+        # what takes the longest takes no other way there
+        pytest.param(True, "pretended and not feedback", id="float64, some"),
+        pytest.param(False, "pretended", id="no float64"),
+    ],
+)
+def test_a_device_of_its_own_kind_computes_the_same(double: bool, which: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-p", "helpers.pretended_device"]
-    command += ["-k", "pretended", "-m", "not slow", *(str(TESTS / name) for name in FILES)]
+    command += ["-k", which, "-m", "not slow", *(str(TESTS / name) for name in FILES)]
     path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
     given = {**os.environ, "PYTHONPATH": path} | ({} if double else {"PRETEND_NO_DOUBLE": "1"})
     given.pop("PYTEST_XDIST_WORKER", None)
