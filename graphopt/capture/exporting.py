@@ -23,6 +23,7 @@ from graphopt.capture.inference_form import dropout_kept, is_plain
 from graphopt.capture.input_sizes import settle_sizes
 from graphopt.capture.quick_shapes import quick_shapes
 from graphopt.capture.quick_sizes import quick_sizes
+from graphopt.capture.quick_traces import quick_traces
 from graphopt.capture.regions import regions_by_op
 from graphopt.capture.tied_constants import tie_constants
 from graphopt.errors import CaptureError, InputError
@@ -159,6 +160,7 @@ def _attempt(
             ),
             quick_shapes(),
             quick_sizes(),
+            quick_traces(),
             masks_as_given(),
             quiet_failure(),
         ):
