@@ -15,7 +15,7 @@ from typing_extensions import Unpack
 from graphopt.backends import Artifact, load_backend
 from graphopt.backends.base import Backend
 from graphopt.backends.listed_once import composites_listed_once
-from graphopt.backends.options import LoweringKeywords, read_options
+from graphopt.backends.options import LoweringKeywords
 from graphopt.backends.raising import RaiseToVocabulary
 from graphopt.backends.registry import ExportBackend, target_of, target_of_suffix
 from graphopt.backends.sets import own_options
@@ -140,7 +140,8 @@ def lower(
         for name, each in model.methods.items():
             target.refuse_unsupported(each, **own_options(name, model, options))
         return target.lower_set(model, **options)
-    fixed = read_options(target.options, target.name, options).fixes_sizes
+    # the fields of a target's options have defaults
+    fixed = options.get("shapes", getattr(target.options, "shapes", None)) == "example"
     program = _captured_for_target(model, example_inputs, example_kwargs, fixed)
     wanted = _wanted(program, target)
     given: dict[str, Any] = {**({} if wanted is None else wanted.lowering), **options}

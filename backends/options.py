@@ -28,11 +28,6 @@ class TargetOptions:
         """Float type that an artifact computes in."""
         return str(getattr(self, "precision", "float32"))
 
-    @property
-    def fixes_sizes(self) -> bool:
-        """Whether an artifact takes inputs of the example's sizes alone."""
-        return bool(getattr(self, "shapes", None) == "example")
-
 
 class LoweringKeywords(TypedDict, total=False):
     """The options of all targets as keywords of a call; which of them a target takes, its options say."""
