@@ -39,6 +39,7 @@ def _folded(net: nn.Module, x: Tensor) -> int:
         FoldPadding()(gm)
         gm.graph.lint()
         torch.testing.assert_close(gm(x), expected)
+    assert not FoldPadding()(gm).modified
     return _pads(gm)
 
 
