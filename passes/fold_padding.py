@@ -63,7 +63,17 @@ def _zeros(node: fx.Node) -> list[int] | None:
         return None
     added: Any = node.args[1]
     fits = isinstance(added, list | tuple) and all(isinstance(each, int) for each in added)
-    return list(added) if fits and isinstance(node.args[0], fx.Node) else None
+    return list(added) if fits and not _is_stored(node.args[0]) else None
+
+
+def _is_stored(value: Any) -> bool:
+    """Whether a value is, or shares the memory of, a tensor that the graph may write to in between."""
+    while isinstance(value, fx.Node) and value.op == "call_function":
+        info = op_info.info_of(value)
+        if info is None or info.view is None:
+            return False
+        value = value.args[0]
+    return not isinstance(value, fx.Node) or value.op == "get_attr"
 
 
 def _padding(reader: fx.Node, padded: fx.Node, added: list[int]) -> list[int] | None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -99,6 +100,29 @@ def test_all_readers_have_to_be_convolutions(second: nn.Module, left: int) -> No
     assert _pads(gm) == left
     for found, expected in zip(gm(x), net(x), strict=True):
         torch.testing.assert_close(found, expected)
+
+
+class _Delayed(nn.Module):
+    """Gives what it was given at the call before."""
+
+    last: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("last", torch.zeros(1, 2, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        before = F.pad(self.last.transpose(1, 2), (0, 0))
+        self.last.copy_(x)
+        return before
+
+
+def test_a_copy_of_a_state_stays_one() -> None:
+    net, calls = _Delayed().eval(), torch.randn(3, 1, 2, 6)
+    gm = graphopt.capture(copy.deepcopy(net), calls[0]).graph_module
+    FoldPadding()(gm)
+    for x in calls:
+        assert torch.equal(gm(x), net(x))
 
 
 SHARED: dict[str, Between] = {
