@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from graphopt.backends.lowering import as_program
 from graphopt.backends.registry import DEFAULT, ExportBackend
 from graphopt.compressors.compressed_program import CompressedProgram
 from graphopt.compressors.finalized import Weights, finalized
@@ -149,11 +148,7 @@ class Compressor(ABC):
             example_kwargs: Keyword inputs of that call.
             dynamic_shapes: As for `graphopt.capture`, where the model is no program yet.
         """
-        model = self._model
-        if dynamic_shapes != "auto" and not isinstance(model, Program):
-            model = as_program(model, example_inputs, example_kwargs, dynamic_shapes)
-            example_inputs = example_kwargs = None
-        return pipeline.pause(before, model, example_inputs, example_kwargs)
+        return pipeline.pause(before, self._model, example_inputs, example_kwargs, dynamic_shapes)
 
     @staticmethod
     def _load(prepared: CapturedModule, state_dict: Mapping[str, Tensor]) -> None:

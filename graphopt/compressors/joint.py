@@ -103,21 +103,18 @@ def compress(
         return CompressedSet(model.split(made).methods, made)
     how = CompressOptions.of("compress", options)
     whole = joint_config(config)
-    if dynamic_shapes != "auto" and isinstance(model, nn.Module):
-        model = as_program(model, example_inputs, example_kwargs, dynamic_shapes)
-        example_inputs = example_kwargs = None
     data: Iterable[Any] | None
     if isinstance(calibration_data, str):
         if calibration_data != SYNTHETIC:
             raise InputError(
                 f"calibration_data={calibration_data!r}: give a list of calls, or {SYNTHETIC!r}"
             )
-        program = as_program(model, example_inputs, example_kwargs)
+        program = as_program(model, example_inputs, example_kwargs, dynamic_shapes)
         data = synthetic_calls(program, seed=how.seed)
         return joint_pipeline("compress", whole, data, loss_fn, how).run(program)
     data = calibration_data
     pipeline = joint_pipeline("compress", whole, data, loss_fn, how)
-    return pipeline.run(model, example_inputs, example_kwargs)
+    return pipeline.run(model, example_inputs, example_kwargs, dynamic_shapes=dynamic_shapes)
 
 
 def joint_config(config: AnyConfig | Mapping[str, Any] | str | Path | None) -> JointConfig:

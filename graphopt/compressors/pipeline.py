@@ -144,6 +144,7 @@ class Pipeline(Sequence[AnyPass]):
         *,
         dump_dir: str | Path | None = None,
         verify: bool = False,
+        dynamic_shapes: Any = "auto",
     ) -> CompressedProgram:
         """Capture a model and run the passes on it; the model is never changed.
 
@@ -153,6 +154,7 @@ class Pipeline(Sequence[AnyPass]):
             example_kwargs: Keyword inputs of that call.
             dump_dir: Folder for the graph before and after each pass, with a unified diff.
             verify: Compare each pass with its input on the example inputs; see `PassManager`.
+            dynamic_shapes: As for `graphopt.capture`, where the model is a module.
 
         Returns:
             The program; its `pass_report` has times, node counts and errors of each pass.
@@ -161,7 +163,7 @@ class Pipeline(Sequence[AnyPass]):
             CaptureError: The model cannot be exported.
             PassError: A pass computes something else than it must, or left an invalid graph.
         """
-        program = as_program(model, example_inputs, example_kwargs)
+        program = as_program(model, example_inputs, example_kwargs, dynamic_shapes)
         manager = PassManager(
             self.passes, dump_dir, verify, program.example_args, program.example_kwargs
         )
@@ -174,6 +176,7 @@ class Pipeline(Sequence[AnyPass]):
         model: nn.Module | ExportedProgram | Program | str | Path,
         example_inputs: tuple[Any, ...] | Tensor | None = None,
         example_kwargs: Mapping[str, Any] | None = None,
+        dynamic_shapes: Any = "auto",
     ) -> PausedRun:
         """Capture a model and run the passes in front of one of them; the model is never changed.
 
@@ -185,13 +188,14 @@ class Pipeline(Sequence[AnyPass]):
             model: A module, an exported program, a `Program` or a .pt2 file.
             example_inputs: Inputs of one call.
             example_kwargs: Keyword inputs of that call.
+            dynamic_shapes: As for `graphopt.capture`, where the model is a module.
 
         Raises:
             CaptureError: The model cannot be exported.
             InputError: There is no such pass.
         """
         place = self._place(before)
-        program = as_program(model, example_inputs, example_kwargs)
+        program = as_program(model, example_inputs, example_kwargs, dynamic_shapes)
         report = PassManager(self.passes[:place]).run(program.graph_module)
         return PausedRun(self, place, program, report)
 
