@@ -14,12 +14,14 @@ from graphopt.ir.editor import Editor
 from graphopt.ir.mapped import kept_in_files, release
 from graphopt.numerics.device import chosen_device, computing_on
 from graphopt.progress import track
+from graphopt.run.memory import give_back
 from graphopt.run.workers import Task, run_tasks
 from graphopt.schemes.palettize import PalettizedWeight, palettize
 from graphopt.specs import PalettizationSpec
 
 __all__ = ["cluster_annotated"]
 
+_LARGE = 1 << 20  # elements
 _FLOOR = 1e-3  # of the mean importance
 
 
@@ -71,6 +73,8 @@ def cluster_annotated(
     for name, palettized in zip(order, palettes, strict=True):
         done[name] = kept_in_files(palettized, folder)
         release(weights[name][0])
+        if weights[name][0].numel() > _LARGE:
+            give_back()
     return {name: done[name] for name in weights}
 
 

@@ -11,7 +11,7 @@ moves its cuts to single points. Everything is equivariant to scale.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,6 +37,7 @@ _BINS = 32_768
 _LONG_GROUP = 262_144
 _MIN_CELLS = 128
 _MANY_GROUPS = 64
+_TASK_VALUES = 1 << 22
 _CELLS_PER_PART = 12
 # More cells than that are for rows whose sorting takes longer than the choice among them.
 _POINTS_PER_CELL = 128
@@ -73,6 +74,10 @@ class Clustering:
     tables: Tensor
     indices: Tensor
     sse: Tensor
+
+    def on(self, device: torch.device) -> Clustering:
+        """The same with tables and assignments there."""
+        return replace(self, tables=self.tables.to(device), indices=self.indices.to(device))
 
     def dense(self) -> Tensor:
         """The values that the tables stand for, [groups, n]."""
@@ -125,34 +130,30 @@ def cluster_1d(
             for k, (table, indices, sse) in by_size.items()
         }
 
-    x = np.ascontiguousarray(values.detach().to("cpu", torch.float32).numpy())
-    raw = _NO_WEIGHTS
-    if weights is not None:
-        raw = np.ascontiguousarray(weights.detach().to("cpu", torch.float32).numpy())
-    w = _normalised(raw)
-    if not kernels_points.finite_range(x.reshape(-1))[2]:
-        raise CompressionError("values contain NaN or Inf")
-    n_groups = x.shape[0]
+    n_groups = values.shape[0]
     steps = np.zeros(n_groups) if grid is None else grid.step.double().cpu().numpy()
     levels = (0.0, 0.0) if grid is None else (float(grid.low), float(grid.high))
     confined = _Levels(steps, *levels)
-    tables = np.empty((n_groups, sum(sizes)))
+    result = {k: _empty(values, k) for k in sizes}
 
     def fit(part: slice) -> None:
-        part_weights = w if w.size == 0 else w[part]
-        _fit_rows(x[part], part_weights, sizes, confined.of(part), method, n_groups, tables[part])
+        x = _floats(values[part])
+        if not kernels_points.finite_range(x.reshape(-1))[2]:
+            raise CompressionError("values contain NaN or Inf")
+        raw = _NO_WEIGHTS if weights is None else _floats(weights[part])
+        tables = np.empty((x.shape[0], sum(sizes)))
+        _fit_rows(x, _normalised(raw), sizes, confined.of(part), method, n_groups, tables)
+        at = 0
+        for k in sizes:
+            # the stored type is what counts: round first, assign afterwards
+            increasing = np.maximum.accumulate(tables[:, at : at + k], axis=1)
+            result[k].tables[part] = torch.from_numpy(increasing).to(values.dtype)
+            _assign(x, raw, result[k], part)
+            at += k
 
-    for _ in map_tasks(fit, _row_tasks(n_groups)):
+    for _ in map_tasks(fit, _row_tasks(values.shape)):
         pass
-    result: dict[int, Clustering] = {}
-    at = 0
-    for k in sizes:
-        # the stored type is what counts: round first, assign afterwards
-        increasing = np.maximum.accumulate(tables[:, at : at + k], axis=1)
-        table = torch.from_numpy(increasing).to(values.dtype)
-        result[k] = _assigned(x, raw, table, values.device)
-        at += k
-    return result
+    return {k: each.on(values.device) for k, each in result.items()}
 
 
 def look_up(codes: Tensor, tables: Tensor) -> Tensor:
@@ -173,9 +174,10 @@ def sum_of_squares(tensor: Tensor) -> float:
     """Σ x² in float64."""
     flat = tensor.detach().reshape(-1)
     flat = flat.to(for_doubles(flat.device))
-    if flat.device.type != "cpu" or flat.dtype is not torch.float32:
+    if flat.device.type != "cpu" or flat.dtype is torch.float64:
         return float(torch.linalg.vector_norm(flat, dtype=torch.float64)) ** 2
-    return float(kernels_points.sum_of_squares(flat.numpy()))
+    parts = flat.split(_TASK_VALUES) if flat.dtype is not torch.float32 else (flat,)
+    return sum(float(kernels_points.sum_of_squares(part.float().numpy())) for part in parts)
 
 
 def assign_1d(values: Tensor, tables: Tensor, weights: Tensor | None = None) -> Clustering:
@@ -189,35 +191,44 @@ def assign_1d(values: Tensor, tables: Tensor, weights: Tensor | None = None) -> 
     Returns:
         The tables as given, with indices and errors.
     """
-    x = np.ascontiguousarray(values.detach().to("cpu", torch.float32).numpy())
-    w = _NO_WEIGHTS if weights is None else weights.detach().to("cpu", torch.float32).numpy()
-    return _assigned(x, np.ascontiguousarray(w), tables.cpu(), values.device)
-
-
-def _assigned(
-    x: npt.NDArray[np.float32],
-    w: npt.NDArray[np.float32],
-    tables: Tensor,
-    device: torch.device,
-) -> Clustering:
-    entries = np.ascontiguousarray(tables.to(torch.float32).numpy())
-    indices = np.empty(x.shape, dtype=np.uint8)
-    sse = np.empty(x.shape[0])
+    result = replace(_empty(values, tables.shape[1]), tables=tables.cpu())
 
     def assign(part: slice) -> None:
-        part_weights = w if w.size == 0 else w[part]
-        kernels_points.assign_groups(
-            x[part], entries[part], part_weights, indices[part], _NO_WEIGHTS, sse[part]
-        )
+        raw = _NO_WEIGHTS if weights is None else _floats(weights[part])
+        _assign(_floats(values[part]), raw, result, part)
 
-    for _ in map_tasks(assign, _row_tasks(x.shape[0])):
+    for _ in map_tasks(assign, _row_tasks(values.shape)):
         pass
-    codes = torch.from_numpy(indices).to(device)
-    return Clustering(tables.to(device), codes, torch.from_numpy(sse))
+    return result.on(values.device)
 
 
-def _row_tasks(n_groups: int) -> list[slice]:
-    chunk = max(1, -(-n_groups // (4 * max(torch.get_num_threads(), 1))))
+def _empty(values: Tensor, k: int) -> Clustering:
+    groups = values.shape[0]
+    return Clustering(
+        torch.empty(groups, k, dtype=values.dtype),
+        torch.empty(values.shape, dtype=torch.uint8),
+        torch.empty(groups, dtype=torch.float64),
+    )
+
+
+def _floats(rows: Tensor) -> npt.NDArray[np.float32]:
+    return np.ascontiguousarray(rows.detach().to("cpu", torch.float32).numpy())
+
+
+def _assign(
+    x: npt.NDArray[np.float32], w: npt.NDArray[np.float32], to: Clustering, part: slice
+) -> None:
+    """Assign the values of some groups, whose tables stand there already."""
+    entries = np.ascontiguousarray(to.tables[part].to(torch.float32).numpy())
+    indices, sse = to.indices[part].numpy(), to.sse[part].numpy()
+    kernels_points.assign_groups(x, entries, w, indices, _NO_WEIGHTS, sse)
+
+
+def _row_tasks(shape: Sequence[int]) -> list[slice]:
+    """Groups side by side, few enough for their values in float32 to be small beside a model."""
+    n_groups = shape[0]
+    chunk = -(-n_groups // (4 * max(torch.get_num_threads(), 1)))
+    chunk = max(1, min(chunk, _TASK_VALUES // max(shape[1], 1)))
     return [slice(start, start + chunk) for start in range(0, n_groups, chunk)]
 
 
