@@ -215,7 +215,7 @@ _MISCOMPUTED: Table = {
     _aten.upsample_bilinear2d.vec: exact_ops.bilinear,
     _aten.convolution.default: exact_ops.convolution,
     _aten.prelu.default: exact_ops.prelu,
-    **scalars.reductions(_aten),
+    **scalars.reductions(_aten, {"max.dim": exact_ops.largest_along}),
     _aten._log_softmax.default: _log_softmax,
     **dict.fromkeys(
         (_aten.unfold.default, _aten.unfold_copy.default),

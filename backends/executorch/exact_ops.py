@@ -20,6 +20,7 @@ __all__ = [
     "convolution",
     "exp2",
     "in_single",
+    "largest_along",
     "of_a_batch",
     "prelu",
     "remainder",
@@ -34,6 +35,23 @@ def exp2(x: Tensor) -> Tensor:
 def of_a_batch(whole: Callable[..., Tensor], x: Tensor, *given: Any) -> Any:
     """Pooling of one image as that of a batch of one, which XNNPACK's partitioner takes it for."""
     return whole(x.unsqueeze(0), *given).squeeze(0) if x.ndim == 3 else NotImplemented
+
+
+def largest_along(whole: Callable[..., Any], x: Tensor, dim: int, keepdim: bool = False) -> Any:
+    """Largest values along an axis and where they are.
+
+    XNNPACK's partitioner takes images along every axis; what converts them only keeps an axis, and only
+    a height or a width.
+    """
+    if x.ndim != 4:
+        return whole(x, dim, keepdim)
+    dim %= 4
+    if dim < 2:
+        flat = whole(x.reshape(*x.shape[:2], -1), dim, True)
+        kept = [y.reshape(*y.shape[:2], *x.shape[2:]) for y in flat]
+    else:
+        kept = whole(x, dim, True)
+    return tuple(y if keepdim else y.squeeze(dim) for y in kept)
 
 
 def in_single(rule: Callable[..., Any]) -> Callable[..., Any]:

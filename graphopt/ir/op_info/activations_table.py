@@ -148,7 +148,11 @@ ARITHMETIC_OPS: tuple[OpInfo, ...] = (
         scales=Scales.COMPUTE,
     ),
     OpInfo(("cat",), aten("cat"), scales=Scales.SHARE, kept_whole=True),
-    OpInfo(("cat",), aten("concat"), scales=Scales.SHARE),
+    OpInfo(
+        ("cat",),
+        aten("concat concatenate hstack vstack row_stack dstack column_stack"),
+        scales=Scales.SHARE,
+    ),
     OpInfo(("stack",), aten("stack"), scales=Scales.SHARE),
     OpInfo(
         ("maximum",),

@@ -49,20 +49,32 @@ VIEW_OPS: tuple[OpInfo, ...] = (
     OpInfo(("transpose",), aten("transpose.int"), scales=_PASS, view=View.TRANSPOSE),
     OpInfo(("transpose",), aten("t numpy_T"), scales=_PASS, view=View.REVERSE),
     OpInfo(("transpose",), aten("permute"), scales=_PASS, view=View.PERMUTE),
-    OpInfo(("transpose",), aten("movedim.int"), scales=_PASS),
+    OpInfo(
+        ("transpose",),
+        aten("movedim.int movedim.intlist moveaxis.int moveaxis.intlist swapaxes swapdims"),
+        scales=_PASS,
+    ),
     OpInfo(("squeeze",), aten("squeeze squeeze.dim squeeze.dims"), scales=_PASS, view=View.RESHAPE),
     OpInfo(("squeeze",), aten("unsqueeze"), scales=_PASS, view=View.UNSQUEEZE, attention="between"),
     OpInfo(("squeeze",), aten("expand"), scales=_PASS, view=View.EXPAND, attention="between"),
     OpInfo(("slice",), aten("slice.Tensor"), scales=_PASS, view=View.KEEP, attention="between"),
     OpInfo(("slice",), aten("select.int"), scales=_PASS, view=View.SELECT),
-    OpInfo(("slice",), aten("narrow index_select"), scales=_PASS),
+    OpInfo(("slice",), aten("narrow index_select diagonal unfold"), scales=_PASS),
+    OpInfo(("index",), aten("index.Tensor gather take_along_dim"), scales=_PASS),
     OpInfo(
         ("split",),
-        aten("split.Tensor split_with_sizes chunk"),
+        aten("split.Tensor split_with_sizes chunk unsafe_chunk unsafe_split.Tensor"),
         scales=_PASS,
         view=View.KEEP,
     ),
-    OpInfo(("split",), aten("unbind.int"), scales=_PASS),
+    OpInfo(
+        ("split",),
+        aten(
+            "unbind.int tensor_split.sections tensor_split.indices"
+            " hsplit.int vsplit.int dsplit.int hsplit.array vsplit.array dsplit.array"
+        ),
+        scales=_PASS,
+    ),
     OpInfo(
         ("clone",),
         aten("clone"),
@@ -88,6 +100,8 @@ VIEW_OPS: tuple[OpInfo, ...] = (
         ),
         scales=_PASS,
     ),
+    OpInfo(("max",), aten("amax amin max.dim min.dim max min"), scales=_PASS),
+    OpInfo(("sort",), aten("sort sort.stable topk kthvalue"), scales=_PASS),
     OpInfo(("pixel_shuffle",), aten("pixel_shuffle"), scales=_PASS, kept_whole=True),
     OpInfo(("pixel_shuffle",), aten("pixel_unshuffle channel_shuffle"), scales=_PASS),
     OpInfo(

@@ -123,6 +123,22 @@ def test_what_xnnpack_takes_whole_stays_whole() -> None:
 
 
 @pytest.mark.integration
+def test_largest_values_of_images_along_every_axis(tmp_path: Path) -> None:
+    """XNNPACK's partitioner takes them all, and what converts them a height and a width that are kept."""
+
+    class Largest(nn.Module):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            kept = [x.max(dim, True).values for dim in range(-4, 4)]
+            gone = [x.max(dim).values for dim in range(4)]
+            return [*kept, *gone, *x.max(2), *x.max(1, True)]
+
+    x = torch.randn(2, 3, 4, 5)
+    artifact: Any = graphopt.lower(Largest().eval(), "executorch", (x,))
+    artifact.save(tmp_path / "net.pte")
+    assert artifact.verify().outputs == (0.0,) * 16
+
+
+@pytest.mark.integration
 def test_both_forms_of_gelu_are_themselves(tmp_path: Path) -> None:
     class Both(nn.Module):
         def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
