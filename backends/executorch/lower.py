@@ -29,6 +29,7 @@ from graphopt.backends.executorch.integer_kernels import (
 )
 from graphopt.backends.executorch.legalize import LegalizeForXNNPACK
 from graphopt.backends.executorch.options import Tables
+from graphopt.backends.executorch.padding import PadIntegers
 from graphopt.backends.executorch.partition import partition_configs
 from graphopt.backends.interface import Interface, drop_written_inputs, flat_interface
 from graphopt.backends.quiet import silent
@@ -100,6 +101,7 @@ def legal_passes(tables: Tables, *, kernels: bool = True) -> tuple[Pass, ...]:
         ComputeWeights(),
         OwnNormState(),
         Conv1dAsConv2d(),
+        *((PadIntegers(),) if kernels else ()),
         RemoveUnused(),
     )
 
