@@ -26,6 +26,7 @@ from graphopt.backends.coreai.lower import (
     legal_passes,
 )
 from graphopt.backends.coreai.options import CoreAIOptions
+from graphopt.backends.coreai.packed import packed_codes_taken
 from graphopt.backends.coreai.plan import plan_of
 from graphopt.backends.coreai.raise_ import RaiseFromCoreAI
 from graphopt.backends.coreai.refusals import refusals
@@ -140,7 +141,7 @@ class CoreAIBackend(Backend):
             exported = legal_export(program, chosen, plan)
             refuse_impossible(exported)
             try:
-                with quiet("coreai_torch"):
+                with quiet("coreai_torch"), packed_codes_taken():
                     converter = coreai_torch.TorchConverter().add_exported_program(
                         exported,
                         output_names=output_names(program),
@@ -161,7 +162,7 @@ class CoreAIBackend(Backend):
         # its writer ends the process where the disk is full
         reserved(path, sum(artifact.most_bytes() for artifact in own.values()))
         try:
-            with quiet("coreai_torch"), torch.no_grad():
+            with quiet("coreai_torch"), packed_codes_taken(), torch.no_grad():
                 converter = coreai_torch.TorchConverter()
                 for name, artifact in own.items():
                     converter.add_exported_program(
