@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import InputError
 from graphopt.exclusive import exclusively
+from graphopt.ir import op_info
 from graphopt.ir.annotations import record_of
 from graphopt.ir.captured_module import CapturedModule, InputGuards, KeptGraph
 from graphopt.ir.decomposing import decomposed
@@ -208,8 +209,12 @@ class Program:
         return f"{type(self).__name__}({self.provenance.source}: {about})"
 
     def module(self) -> CapturedModule:
-        """A callable copy, independent of the program."""
-        return copy.deepcopy(self.graph_module)
+        """A callable copy, independent of the program; with gradients, too, under which other kernels run."""
+        copied = copy.deepcopy(self.graph_module)
+        for node in copied.graph.nodes:
+            node.target = op_info.without_memory_order(node.target)
+        copied.recompile()
+        return copied
 
     def copy(self) -> Program:
         """A program whose graph can be changed freely; tensors are shared until replaced."""

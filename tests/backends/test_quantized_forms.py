@@ -88,14 +88,7 @@ SPECS = {
 
 REFUSED = {
     "coreml": {"int4 minimum", "fp8 e4m3", "fp8 e5m2 powers of two", "fp4"},
-    "executorch": {
-        "uint6 affine",
-        "uint3 affine",
-        "uint2",
-        "fp8 e4m3",
-        "fp8 e5m2 powers of two",
-        "fp4",
-    },
+    "executorch": {"fp8 e4m3", "fp8 e5m2 powers of two", "fp4"},
 }
 
 
