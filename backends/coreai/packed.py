@@ -27,11 +27,11 @@ def packed_codes_taken() -> Iterator[None]:
     own = UintxTensor.from_unpacked
 
     def taken(cls: Any, codes: Any, n_bits: int) -> Any:
-        stored = codes.source if isinstance(codes, DecodedTensor) else None
-        aligned = codes.numel() % _ALIGNED == 0 and codes.device.type == "cpu"
-        if aligned and isinstance(stored, PackedCodes) and stored.n_bits == n_bits:
-            return cls(stored.packed, codes.shape, n_bits)
-        return own(codes, n_bits)
+        stored: Any = codes.source if isinstance(codes, DecodedTensor) else None
+        same = isinstance(stored, PackedCodes) and stored.n_bits == n_bits
+        if not same or codes.device.type != "cpu" or codes.numel() % _ALIGNED:
+            return own(codes, n_bits)
+        return cls(stored.packed, codes.shape, n_bits)
 
     with patched(UintxTensor, from_unpacked=classmethod(taken)):
         yield
