@@ -26,12 +26,12 @@ def packed_codes_taken() -> Iterator[None]:
 
     own = UintxTensor.from_unpacked
 
-    def taken(cls: Any, codes: Any, n_bits: int) -> Any:
-        stored: Any = codes.source if isinstance(codes, DecodedTensor) else None
-        same = isinstance(stored, PackedCodes) and stored.n_bits == n_bits
-        if not same or codes.device.type != "cpu" or codes.numel() % _ALIGNED:
-            return own(codes, n_bits)
-        return cls(stored.packed, codes.shape, n_bits)
+    def taken(cls: Any, unpacked: Any, nbits: int) -> Any:  # by these names, too
+        stored: Any = unpacked.source if isinstance(unpacked, DecodedTensor) else None
+        same = isinstance(stored, PackedCodes) and stored.n_bits == nbits
+        if not same or unpacked.device.type != "cpu" or unpacked.numel() % _ALIGNED:
+            return own(unpacked, nbits)
+        return cls(stored.packed, unpacked.shape, nbits)
 
     with patched(UintxTensor, from_unpacked=classmethod(taken)):
         yield

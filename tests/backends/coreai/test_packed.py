@@ -13,6 +13,7 @@ from torch import nn
 import graphopt
 from graphopt.backends.coreai import backend
 from graphopt.errors import LoweringError
+from graphopt.exclusive import exclusive
 from graphopt.palettization import KMeansPalettizerConfig
 
 pytestmark = [pytest.mark.integration, pytest.mark.coreai]
@@ -67,3 +68,13 @@ def test_nothing_is_packed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(backend, "packed_codes_taken", nullcontext)
     with pytest.raises((LoweringError, AssertionError), match="unpacked and packed"):
         saved(model, x, {"n_bits": 4}, tmp_path / "again.aimodel")
+
+
+def test_masks_of_pruned_weights_go_its_own_way() -> None:
+    """It asks for those by names of arguments, and by the class that both kinds of codes have."""
+    from coreai_torch._compression._intx import UintxTensor
+
+    mask = torch.tensor([1, 0, 1, 1, 0, 0, 0, 1], dtype=torch.uint8)
+    with exclusive(), backend.packed_codes_taken():
+        packed = UintxTensor.from_unpacked(unpacked=mask, nbits=1)
+    assert packed.elem.tolist() == [0b10001101]
