@@ -57,13 +57,9 @@ class FoldPadding(Pass):
 
 
 def _zeros(node: fx.Node) -> list[int] | None:
-    """By how much a node pads with zeros, last axis first; None where it does something else."""
-    info = op_info.info_of(node)
-    if info is None or info.fill is None or op_info.argument(node, info.fill) not in (0, None):
-        return None
-    added: Any = node.args[1]
-    fits = isinstance(added, list | tuple) and all(isinstance(each, int) for each in added)
-    return list(added) if fits and not _is_stored(node.args[0]) else None
+    """By how much a node pads a value with zeros that nothing writes to in between."""
+    added = op_info.zeros_added(node)
+    return None if added is None or _is_stored(node.args[0]) else added
 
 
 def _is_stored(value: Any) -> bool:

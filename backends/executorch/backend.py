@@ -28,7 +28,7 @@ from graphopt.backends.executorch.check import (
     runner_of,
 )
 from graphopt.backends.executorch.delegation import Delegation, delegation_of
-from graphopt.backends.executorch.integer_kernels import with_float_results
+from graphopt.backends.executorch.integer_kernels import PACKED, with_float_results
 from graphopt.backends.executorch.kernels import FLOAT_OPS, FUSED_ACTIVATIONS
 from graphopt.backends.executorch.legalize import DuplicateDequantize
 from graphopt.backends.executorch.lower import COMPLEX_NUMBERS, legal_export, legal_passes
@@ -155,18 +155,7 @@ class ExecuTorchBackend(Backend):
         grouped=False,
         vector=False,
         channel_scale=False,
-        weight_types=(
-            "int8",
-            "uint8",
-            "int2",
-            "uint2",
-            "int3",
-            "uint3",
-            "int4",
-            "uint4",
-            "int6",
-            "uint6",
-        ),
+        weight_types=tuple(sorted(PACKED)),
         activation_types=("int8", "uint8", "int4", "uint4"),
         activation_channels=False,
         fused_activations=FUSED_ACTIVATIONS,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import fx
 from typing_extensions import override
@@ -63,14 +63,10 @@ class PadIntegers(Pass):
 
 def _pads_an_image(node: fx.Node) -> bool:
     """Whether a node adds zeros, and nothing else, along the last two axes of a rounded value."""
-    info = op_info.info_of(node)
-    if info is None or info.fill is None or op_info.argument(node, info.fill) not in (0, None):
+    added = op_info.zeros_added(node)
+    if added is None or min(added, default=0) < 0 or any(added[4:]):
         return False
-    added: Any = node.args[1]
-    if not isinstance(added, list | tuple) or not all(isinstance(each, int) for each in added):
-        return False
-    grows = all(each >= 0 for each in added) and not any(added[4:])
-    return grows and is_rounded(node.args[0])
+    return is_rounded(node.args[0])
 
 
 def _rounded_again(node: fx.Node) -> fx.Node | None:

@@ -17,10 +17,10 @@ from torch.utils import _pytree as pytree
 
 from graphopt.errors import InputError
 from graphopt.exclusive import exclusively
-from graphopt.ir import op_info
 from graphopt.ir.annotations import record_of
 from graphopt.ir.captured_module import CapturedModule, InputGuards, KeptGraph
 from graphopt.ir.decomposing import decomposed
+from graphopt.ir.editor import Editor
 from graphopt.ir.guards import by_signature, input_places
 from graphopt.ir.lifting import lifted
 from graphopt.ir.open_sizes import Limits, open_shapes, raised_ones
@@ -211,8 +211,7 @@ class Program:
     def module(self) -> CapturedModule:
         """A callable copy, independent of the program; with gradients, too, under which other kernels run."""
         copied = copy.deepcopy(self.graph_module)
-        for node in copied.graph.nodes:
-            node.target = op_info.without_memory_order(node.target)
+        Editor(copied).relax_views()
         copied.recompile()
         return copied
 

@@ -54,6 +54,7 @@ from graphopt.ir.op_info.questions import (
     op_names,
     takes_sizes_alone,
     view_of,
+    zeros_added,
 )
 from graphopt.ir.op_info.registry import (
     Registration,
@@ -99,4 +100,5 @@ __all__ = [
     "targets",
     "view_of",
     "without_memory_order",
+    "zeros_added",
 ]

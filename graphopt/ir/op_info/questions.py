@@ -22,6 +22,7 @@ __all__ = [
     "op_names",
     "takes_sizes_alone",
     "view_of",
+    "zeros_added",
 ]
 
 # of the sizes of their operand, whatever its values are
@@ -33,6 +34,22 @@ _OF_SIZES = frozenset(
     )
 )
 _TURNING = (View.REVERSE, View.TRANSPOSE, View.PERMUTE)
+
+
+def zeros_added(node: fx.Node) -> list[int] | None:
+    """By how much a node pads with zeros, last axis first; None where it does something else.
+
+    >>> net = torch.nn.ZeroPad2d((0, 1, 0, 1))
+    >>> graph = graphopt.capture(net, torch.ones(1, 3, 4, 4)).graph_module.graph
+    >>> [zeros_added(node) for node in graph.nodes if node.op == "call_function"]
+    [[0, 1, 0, 1]]
+    """
+    info = info_of(node)
+    if info is None or info.fill is None or argument(node, info.fill) not in (0, None):
+        return None
+    added: Any = node.args[1]
+    fits = isinstance(added, list | tuple) and all(isinstance(each, int) for each in added)
+    return list(added) if fits else None
 
 
 def view_of(node: object) -> View | None:
