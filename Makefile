@@ -10,7 +10,7 @@ TIME ?= 600
 # each of two workers has a core: more threads would only wait for one another
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest
 
-.PHONY: demo test test-integration test-slow docs notebooks walk coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-onnx bench-peer bench-accuracy bench-encoder bench-e2e bench-memory bench-deep bench-device clean
+.PHONY: demo test test-integration test-slow docs notebooks walk coverage lint fuzz kills bench bench-quantization bench-calibrated bench-mixed-precision bench-rdo bench-executorch bench-coreml bench-onnx bench-peer bench-accuracy bench-encoder bench-e2e bench-memory bench-deep bench-workers bench-device clean
 
 demo: $(STAMP)
 	$(BIN)/python examples/digits/run.py --out out/digits
@@ -105,6 +105,10 @@ bench-memory: $(STAMP)
 # clustering, error feedback, soft palettes and tuning on every device here, beside what runs without one
 bench-device: $(STAMP)
 	$(BIN)/python tests/benchmarks/device.py $(ARGS)
+
+# what a second worker gains in clustering: threads and processes, with the same bytes
+bench-workers: $(STAMP)
+	OMP_NUM_THREADS=1 $(BIN)/python tests/benchmarks/workers.py $(ARGS)
 
 # time and memory of error feedback on 6, 12 and 24 layers, and what two workers gain
 bench-deep: $(STAMP)

@@ -386,7 +386,7 @@ def read_exported(source: str | Path | IO[bytes]) -> torch.export.ExportedProgra
     return torch.export.load(source)
 
 
-def read_pickle_of_ours(payload: bytes, elsewhere: Callable[[str], Any] | None = None) -> Any:
+def read_pickle_of_ours(payload: bytes, elsewhere: Callable[[Any], Any] | None = None) -> Any:
     """What this process's parent pickled for its worker; never a file's bytes.
 
     Args:

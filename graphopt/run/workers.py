@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from typing_extensions import override
 
 from graphopt.audited import read_pickle_of_ours
 from graphopt.errors import InputError
 from graphopt.extras import require
+from graphopt.ir.mapped import map_tensor
 from graphopt.numerics.parallel import map_tasks
 
 __all__ = ["Task", "Workers", "dask_workers", "executor_of", "run_tasks"]
@@ -178,9 +177,9 @@ class _Shelf:
         place = plain.untyped_storage().data_ptr(), plain.storage_offset()
         key = (*place, tuple(plain.shape), plain.stride(), plain.dtype)
         # an address is a tensor's own only as long as it lives
-        path, _ = self._known.get(key, (self.folder / f"{uuid.uuid4().hex}.safetensors", plain))
+        path, _ = self._known.get(key, (self.folder / f"{uuid.uuid4().hex}.bin", plain))
         if key not in self._known:
-            save_file({"value": plain.cpu().contiguous()}, path)
+            _bytes_of(plain).numpy().tofile(path)
             self._known[key] = path, plain
             self._readers[path] = 0
         self._readers[path] += 1
@@ -224,11 +223,34 @@ class _Pickler(pickle.Pickler):
         self._shelf, self._paths = shelf, paths
 
     @override
-    def persistent_id(self, obj: Any) -> str | None:
+    def persistent_id(self, obj: Any) -> tuple[str, list[int], torch.dtype] | None:
         if type(obj) not in (Tensor, nn.Parameter):
             return None
         self._paths.append(self._shelf.put(obj))
-        return str(self._paths[-1])
+        return str(self._paths[-1]), list(obj.shape), obj.dtype
+
+
+class _ResultPickler(pickle.Pickler):
+    """Tensors by their bytes: torch's own way makes an archive of each, and copies it twice."""
+
+    @override
+    def reducer_override(self, obj: Any) -> Any:
+        plain = type(obj) is Tensor and obj.layout == torch.strided and not obj.is_meta
+        if not plain or obj.is_quantized or obj.requires_grad:
+            return NotImplemented
+        content = bytearray(_bytes_of(obj).numpy().data)
+        return _tensor, (content, list(obj.shape), obj.dtype)
+
+
+def _bytes_of(tensor: Tensor) -> Tensor:
+    flat = tensor.cpu().resolve_conj().resolve_neg().contiguous().reshape(-1)
+    return flat.view(torch.uint8)
+
+
+def _tensor(content: bytearray, shape: list[int], dtype: torch.dtype) -> Tensor:
+    if not content:
+        return torch.empty(shape, dtype=dtype)
+    return torch.frombuffer(content, dtype=dtype).reshape(shape)
 
 
 def _taken(future: Future[Any], paths: list[Path] | None, shelf: _Shelf | None) -> Any:
@@ -239,14 +261,16 @@ def _taken(future: Future[Any], paths: list[Path] | None, shelf: _Shelf | None) 
     return read_pickle_of_ours(result)
 
 
-def _read(path: str) -> Tensor:
-    with safe_open(path, framework="pt") as file:
-        value = file.get_tensor("value")
-    assert isinstance(value, Tensor)
-    return value
+def _read(named: tuple[str, list[int], torch.dtype]) -> Tensor:
+    path, shape, dtype = named
+    if torch.Size(shape).numel() == 0:
+        return torch.empty(shape, dtype=dtype)
+    return map_tensor(path, 0, shape, dtype)
 
 
 def _elsewhere(function: Callable[..., Any], content: bytes) -> bytes:
     """What a worker does; tensors come back by value, not by handles that end with the worker."""
+    results = io.BytesIO()
     with torch.no_grad():
-        return pickle.dumps(function(*read_pickle_of_ours(content, _read)))
+        _ResultPickler(results, protocol=5).dump(function(*read_pickle_of_ours(content, _read)))
+    return results.getvalue()
