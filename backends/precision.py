@@ -64,7 +64,10 @@ def overflowing_values(program: ExportedProgram, calibration_data: Iterable[Any]
 def _is_large(result: Any, *, below: bool) -> bool:
     """Whether float32 values are finite and above float16's range, or with `below` on either side of it."""
     for value in pytree.tree_leaves(result):
-        if isinstance(value, Tensor) and value.dtype is torch.float32:
+        if isinstance(value, Tensor) and value.dtype is torch.float32 and value.numel():
+            least, most = torch.aminmax(value)
+            if most <= FLOAT16_MAX and (not below or least >= -FLOAT16_MAX):
+                continue
             large = value.abs() if below else value
             if bool(((large > FLOAT16_MAX) & large.isfinite()).any()):
                 return True

@@ -59,6 +59,8 @@ class Pass(ABC):
     def __call__(self, gm: fx.GraphModule) -> PassResult:
         """Run on `gm` in place and leave a linted, compiled graph.
 
+        What is computed from stored tensors alone then stands in front of its first reader.
+
         Raises:
             PassError: A pass that must come first has not run, or the result is not a valid graph.
         """
@@ -70,6 +72,7 @@ class Pass(ABC):
         try:
             self.run(edit)
             if edit.changed:
+                edit.delay_constants()
                 gm.graph.lint()
                 gm.recompile()
         except GraphOptError as error:

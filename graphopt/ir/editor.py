@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from graphopt.ir import op_info
@@ -12,7 +13,8 @@ from graphopt.ir.annotations import note, record
 from graphopt.ir.captured_module import holder_of
 from graphopt.ir.decoded_tensor import fake_of
 from graphopt.ir.records import ActivationRecord, TensorRecord
-from graphopt.ir.torch_private import FakeTensor, FakeTensorMode, open_size_kernels
+from graphopt.ir.state import state_nodes
+from graphopt.ir.torch_private import FakeTensor, FakeTensorMode, OpOverload, open_size_kernels
 
 __all__ = ["ORIGIN", "Editor", "nodes_in", "operands"]
 
@@ -218,6 +220,16 @@ class Editor:
             self.changed |= relaxed is not node.target
             node.target = relaxed
 
+    def delay_constants(self) -> None:
+        """Move what is computed from stored tensors alone in front of its first reader.
+
+        Whoever runs the graph then decodes one weight at a time; in front of everything else, all of
+        them would be held until they are read. That alone is no change of the graph.
+        """
+        for node, reader in _first_readers(self.gm).items():
+            if node.next is not reader:
+                reader.prepend(node)
+
     def set_args(self, node: fx.Node, args: tuple[Any, ...]) -> None:
         """Give a call other positional arguments."""
         node.args = args
@@ -318,6 +330,30 @@ class Editor:
         if self._fake_mode is None:
             return value.detach()
         return fake_of(value, self._fake_mode)
+
+
+def _first_readers(gm: fx.GraphModule) -> dict[fx.Node, fx.Node]:
+    """What is computed from stored tensors alone, in order → the first other node that needs it."""
+    nodes = list(gm.graph.nodes)
+    place = {node: number for number, node in enumerate(nodes)}
+    written = state_nodes(gm)
+    fixed = {node for node in nodes if node.op == "get_attr" and node not in written}
+    moved: dict[fx.Node, int] = {}
+    for node in nodes:
+        used = node.all_input_nodes
+        if used and node.users and fixed.issuperset(used) and _is_repeatable(node):
+            fixed.add(node)
+            moved[node] = 0
+    for node in reversed(moved):
+        moved[node] = min(moved.get(user, place[user]) for user in node.users)
+    return {node: nodes[first] for node, first in moved.items()}
+
+
+def _is_repeatable(node: fx.Node) -> bool:
+    """Whether a node computes the same wherever it stands: it neither writes nor draws random numbers."""
+    if not isinstance(node.target, OpOverload) or node.target._schema.is_mutable:
+        return False
+    return torch.Tag.nondeterministic_seeded not in node.target.tags
 
 
 def _fake_mode_of(graph: fx.Graph) -> FakeTensorMode | None:

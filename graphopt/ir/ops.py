@@ -17,6 +17,7 @@ from graphopt.audited import module_of
 from graphopt.numerics.affine import dequantize, grid_of, quantize, ranged_qparams
 from graphopt.numerics.blocks import Blocks
 from graphopt.numerics.packing import packed_size, unpack
+from graphopt.numerics.row_parts import packed_rows, parts_of_rows, rows_of_blocks
 from graphopt.specs import QuantizationFormulation, QuantizationScheme, QuantizationSpec
 from graphopt.specs.dtypes import parse_dtype
 
@@ -98,27 +99,54 @@ def lut_to_dense(
                 [ 1.,  2.]])
     """
     index_shape = _index_shape(lut, shape, vector_axis)
-    codes = unpack(indices, n_bits, math.prod(index_shape)).to(torch.int32)
+    rows = parts_of_rows(index_shape, lut)
+    if rows is None:
+        return _looked_up(indices, lut, n_bits, index_shape, vector_axis).reshape(list(shape))
+    length = int(lut.shape[-1]) if vector_axis == 0 else 1
+    dense = lut.new_empty(list(shape))
+    for first, last in rows:
+        part = packed_rows(indices, n_bits, math.prod(index_shape[1:]), first, last)
+        values = _looked_up(part, lut, n_bits, index_shape, vector_axis, first, last)
+        dense[first * length : last * length] = values
+    return dense
+
+
+def _looked_up(
+    indices: Tensor,
+    lut: Tensor,
+    n_bits: int,
+    index_shape: Sequence[int],
+    vector_axis: int | None,
+    first: int = 0,
+    last: int | None = None,
+) -> Tensor:
+    """Rows `first` … `last` − 1 of the codes, looked up."""
+    sizes = [(index_shape[0] if last is None else last) - first, *index_shape[1:]]
+    codes = unpack(indices, n_bits, math.prod(sizes)).to(torch.int32)
     entries, length = lut.shape[-2], lut.shape[-1]
     groups = lut.shape[:-2]
     if math.prod(groups) > 1:
-        offset = torch.zeros([1] * len(index_shape), dtype=torch.int32, device=lut.device)
+        offset = torch.zeros([1] * len(sizes), dtype=torch.int32, device=lut.device)
         stride = entries
         for axis in reversed(range(len(groups))):
             if groups[axis] > 1:
-                size = index_shape[axis]
-                group = torch.arange(size, dtype=torch.int32, device=lut.device)
-                group = torch.div(group, size // groups[axis], rounding_mode="floor") * stride
+                begin = first if axis == 0 else 0
+                group = torch.arange(
+                    begin, begin + sizes[axis], dtype=torch.int32, device=lut.device
+                )
+                whole = index_shape[axis] // groups[axis]
+                group = torch.div(group, whole, rounding_mode="floor") * stride
                 offset = offset + group.reshape(
                     [-1 if a == axis else 1 for a in range(len(groups))]
                 )
             stride *= groups[axis]
-        codes = (codes.reshape(index_shape) + offset).reshape(-1)
+        codes = (codes.reshape(sizes) + offset).reshape(-1)
     if length == 1:
-        return lut.reshape(-1).index_select(0, codes).reshape(list(shape))
+        return lut.reshape(-1).index_select(0, codes).reshape(sizes)
     assert vector_axis is not None
-    blocks = lut.reshape(-1, length).index_select(0, codes).reshape([*index_shape, length])
-    return blocks.movedim(-1, vector_axis + 1).reshape(list(shape))
+    blocks = lut.reshape(-1, length).index_select(0, codes).reshape([*sizes, length])
+    joined = [size * length if axis == vector_axis else size for axis, size in enumerate(sizes)]
+    return blocks.movedim(-1, vector_axis + 1).reshape(joined)
 
 
 def _index_shape(lut: Tensor, shape: Sequence[int], vector_axis: int | None) -> list[int]:
@@ -162,10 +190,29 @@ def shift_scale(
         tensor([[ 0.0000,  0.5000],
                 [ 4.0000, -2.0000]])
     """
-    value = _elements(data, storage, list(shape)).to(torch.float32)
+    given = [scale] if offset is None else [scale, offset]
+    rows = parts_of_rows(shape, data, *given)
+    if rows is None:
+        return _scaled(_elements(data, storage, list(shape)), scale, offset, shape).to(out_dtype)
+    dense = data.new_empty(list(shape), dtype=out_dtype)
+    for first, last in rows:
+        sizes = [last - first, *shape[1:]]
+        part = data[first:last]
+        if storage != "float":
+            bits = STORAGE_BITS[storage]
+            part = packed_rows(data, bits, math.prod(shape[1:]), first, last)
+        blocks = [rows_of_blocks(tensor, shape[0], first, last) for tensor in given]
+        dense[first:last] = _scaled(
+            _elements(part, storage, sizes), blocks[0], blocks[1] if blocks[1:] else None, sizes
+        )
+    return dense
+
+
+def _scaled(elements: Tensor, scale: Tensor, offset: Tensor | None, shape: Sequence[int]) -> Tensor:
+    value = elements.to(torch.float32)
     if offset is not None:
         value = value - _expand_blocks(offset.to(torch.float32), shape)
-    return (value * _expand_blocks(scale.to(torch.float32), shape)).to(out_dtype)
+    return value * _expand_blocks(scale.to(torch.float32), shape)
 
 
 def _elements(data: Tensor, storage: str, shape: list[int]) -> Tensor:

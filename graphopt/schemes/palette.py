@@ -98,6 +98,7 @@ class PalettizedWeight(StoredWeight):
     def _from_tables(self) -> Tensor:
         layout = self.layout
         plain = self.lut_storage is None and self.channel_scale is None and layout.cluster_dim == 1
+        plain = plain and self.lut.device.type == "cpu" and self.lut.dtype is torch.float32
         if plain and (layout.group_axis == 0 or layout.n_groups == 1):
             # groups are contiguous: no group index per element is needed
             codes = unpack(self.indices, self.n_bits, math.prod(layout.shape))

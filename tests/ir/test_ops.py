@@ -8,8 +8,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from graphopt.ir.ops import lut_to_dense, shift_scale, sparse_to_dense
-from graphopt.numerics.packing import pack
+from graphopt.ir import ops
+from graphopt.ir.ops import STORAGE_BITS, lut_to_dense, shift_scale, sparse_to_dense
+from graphopt.numerics import row_parts
+from graphopt.numerics.packing import pack, unpack
 
 
 def brute_force(
@@ -39,11 +41,21 @@ def brute_force(
         ((6, 4), (1, 2), 1, 2),
         ((8,), (2,), None, 1),
         ((4, 2, 2, 2), (2, 1, 1, 1), 0, 2),
+        ((21, 3), (7, 3), None, 1),
+        ((26, 4), (13, 2), 0, 2),
+        ((17, 8), (1, 2), 1, 4),
     ],
 )
+@pytest.mark.parametrize("at_once", [1 << 20, 1])
 def test_lookup_follows_its_formula(
-    shape: tuple[int, ...], tables: tuple[int, ...], vector_axis: int | None, length: int
+    monkeypatch: pytest.MonkeyPatch,
+    at_once: int,
+    shape: tuple[int, ...],
+    tables: tuple[int, ...],
+    vector_axis: int | None,
+    length: int,
 ) -> None:
+    monkeypatch.setattr(row_parts, "_AT_ONCE", at_once)
     index_shape = [s // length if a == vector_axis else s for a, s in enumerate(shape)]
     codes = torch.randint(0, 8, index_shape, dtype=torch.uint8)
     lut = torch.randn(*tables, 8, length)
@@ -113,3 +125,48 @@ def test_fake_implementation_refuses_a_wrong_number_of_bytes() -> None:
         indices, lut = torch.empty(5, dtype=torch.uint8), torch.empty(1, 1, 16, 1)
         with pytest.raises(RuntimeError, match="bytes"):
             torch.ops.graphopt.lut_to_dense(indices, lut, 4, [8, 4])
+
+
+@pytest.mark.parametrize("blocks", [(1, 1), (22, 1), (11, 3), (2, 5), (22, 15)])
+@pytest.mark.parametrize("storage", ["int3", "uint5", "int8", "fp8_e4m3", "fp4_e2m1", "float"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_values_do_not_depend_on_how_many_are_decoded_at_once(
+    monkeypatch: pytest.MonkeyPatch, blocks: tuple[int, int], storage: str, dtype: torch.dtype
+) -> None:
+    shape, generator = (22, 15), torch.Generator().manual_seed(0)
+    bits = STORAGE_BITS.get(storage, 8)
+    codes = torch.randint(0, min(2**bits, 120), shape, dtype=torch.uint8, generator=generator)
+    data = codes.float() if storage == "float" else pack(codes, bits)
+    scale = torch.rand(blocks, generator=generator)
+    for offset in (None, torch.rand(blocks, generator=generator)):
+        whole = shift_scale(data, scale, offset, storage, shape, dtype)
+        with monkeypatch.context() as few:
+            few.setattr(row_parts, "_AT_ONCE", 1)
+            assert torch.equal(whole, shift_scale(data, scale, offset, storage, shape, dtype))
+
+
+def test_large_weights_are_decoded_a_few_rows_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = []
+
+    def noted(packed: Tensor, n_bits: int, numel: int) -> Tensor:
+        sizes.append(numel)
+        return unpack(packed, n_bits, numel)
+
+    monkeypatch.setattr(ops, "unpack", noted)
+    codes = torch.randint(0, 16, (3001, 1001), dtype=torch.uint8)
+    lut = torch.randn(1, 1, 16, 1)
+    found = lut_to_dense(pack(codes, 4), lut, 4, codes.shape)
+    assert torch.equal(found, lut.reshape(-1)[codes.long()])
+    scale = torch.tensor([[0.5]])
+    found = shift_scale(pack(codes, 4), scale, None, "uint4", codes.shape, torch.float32)
+    assert torch.equal(found, 0.5 * codes)
+    assert max(sizes) <= 1 << 20
+
+
+def test_gradients_reach_the_tables_of_large_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(row_parts, "_AT_ONCE", 1)
+    codes = torch.tensor([[0, 1], [1, 1], [3, 2], [0, 1]] * 4, dtype=torch.uint8)
+    lut = torch.randn(1, 1, 4, 1, requires_grad=True)
+    lut_to_dense(pack(codes, 2), lut, 2, (16, 2)).sum().backward()
+    assert lut.grad is not None
+    assert lut.grad.reshape(-1).tolist() == torch.bincount(codes.reshape(-1).int()).tolist()

@@ -33,14 +33,14 @@ def test_annotations_survive_copies() -> None:
         assert sum(palette_annotation(n) is not None for n in other.graph.nodes) == 2
 
 
-def test_palettizing_puts_one_lookup_in_the_place_of_each_weight() -> None:
+def test_palettizing_puts_one_lookup_in_front_of_each_reader_of_a_weight() -> None:
     gm = captured()
     run_passes(gm, [annotate(), PalettizeWeights()])
     assert ops(gm) == [
         "graphopt.lut_to_dense.default",
-        "graphopt.lut_to_dense.default",
         "aten.linear.default",
         "aten.relu.default",
+        "graphopt.lut_to_dense.default",
         "aten.linear.default",
     ]
     assert set(gm.state_dict()) == {
